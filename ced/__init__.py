@@ -1,0 +1,21 @@
+"""CED: audio tagging with small vision transformers taught by Consistent Ensemble Distillation."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ced.model.zoo import list_models as list_models
+    from ced.model.zoo import load_model as load_model
+    from ced.tag.tagger import Tagger as Tagger
+
+__version__ = "0.1.0"
+__all__ = ["Tagger", "__version__", "list_models", "load_model"]
+
+_HOMES = {"Tagger": "ced.tag.tagger", "list_models": "ced.model.zoo", "load_model": "ced.model.zoo"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that `import ced` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ced' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,1 @@
+"""Floor 2, left: how a student is made."""

@@ -1,0 +1,243 @@
+"""The network: a vision transformer over a log-mel picture, and the configuration that fixes its shape."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ced.errors import ConfigError
+from ced.sound.audio import SAMPLE_RATE
+from ced.sound.frontend import F_MAX, F_MIN, HOP, N_FFT, N_MELS, LogMel
+from ced.sound.labels import ClassTable, audioset, numbered
+
+PATCH = 16  # frames and mel bins a patch is wide and high; patches do not overlap
+MIN_SAMPLES = (PATCH - 1) * HOP  # 2,400: the shortest wave with one patch column
+
+Pooling = Literal["mean", "logit", "token", "dm"]
+POOLINGS: tuple[Pooling, ...] = ("mean", "logit", "token", "dm")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a network and how its scores are read; the names are those of the published configuration."""
+
+    embed_dim: int  # width d
+    num_heads: int
+    depth: int = 12
+    mlp_ratio: float = 4.0
+    outputdim: int = 527  # classes c
+    target_length: int = 1012  # frames of one forward pass; longer inputs are cut
+    pooling: Pooling = "mean"
+    activation: Literal["sigmoid", "softmax"] = "sigmoid"  # softmax: exactly one class a clip
+    eval_avg: Literal["mean", "max"] = "mean"  # how the pieces of a long input are joined
+    pad_last: bool = True  # fill the last piece of a long input up with zeros
+    init_bn: bool = True
+    n_mels: int = N_MELS
+    n_fft: int = N_FFT
+    win_size: int = N_FFT
+    hop_size: int = HOP
+    f_min: float = F_MIN
+    f_max: float = F_MAX
+    center: bool = True
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "pooling": POOLINGS,
+            "activation": ("sigmoid", "softmax"),
+            "eval_avg": ("mean", "max"),
+        }
+        for field, values in allowed.items():
+            if getattr(self, field) not in values:
+                raise ConfigError(f"{field} is {getattr(self, field)!r}; allowed: {', '.join(values)}")
+        for field in ("embed_dim", "num_heads", "depth", "outputdim", "n_fft", "win_size", "hop_size"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        if self.embed_dim % self.num_heads:
+            raise ConfigError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        if self.n_mels < PATCH or self.n_mels % PATCH:
+            raise ConfigError(f"n_mels is {self.n_mels}; it must be a multiple of {PATCH}")
+        if self.target_length < PATCH:
+            raise ConfigError(f"target_length is {self.target_length}; one patch is {PATCH} frames")
+        if not 0 <= self.f_min < self.f_max <= SAMPLE_RATE / 2:
+            raise ConfigError(f"f_min {self.f_min} and f_max {self.f_max} must rise within 0-{SAMPLE_RATE // 2} Hz")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix tokens, (b, tokens, d) -> (b, tokens, d)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (b, tokens, 3, heads, d / heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each token, (b, tokens, d) -> (b, tokens, d)."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend, then transform, each on top of its input: (b, tokens, d) -> (b, tokens, d)."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """Cut a picture into square patches and project each to the width."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(1, dim, kernel_size=PATCH, stride=PATCH)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """Embed patches, (b, f, n) -> (b, d, f // 16, n // 16)."""
+        out: Tensor = self.proj(mel.unsqueeze(1))
+        return out
+
+
+class CED(nn.Module):
+    """A tagger: waves or log-mel features in, one score a class out.
+
+    The names of parameters are those of the published checkpoints. Without `labels`, 527 classes are AudioSet's and
+    any other number go by their index.
+    """
+
+    def __init__(self, config: ModelConfig, labels: ClassTable | None = None) -> None:
+        super().__init__()
+        self.config = config
+        default = audioset() if config.outputdim == len(audioset()) else numbered(config.outputdim)
+        self.labels = labels or default
+        if len(self.labels) != config.outputdim:
+            raise ConfigError(f"the class table has {len(self.labels)} classes, the network {config.outputdim} outputs")
+        dim = config.embed_dim
+        self.front_end = LogMel(
+            config.n_mels,
+            config.n_fft,
+            config.win_size,
+            config.hop_size,
+            config.f_min,
+            config.f_max,
+            config.center,
+        )
+        # Every mel bin is a channel; published state dicts know the layer as "init_bn.1".
+        layers = {"1": nn.BatchNorm1d(config.n_mels, momentum=0.01)} if config.init_bn else {}
+        self.init_bn = nn.Sequential(OrderedDict(layers))
+        self.patch_embed = PatchEmbed(dim)
+        self.time_pos_embed = nn.Parameter(torch.empty(1, dim, 1, config.target_length // PATCH))
+        self.freq_pos_embed = nn.Parameter(torch.empty(1, dim, config.n_mels // PATCH, 1))
+        if config.pooling == "token":
+            self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+            self.token_pos_embed = nn.Parameter(torch.empty(1, dim))
+        self.blocks = nn.ModuleList(Block(dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.outputlayer = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, config.outputdim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh weights: linear layers truncated normal (std 0.02), embeddings normal (std 0.02), biases 0."""
+        for name, parameter in self.named_parameters():
+            if name.endswith(("_pos_embed", "token_pos_embed", "cls_token")):
+                nn.init.normal_(parameter, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, waves: Tensor) -> Tensor:
+        """Score waves: `forward_mel` of their log-mel features.
+
+        Args:
+            waves: (b, t) float in [-1, 1], 16 kHz; shorter than one patch (2,400 samples) they are padded with zeros.
+
+        Returns:
+            (b, c) probabilities; with pooling "logit", logits.
+        """
+        missing = (PATCH - 1) * self.config.hop_size - waves.shape[-1]
+        return self.forward_mel(self.front_end(F.pad(waves, (0, max(missing, 0)))))
+
+    def forward_mel(self, mel: Tensor) -> Tensor:
+        """Score log-mel features.
+
+        Args:
+            mel: (b, f, n) dB, n >= 16; pieces of `target_length` frames of a longer one are scored and joined.
+
+        Returns:
+            (b, c) probabilities; with pooling "logit", logits.
+        """
+        mel = self.init_bn(mel)
+        frames, limit = mel.shape[-1], self.config.target_length
+        if frames <= limit:
+            return self._head(self._encode(mel))
+        *whole, last = mel.split(limit, dim=-1)
+        if self.config.pad_last:
+            whole, last = [*whole, F.pad(last, (0, limit - last.shape[-1]))], last[..., :0]
+        scores = self._head(self._encode(torch.cat(whole))).unflatten(0, (len(whole), -1))
+        if last.shape[-1] >= PATCH:
+            scores = torch.cat([scores, self._head(self._encode(last)).unsqueeze(0)])
+        return scores.mean(0) if self.config.eval_avg == "mean" else scores.amax(0)
+
+    def probs(self, waves: Tensor) -> Tensor:
+        """Return the probability of each class, (b, t) -> (b, c), whatever the pooling."""
+        return self.as_probs(self(waves))
+
+    def as_probs(self, scores: Tensor) -> Tensor:
+        """Turn what `forward` and `forward_mel` return into probabilities, float32 (b, c)."""
+        return self._activate(scores.float()) if self.config.pooling == "logit" else scores.float()
+
+    def _activate(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid() if self.config.activation == "sigmoid" else logits.softmax(-1)
+
+    def _encode(self, mel: Tensor) -> Tensor:
+        """Normalised (b, f, n), n <= target_length -> tokens (b, f // 16 * n // 16, d), behind a class token if any."""
+        x = self.patch_embed(mel)
+        x = x + self.time_pos_embed[..., : x.shape[-1]] + self.freq_pos_embed
+        x = x.flatten(2).transpose(1, 2)  # frequency slowest
+        if self.config.pooling == "token":
+            token = (self.cls_token + self.token_pos_embed).expand(len(x), -1, -1)
+            x = torch.cat([token, x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.norm(x)
+        return out
+
+    def _head(self, tokens: Tensor) -> Tensor:
+        """Pool tokens (b, tokens, d) and score them, (b, c)."""
+        pooling = self.config.pooling
+        if pooling == "token":
+            return self._activate(self.outputlayer(tokens[:, 0]))
+        if pooling == "dm":
+            columns = tokens.unflatten(1, (self.config.n_mels // PATCH, -1)).mean(1)  # (b, columns, d)
+            return self._activate(self.outputlayer(columns)).mean(1)
+        logits: Tensor = self.outputlayer(tokens.mean(1))
+        return logits if pooling == "logit" else self._activate(logits)

@@ -1,0 +1,70 @@
+"""Class tables: what the outputs of a tagger are called."""
+
+import csv
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from ced.errors import TableError
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """The classes of a tagger, in the order of its outputs."""
+
+    names: tuple[str, ...]
+    mids: tuple[str, ...] | None = None  # AudioSet's machine identifiers, where the classes have any
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise TableError("a class table needs at least one class")
+        for what, values in (("name", self.names), ("mid", self.mids or ())):
+            if twice := [value for value, count in Counter(values).items() if count > 1]:
+                raise TableError(f"class {what} {twice[0]!r} stands more than once in the class table")
+        if self.mids is not None and len(self.mids) != len(self.names):
+            raise TableError(f"a class table has {len(self.names)} names but {len(self.mids)} mids")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def numbered(count: int) -> ClassTable:
+    """Return a table of `count` classes without names of their own."""
+    return ClassTable(tuple(f"class {index}" for index in range(count)))
+
+
+@cache
+def audioset() -> ClassTable:
+    """Return AudioSet's 527 classes (Google, CC BY 4.0)."""
+    with resources.as_file(resources.files("ced.sound") / "audioset_classes.tsv") as path:
+        return read_classes(path)
+
+
+def read_classes(path: Path) -> ClassTable:
+    """Read a class table: tab-separated, or comma-separated when named .csv.
+
+    Its columns are `index` (0, 1, 2, ... in order), `name` or `display_name`, and maybe `mid`; lines that begin with
+    "#" are comments.
+
+    Raises:
+        TableError: a column is missing, the indices are not 0, 1, 2, ..., or a name is given twice.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TableError(f"cannot read class table {path}: {error}") from error
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    tabs = Path(path).suffix.lower() != ".csv"
+    rows = list(csv.DictReader(lines, dialect="excel-tab" if tabs else "excel"))
+    columns = list(rows[0]) if rows else []
+    name_column = "name" if "name" in columns else "display_name"
+    for column in ("index", name_column):
+        if column not in columns:
+            raise TableError(f"class table {path} has columns {columns}; it needs index and name")
+    for number, row in enumerate(rows):
+        if row["index"] != str(number):
+            raise TableError(f"class table {path}: row {number + 1} has index {row['index']!r}; expected {number}")
+    mids = tuple(row["mid"] for row in rows) if "mid" in columns else None
+    return ClassTable(tuple(row[name_column] for row in rows), mids)

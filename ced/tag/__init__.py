@@ -1,0 +1,1 @@
+"""Floor 2, right: how a sound is tagged."""
