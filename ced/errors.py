@@ -6,7 +6,7 @@ class CedError(Exception):
 
 
 class AudioError(CedError):
-    """A sound that cannot be read: missing, empty, truncated, of an unknown kind, or with samples that are not numbers."""
+    """A sound that cannot be read: missing, empty, of an unknown kind, or with samples that are not numbers."""
 
 
 class ConfigError(CedError):

@@ -1,0 +1,282 @@
+"""Configurations: a YAML file and `--key value` overrides become one checked object a command.
+
+The keys are those of the published configurations. Everything wrong with a file is reported at once.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ced.errors import ConfigError
+
+Mode = Annotated[
+    Literal["amp", "amp_bf16", "off"],
+    BeforeValidator(lambda value: "off" if value in (None, False) else value),  # YAML reads a bare `off` as false
+]
+Fill = Annotated[
+    Literal["zero", "last_mean", "last_half", "last_random", "527"],
+    BeforeValidator(lambda value: str(value) if value == 527 else value),
+]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of a configuration that knows its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShiftArgs(Section):
+    """Roll the chunk by a random part of its length, half of the time."""
+
+    min_shift: float = Field(-0.5, ge=-1, le=1)
+    max_shift: float = Field(0.5, ge=-1, le=1)
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if self.min_shift > self.max_shift:
+            raise ValueError(f"min_shift {self.min_shift} is above max_shift {self.max_shift}")
+        return self
+
+
+class TimeMaskingArgs(Section):
+    """Blank a random band of frames."""
+
+    time_mask_param: Positive = 192
+
+
+class FrequencyMaskingArgs(Section):
+    """Blank a random band of mel bins."""
+
+    freq_mask_param: Positive = 24
+
+
+def _merge(value: Any) -> Any:
+    """Accept transforms as a mapping or as the published list of one-key mappings; null is none of them."""
+    if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+        return {key: arguments for item in value for key, arguments in item.items()}
+    return {} if value is None else value
+
+
+class WavTransforms(Section):
+    """What a view does to the wave; what is left out is not done."""
+
+    Shift: ShiftArgs | None = None
+
+
+class SpecTransforms(Section):
+    """What a view does to the mel; what is left out is not done."""
+
+    TimeMasking: TimeMaskingArgs | None = None
+    FrequencyMasking: FrequencyMaskingArgs | None = None
+
+
+Wav = Annotated[WavTransforms, BeforeValidator(_merge)]
+Spec = Annotated[SpecTransforms, BeforeValidator(_merge)]
+ALL_WAV = WavTransforms(Shift=ShiftArgs())
+ALL_SPEC = SpecTransforms(TimeMasking=TimeMaskingArgs(), FrequencyMasking=FrequencyMaskingArgs())
+
+
+class OptimizerArgs(Section):
+    """Arguments of the optimiser."""
+
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+
+
+class LossArgs(Section):
+    """Arguments of the loss; both ways of reducing give the same gradient here, the mean over items and classes."""
+
+    reduction: Literal["none", "mean"] = "mean"
+
+
+class StoreConfig(Section):
+    """Keys of `ced store`."""
+
+    train_data: Path = Field(description="table of the audio pack (labels/<stem>.tsv)")
+    outputpath: Path = Field(Path("logits"), description="folder for view stores")
+    model: str | list[str] = Field(
+        description="teacher, or list of teachers: a model name, a checkpoint, or module:callable"
+    )
+    model_args: dict[str, Any] = Field({}, description="pooling, target_length of the teachers")
+    epochs: Positive = Field(40, description="views stored of each chunk")
+    topk: Positive = Field(20, description="scores kept of each view")
+    chunk_length: float = Field(10, gt=0, description="seconds of a chunk")
+    batch_size: Positive = Field(128, description="chunks a forward pass, all processes together")
+    num_workers: int = Field(4, ge=0, description="threads that read audio")
+    mode: Mode = Field("amp", description="precision on a GPU: amp (fp16), amp_bf16 or off (fp32)")
+    wavtransforms: Wav = Field(ALL_WAV, description="Shift: {min_shift, max_shift}")
+    spectransforms: Spec = Field(ALL_SPEC, description="TimeMasking: {time_mask_param}, FrequencyMasking: {...}")
+    seed: int = Field(42, ge=0, description="where the views' seeds come from")
+
+
+class LoopConfig(Section):
+    """Keys that every training command has."""
+
+    train_data: Path = Field(description="table of the audio pack to train on")
+    eval_data: Path | None = Field(None, description="labelled table to validate on; null: none")
+    outputpath: Path = Field(Path("experiments"), description="folder for experiments")
+    model: str = Field(description="the network: a model name or a checkpoint")
+    model_args: dict[str, Any] = Field({}, description="changes to the network: target_length, depth, ...")
+    pretrained: bool | str = Field(
+        True, description="first weights: true (those of the model), false (fresh), or a name or file"
+    )
+    batch_size: Positive = Field(32, description="items a step, all processes together")
+    eval_batch_size: Positive = Field(32, description="clips an evaluation step")
+    epochs: Positive = Field(300, description="epochs to train")
+    epoch_length: Positive | None = Field(None, description="steps an epoch; null: all of the data once")
+    valid_every: Positive = Field(1, description="epochs from one validation to the next")
+    early_stop: Positive | None = Field(10, description="stop after so many validations without gain; null: never")
+    n_saved: Positive = Field(4, description="best checkpoints kept")
+    average: bool = Field(True, description="the result is the mean of the kept checkpoints; false: the best of them")
+    optimizer: Literal["Adam8bit", "Adam", "AdamW"] = Field("Adam8bit", description="8-bit Adam needs CUDA")
+    optimizer_args: OptimizerArgs = Field(OptimizerArgs(), description="lr, weight_decay, betas, eps")
+    warmup_iters: int | None = Field(None, ge=0, description="steps of linear warm-up")
+    warmup_epochs: float | None = Field(None, ge=0, description="the same in epochs; give one of the two")
+    use_scheduler: bool = Field(True, description="cosine decay after the warm-up; false: constant")
+    decay_frac: float = Field(0.1, ge=0, le=1, description="last learning rate as a part of the first")
+    mixup: Annotated[float, Field(gt=0)] | None = Field(None, description="alpha of Beta(alpha, alpha); null: none")
+    mode: Mode = Field("amp", description="precision: amp (fp16, GPU only), amp_bf16 or off (fp32)")
+    num_workers: int = Field(4, ge=0, description="threads that read audio")
+    compile: bool = Field(False, description="compile the network with torch.compile")
+    seed: int = Field(42, ge=0, description="where order, views and mixup come from")
+    logfile: str = Field("train.log", description="name of the log in the experiment folder")
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_iters is not None and self.warmup_epochs is not None:
+            raise ValueError("warmup_iters and warmup_epochs are both given; give one")
+        return self
+
+
+class TrainConfig(LoopConfig):
+    """Keys of `ced train`: distil a student from a view store."""
+
+    logitspath: Path = Field(description="the view store: folder with logits_ep<e>_<rank>.h5")
+    num_classes: Positive = Field(527, description="classes of the store and of the student")
+    label_type: Fill = Field("zero", description="scores outside the top k")
+    max_aug_epochs: Positive | None = Field(None, description="use only so many stored epochs; null: all")
+    disable_consistency: bool = Field(False, description="the student draws its own masks, no shift (an ablation)")
+    loss: Literal["BCEWithLogitsLoss"] = Field("BCEWithLogitsLoss", description="the only loss of CED")
+    loss_args: LossArgs = Field(LossArgs(), description="reduction: none or mean")
+
+
+class FinetuneConfig(LoopConfig):
+    """Keys of `ced finetune`: learn a labelled table."""
+
+    classes: Path | None = Field(None, description="class table (index, name); null: AudioSet's 527")
+    task: Literal["multi", "single"] = Field("multi", description="any number of classes a clip, or exactly one")
+    trainable: Literal["all", "head"] = Field("all", description="what learns: the whole network or its head")
+    chunk_length: float = Field(10, gt=0, description="seconds a training item is cut or padded to")
+    wavtransforms: Wav = Field(ALL_WAV, description="Shift: {min_shift, max_shift}")
+    spectransforms: Spec = Field(ALL_SPEC, description="TimeMasking: {time_mask_param}, FrequencyMasking: {...}")
+
+
+C = TypeVar("C", bound=Section)
+
+
+def load(kind: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
+    """Return the configuration of a YAML file with `--key value` overrides on top.
+
+    Args:
+        kind: the class of the command's configuration.
+        path: the file, or None when the overrides say it all.
+        overrides: words of a command line: `--key value` or `--key=value`; `--key.inner value` reaches into a mapping;
+            values are read as YAML.
+
+    Raises:
+        ConfigError: everything that is wrong, one line each, with the nearest known key.
+    """
+    values = _read(path) if path is not None else {}
+    for key, value in _parse(overrides):
+        _set(values, key, value)
+    return check(kind, values, str(path) if path is not None else "the command line")
+
+
+def check(kind: type[C], values: Mapping[str, Any], source: str) -> C:
+    """Return `values` as a checked configuration; `source` names their origin in errors."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(kind, problem) for problem in error.errors()]
+        raise ConfigError("\n".join([f"{source}: {len(lines)} error(s)", *lines])) from None
+
+
+def dump(config: Section) -> str:
+    """Return a configuration as YAML that `load` reads back."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return text
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read configuration {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"configuration {path} holds {type(values).__name__}; it must be keys and values")
+    return values
+
+
+def _parse(words: Sequence[str]) -> list[tuple[str, Any]]:
+    """Split command-line words into keys and YAML values."""
+    pairs = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not key:
+            raise ConfigError(f"unexpected argument {word!r}; configuration keys are given as --key value")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"--{key} has no value; configuration keys are given as --key value")
+            text = rest.pop(0)
+        try:
+            pairs.append((key, yaml.safe_load(text)))
+        except yaml.YAMLError:
+            pairs.append((key, text))
+    return pairs
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *outer, last = key.split(".")
+    for part in outer:
+        inner = values.get(part)
+        # A copy: what a file shares through YAML anchors must not change in two places.
+        values[part] = dict(inner) if isinstance(inner, dict) else {}
+        values = values[part]
+    values[last] = value
+
+
+def _explain(kind: type[Section], problem: Any) -> str:
+    """Say in one line what is wrong at one place of a configuration."""
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *outer, key = problem["loc"]
+        known = list(_section_at(kind, outer).model_fields)
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+        return f"  {place}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
+    if problem["type"] == "missing":
+        return f"  {place}: required, but not given"
+    message = problem["msg"].removeprefix("Value error, ")
+    came = f", got {problem['input']!r}" if problem["loc"] else ""
+    return f"  {place + ': ' if place else ''}{message[0].lower()}{message[1:]}{came}"
+
+
+def _section_at(kind: type[Section], place: Sequence[int | str]) -> type[Section]:
+    """Return the section that a place of a configuration belongs to."""
+    for part in place:
+        annotation = kind.model_fields[str(part)].annotation
+        inner = [
+            one for one in (annotation, *get_args(annotation)) if isinstance(one, type) and issubclass(one, Section)
+        ]
+        kind = inner[0]
+    return kind
