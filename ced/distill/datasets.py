@@ -1,0 +1,177 @@
+"""Chunks of packed clips under views, read a batch at a time: what teacher, student and evaluation are fed with.
+
+One data set serves all walks. The teacher cuts clips into chunks and draws new seeds, the student takes both from the
+store, and evaluation takes whole clips without a view.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ced.distill.views import NO_VIEW, View, ViewRecipe, draw, mask_uniforms, shift_into
+from ced.distill.wavpack import WavPack
+from ced.errors import PackError
+from ced.sound.audio import SAMPLE_RATE
+
+INT16_SCALE = 1 / 32768
+
+
+@dataclass(frozen=True, eq=False)
+class Chunks:
+    """Pieces of clips: rows of a pack, first sample, and sample behind the last; (n,) each."""
+
+    clips: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    stops: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+
+def cut(pack: WavPack, chunk_length: float) -> Chunks:
+    """Cut the clips of a pack into chunks of `chunk_length` seconds; a rest shorter than half of that is dropped."""
+    samples = round(chunk_length * SAMPLE_RATE)
+    clips, starts, stops = [], [], []
+    for clip in range(len(pack)):
+        total = pack.samples(clip)
+        for start in range(0, total, samples):
+            stop = min(start + samples, total)
+            if 2 * (stop - start) >= samples:
+                clips.append(clip)
+                starts.append(start)
+                stops.append(stop)
+    return Chunks(np.array(clips, np.int64), np.array(starts, np.int64), np.array(stops, np.int64))
+
+
+def whole(pack: WavPack, clips: Sequence[int]) -> Chunks:
+    """Return whole clips as chunks."""
+    stops = np.array([pack.samples(clip) for clip in clips], np.int64)
+    return Chunks(np.array(clips, np.int64), np.zeros_like(stops), stops)
+
+
+def crop(pack: WavPack, samples: int, rng: np.random.Generator) -> Chunks:
+    """Return one random crop of at most `samples` samples of every clip."""
+    totals = np.array([pack.samples(clip) for clip in range(len(pack))], np.int64)
+    room = np.maximum(totals - samples, 0)
+    starts = rng.integers(0, room, endpoint=True)
+    return Chunks(np.arange(len(pack)), starts, np.minimum(starts + samples, totals))
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some chunks, ready for the device."""
+
+    items: NDArray[np.int64]  # (b,) which chunks they are
+    waves: Tensor  # (b, t) int16 or float32, shifted, padded with zeros
+    uniforms: Tensor  # (b, 2) float32, for `views.mask`
+
+    def to_device(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the waves as float32 in [-1, 1] and the uniforms, both on `device`."""
+        waves = self.waves.to(device, non_blocking=True)
+        scaled = waves.float().mul_(INT16_SCALE) if waves.dtype == torch.int16 else waves
+        return scaled, self.uniforms.to(device, non_blocking=True)
+
+
+class ViewDataset(Dataset[Batch]):
+    """Chunks under the views of given seeds; a batch is read at once (`__getitems__`), an item is a batch of one."""
+
+    def __init__(
+        self,
+        pack: WavPack,
+        chunks: Chunks,
+        recipe: ViewRecipe = NO_VIEW,
+        seeds: NDArray[np.int32] | None = None,
+        samples: int | None = None,
+    ) -> None:
+        """Join chunks with their seeds.
+
+        Args:
+            pack: where the chunks are.
+            chunks: n pieces of its clips.
+            recipe: what a view does.
+            seeds: (n,), one a view; needed unless the recipe is empty.
+            samples: length of every item, shorter chunks are padded with zeros; None: the longest of the batch.
+        """
+        if seeds is None and recipe != NO_VIEW:
+            raise ValueError("views need a seed for each chunk")
+        self.pack, self.chunks, self.recipe, self.seeds, self.samples = pack, chunks, recipe, seeds, samples
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, item: int) -> Batch:
+        return self.__getitems__([item])
+
+    def __getitems__(self, items: Sequence[int]) -> Batch:
+        """Read the chunks `items`, each rolled by the shift of its view."""
+        generator = torch.Generator()
+        waves = [self._read(item) for item in items]
+        views = [self._view(item, len(wave), generator) for item, wave in zip(items, waves, strict=True)]
+        if len({wave.dtype for wave in waves}) > 1:
+            waves = [wave * np.float32(INT16_SCALE) if wave.dtype == np.int16 else wave for wave in waves]
+        samples = self.samples or max(map(len, waves))
+        out = np.zeros((len(waves), samples), waves[0].dtype)
+        for row, wave, view in zip(out, waves, views, strict=True):
+            shift_into(row, wave, view.shift)
+        return Batch(np.asarray(items, np.int64), torch.from_numpy(out), mask_uniforms(views))
+
+    def _read(self, item: int) -> NDArray[np.int16] | NDArray[np.float32]:
+        clip, start, stop = (int(column[item]) for column in (self.chunks.clips, self.chunks.starts, self.chunks.stops))
+        wave = self.pack.read(clip, start, stop)
+        if len(wave) != stop - start:
+            raise PackError(
+                f"clip {self.pack.names[clip]} has {start + len(wave)} samples in the pack, but {stop} are wanted; "
+                "was it packed again after its views were stored?"
+            )
+        return wave
+
+    def _view(self, item: int, samples: int, generator: torch.Generator) -> View:
+        if self.seeds is None:
+            return View(0, 0.0, 0.0)
+        return draw(self.recipe, int(self.seeds[item]), samples, generator)
+
+
+def in_order(count: int, batch_size: int) -> Iterator[range]:
+    """Yield 0 ... count - 1 in batches; the last may be shorter."""
+    for start in range(0, count, batch_size):
+        yield range(start, min(start + batch_size, count))
+
+
+def shuffled(count: int, batch_size: int, seed: Sequence[int]) -> Iterator[NDArray[np.int64]]:
+    """Yield batches for ever: 0 ... count - 1 in a random order, then in another; a rest opens the next round."""
+    rng = np.random.default_rng(seed)
+    pool = np.empty(0, np.int64)
+    while True:
+        while len(pool) < batch_size:
+            pool = np.concatenate([pool, rng.permutation(count)])
+        yield pool[:batch_size]
+        pool = pool[batch_size:]
+
+
+def prefetch(dataset: ViewDataset, batches: Iterable[Sequence[int]], workers: int) -> Iterator[Batch]:
+    """Yield the batches in their order, read ahead by `workers` threads (0: in this one).
+
+    Threads and not processes: reading is copying, which frees the interpreter, and no batch is sent anywhere.
+    """
+    if workers == 0:
+        yield from map(dataset.__getitems__, batches)
+        return
+    waiting: deque[Future[Batch]] = deque()
+    rest = iter(batches)
+    with ThreadPoolExecutor(workers, thread_name_prefix="reader") as pool:
+        try:
+            waiting.extend(pool.submit(dataset.__getitems__, batch) for batch in islice(rest, 2 * workers))
+            while waiting:
+                ready = waiting.popleft().result()
+                waiting.extend(pool.submit(dataset.__getitems__, batch) for batch in islice(rest, 1))
+                yield ready
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
