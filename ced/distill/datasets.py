@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ced.distill.views import NO_VIEW, View, ViewRecipe, draw, mask_uniforms, shift_into
+from ced.distill.viewstore import Rows
 from ced.distill.wavpack import WavPack
 from ced.errors import PackError
 from ced.sound.audio import SAMPLE_RATE
@@ -49,6 +50,33 @@ def cut(pack: WavPack, chunk_length: float) -> Chunks:
                 starts.append(start)
                 stops.append(stop)
     return Chunks(np.array(clips, np.int64), np.array(starts, np.int64), np.array(stops, np.int64))
+
+
+def stored(pack: WavPack, rows: Rows, chunk_length: float) -> Chunks:
+    """Return the chunks that the rows of a store speak of.
+
+    A store holds seconds in float32, too coarse in a long clip to tell samples apart, and one sample more or less is
+    another shift. So places are counted in chunks, as `cut` made them.
+
+    Raises:
+        PackError: a clip is missing from the pack, or does not have the length it had when its views were stored.
+    """
+    samples = round(chunk_length * SAMPLE_RATE)
+    row_of = {name: pack.find(name) for name in dict.fromkeys(rows.filenames)}
+    clips = np.array([row_of[name] for name in rows.filenames], np.int64)
+    totals = {clip: pack.samples(clip) for clip in row_of.values()}
+    starts = np.rint(rows.starts / chunk_length).astype(np.int64) * samples
+    stops = np.minimum(starts + samples, [totals[clip] for clip in clips.tolist()])
+    for stored_seconds, found in ((rows.starts, starts), (rows.ends, stops)):
+        seconds = found / SAMPLE_RATE
+        off = np.abs(stored_seconds - seconds) > 1e-4 + 1e-6 * seconds
+        if off.any():
+            item = int(off.argmax())
+            raise PackError(
+                f"clip {rows.filenames[item]}: the store says {stored_seconds[item]:.4f} s where the pack has "
+                f"{seconds[item]:.4f} s; was it packed again after its views were stored?"
+            )
+    return Chunks(clips, starts, stops)
 
 
 def whole(pack: WavPack, clips: Sequence[int]) -> Chunks:
@@ -125,13 +153,7 @@ class ViewDataset(Dataset[Batch]):
 
     def _read(self, item: int) -> NDArray[np.int16] | NDArray[np.float32]:
         clip, start, stop = (int(column[item]) for column in (self.chunks.clips, self.chunks.starts, self.chunks.stops))
-        wave = self.pack.read(clip, start, stop)
-        if len(wave) != stop - start:
-            raise PackError(
-                f"clip {self.pack.names[clip]} has {start + len(wave)} samples in the pack, but {stop} are wanted; "
-                "was it packed again after its views were stored?"
-            )
-        return wave
+        return self.pack.read(clip, start, stop)
 
     def _view(self, item: int, samples: int, generator: torch.Generator) -> View:
         if self.seeds is None:

@@ -1,0 +1,149 @@
+from pathlib import Path
+
+import pytest
+
+from ced.config import FinetuneConfig, Section, StoreConfig, TrainConfig, check, dump, load
+from ced.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+MINIMAL = ["--train_data", "a.tsv", "--model", "ced_tiny"]
+
+
+def errors_of(kind: type[Section], words: list[str]) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(kind, None, words)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("size", ["tiny", "mini", "small", "base"])
+def test_published_training_configs_load_with_the_published_values(size: str) -> None:
+    rate = 1e-3 if size in ("tiny", "mini") else 3e-4
+    balanced = load(TrainConfig, ROOT / f"trainconfig/balanced_mixup_{size}_T_ensemble5014_chunk10.yaml")
+    full = load(TrainConfig, ROOT / f"trainconfig/full_audiotransformer_{size}_T_Ensemble5014_chunk10.yaml")
+    for config in (balanced, full):
+        assert config.model == f"audiotransformer_{size}"
+        assert config.optimizer_args.lr == rate
+        assert (config.early_stop, config.n_saved, config.epochs, config.mode) == (10, 4, 300, "amp")
+    assert (balanced.batch_size, balanced.warmup_iters, balanced.epoch_length, balanced.valid_every) == (
+        32,
+        5000,
+        None,
+        5,
+    )
+    assert (full.batch_size, full.warmup_iters, full.epoch_length, full.valid_every) == (128, 62500, 6250, 3)
+    assert (balanced.mixup, full.mixup) == (0.5, None)
+    assert balanced.logitspath == Path("logits/ensemble5014/balanced/chunk_10")
+    assert full.train_data == Path("data/full.tsv")
+
+
+@pytest.mark.parametrize("kind", ["balanced", "full"])
+def test_published_logit_configs_load_with_the_published_values(kind: str) -> None:
+    config = load(StoreConfig, ROOT / f"logitconfig/{kind}_base_chunk10s_topk20.yaml")
+    assert (config.model, config.epochs, config.topk, config.batch_size) == ("audiotransformer_base_4740", 40, 20, 128)
+    assert config.wavtransforms.Shift is not None
+    assert (config.wavtransforms.Shift.min_shift, config.wavtransforms.Shift.max_shift) == (-0.5, 0.5)
+    assert config.spectransforms.TimeMasking is not None
+    assert config.spectransforms.TimeMasking.time_mask_param == 192
+    assert config.spectransforms.FrequencyMasking is not None
+    assert config.spectransforms.FrequencyMasking.freq_mask_param == 24
+
+
+def test_every_shipped_config_is_one_of_the_ten() -> None:
+    assert len(list((ROOT / "trainconfig").iterdir())) == 8
+    assert len(list((ROOT / "logitconfig").iterdir())) == 2
+
+
+def test_overrides_win_reach_into_mappings_and_read_yaml() -> None:
+    words = [*MINIMAL, "--optimizer_args.lr", "1e-4", "--mixup=0.3", "--eval_data", "null", "--model_args.depth", "2"]
+    config = load(TrainConfig, None, [*words, "--logitspath", "s", "--mode", "off", "--label_type", "527"])
+    assert config.optimizer_args.lr == 1e-4
+    assert config.mixup == 0.3
+    assert config.eval_data is None
+    assert config.model_args == {"depth": 2}
+    assert config.mode == "off"
+    assert config.label_type == "527"
+
+
+def test_an_override_beside_a_file_keeps_the_rest_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("train_data: a.tsv\nmodel: ced_tiny\nlogitspath: s\nmodel_args: {depth: 3, pooling: logit}\n")
+    config = load(TrainConfig, path, ["--model_args.depth", "2"])
+    assert config.model_args == {"depth": 2, "pooling": "logit"}
+
+
+@pytest.mark.parametrize("kind", [StoreConfig, TrainConfig, FinetuneConfig])
+def test_dump_reads_back_equal(kind: type[Section], tmp_path: Path) -> None:
+    words = [*MINIMAL, "--batch_size", "7"]
+    words += ["--logitspath", "s"] if kind is TrainConfig else ["--spectransforms", "null"]
+    config = load(kind, None, words)
+    path = tmp_path / "c.yaml"
+    path.write_text(dump(config))
+    assert load(kind, path) == config
+
+
+def test_transforms_may_be_a_list_or_a_mapping() -> None:
+    as_list = load(StoreConfig, None, [*MINIMAL, "--spectransforms", "[{TimeMasking: {time_mask_param: 9}}]"])
+    as_mapping = load(StoreConfig, None, [*MINIMAL, "--spectransforms", "{TimeMasking: {time_mask_param: 9}}"])
+    assert as_list == as_mapping
+    assert as_list.spectransforms.FrequencyMasking is None
+
+
+def test_every_error_is_reported_at_once_with_the_nearest_key() -> None:
+    words = ["--train_dat", "a", "--epochs", "0", "--optimizer_args.lrr", "1", "--mode", "ampp", "--mixup", "-1"]
+    lines = errors_of(TrainConfig, words)
+    text = "\n".join(lines)
+    assert lines[0] == "the command line: 8 error(s)"
+    assert "train_dat: unknown key; did you mean train_data?" in text
+    assert "optimizer_args.lrr: unknown key; did you mean lr?" in text
+    assert "epochs: input should be greater than or equal to 1, got 0" in text
+    assert "mode: input should be 'amp', 'amp_bf16' or 'off', got 'ampp'" in text
+    assert "logitspath: required, but not given" in text
+    assert "mixup: input should be greater than 0, got -1" in text
+
+
+def test_unknown_keys_inside_transforms_name_the_nearest() -> None:
+    lines = errors_of(StoreConfig, [*MINIMAL, "--wavtransforms", "{Shift: {mi_shift: 3}}"])
+    assert lines[1:] == ["  wavtransforms.Shift.mi_shift: unknown key; did you mean min_shift?"]
+    lines = errors_of(StoreConfig, [*MINIMAL, "--spectransforms", "{TimeMasing: {}}"])
+    assert lines[1:] == ["  spectransforms.TimeMasing: unknown key; did you mean TimeMasking?"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--loss", "MSELoss"], "loss: input should be 'BCEWithLogitsLoss', got 'MSELoss'"),
+        (["--warmup_iters", "1", "--warmup_epochs", "2"], "warmup_iters and warmup_epochs are both given; give one"),
+        (["--optimizer_args.lr", "fast"], "optimizer_args.lr: input should be a valid number"),
+        (["--chunk_length", "3"], "chunk_length: unknown key"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(words: list[str], message: str) -> None:
+    assert message in errors_of(TrainConfig, [*MINIMAL, "--logitspath", "s", *words])[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["train_data", "a"], "unexpected argument 'train_data'"), (["--train_data"], "--train_data has no value")],
+)
+def test_words_that_are_no_overrides_are_refused(words: list[str], message: str) -> None:
+    assert message in errors_of(TrainConfig, words)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("- 1\n", "holds list"), ("a: [", "is not YAML"), ("", "holds NoneType")]
+)
+def test_files_that_hold_no_configuration_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(TrainConfig, path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shift_that_falls_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"min_shift 0\.5 is above max_shift -0\.5"):
+        check(
+            StoreConfig,
+            {"train_data": "a", "model": "b", "wavtransforms": {"Shift": {"min_shift": 0.5, "max_shift": -0.5}}},
+            "here",
+        )
