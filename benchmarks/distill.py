@@ -1,0 +1,268 @@
+"""Measure the training side against plain versions of the same work, side by side in one run.
+
+Run as `python benchmarks/distill.py` (about ten minutes on two cores; `--only NAME ...` for a part). Each pair
+alternates; figures are medians, and the ratio is what carries to another machine. The sounds are generated, the
+weights random.
+"""
+
+import argparse
+import multiprocessing
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import soundfile
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
+
+from ced.config import StoreConfig, check
+from ced.distill import datasets, targets, teacher, views, wavpack
+from ced.distill.viewstore import ViewStore, part_path
+from ced.model import checkpoints, zoo
+from ced.model.vit import CED
+from ced.sound.audio import SAMPLE_RATE
+
+SECONDS = 10
+CLASSES = 527
+RECIPE = views.ViewRecipe()
+Measurement = tuple[str, str, float, float]  # what, unit, plain, ours
+
+
+def alternate(rounds: int, *sides: Callable[[], float]) -> list[float]:
+    """Run the sides in turn, after one round to warm up, and return the median of what each returns."""
+    runs = [[side() for side in sides] for _ in range(rounds + 1)][1:]
+    return [statistics.median(values) for values in zip(*runs, strict=True)]
+
+
+def rate(count: int, work: Callable[[], object]) -> float:
+    """Return how many of `count` things a second `work` does."""
+    begin = time.perf_counter()
+    work()
+    return count / (time.perf_counter() - begin)
+
+
+def make_sounds(folder: Path, clips: int) -> Path:
+    """Write 16-bit WAV files of noise under a slow tremolo, and their list."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    time_axis = np.arange(SECONDS * SAMPLE_RATE) / SAMPLE_RATE
+    for clip in range(clips):
+        wave = rng.normal(0, 0.1, len(time_axis)) * (1 + np.sin(2 * np.pi * rng.uniform(0.5, 4) * time_axis))
+        soundfile.write(folder / f"clip{clip:05d}.wav", wave.clip(-1, 1), SAMPLE_RATE, subtype="PCM_16")
+    table = folder / "clips.tsv"
+    table.write_text("filename\n" + "".join(f"{path}\n" for path in sorted(folder.glob("*.wav"))))
+    return table
+
+
+class PlainDataset(Dataset[tuple[Tensor, Tensor, float, float]]):
+    """The plain way to a training item: HDF5 for wave and target, the global generator for the view."""
+
+    def __init__(self, pack: Path, store: Path, names: list[str]) -> None:
+        self.pack, self.store, self.names = pack, store, names
+        self.files: tuple[h5py.File, h5py.File] | None = None  # opened in the worker that reads
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor, float, float]:
+        if self.files is None:
+            self.files = h5py.File(self.pack, "r"), h5py.File(self.store, "r")
+        pack, store = self.files
+        wave = torch.as_tensor(pack[self.names[item]][0 : SECONDS * SAMPLE_RATE] / 32768.0, dtype=torch.float32)
+        values = torch.as_tensor(store["topk_values"][item]).float()
+        indexes = torch.as_tensor(store["topk_indexes"][item]).long()
+        torch.manual_seed(int(store["seeds"][item]))
+        if torch.distributions.Bernoulli(0.5).sample((1,)):
+            reach = len(wave) // 2
+            wave = wave.roll(int(torch.randint(-reach, reach + 1, (1,), dtype=torch.int32)))
+        u1, u2 = float(torch.rand(1)), float(torch.rand(1))
+        return wave, torch.zeros(CLASSES).scatter(0, indexes, values), u1, u2
+
+
+def our_items(dataset: datasets.ViewDataset, store: ViewStore, workers: int, size: int) -> Iterator[tuple[Any, Tensor]]:
+    """Yield batches as the student gets them: waves, uniforms, and targets spread over the classes."""
+    rows = store.rows(1)
+    for batch in datasets.prefetch(dataset, datasets.in_order(len(dataset), size), workers):
+        values = torch.from_numpy(rows.values[batch.items])
+        indexes = torch.from_numpy(rows.indexes[batch.items])
+        yield batch, targets.spread(values, indexes, CLASSES, "zero")
+
+
+def exhaust(items: Any) -> None:
+    for _ in items:
+        pass
+
+
+def measure_items(pack_table: Path, store_folder: Path, rounds: int) -> Iterator[Measurement]:
+    pack, store = wavpack.WavPack(pack_table), ViewStore(store_folder)
+    rows = store.rows(1)
+    chunks = datasets.stored(pack, rows, SECONDS)
+    ours = datasets.ViewDataset(pack, chunks, store.meta.recipe, rows.seeds, SECONDS * SAMPLE_RATE)
+    h5 = next(pack_table.parent.parent.glob("hdf5/*.h5"))
+    plain = PlainDataset(h5, part_path(store_folder, 1, 0), list(rows.filenames))
+    count = len(plain)
+
+    def plain_items() -> float:
+        return rate(count, lambda: exhaust(plain[item] for item in range(count)))
+
+    def plain_loader() -> float:
+        loader = DataLoader(plain, batch_size=32, num_workers=2, multiprocessing_context="fork")
+        return rate(count, lambda: exhaust(loader))
+
+    def side(workers: int, size: int) -> Callable[[], float]:
+        repeats = 5  # one pass is over too soon to be timed
+
+        def work() -> None:
+            for _ in range(repeats):
+                exhaust(our_items(ours, store, workers, size))
+
+        return lambda: rate(repeats * count, work)
+
+    yield "training item, one thread", "items/s", *alternate(rounds, plain_items, side(0, 32))  # type: ignore[misc]
+    yield "training loader, 2 workers", "items/s", *alternate(rounds, plain_loader, side(2, 32))  # type: ignore[misc]
+
+
+def read_wave(path: str) -> NDArray[np.int16]:
+    wave: NDArray[np.int16] = soundfile.read(path, dtype="int16")[0]
+    return wave
+
+
+def plain_pack(paths: list[str], out: Path) -> None:
+    """Pack the plain way: a pool of processes sends arrays back, one dataset after the other is made."""
+    with multiprocessing.get_context("fork").Pool(2) as pool, h5py.File(out, "w") as file:
+        for path, wave in zip(paths, pool.imap(read_wave, paths), strict=True):
+            file.create_dataset(Path(path).name, data=wave)
+
+
+def measure_packing(sounds: Path, folder: Path, rounds: int) -> Iterator[Measurement]:
+    paths = sounds.read_text().split()[1:]
+    runs = iter(range(1000))
+
+    def plain() -> float:
+        return rate(len(paths), lambda: plain_pack(paths, folder / f"plain{next(runs)}.h5"))
+
+    def ours() -> float:
+        return rate(len(paths), lambda: wavpack.pack(sounds, folder / f"ours{next(runs)}", workers=2))
+
+    yield "packing 16 kHz WAV files", "clips/s", *alternate(rounds, plain, ours)  # type: ignore[misc]
+
+
+def measure_store(pack_table: Path, checkpoint: Path, folder: Path, rounds: int) -> Iterator[Measurement]:
+    """Compare the whole store walk with the teacher's bare forward pass over as many chunks."""
+    network = zoo.load_model(checkpoint)
+    count, size = len(wavpack.WavPack(pack_table)), 32
+    waves = torch.randn(size, SECONDS * SAMPLE_RATE) * 0.1
+    with torch.inference_mode():
+        mel = network.front_end(waves)
+    runs = iter(range(1000))
+
+    def forward() -> float:
+        with torch.inference_mode():
+            batches = [mel[: min(size, count - start)] for start in range(0, count, size)]
+            return rate(count, lambda: [network.forward_mel(batch) for batch in batches])
+
+    def walk() -> float:
+        values = {"train_data": pack_table, "model": str(checkpoint), "epochs": 1, "batch_size": size, "mode": "off"}
+        config = check(StoreConfig, {**values, "outputpath": folder / str(next(runs))}, "the benchmark")
+        return rate(count, lambda: teacher.store(config))
+
+    yield "storing views (plain: bare forward pass)", "views/s", *alternate(rounds, forward, walk)  # type: ignore[misc]
+
+
+def training_step(network: CED, precision: str, backend: SDPBackend | None, compiled: bool) -> Callable[[], float]:
+    """Return a timed training step on a batch of 32 clips of 10 s, from waves to new weights."""
+    network.train()
+    forward = torch.compile(network.forward_mel) if compiled else network.forward_mel
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+    waves = (torch.randn(32, SECONDS * SAMPLE_RATE) * 3000).to(torch.int16)
+    uniforms, wanted = torch.rand(32, 2), torch.rand(32, CLASSES).pow(20)
+    batch = datasets.Batch(np.arange(32), waves, uniforms)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+    def step() -> None:
+        floats, places = batch.to_device(torch.device("cpu"))
+        with torch.no_grad():
+            mel = views.mask(network.front_end(floats), places, RECIPE)
+        with autocast, sdpa_kernel(backend) if backend else nullcontext():
+            logits = forward(mel)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), wanted)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return lambda: rate(32, step)
+
+
+def measure_steps(rounds: int) -> Iterator[Measurement]:
+    def network() -> CED:
+        return zoo.create("ced_tiny", model_args={"pooling": "logit"}, pretrained=False)
+
+    kinds = {
+        "eager attention, fp32": training_step(network(), "fp32", SDPBackend.MATH, False),
+        "SDPA, fp32": training_step(network(), "fp32", None, False),
+        "SDPA, bf16": training_step(network(), "bf16", None, False),
+        "SDPA, compiled, fp32": training_step(network(), "fp32", None, True),
+        "SDPA, compiled, bf16": training_step(network(), "bf16", None, True),
+    }
+    first, *rest = alternate(rounds, *kinds.values())
+    for name, value in zip(list(kinds)[1:], rest, strict=True):
+        yield f"training step: {name} (plain: eager attention, fp32)", "clips/s", first, value
+
+
+def main() -> None:
+    """Measure what was asked for and print a table in Markdown."""
+    parts = ("items", "packing", "store", "steps")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--clips", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sounds = make_sounds(folder / "sounds", arguments.clips)
+        pack_table = wavpack.pack(sounds, folder / "pack", workers=2).index
+        checkpoint = folder / "teacher.safetensors"
+        checkpoints.save(checkpoint, zoo.create("ced_tiny", model_args={}, pretrained=False))
+        print(
+            f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__},"
+        )
+        print(f"{arguments.clips} clips of {SECONDS} s, medians of {arguments.rounds} rounds\n")
+        print("| work | unit | plain | ours | ratio |\n|---|---|---|---|---|")
+        for part in arguments.only:
+            if part == "items":
+                short = teacher.store(
+                    check(
+                        StoreConfig,
+                        {
+                            "train_data": pack_table,
+                            "model": str(checkpoint),
+                            "epochs": 1,
+                            "mode": "off",
+                            "outputpath": folder / "store",
+                        },
+                        "the benchmark",
+                    )
+                )
+                measured = measure_items(pack_table, short, arguments.rounds)
+            elif part == "packing":
+                measured = measure_packing(sounds, folder, arguments.rounds)
+            elif part == "store":
+                measured = measure_store(pack_table, checkpoint, folder / "walks", max(arguments.rounds // 2, 1))
+            else:
+                measured = measure_steps(arguments.rounds)
+            for what, unit, plain, ours in measured:
+                print(f"| {what} | {unit} | {plain:,.0f} | {ours:,.0f} | {ours / plain:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
