@@ -1,0 +1,189 @@
+"""What a source of sound holds, block by block and as it is stored: files of any kind, bytes, streams, arrays."""
+
+import io
+import logging
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, BinaryIO
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from ced.errors import AudioError
+
+logger = logging.getLogger(__name__)
+
+AUDIO_SUFFIXES = frozenset(
+    {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64"}
+)
+_KINDS = "WAV, FLAC, OGG, Opus, MP3, AIFF, AU, CAF, W64"
+_MAX_CHANNELS = 1024  # as libsndfile; more of them are an array with its axes swapped
+_LEAST_READ = 1 << 16  # frames, for files that announce nothing
+_FLAC_STEP = 4096  # frames; a fault loses the read it happens in, and a cut FLAC file is a fault
+
+Source = str | os.PathLike[str] | bytes | BinaryIO | tuple[NDArray[Any], int]
+
+
+def name_of(source: Source) -> str:
+    """Return what a source is called in messages and results: its path, or what kind of thing it is."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    if isinstance(source, bytes | tuple):
+        return "<bytes>" if isinstance(source, bytes) else "<array>"
+    name = getattr(source, "name", None)
+    return name if isinstance(name, str) else "<file>"
+
+
+@dataclass(frozen=True, eq=False)
+class Sound:
+    """A source while it is open, as it is stored."""
+
+    name: str
+    rate: int
+    channels: int
+    blocks: Iterator[NDArray[Any]]  # (t, channels), int16 or float32, finite; one at least and none empty
+
+
+class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile ships no types
+    """A sound file read from front to back: soundfile seeks after every read, which MP3 decoding does not survive."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+@contextmanager
+def opened(source: Source, block_seconds: float) -> Iterator[Sound]:
+    """Open a source whose blocks are up to `block_seconds` long; whatever is wrong with it comes as AudioError."""
+    name = name_of(source)
+    if isinstance(source, tuple):
+        samples, rate = _checked_array(source)
+        blocks = _array_blocks(samples, max(1, round(block_seconds * rate)))
+        yield Sound(name, rate, samples.shape[1], _checked_blocks(blocks, name, rate))
+        return
+    try:
+        file = _ForwardFile(_readable(source, name))
+    except soundfile.LibsndfileError as error:
+        if isinstance(source, str | os.PathLike) and not os.access(source, os.R_OK):
+            raise AudioError(f"cannot read {name}: no permission") from error
+        reason = error.error_string.strip().rstrip(".")
+        raise AudioError(f"cannot decode {name}: {reason}; readable are whole files of {_KINDS}") from error
+    except TypeError as error:  # soundfile wants to be told what headerless files (.raw) hold
+        raise AudioError(f"cannot decode {name}: it has no header; readable are {_KINDS}") from error
+    with file:
+        rate = file.samplerate
+        blocks = _file_blocks(file, name, max(1, round(block_seconds * rate)))
+        yield Sound(name, rate, file.channels, _checked_blocks(blocks, name, rate))
+
+
+def _readable(source: str | os.PathLike[str] | bytes | BinaryIO, name: str) -> str | BinaryIO:
+    """Return what soundfile can open, after the checks whose faults it would not explain."""
+    if isinstance(source, str | os.PathLike):
+        path = os.fspath(source)
+        try:
+            status = os.stat(path)
+            if stat.S_ISDIR(status.st_mode):
+                raise AudioError(f"{name} is a folder; a sound file is expected")
+            if stat.S_ISREG(status.st_mode):
+                if not status.st_size:
+                    raise AudioError(f"{name} is empty (0 bytes)")
+                return path
+            with open(path, "rb") as pipe:
+                source = pipe.read()
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise AudioError(f"cannot read {name}: {reason}") from error
+    elif not isinstance(source, bytes):
+        if source.seekable():
+            return source
+        source = source.read()
+    if not source:
+        raise AudioError(f"{name} is empty (0 bytes)")
+    return io.BytesIO(source)
+
+
+def _file_blocks(file: soundfile.SoundFile, name: str, frames: int) -> Iterator[NDArray[Any]]:
+    """Yield blocks of `frames` frames, the last shorter, as far as the file can be decoded."""
+    dtype = "int16" if file.subtype == "PCM_16" else "float32"
+    announced = file.frames
+    # One more than announced, so that one read meets the end; no more than that, as a read allocates all it asks for.
+    frames = min(frames, max(announced, _LEAST_READ) + 1)
+    step = _FLAC_STEP if file.format == "FLAC" else frames
+    done, ended, fault = 0, False, None
+    while not ended:
+        parts: list[NDArray[Any]] = []
+        room = frames
+        while room and not ended:
+            try:
+                part = file.read(min(step, room), dtype, always_2d=True)
+            except soundfile.LibsndfileError as error:
+                fault, ended = error, True
+                break
+            ended = len(part) < min(step, room)
+            parts.append(part)
+            room -= len(part)
+        if room < frames:
+            done += frames - room
+            yield join(parts)
+    if fault is not None and not done:
+        raise AudioError(f"cannot decode {name}: {fault.error_string.strip()}") from fault
+    if fault is not None or done < announced:
+        seconds = done / file.samplerate, announced / file.samplerate
+        logger.warning("%s breaks off after %.2f s of %.2f s; what is there is used", name, *seconds)
+
+
+def _checked_array(source: tuple[NDArray[Any], int]) -> tuple[NDArray[Any], int]:
+    """Return (samples (t, channels), rate) of an array source."""
+    expected = "expected (samples, rate) with samples (t,) or (t, channels) and rate in hertz"
+    if len(source) != 2 or not isinstance(source[1], Integral) or source[1] < 1:
+        kinds = ", ".join(type(part).__name__ for part in source)
+        raise AudioError(f"<array> is a tuple of ({kinds}); {expected}, a positive whole number")
+    samples = np.asarray(source[0])
+    if samples.ndim == 1:
+        samples = samples[:, None]
+    if samples.ndim != 2 or samples.shape[1] > _MAX_CHANNELS:
+        raise AudioError(f"<array> has samples of shape {np.shape(source[0])}; {expected}")
+    if samples.dtype.kind not in "iuf":
+        raise AudioError(f"<array> has samples of type {samples.dtype}; expected integers or floats")
+    if not samples.shape[1]:
+        raise AudioError(f"<array> has samples of shape {samples.shape}, without a channel; {expected}")
+    return samples, int(source[1])
+
+
+def _array_blocks(samples: NDArray[Any], frames: int) -> Iterator[NDArray[Any]]:
+    for start in range(0, len(samples), frames):
+        block = samples[start : start + frames]
+        yield block if block.dtype == np.int16 else to_float(block)
+
+
+def _checked_blocks(blocks: Iterator[NDArray[Any]], name: str, rate: int) -> Iterator[NDArray[Any]]:
+    """Pass blocks on, unless there is none or a sample is not a number."""
+    done = 0
+    for block in blocks:
+        if block.dtype == np.float32 and not np.isfinite(block).all():
+            place = done + int(np.isfinite(block).all(axis=1).argmin())
+            raise AudioError(f"{name} has samples that are not finite numbers, the first at {place / rate:.3f} s")
+        done += len(block)
+        yield block
+    if not done:
+        raise AudioError(f"{name} holds no samples")
+
+
+def to_float(samples: NDArray[Any]) -> NDArray[np.float32]:
+    """Scale integers to [-1, 1) by their full scale, unsigned ones around their middle; keep floats."""
+    if samples.dtype.kind == "f":
+        return samples.astype(np.float32, copy=False)
+    scale = 2.0 ** (8 * samples.dtype.itemsize - 1)
+    if samples.dtype == np.int16:  # exact in float32, and the common case
+        return samples.astype(np.float32) * np.float32(1 / scale)
+    centred = samples.astype(np.float64) - (scale if samples.dtype.kind == "u" else 0.0)
+    return (centred / scale).astype(np.float32)
+
+
+def join(blocks: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Put blocks end to end, without a copy if there is only one."""
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
