@@ -31,3 +31,7 @@ class PackError(CedError):
 
 class StoreError(CedError):
     """A view store that is incomplete, of another format version, or written under other settings."""
+
+
+class TrainingError(CedError):
+    """Training whose numbers are no longer finite, or an experiment that cannot be continued."""
