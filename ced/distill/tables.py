@@ -1,0 +1,220 @@
+"""Tables of clips: reading and writing them, the labels in them, and AudioSet's segment lists as such tables."""
+
+import csv
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ced.errors import TableError
+from ced.sound.audio import AUDIO_SUFFIXES
+from ced.sound.labels import ClassTable
+
+LABEL_SEPARATOR = ";"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a header, as columns of text."""
+
+    columns: dict[str, list[str]]
+    path: Path
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+    def column(self, name: str) -> list[str]:
+        """Return a column.
+
+        Raises:
+            TableError: there is none of that name.
+        """
+        if name not in self.columns:
+            raise TableError(f"table {self.path} has no column {name!r}; its columns are {', '.join(self.columns)}")
+        return self.columns[name]
+
+
+def read_table(path: str | os.PathLike[str], delimiter: str = "\t", required: Sequence[str] = ()) -> Table:
+    """Read a table: a header line, then a row a line; blank lines are skipped.
+
+    Args:
+        path: a UTF-8 file.
+        delimiter: one character.
+        required: columns that must be there.
+
+    Raises:
+        TableError: it cannot be read, has no rows, lacks a column, or a row has more or fewer fields than the header.
+    """
+    rows = _lines(Path(path), delimiter)
+    _, header = next(rows, (0, []))
+    if not header:
+        raise TableError(f"table {path} is empty; it needs a line of column names, then rows")
+    if twice := {name for name in header if header.count(name) > 1}:
+        raise TableError(f"table {path} has more than one column {min(twice)!r}")
+    records = []
+    for number, record in rows:
+        if len(record) != len(header):
+            raise TableError(f"table {path}, line {number}: {len(record)} fields; the header has {len(header)}")
+        records.append(record)
+    columns = {name: [record[place] for record in records] for place, name in enumerate(header)}
+    table = Table(columns, Path(path))
+    for name in required:
+        table.column(name)
+    if not records:
+        raise TableError(f"table {path} has a header ({', '.join(header)}) but no rows")
+    return table
+
+
+def write_table(path: str | os.PathLike[str], columns: Mapping[str, Sequence[str]]) -> None:
+    """Write a tab-separated table; a crash leaves the file as it was before."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def parse_labels(table: Table, num_classes: int) -> list[tuple[int, ...]]:
+    """Return the class indices of each row: column `labels`, joined by ";"; an empty field has none.
+
+    Raises:
+        TableError: there is no such column, or a label is not one of 0 ... num_classes - 1 (with its row).
+    """
+    parsed: dict[str, tuple[int, ...]] = {"": ()}  # rows share few different fields
+    labels = []
+    for number, field in enumerate(table.column("labels"), 1):
+        if field not in parsed:
+            parsed[field] = tuple(_label(part, num_classes, table, number) for part in field.split(LABEL_SEPARATOR))
+        labels.append(parsed[field])
+    return labels
+
+
+def _label(text: str, num_classes: int, table: Table, number: int) -> int:
+    text = text.strip()
+    if not (text.isascii() and text.isdigit()) or int(text) >= num_classes:
+        raise TableError(f"table {table.path}, row {number}: label {text!r} is not one of 0 to {num_classes - 1}")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class LabelsReport:
+    """What became of a segment list."""
+
+    table: Path
+    rows: int
+    missing: tuple[str, ...]  # segments without a file, by YTID
+    unlisted: tuple[str, ...]  # files without a segment
+    unlabelled: tuple[str, ...]  # files left out because none of their labels is a class
+    unknown_mids: tuple[str, ...]  # labels that are no class
+
+
+def segments_to_labels(
+    segments_csv: str | os.PathLike[str],
+    audio: str | os.PathLike[str],
+    classes: ClassTable,
+    out: str | os.PathLike[str],
+) -> LabelsReport:
+    """Turn one of AudioSet's segment lists into a labelled table: filename, labels and, for a pack, hdf5path.
+
+    A file belongs to a segment when its stem is the YTID, "Y" and the YTID, or either followed by "_" and anything.
+
+    Args:
+        segments_csv: lines `YTID, start_seconds, end_seconds, "mid,mid"`; those that begin with "#" are comments.
+        audio: a folder, searched with all below it, or the table of a pack, whose `hdf5path` is kept.
+        classes: the classes that labels are indices of.
+        out: the table to write.
+
+    Raises:
+        TableError: the list cannot be understood, two files belong to one segment, or no file belongs to any.
+    """
+    if classes.mids is None:
+        raise TableError("these classes have no mids, which AudioSet's segment lists name classes by")
+    index_of = {mid: index for index, mid in enumerate(classes.mids)}
+    segments = _read_segments(Path(segments_csv))
+    columns = _audio_columns(Path(audio))
+    kept: dict[str, int] = {}  # YTID: row of `columns`
+    unlisted = []
+    for row, filename in enumerate(columns["filename"]):
+        ytid = _segment_of(Path(filename).stem, segments)
+        if ytid is None:
+            unlisted.append(filename)
+        elif ytid in kept:
+            raise TableError(f"two files belong to segment {ytid}: {columns['filename'][kept[ytid]]} and {filename}")
+        else:
+            kept[ytid] = row
+    if not kept:
+        raise TableError(f"none of {len(columns['filename'])} files of {audio} belongs to a segment of {segments_csv}")
+    labels = {ytid: sorted({index_of[mid] for mid in segments[ytid] if mid in index_of}) for ytid in kept}
+    labelled = {row: labels[ytid] for ytid, row in kept.items() if labels[ytid]}
+    written = {"filename": [columns["filename"][row] for row in labelled]}
+    written["labels"] = [LABEL_SEPARATOR.join(map(str, indices)) for indices in labelled.values()]
+    if "hdf5path" in columns:
+        written["hdf5path"] = [columns["hdf5path"][row] for row in labelled]
+    write_table(out, written)
+    return LabelsReport(
+        table=Path(out),
+        rows=len(labelled),
+        missing=tuple(ytid for ytid in segments if ytid not in kept),
+        unlisted=tuple(unlisted),
+        unlabelled=tuple(columns["filename"][row] for ytid, row in kept.items() if not labels[ytid]),
+        unknown_mids=tuple(sorted({mid for mids in segments.values() for mid in mids} - index_of.keys())),
+    )
+
+
+def _read_segments(path: Path) -> dict[str, tuple[str, ...]]:
+    """Return the mids of each segment of AudioSet's list, by YTID."""
+    segments: dict[str, tuple[str, ...]] = {}
+    for number, record in _lines(path, ",", comments=True):
+        if len(record) != 4:
+            wanted = 'YTID, start_seconds, end_seconds, "mid,mid"'
+            raise TableError(f"segment list {path}, line {number}: {len(record)} fields; expected {wanted}")
+        ytid, mids = record[0].strip(), record[3]
+        if ytid in segments:
+            raise TableError(f"segment list {path}, line {number}: segment {ytid} stands there twice")
+        segments[ytid] = tuple(mid.strip() for mid in mids.split(",") if mid.strip())
+    if not segments:
+        raise TableError(f"segment list {path} has no segments")
+    return segments
+
+
+def _audio_columns(audio: Path) -> dict[str, list[str]]:
+    """Return the columns filename and, for the table of a pack, hdf5path."""
+    if not audio.is_dir():
+        table = read_table(audio, required=("filename", "hdf5path"))
+        return {name: table.column(name) for name in ("filename", "hdf5path")}
+    files = sorted(str(path) for path in audio.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
+    if not files:
+        raise TableError(f"folder {audio} holds no sound files ({', '.join(sorted(AUDIO_SUFFIXES))})")
+    return {"filename": files}
+
+
+def _segment_of(stem: str, segments: Mapping[str, object]) -> str | None:
+    """Return the YTID a file belongs to. YTIDs may hold "_" and begin with "Y", so the longest reading wins."""
+    ends = [len(stem)] + [place for place in range(len(stem) - 1, 0, -1) if stem[place] == "_"]
+    for end in ends:
+        for begin in (0, 1) if stem.startswith("Y") else (0,):
+            if stem[begin:end] in segments:
+                return stem[begin:end]
+    return None
+
+
+def _lines(path: Path, delimiter: str, comments: bool = False) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number, fields) of each line that is not blank (nor, with `comments`, begins with "#")."""
+    if len(delimiter) != 1:
+        raise TableError(f"the delimiter of a table is one character; got {delimiter!r}")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = ("\n" if comments and line.startswith("#") else line for line in file)
+            reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=comments)
+            for record in reader:
+                if record:
+                    yield reader.line_num, record
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TableError(f"cannot read table {path}: {reason}") from error
