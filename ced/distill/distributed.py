@@ -28,6 +28,15 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the first process go ahead of the others, for what needs doing once, such as a download."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
     def broadcast(self, value: Any) -> Any:
         """Return the first process's `value` in every process."""
         if self.size == 1:

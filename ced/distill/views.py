@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ced.config import SpecTransforms, WavTransforms
+
 SHIFT_PROBABILITY = 0.5
 
 
@@ -25,6 +27,15 @@ class ViewRecipe:
 
 
 NO_VIEW = ViewRecipe(shift=None, time_mask=None, freq_mask=None)
+
+
+def recipe_of(wave: WavTransforms, spec: SpecTransforms) -> ViewRecipe:
+    """Return the recipe that a configuration describes."""
+    return ViewRecipe(
+        shift=(wave.Shift.min_shift, wave.Shift.max_shift) if wave.Shift else None,
+        time_mask=spec.TimeMasking.time_mask_param if spec.TimeMasking else None,
+        freq_mask=spec.FrequencyMasking.freq_mask_param if spec.FrequencyMasking else None,
+    )
 
 
 @dataclass(frozen=True)
