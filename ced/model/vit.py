@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ced.errors import ConfigError
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.frontend import F_MAX, F_MIN, HOP, N_FFT, N_MELS, LogMel
-from ced.sound.labels import ClassTable, audioset, numbered
+from ced.sound.labels import ClassTable, default_classes
 
 PATCH = 16  # frames and mel bins a patch is wide and high; patches do not overlap
 MIN_SAMPLES = (PATCH - 1) * HOP  # 2,400: the shortest wave with one patch column
@@ -136,8 +136,7 @@ class CED(nn.Module):
     def __init__(self, config: ModelConfig, labels: ClassTable | None = None) -> None:
         super().__init__()
         self.config = config
-        default = audioset() if config.outputdim == len(audioset()) else numbered(config.outputdim)
-        self.labels = labels or default
+        self.labels = labels or default_classes(config.outputdim)
         if len(self.labels) != config.outputdim:
             raise ConfigError(f"the class table has {len(self.labels)} classes, the network {config.outputdim} outputs")
         dim = config.embed_dim

@@ -121,7 +121,7 @@ def create(
     """Return a network to be trained, in training mode.
 
     Args:
-        name: a published name, whose size it has.
+        name: a published name, or a checkpoint, whose size it has.
         model_args: fields of `ModelConfig`, in place of that size's own.
         pretrained: True starts from the weights of `name`, a string from those of another name or path, False from
             fresh ones. The output layer is taken over only where its classes are those of `labels`.
@@ -133,7 +133,8 @@ def create(
         CheckpointError: no such name, or weights that do not fit.
         DownloadError: a file that is not in the cache and cannot be fetched.
     """
-    model = CED(_adapted(_entry(name).config, model_args, labels), labels)
+    config = MODELS[name].config if name in MODELS else _read(name, progress).config
+    model = CED(_adapted(config, model_args, labels), labels)
     if pretrained is not False:
         checkpoint = _read(name if pretrained is True else pretrained, progress)
         theirs = checkpoint.labels or (audioset() if checkpoint.config.outputdim == len(audioset()) else None)

@@ -35,6 +35,11 @@ def numbered(count: int) -> ClassTable:
     return ClassTable(tuple(f"class {index}" for index in range(count)))
 
 
+def default_classes(count: int) -> ClassTable:
+    """Return what `count` classes are called when nothing says it: 527 are AudioSet's, others go by their index."""
+    return audioset() if count == len(audioset()) else numbered(count)
+
+
 @cache
 def audioset() -> ClassTable:
     """Return AudioSet's 527 classes (Google, CC BY 4.0)."""
