@@ -9,10 +9,8 @@ with an .h5 is complete.
 
 import dataclasses
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from numpy.typing import NDArray
 from ced.distill.legacy import read_meta_pt
 from ced.distill.views import ViewRecipe
 from ced.errors import StoreError
+from ced.files import written_aside
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable, audioset
 
@@ -49,6 +48,7 @@ class StoreMeta:
     values: str = "probabilities"
     precision: str | None = None  # of the teachers' forward pass: fp32, fp16 or bf16
     weights: tuple[str, ...] | None = None  # fingerprint of each teacher's weights, "" where it has none
+    model_args: Mapping[str, Any] | None = None  # what was changed about the teachers
     seed: int | None = None
     batch_size: int | None = None
     world_size: int | None = None  # processes, and so parts an epoch
@@ -80,7 +80,7 @@ class Rows:
 def write_meta(folder: Path, meta: StoreMeta) -> None:
     """Write a store's meta.json; the folder is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _aside(folder / META_NAME) as path:
+    with written_aside(folder / META_NAME) as path:
         content = {"format": "ced view store", "version": FORMAT_VERSION, **dataclasses.asdict(meta)}
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -153,23 +153,13 @@ def part_complete(folder: Path, epoch: int, rank: int) -> bool:
 def write_part(folder: Path, epoch: int, rank: int, rows: Rows) -> None:
     """Write the rows of one epoch and process; the same rows give the same bytes."""
     path = part_path(folder, epoch, rank)
-    with _aside(path.with_suffix(".parquet")) as aside:
+    with written_aside(path.with_suffix(".parquet")) as aside:
         columns = [pa.array(rows.filenames, pa.large_string()), pa.array(rows.starts), pa.array(rows.ends)]
         pq.write_table(pa.table(columns, schema=_SCHEMA), aside, compression="zstd")
-    with _aside(path) as aside, h5py.File(aside, "w") as file:
+    with written_aside(path) as aside, h5py.File(aside, "w") as file:
         file.create_dataset("topk_values", data=rows.values.astype(np.float16, copy=False))
         file.create_dataset("topk_indexes", data=rows.indexes.astype(np.int16, copy=False))
         file.create_dataset("seeds", data=rows.seeds.astype(np.int32, copy=False))
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """Give a path to write to; what was written there takes its real name at the end, at once and for good."""
-    aside = path.with_name(f"{path.name}.partial")
-    yield aside
-    with aside.open("rb") as written:
-        os.fsync(written.fileno())
-    os.replace(aside, path)
 
 
 class ViewStore:
