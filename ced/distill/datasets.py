@@ -24,6 +24,8 @@ from ced.sound.audio import SAMPLE_RATE
 
 INT16_SCALE = 1 / 32768
 
+Items = Sequence[int] | NDArray[np.int64]  # which chunks of a data set, (b,)
+
 
 @dataclass(frozen=True, eq=False)
 class Chunks:
@@ -138,7 +140,7 @@ class ViewDataset(Dataset[Batch]):
     def __getitem__(self, item: int) -> Batch:
         return self.__getitems__([item])
 
-    def __getitems__(self, items: Sequence[int]) -> Batch:
+    def __getitems__(self, items: Items) -> Batch:
         """Read the chunks `items`, each rolled by the shift of its view."""
         generator = torch.Generator()
         waves = [self._read(item) for item in items]
@@ -178,7 +180,7 @@ def shuffled(count: int, batch_size: int, seed: Sequence[int]) -> Iterator[NDArr
         pool = pool[batch_size:]
 
 
-def prefetch(dataset: ViewDataset, batches: Iterable[Sequence[int]], workers: int) -> Iterator[Batch]:
+def prefetch(dataset: ViewDataset, batches: Iterable[Items], workers: int) -> Iterator[Batch]:
     """Yield the batches in their order, read ahead by `workers` threads (0: in this one).
 
     Threads and not processes: reading is copying, which frees the interpreter, and no batch is sent anywhere.

@@ -1,0 +1,183 @@
+"""The folder of one training run: what was asked, what was measured, the best networks, and how to go on after a kill.
+
+    config.yaml            the whole configuration
+    train.log              what was said
+    metrics.jsonl          a line an epoch
+    events.out.tfevents.*  the same for TensorBoard
+    curves.png             loss, learning rate and mAP
+    best_ep012_mAP_0.4312.safetensors   the best networks
+    last.safetensors       the newest network
+    averaged.safetensors   the result: the mean of the best; without validation the result is last.safetensors
+    resume.pt              everything needed to go on from the end of the last whole epoch
+
+resume.pt decides: what else an interrupted epoch left behind is brought back to what it says.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+
+from ced.config import LoopConfig, dump, load
+from ced.errors import ConfigError, TrainingError
+from ced.files import written_aside
+
+CONFIG_NAME = "config.yaml"
+STATE_NAME = "resume.pt"
+LAST_NAME = "last.safetensors"
+RESULT_NAME = "averaged.safetensors"
+_FREE_KEYS = {"num_workers"}  # may differ on resuming, as they do not change the result
+
+C = TypeVar("C", bound=LoopConfig)
+
+
+@dataclass
+class State:
+    """Where a run stands at the end of an epoch, in tensors and plain values only."""
+
+    epoch: int = 0  # epochs done
+    history: list[dict[str, float]] = field(default_factory=list)  # the lines of metrics.jsonl
+    kept: list[tuple[float, int, str]] = field(default_factory=list)  # (mAP, epoch, file) of the best, best first
+    stale: int = 0  # validations since the last gain
+    world_size: int = 1
+    network: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+def create(config: LoopConfig, name: str) -> Path:
+    """Make the folder of a new run, `<outputpath>/<name>/<time stamp>`, with its configuration in it."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    parent = config.outputpath / name
+    parent.mkdir(parents=True, exist_ok=True)
+    folder, again = parent / stamp, 1
+    while True:
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            again += 1
+            folder = parent / f"{stamp}_{again}"
+    with written_aside(folder / CONFIG_NAME) as path:
+        path.write_text(dump(config), encoding="utf-8")
+    return folder
+
+
+def check_resumable(config: C, folder: Path) -> None:
+    """Make sure that a run was started with this configuration.
+
+    Raises:
+        TrainingError: the folder is no experiment.
+        ConfigError: a key that changes the run has another value than in the experiment's config.yaml.
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        raise TrainingError(f"{folder} is not an experiment: it has no {CONFIG_NAME}")
+    before = load(type(config), folder / CONFIG_NAME)
+    for key in type(config).model_fields:
+        was, now = getattr(before, key), getattr(config, key)
+        if was != now and key not in _FREE_KEYS:
+            raise ConfigError(
+                f"{key} was {was} when {folder} was started and is now {now}; a run resumes as it was begun"
+            )
+
+
+def load_state(folder: Path) -> State:
+    """Read where a run stands; a new run's state when it has not finished an epoch.
+
+    Raises:
+        TrainingError: the file is damaged.
+    """
+    path = folder / STATE_NAME
+    if not path.exists():
+        return State()
+    try:
+        return State(**torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load raises whatever the damage leads to
+        raise TrainingError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+
+
+def save_state(folder: Path, state: State) -> None:
+    """Write where a run stands; a kill leaves the former state or this one."""
+    values = {one.name: getattr(state, one.name) for one in dataclasses.fields(State)}
+    with written_aside(folder / STATE_NAME) as path:
+        torch.save(values, path)
+
+
+def remove_unkept(folder: Path, state: State) -> None:
+    """Remove the networks that are no longer among the best, and what an interrupted epoch left."""
+    names = {name for _, _, name in state.kept}
+    for path in [*folder.glob("best_ep*_mAP_*"), *folder.glob("*.partial")]:
+        if path.name not in names:
+            path.unlink(missing_ok=True)
+
+
+class Recorder:
+    """Writes what was measured: metrics.jsonl, TensorBoard events and curves.png."""
+
+    def __init__(self, folder: Path, state: State) -> None:
+        self.folder, self.state = folder, state
+        # Events of an epoch that was cut short are hidden by those that follow.
+        self._board = SummaryWriter(str(folder), purge_step=state.epoch + 1)
+
+    def epoch(self) -> None:
+        """Write the state's newest line of history."""
+        self.metrics()
+        line = self.state.history[-1]
+        for key, value in line.items():
+            if key != "epoch":
+                self._board.add_scalar(key, value, int(line["epoch"]))
+        self._board.flush()
+
+    def metrics(self) -> None:
+        """Write metrics.jsonl as a whole, so that it has each epoch once, whatever happened before."""
+        with written_aside(self.folder / "metrics.jsonl") as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in self.state.history), encoding="utf-8")
+
+    def curves(self) -> None:
+        """Draw loss, learning rate and mAP over the epochs."""
+        draw_curves(self.state.history, self.folder / "curves.png")
+
+    def close(self) -> None:
+        """Close the TensorBoard file."""
+        self._board.close()
+
+
+def draw_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw loss, learning rate and mAP over the epochs, one above the other."""
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(3, 1, sharex=True)
+    for axis, key in zip(axes, ("loss", "lr", "mAP"), strict=True):
+        points = [(line["epoch"], line[key]) for line in history if key in line]
+        axis.plot([epoch for epoch, _ in points], [value for _, value in points], marker=".")
+        axis.set_ylabel(key)
+        axis.grid(alpha=0.3)
+    axes[-1].set_xlabel("epoch")
+    figure.savefig(path, dpi=100)
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Append what the package logs to a file, from INFO on, for as long as the context lasts."""
+    logger = logging.getLogger("ced")
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+        handler.close()

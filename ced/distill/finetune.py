@@ -1,0 +1,87 @@
+"""Learn a labelled table: train a tagger from scratch, or make one out of a network that heard other things."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ced.config import FinetuneConfig
+from ced.distill.datasets import ViewDataset, crop
+from ced.distill.distributed import World
+from ced.distill.evaluate import validation
+from ced.distill.loop import VIEWS, EpochData, Task, run
+from ced.distill.start import start_network
+from ced.distill.tables import parse_labels, read_table
+from ced.distill.targets import multi_hot
+from ced.distill.views import recipe_of
+from ced.distill.wavpack import WavPack
+from ced.errors import ConfigError, TableError
+from ced.model.vit import CED, MIN_SAMPLES
+from ced.progress import Progress, silent
+from ced.sound.audio import SAMPLE_RATE
+from ced.sound.labels import ClassTable, audioset, read_classes
+
+
+def finetune(config: FinetuneConfig, *, name: str, resume: Path | None = None, progress: Progress = silent) -> Path:
+    """Train a network on a labelled table; see `loop.run` for the arguments, the result and further errors.
+
+    Raises:
+        TableError: a table lacks a column, or a clip has a label out of range, or other than one with task `single`.
+        PackError: the pack lacks a clip.
+    """
+    return run(config, lambda world: _task(config, world, progress), name=name, resume=resume, progress=progress)
+
+
+def _task(config: FinetuneConfig, world: World, progress: Progress) -> Task:
+    labels = audioset() if config.classes is None else read_classes(config.classes)
+    clips = LabelledClips(config, labels)
+    single = config.task == "single"
+    needs = {"pooling": "logit", "activation": "softmax" if single else "sigmoid"}
+    network = start_network(config, labels, needs, world, progress)
+    if config.trainable == "head":
+        learn_head(network)
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy if single else F.binary_cross_entropy_with_logits
+    return Task(network, len(clips.pack), clips.epoch, loss, validation(config, labels))
+
+
+def learn_head(network: CED) -> None:
+    """Freeze all of a network but its output layer."""
+    network.requires_grad_(False)
+    network.outputlayer.requires_grad_(True)
+
+
+class LabelledClips:
+    """A labelled table as training data: of each clip one random crop an epoch, under a view of its own."""
+
+    def __init__(self, config: FinetuneConfig, labels: ClassTable) -> None:
+        self.samples = round(config.chunk_length * SAMPLE_RATE)
+        if self.samples < MIN_SAMPLES:
+            shortest = MIN_SAMPLES / SAMPLE_RATE
+            raise ConfigError(f"chunk_length is {config.chunk_length} s; the shortest a model can hear is {shortest} s")
+        table = read_table(config.train_data, required=("filename", "labels", "hdf5path"))
+        rows = parse_labels(table, len(labels))
+        if config.task == "single":
+            for number, (filename, row) in enumerate(zip(table.column("filename"), rows, strict=True), start=1):
+                if len(row) != 1:
+                    raise TableError(
+                        f"table {config.train_data}, row {number} ({filename}) has {len(row)} labels; "
+                        "task single needs exactly one a clip"
+                    )
+        self.pack = WavPack(config.train_data)
+        self.recipe = recipe_of(config.wavtransforms, config.spectransforms)
+        self.seed, self.hot = config.seed, multi_hot(rows, len(labels))
+
+    def epoch(self, epoch: int) -> EpochData:
+        """Return the data of a training epoch (1, 2, ...)."""
+        rng = np.random.default_rng([self.seed, VIEWS, epoch])
+        chunks = crop(self.pack, self.samples, rng)
+        seeds = rng.integers(2**31, size=len(chunks), dtype=np.int32)
+
+        def targets(items: NDArray[np.int64], generator: torch.Generator) -> Tensor:
+            return torch.from_numpy(self.hot[items]).float()
+
+        return EpochData(ViewDataset(self.pack, chunks, self.recipe, seeds, self.samples), targets)

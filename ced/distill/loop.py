@@ -1,0 +1,350 @@
+"""The training loop that distilling and fine-tuning share.
+
+The data order, every random draw and the learning rate are functions of (seed, epoch, step), and an epoch is the
+unit of resuming: so an interrupted run that goes on ends with the weights of an unbroken one. Under torchrun each
+process takes its share of every batch.
+"""
+
+import copy
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ced.config import LoopConfig
+from ced.distill import experiment
+from ced.distill.datasets import Batch, ViewDataset, prefetch, shuffled
+from ced.distill.distributed import World, join
+from ced.distill.evaluate import Evaluation, Evaluator
+from ced.distill.experiment import LAST_NAME, RESULT_NAME, Recorder, State
+from ced.distill.optim import learning_rate, make_optimizer
+from ced.distill.precision import autocast, half_type
+from ced.distill.targets import mixup, mixup_weights
+from ced.distill.views import ViewRecipe, mask
+from ced.errors import ConfigError, TrainingError
+from ced.files import written_aside
+from ced.model import checkpoints
+from ced.model.vit import CED
+from ced.progress import Progress, silent
+
+logger = logging.getLogger(__name__)
+
+ORDER, VIEWS, MIXUP, FILL = range(4)  # streams of random numbers, one for each purpose
+CHECK_EVERY = 100  # steps between looks at the loss; each makes a GPU wait
+
+
+@dataclass(frozen=True, eq=False)
+class EpochData:
+    """What one epoch is trained on."""
+
+    dataset: ViewDataset
+    targets: Callable[[NDArray[np.int64], torch.Generator], Tensor]  # items (b,), for random fills -> (b, c)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is to be learned: here distilling and fine-tuning differ."""
+
+    network: CED  # of pooling "logit"; parameters that require gradients learn
+    items: int  # chunks or clips that one pass over the data has
+    epoch: Callable[[int], EpochData]  # epochs count from 1
+    loss: Callable[[Tensor, Tensor], Tensor]  # logits (b, c), targets (b, c) -> scalar
+    evaluator: Evaluator | None
+
+
+def run(
+    config: LoopConfig,
+    prepare: Callable[[World], Task],
+    *,
+    name: str,
+    resume: Path | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Train until the end, alone or as one of torchrun's processes.
+
+    Args:
+        config: how to train.
+        prepare: makes the task once the processes have joined.
+        name: of the experiment, the folder above its time stamp.
+        resume: the folder of an experiment that goes on instead of a new one.
+        progress: told of steps and evaluated batches, in the first process.
+
+    Returns:
+        The experiment's folder; a finished one is left as it is.
+
+    Raises:
+        TrainingError: the loss is no longer finite, or `resume` cannot go on.
+        ConfigError: the configuration contradicts itself, the data, or the experiment to resume.
+    """
+    if resume is not None:
+        experiment.check_resumable(config, resume)
+    with join() as world:
+        state = State(world_size=world.size) if resume is None else experiment.load_state(resume)
+        if resume is not None and is_finished(config, state, resume):
+            logger.warning("%s is finished after %d epochs; there is nothing to resume", resume, state.epoch)
+            return resume
+        task = prepare(world)
+        share(world.rank, world.size, config.batch_size)  # refuses before a folder is made
+        folder: Path = resume or world.broadcast(experiment.create(config, name) if world.is_main else None)
+        with experiment.logging_to(folder / config.logfile) if world.is_main else nullcontext():
+            Trainer(config, task, folder, state, world, progress if world.is_main else silent).run()
+        world.barrier()
+    return folder
+
+
+def is_finished(config: LoopConfig, state: State, folder: Path) -> bool:
+    """Say whether a run has nothing left to do, its result included."""
+    return _is_trained(config, state) and (folder / (RESULT_NAME if state.kept else LAST_NAME)).exists()
+
+
+def _is_trained(config: LoopConfig, state: State) -> bool:
+    return state.epoch >= config.epochs or (config.early_stop is not None and state.stale >= config.early_stop)
+
+
+def share(rank: int, size: int, batch_size: int) -> NDArray[np.int64]:
+    """Return the places of a batch that are a process's own: a run from its front and the same from its back.
+
+    So a process has each item's mixup partner, the one as far from the other end.
+
+    Raises:
+        ConfigError: the batch cannot be shared out evenly.
+    """
+    if size == 1:
+        return np.arange(batch_size)
+    if batch_size % (2 * size):
+        raise ConfigError(f"batch_size is {batch_size}; for {size} processes it must be a multiple of {2 * size}")
+    half = batch_size // (2 * size)
+    front = np.arange(rank * half, (rank + 1) * half)
+    return np.concatenate([front, batch_size - 1 - front[::-1]])
+
+
+class Trainer:
+    """One run in one process: a network on its way through the epochs."""
+
+    def __init__(
+        self, config: LoopConfig, task: Task, folder: Path, state: State, world: World, progress: Progress
+    ) -> None:
+        self.config, self.task, self.folder, self.state = config, task, folder, state
+        self.world, self.progress = world, progress
+        self.mine = share(world.rank, world.size, config.batch_size)
+        self.steps = config.epoch_length or math.ceil(task.items / config.batch_size)  # an epoch
+        self.warmup = config.warmup_iters or round((config.warmup_epochs or 0) * self.steps)
+        self.network = task.network.to(world.device)
+        learning = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        # A network of which only the head learns keeps its BatchNorm statistics: it stays in eval mode.
+        self.learns_whole = len(learning) == len(list(self.network.parameters()))
+        self.scores: nn.Module = _FromMel(self.network)
+        if world.size > 1:
+            devices = [world.device] if world.device.type == "cuda" else None
+            self.scores = DistributedDataParallel(self.scores, device_ids=devices)
+        if config.compile:
+            self.scores.compile()
+        self.optimizer = make_optimizer(config, learning, world.device)
+        self.scaler = torch.amp.GradScaler(
+            world.device.type, enabled=half_type(config.mode, world.device) is torch.float16
+        )
+
+    def run(self) -> None:
+        """Train the epochs that are left, and make the result."""
+        self._begin()
+        recorder = Recorder(self.folder, self.state) if self.world.is_main else None
+        while not _is_trained(self.config, self.state):
+            epoch, began = self.state.epoch + 1, time.monotonic()
+            loss = self._train(self.task.epoch(epoch), epoch)
+            line = {"epoch": epoch, "loss": loss, "lr": self._rate(epoch * self.steps - 1)}
+            if due := epoch % self.config.valid_every == 0 or epoch == self.config.epochs:
+                line |= self._validate(epoch)
+            line["seconds"] = round(time.monotonic() - began, 3)
+            self.state.epoch = epoch
+            self.state.history.append(line)
+            if recorder is not None:
+                self._save()
+                recorder.epoch()
+                if due:
+                    recorder.curves()
+                said = ", ".join(f"{key} {value:.5g}" for key, value in line.items() if key != "epoch")
+                logger.info("epoch %d of %d: %s", epoch, self.config.epochs, said)
+        if recorder is not None:
+            recorder.close()
+        self._finish()
+
+    def _begin(self) -> None:
+        """Take up the state of an interrupted run, and say what is about to happen."""
+        state, config = self.state, self.config
+        if state.epoch:
+            self.network.load_state_dict(state.network)
+            self.optimizer.load_state_dict(state.optimizer)
+            self.scaler.load_state_dict(state.scaler)
+        if not self.world.is_main:
+            return
+        experiment.remove_unkept(self.folder, state)
+        if state.epoch:
+            logger.info("resuming after epoch %d", state.epoch)
+        if state.world_size != self.world.size:
+            logger.warning("begun with %d processes, resumed with %d", state.world_size, self.world.size)
+        if half_type(config.mode, self.world.device) is None and config.mode == "amp":
+            logger.warning("mode amp needs a GPU; computing in fp32")
+        if config.optimizer == "Adam8bit" and type(self.optimizer) is torch.optim.Adam:
+            logger.warning("Adam8bit needs a CUDA GPU and the package bitsandbytes; using Adam")
+        if self.warmup >= config.epochs * self.steps:
+            logger.warning(
+                "the warm-up of %d steps is as long as the run of %d", self.warmup, config.epochs * self.steps
+            )
+        parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        logger.info(
+            "%s: %.1f M parameters, %d items, %d epochs of %d steps, %d process(es) on %s",
+            *(config.model, parameters / 1e6, self.task.items, config.epochs, self.steps),
+            *(self.world.size, self.world.device),
+        )
+        if (evaluator := self.task.evaluator) and evaluator.missing:
+            logger.info("no clip of %s has: %s (left out of mAP)", config.eval_data, ", ".join(evaluator.missing))
+
+    def _rate(self, step: int) -> float:
+        config = self.config
+        return learning_rate(
+            step,
+            peak=config.optimizer_args.lr,
+            warmup=self.warmup,
+            total=config.epochs * self.steps,
+            decay_frac=config.decay_frac,
+            cosine=config.use_scheduler,
+        )
+
+    def _train(self, data: EpochData, epoch: int) -> float:
+        """Train one epoch and return its mean loss."""
+        config, task = self.config, f"epoch {epoch} of {self.config.epochs}"
+        self.network.train(self.learns_whole)
+        order = shuffled(len(data.dataset), config.batch_size, [config.seed, ORDER, epoch])
+        items = list(islice(order, self.steps))  # each step's, all processes together
+        batches = prefetch(data.dataset, [batch[self.mine] for batch in items], config.num_workers)
+        losses = torch.zeros(self.steps, device=self.world.device)
+        for step, batch in enumerate(batches):
+            draws = [config.seed, epoch, step]
+            generator = torch.Generator().manual_seed(int(_rng(FILL, draws).integers(2**63)))
+            targets = data.targets(items[step], generator)[self.mine]
+            weights = None
+            if config.mixup is not None:
+                weights = mixup_weights(config.batch_size, config.mixup, _rng(MIXUP, draws))[self.mine]
+            rate = self._rate((epoch - 1) * self.steps + step)
+            losses[step] = self.step(batch, data.dataset.recipe, targets, weights, rate)
+            if (step + 1) % CHECK_EVERY == 0 or step + 1 == self.steps:
+                self._check(losses[: step + 1], epoch)
+            self.progress(task, step + 1, self.steps)
+        finite = losses[losses.isfinite()]
+        return float(np.mean(self.world.gather(float(finite.mean()))))
+
+    def step(self, batch: Batch, recipe: ViewRecipe, targets: Tensor, weights: Tensor | None, rate: float) -> Tensor:
+        """Take one optimisation step and return its loss."""
+        device = self.world.device
+        waves, uniforms = batch.to_device(device)
+        targets = targets.to(device)
+        with torch.no_grad():
+            mel = mask(self.network.front_end(waves), uniforms, recipe)
+            if weights is not None:
+                weights = weights.to(device)
+                mel, targets = mixup(mel, weights), mixup(targets, weights)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.config.mode, device):
+            logits = self.scores(mel)
+        loss = self.task.loss(logits.float(), targets)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+    def _check(self, losses: Tensor, epoch: int) -> None:
+        """Refuse to go on with a loss that is not finite; the scaler of fp16 skips such steps, unless all are."""
+        finite = losses.isfinite()
+        if finite.all() or (self.scaler.is_enabled() and finite.any()):
+            return
+        step = int((~finite).nonzero()[0])
+        raise TrainingError(
+            f"the loss is {float(losses[step])} at step {step + 1} of epoch {epoch}; a lower learning rate, a longer "
+            "warm-up or mode off may help, if the audio and the targets are sound"
+        )
+
+    def _validate(self, epoch: int) -> dict[str, float]:
+        """Evaluate the network, keep it if it is among the best, and return what to record."""
+        found = self._evaluate(self.network)
+        if found is None:
+            return {}
+        state = self.state
+        state.stale = state.stale + 1 if state.kept and found.map <= state.kept[0][0] else 0
+        entry = (found.map, epoch, f"best_ep{epoch:03d}_mAP_{found.map:.4f}.safetensors")
+        state.kept = sorted([*state.kept, entry], key=lambda one: (-one[0], one[1]))[: self.config.n_saved]
+        if entry in state.kept and self.world.is_main:
+            checkpoints.save(self.folder / entry[2], as_tagger(self.network))
+        return {"mAP": found.map} | ({} if found.accuracy is None else {"accuracy": found.accuracy})
+
+    def _evaluate(self, network: CED) -> Evaluation | None:
+        if self.task.evaluator is None:
+            return None
+        if self.world.size > 1:  # BatchNorm's statistics are each process's own
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
+        return self.task.evaluator(as_tagger(network), world=self.world, progress=self.progress)
+
+    def _save(self) -> None:
+        """Write the end of an epoch; networks that are no longer kept go once nothing needs them."""
+        state = self.state
+        state.network = self.network.state_dict()
+        state.optimizer = self.optimizer.state_dict()
+        state.scaler = self.scaler.state_dict()
+        checkpoints.save(self.folder / LAST_NAME, as_tagger(self.network))
+        experiment.save_state(self.folder, state)
+        experiment.remove_unkept(self.folder, state)
+
+    def _finish(self) -> None:
+        """Make the result of the kept networks, and say how good it is."""
+        if not self.state.kept:
+            return
+        result = self.folder / RESULT_NAME
+        paths = [self.folder / name for _, _, name in self.state.kept]
+        if self.world.is_main and self.config.average:
+            checkpoints.save(result, checkpoints.build(checkpoints.average(paths)))
+        elif self.world.is_main:
+            with written_aside(result) as aside:
+                shutil.copyfile(paths[0], aside)
+        self.world.barrier()
+        network = checkpoints.build(checkpoints.read(result)).to(self.world.device)
+        if (found := self._evaluate(network)) and self.world.is_main:
+            what = f"the mean of the best {len(paths)}" if self.config.average else "the best"
+            logger.info("%s is %s: %s", RESULT_NAME, what, found.summary)
+
+
+def as_tagger(network: CED) -> CED:
+    """Return a network of the same weights that answers with probabilities, as all saved ones do."""
+    tagger = copy.copy(network)
+    tagger.config = replace(network.config, pooling="mean")
+    return tagger
+
+
+class _FromMel(nn.Module):
+    """A network whose forward takes mel: what is distributed and compiled is a module's forward."""
+
+    def __init__(self, network: CED) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """Score (b, f, n) -> (b, c)."""
+        return self.network.forward_mel(mel)
+
+
+def _rng(stream: int, draws: list[int]) -> np.random.Generator:
+    seed, *place = draws
+    return np.random.default_rng([seed, stream, *place])

@@ -1,0 +1,89 @@
+"""Distil a student: from the views a store holds, it learns to answer as the teachers did, without labels.
+
+The walk is: row of the store -> chunk of the pack, shifted as its seed says -> front end and masks -> student;
+top scores spread over all classes -> targets; step.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ced.config import TrainConfig
+from ced.distill.datasets import Chunks, ViewDataset, stored
+from ced.distill.distributed import World
+from ced.distill.evaluate import validation
+from ced.distill.loop import VIEWS, EpochData, Task, run
+from ced.distill.start import start_network
+from ced.distill.targets import spread
+from ced.distill.viewstore import Rows, ViewStore
+from ced.distill.wavpack import WavPack
+from ced.errors import ConfigError
+from ced.progress import Progress, silent
+from ced.sound.audio import SAMPLE_RATE
+from ced.sound.labels import default_classes
+
+
+def train(config: TrainConfig, *, name: str, resume: Path | None = None, progress: Progress = silent) -> Path:
+    """Distil a student from a view store; see `loop.run` for the arguments, the result and further errors.
+
+    Raises:
+        StoreError: the store is incomplete or damaged.
+        PackError: the pack lacks a clip of the store, or has it in another length.
+        ConfigError: the store has other classes than the configuration.
+    """
+    return run(config, lambda world: _task(config, world, progress), name=name, resume=resume, progress=progress)
+
+
+def _task(config: TrainConfig, world: World, progress: Progress) -> Task:
+    store = ViewStore(config.logitspath)
+    meta = store.meta
+    if meta.num_classes != config.num_classes:
+        raise ConfigError(
+            f"num_classes is {config.num_classes}, but {config.logitspath} has {meta.num_classes} classes"
+        )
+    labels = meta.labels or default_classes(meta.num_classes)
+    views = StoredViews(config, store, WavPack(config.train_data))
+    network = start_network(config, labels, {"pooling": "logit", "activation": "sigmoid"}, world, progress)
+    return Task(network, views.items, views.epoch, F.binary_cross_entropy_with_logits, validation(config, labels))
+
+
+class StoredViews:
+    """The epochs of a store as training data."""
+
+    def __init__(self, config: TrainConfig, store: ViewStore, pack: WavPack) -> None:
+        self.config, self.store, self.pack = config, store, pack
+        self.samples = round(store.meta.chunk_length * SAMPLE_RATE)
+        self.stored_epochs = min(store.epochs, config.max_aug_epochs or store.epochs)
+        self.recipe = store.meta.recipe
+        if config.disable_consistency:
+            self.recipe = replace(self.recipe, shift=None)
+        self._load = lru_cache(maxsize=1)(self._read)
+
+    @property
+    def items(self) -> int:
+        """Views of the first stored epoch."""
+        return len(self._load(1)[0])
+
+    def epoch(self, epoch: int) -> EpochData:
+        """Return the data of a training epoch (1, 2, ...): the stored epochs in turn, then again from the first."""
+        rows, chunks = self._load((epoch - 1) % self.stored_epochs + 1)
+        seeds = rows.seeds
+        if self.config.disable_consistency:
+            rng = np.random.default_rng([self.config.seed, VIEWS, epoch])
+            seeds = rng.integers(2**31, size=len(rows), dtype=np.int32)
+
+        def targets(items: NDArray[np.int64], generator: torch.Generator) -> Tensor:
+            values, indexes = torch.from_numpy(rows.values[items]), torch.from_numpy(rows.indexes[items])
+            return spread(values, indexes, self.store.meta.num_classes, self.config.label_type, generator)
+
+        return EpochData(ViewDataset(self.pack, chunks, self.recipe, seeds, self.samples), targets)
+
+    def _read(self, stored_epoch: int) -> tuple[Rows, Chunks]:
+        rows = self.store.rows(stored_epoch)
+        return rows, stored(self.pack, rows, self.store.meta.chunk_length)
