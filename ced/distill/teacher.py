@@ -6,6 +6,7 @@ probabilities -> top k -> view store. A student later makes the same mel from th
 
 import hashlib
 import logging
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +90,7 @@ class _Walk:
             raise ConfigError(f"chunk_length is {config.chunk_length} s; the shortest a model can hear is {shortest} s")
         # Runs of whole batches: what a chunk is scored together with does not depend on the number of processes.
         batches = list(in_order(len(chunks), config.batch_size))
-        first, last = (part * len(batches) // world.size for part in (world.rank, world.rank + 1))
+        first, last = (math.ceil(rank * len(batches) / world.size) for rank in (world.rank, world.rank + 1))
         self._batches = batches[first:last]
         self._front_end = LogMel().to(world.device)
         self._recipe = _recipe(config)

@@ -224,9 +224,8 @@ def _read_part(path: Path, meta: StoreMeta) -> Rows:
         if array.shape != (rows, meta.topk):
             raise StoreError(f"{path}: {name} is {array.shape}, expected ({rows}, {meta.topk})")
     if rows and not 0 <= indexes.min() <= indexes.max() < meta.num_classes:
-        raise StoreError(
-            f"{path}: topk_indexes has {indexes.min()} to {indexes.max()}; there are {meta.num_classes} classes"
-        )
+        found = f"{indexes.min()} to {indexes.max()}"
+        raise StoreError(f"{path}: topk_indexes are {found}; allowed: 0 to {meta.num_classes - 1}")
     path = path.with_suffix(".parquet")
     try:
         table = pq.read_table(path, columns=_SCHEMA.names)
