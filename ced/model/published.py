@@ -51,11 +51,9 @@ def read_pt(path: Path) -> Contents:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file may make the reader fail in any way
         if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise CheckpointError(
-                f"checkpoint {path} is refused: it asks to execute {found[1]}; only weights and plain values are read"
-            ) from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is damaged or no checkpoint ({reason})") from error
+            refusal = f"it asks to execute {found[1]}; only weights and plain values are read"
+            raise CheckpointError(f"checkpoint {path} is refused: {refusal}") from error
+        raise CheckpointError(f"checkpoint {path} is damaged, or not written by torch.save") from error
     settings: dict[str, Any] = {}
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         config = content.get("config")
@@ -147,7 +145,7 @@ def _config_of_shapes(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]
 
     def size(key: str, axis: int) -> int:
         if key not in state or state[key].dim() <= axis:
-            raise CheckpointError(f"{path} is no CED checkpoint: it has no {key} with at least {axis + 1} axes")
+            raise CheckpointError(f"{path} is no CED checkpoint: {key} is missing or has fewer than {axis + 1} axes")
         return state[key].shape[axis]
 
     width = size("patch_embed.proj.weight", 0)
