@@ -7,16 +7,18 @@ from pathlib import Path
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; what is there at the end takes its place at once, on disk for good.
+def written_aside(path: Path, sync: bool = True) -> Iterator[Path]:
+    """Give a path beside `path` to write to; what is there at the end takes its place at once.
 
-    When writing fails, what was written is removed and `path` is as it was.
+    When writing fails, what was written is removed and `path` is as it was. `sync` waits until it is on disk for good,
+    so that it also outlives a power cut.
     """
     aside = path.with_name(f"{path.name}.partial")
     try:
         yield aside
-        with aside.open("rb") as written:
-            os.fsync(written.fileno())
+        if sync:
+            with aside.open("rb") as written:
+                os.fsync(written.fileno())
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

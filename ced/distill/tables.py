@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ced.errors import TableError
+from ced.files import written_aside
 from ced.sound.audio import AUDIO_SUFFIXES
 from ced.sound.labels import ClassTable
 
@@ -69,15 +70,10 @@ def write_table(path: str | os.PathLike[str], columns: Mapping[str, Sequence[str
     """Write a tab-separated table; a crash leaves the file as it was before."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows(zip(*columns.values(), strict=True))
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
 
 
 def parse_labels(table: Table, num_classes: int) -> list[tuple[int, ...]]:
