@@ -5,7 +5,6 @@ Our own is one safetensors file; its header carries a format number, the configu
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ced.errors import CheckpointError, ConfigError, TableError
+from ced.files import written_aside
 from ced.model import published
 from ced.model.published import CLASS_TOKEN, HEAD
 from ced.model.vit import CED, ModelConfig, Pooling
@@ -55,16 +55,11 @@ class Checkpoint:
 
 def save(path: Path, model: CED) -> None:
     """Write a network, its configuration and its class table to one safetensors file; a crash leaves no half file."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {"format": FORMAT_VERSION, "config": asdict(model.config), "classes": asdict(model.labels)}
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with written_aside(path) as aside:
         save_file(state, aside, metadata={HEADER: json.dumps(header)})
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Checkpoint:

@@ -196,15 +196,19 @@ class CED(nn.Module):
         """
         mel = self.init_bn(mel)
         frames, limit = mel.shape[-1], self.config.target_length
-        if frames <= limit:
-            return self._head(self._encode(mel))
-        *whole, last = mel.split(limit, dim=-1)
-        if self.config.pad_last:
-            whole, last = [*whole, F.pad(last, (0, limit - last.shape[-1]))], last[..., :0]
-        scores = self._head(self._encode(torch.cat(whole))).unflatten(0, (len(whole), -1))
-        if last.shape[-1] >= PATCH:
-            scores = torch.cat([scores, self._head(self._encode(last)).unsqueeze(0)])
-        return scores.mean(0) if self.config.eval_avg == "mean" else scores.amax(0)
+        if frames > limit and not self.config.pad_last:
+            pieces = [piece for piece in mel.split(limit, dim=-1) if piece.shape[-1] >= PATCH]
+            return self._join(torch.stack([self._head(self._encode(piece)) for piece in pieces], dim=1))
+        # One path for any length, so that an exported graph with a symbolic length takes it too.
+        length = torch.sym_min(frames, limit)
+        count = (frames + length - 1) // length
+        mel = F.pad(mel, (0, count * length - frames)).unflatten(-1, (count, length))
+        scores = self._head(self._encode(mel.transpose(1, 2).flatten(0, 1)))
+        return self._join(scores.unflatten(0, (-1, count)))
+
+    def _join(self, scores: Tensor) -> Tensor:
+        """Join the scores of the pieces of a long input, (b, pieces, c) -> (b, c)."""
+        return scores.mean(1) if self.config.eval_avg == "mean" else scores.amax(1)
 
     def probs(self, waves: Tensor) -> Tensor:
         """Return the probability of each class, (b, t) -> (b, c), whatever the pooling."""

@@ -14,7 +14,7 @@ from ced.model.download import download
 from ced.model.published import checked_config
 from ced.model.vit import CED, ModelConfig, Pooling
 from ced.progress import Progress, silent
-from ced.sound.labels import ClassTable, audioset
+from ced.sound.labels import ClassTable, default_classes
 
 TINY = ModelConfig(embed_dim=192, num_heads=3)
 MINI = ModelConfig(embed_dim=256, num_heads=4)
@@ -137,9 +137,8 @@ def create(
     model = CED(_adapted(config, model_args, labels), labels)
     if pretrained is not False:
         checkpoint = _read(name if pretrained is True else pretrained, progress)
-        theirs = checkpoint.labels or (audioset() if checkpoint.config.outputdim == len(audioset()) else None)
-        agree = theirs is not None and theirs.names == labels.names
-        checkpoints.load_state(model, checkpoint, head=checkpoint.has_head and agree)
+        theirs = checkpoint.labels or default_classes(checkpoint.config.outputdim)
+        checkpoints.load_state(model, checkpoint, head=checkpoint.has_head and theirs.names == labels.names)
     return model
 
 
