@@ -18,7 +18,7 @@ from ced.distill.precision import autocast
 from ced.distill.tables import parse_labels, read_table
 from ced.distill.targets import multi_hot
 from ced.distill.wavpack import WavPack
-from ced.errors import ConfigError, PackError, TableError, TrainingError
+from ced.errors import ConfigError, TableError, TrainingError
 from ced.model.vit import CED
 from ced.progress import Progress, silent
 from ced.sound.labels import ClassTable
@@ -94,16 +94,15 @@ class Evaluator:
 
         Raises:
             TableError: a column is missing, an index is out of range, or no clip has any class.
-            PackError: clips of the table are not in their pack.
+            PackError: a clip of the table is not in its pack.
         """
         self.labels, self.batch_size, self.num_workers, self.mode = labels, batch_size, num_workers, mode
         rows = parse_labels(read_table(table, required=("filename", "labels", "hdf5path")), len(labels))
         self.targets = multi_hot(rows, len(labels))
         if not self.targets.any():
             raise TableError(f"no clip of {table} has a class: there is nothing to evaluate ({len(rows)} clips)")
-        self.pack = WavPack(table)
-        _check_complete(self.pack, table)
-        self.dataset = ViewDataset(self.pack, whole(self.pack, range(len(self.pack))))
+        pack = WavPack(table)
+        self.dataset = ViewDataset(pack, whole(pack, range(len(pack))))
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -123,7 +122,7 @@ class Evaluator:
         for member in members:
             if member.labels.names != self.labels.names:
                 raise ConfigError("the tagger's classes are not those of the table")
-        scores = self._scores(members, world, progress)
+        scores = self.scores(members, world=world, progress=progress)
         per_class = average_precision(self.targets, scores)
         one_each = bool((self.targets.sum(1) == 1).all())
         right = self.targets[np.arange(len(scores)), scores.argmax(1)]
@@ -136,7 +135,9 @@ class Evaluator:
             accuracy=float(right.mean()) if one_each else None,
         )
 
-    def _scores(self, members: Sequence[CED], world: World | None, progress: Progress) -> NDArray[np.float32]:
+    def scores(
+        self, members: Sequence[CED], *, world: World | None = None, progress: Progress = silent
+    ) -> NDArray[np.float32]:
         """Return the mean probabilities of all clips, (n, c), in every process."""
         world = world or World(0, 1, next(members[0].parameters()).device)
         longest = min(member.config.target_length * member.config.hop_size for member in members)
@@ -196,17 +197,3 @@ def validation(config: LoopConfig, labels: ClassTable) -> Evaluator | None:
         num_workers=config.num_workers,
         mode=config.mode,
     )
-
-
-def _check_complete(pack: WavPack, table: Path) -> None:
-    lacking = []
-    for row, name in enumerate(pack.names):
-        try:
-            pack.samples(row)
-        except PackError:
-            lacking.append(name)
-    if lacking:
-        more = ", ..." if len(lacking) > 3 else ""
-        raise PackError(
-            f"{len(lacking)} of {len(pack)} clips of {table} are not in their pack: {', '.join(lacking[:3])}{more}"
-        )

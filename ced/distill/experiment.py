@@ -13,9 +13,11 @@
 resume.pt decides: what else an interrupted epoch left behind is brought back to what it says.
 """
 
+import copy
 import dataclasses
 import json
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,11 +33,14 @@ from torch.utils.tensorboard import SummaryWriter
 from ced.config import LoopConfig, dump, load
 from ced.errors import ConfigError, TrainingError
 from ced.files import written_aside
+from ced.model import checkpoints
+from ced.model.vit import CED
 
 CONFIG_NAME = "config.yaml"
 STATE_NAME = "resume.pt"
 LAST_NAME = "last.safetensors"
 RESULT_NAME = "averaged.safetensors"
+DRAW_EVERY = 60  # seconds between drawings of the curves, each of which takes a third of a second
 _FREE_KEYS = {"num_workers"}  # may differ on resuming, as they do not change the result
 
 C = TypeVar("C", bound=LoopConfig)
@@ -53,6 +58,13 @@ class State:
     network: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
+
+    def rank(self, map: float, epoch: int, n_saved: int) -> str | None:
+        """Take up the mAP of an epoch; return the file for its network if it is among the best `n_saved`."""
+        self.stale = self.stale + 1 if self.kept and map <= self.kept[0][0] else 0
+        entry = (map, epoch, f"best_ep{epoch:03d}_mAP_{map:.4f}.safetensors")
+        self.kept = sorted([*self.kept, entry], key=lambda one: (-one[0], one[1]))[:n_saved]
+        return entry[2] if entry in self.kept else None
 
 
 def create(config: LoopConfig, name: str) -> Path:
@@ -121,6 +133,25 @@ def remove_unkept(folder: Path, state: State) -> None:
             path.unlink(missing_ok=True)
 
 
+def save_network(path: Path, network: CED) -> None:
+    """Save a network as a tagger: one that answers with probabilities, whatever it was trained with."""
+    checkpoints.save(path, as_tagger(network))
+
+
+def as_tagger(network: CED) -> CED:
+    """Return a network of the same weights whose answers are probabilities."""
+    tagger = copy.copy(network)
+    tagger.config = dataclasses.replace(network.config, pooling="mean")
+    return tagger
+
+
+def make_result(folder: Path, state: State, average: bool) -> None:
+    """Write the result of a validated run: the mean of its best networks, or the very best."""
+    paths = [folder / name for _, _, name in state.kept]
+    result = checkpoints.average(paths if average else paths[:1])
+    checkpoints.save(folder / RESULT_NAME, checkpoints.build(result))
+
+
 class Recorder:
     """Writes what was measured: metrics.jsonl, TensorBoard events and curves.png."""
 
@@ -128,28 +159,30 @@ class Recorder:
         self.folder, self.state = folder, state
         # Events of an epoch that was cut short are hidden by those that follow.
         self._board = SummaryWriter(str(folder), purge_step=state.epoch + 1)
+        self._drawn = time.monotonic()
+        self._write_metrics()
 
     def epoch(self) -> None:
         """Write the state's newest line of history."""
-        self.metrics()
+        self._write_metrics()
         line = self.state.history[-1]
         for key, value in line.items():
             if key != "epoch":
                 self._board.add_scalar(key, value, int(line["epoch"]))
         self._board.flush()
+        if time.monotonic() - self._drawn >= DRAW_EVERY:
+            draw_curves(self.state.history, self.folder / "curves.png")
+            self._drawn = time.monotonic()
 
-    def metrics(self) -> None:
+    def close(self) -> None:
+        """Draw the last curves."""
+        draw_curves(self.state.history, self.folder / "curves.png")
+        self._board.close()
+
+    def _write_metrics(self) -> None:
         """Write metrics.jsonl as a whole, so that it has each epoch once, whatever happened before."""
         with written_aside(self.folder / "metrics.jsonl") as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in self.state.history), encoding="utf-8")
-
-    def curves(self) -> None:
-        """Draw loss, learning rate and mAP over the epochs."""
-        draw_curves(self.state.history, self.folder / "curves.png")
-
-    def close(self) -> None:
-        """Close the TensorBoard file."""
-        self._board.close()
 
 
 def draw_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:

@@ -5,14 +5,12 @@ unit of resuming: so an interrupted run that goes on ends with the weights of an
 process takes its share of every batch.
 """
 
-import copy
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -34,7 +32,6 @@ from ced.distill.precision import autocast, half_type
 from ced.distill.targets import mixup, mixup_weights
 from ced.distill.views import ViewRecipe, mask
 from ced.errors import ConfigError, TrainingError
-from ced.files import written_aside
 from ced.model import checkpoints
 from ced.model.vit import CED
 from ced.progress import Progress, silent
@@ -164,7 +161,7 @@ class Trainer:
             epoch, began = self.state.epoch + 1, time.monotonic()
             loss = self._train(self.task.epoch(epoch), epoch)
             line = {"epoch": epoch, "loss": loss, "lr": self._rate(epoch * self.steps - 1)}
-            if due := epoch % self.config.valid_every == 0 or epoch == self.config.epochs:
+            if epoch % self.config.valid_every == 0 or epoch == self.config.epochs:
                 line |= self._validate(epoch)
             line["seconds"] = round(time.monotonic() - began, 3)
             self.state.epoch = epoch
@@ -172,8 +169,6 @@ class Trainer:
             if recorder is not None:
                 self._save()
                 recorder.epoch()
-                if due:
-                    recorder.curves()
                 said = ", ".join(f"{key} {value:.5g}" for key, value in line.items() if key != "epoch")
                 logger.info("epoch %d of %d: %s", epoch, self.config.epochs, said)
         if recorder is not None:
@@ -282,12 +277,9 @@ class Trainer:
         found = self._evaluate(self.network)
         if found is None:
             return {}
-        state = self.state
-        state.stale = state.stale + 1 if state.kept and found.map <= state.kept[0][0] else 0
-        entry = (found.map, epoch, f"best_ep{epoch:03d}_mAP_{found.map:.4f}.safetensors")
-        state.kept = sorted([*state.kept, entry], key=lambda one: (-one[0], one[1]))[: self.config.n_saved]
-        if entry in state.kept and self.world.is_main:
-            checkpoints.save(self.folder / entry[2], as_tagger(self.network))
+        file = self.state.rank(found.map, epoch, self.config.n_saved)
+        if file is not None and self.world.is_main:
+            experiment.save_network(self.folder / file, self.network)
         return {"mAP": found.map} | ({} if found.accuracy is None else {"accuracy": found.accuracy})
 
     def _evaluate(self, network: CED) -> Evaluation | None:
@@ -296,7 +288,7 @@ class Trainer:
         if self.world.size > 1:  # BatchNorm's statistics are each process's own
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
-        return self.task.evaluator(as_tagger(network), world=self.world, progress=self.progress)
+        return self.task.evaluator(experiment.as_tagger(network), world=self.world, progress=self.progress)
 
     def _save(self) -> None:
         """Write the end of an epoch; networks that are no longer kept go once nothing needs them."""
@@ -304,7 +296,7 @@ class Trainer:
         state.network = self.network.state_dict()
         state.optimizer = self.optimizer.state_dict()
         state.scaler = self.scaler.state_dict()
-        checkpoints.save(self.folder / LAST_NAME, as_tagger(self.network))
+        experiment.save_network(self.folder / LAST_NAME, self.network)
         experiment.save_state(self.folder, state)
         experiment.remove_unkept(self.folder, state)
 
@@ -312,25 +304,14 @@ class Trainer:
         """Make the result of the kept networks, and say how good it is."""
         if not self.state.kept:
             return
-        result = self.folder / RESULT_NAME
-        paths = [self.folder / name for _, _, name in self.state.kept]
-        if self.world.is_main and self.config.average:
-            checkpoints.save(result, checkpoints.build(checkpoints.average(paths)))
-        elif self.world.is_main:
-            with written_aside(result) as aside:
-                shutil.copyfile(paths[0], aside)
+        if self.world.is_main:
+            experiment.make_result(self.folder, self.state, self.config.average)
         self.world.barrier()
-        network = checkpoints.build(checkpoints.read(result)).to(self.world.device)
+        network = checkpoints.build(checkpoints.read(self.folder / RESULT_NAME)).to(self.world.device)
         if (found := self._evaluate(network)) and self.world.is_main:
-            what = f"the mean of the best {len(paths)}" if self.config.average else "the best"
+            kept = len(self.state.kept)
+            what = f"the mean of the best {kept}" if self.config.average and kept > 1 else "the best"
             logger.info("%s is %s: %s", RESULT_NAME, what, found.summary)
-
-
-def as_tagger(network: CED) -> CED:
-    """Return a network of the same weights that answers with probabilities, as all saved ones do."""
-    tagger = copy.copy(network)
-    tagger.config = replace(network.config, pooling="mean")
-    return tagger
 
 
 class _FromMel(nn.Module):
