@@ -31,6 +31,7 @@ from ced.distill.viewstore import ViewStore, part_path
 from ced.model import checkpoints, zoo
 from ced.model.vit import CED
 from ced.sound.audio import SAMPLE_RATE
+from ced.sound.labels import audioset
 
 SECONDS = 10
 CLASSES = 527
@@ -205,7 +206,7 @@ def training_step(network: CED, precision: str, backend: SDPBackend | None, comp
 
 def measure_steps(rounds: int) -> Iterator[Measurement]:
     def network() -> CED:
-        return zoo.create("ced_tiny", model_args={"pooling": "logit"}, pretrained=False)
+        return zoo.create("ced_tiny", model_args={"pooling": "logit"}, pretrained=False, labels=audioset())
 
     kinds = {
         "eager attention, fp32": training_step(network(), "fp32", SDPBackend.MATH, False),
@@ -232,10 +233,9 @@ def main() -> None:
         sounds = make_sounds(folder / "sounds", arguments.clips)
         pack_table = wavpack.pack(sounds, folder / "pack", workers=2).index
         checkpoint = folder / "teacher.safetensors"
-        checkpoints.save(checkpoint, zoo.create("ced_tiny", model_args={}, pretrained=False))
-        print(
-            f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__},"
-        )
+        checkpoints.save(checkpoint, zoo.create("ced_tiny", model_args={}, pretrained=False, labels=audioset()))
+        machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        print(f"{machine}, torch {torch.__version__}")
         print(f"{arguments.clips} clips of {SECONDS} s, medians of {arguments.rounds} rounds\n")
         print("| work | unit | plain | ours | ratio |\n|---|---|---|---|---|")
         for part in arguments.only:
