@@ -80,28 +80,30 @@ def write(part: Part, path: Path, pool: Executor, threads: int) -> Iterator[Outc
     naming.set_char_encoding(h5py.h5t.CSET_UTF8)
     naming.set_create_intermediate_group(True)
     stored = h5py.h5t.STD_I16LE if part.settings.dtype == "int16" else h5py.h5t.IEEE_F32LE
-    clips = iter(part.filenames)
-    waiting: deque[tuple[str, Future[Wave | str]]] = deque()
     with h5py.File(path, "w", libver="earliest") as file:
         file.attrs.update(part.attributes())
-        while True:
-            for filename in clips:
-                waiting.append((filename, pool.submit(part.settings.decode, filename)))
-                if len(waiting) > _AHEAD * threads:
-                    break
-            if not waiting:
-                return
-            filename, future = waiting.popleft()
-            wave = future.result()
+        for filename, wave in _decoded(part, pool, _AHEAD * threads):
             if isinstance(wave, str):
                 yield wave
                 continue
-            # The low-level calls take half the time of create_dataset.
+            # These calls take half the time of create_dataset.
             key = part.settings.key(filename).encode()
             space = h5py.h5s.create_simple(wave.shape)
             dataset = h5py.h5d.create(file.id, key, stored, space, creation, naming)
             dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, wave)
             yield len(wave)
+
+
+def _decoded(part: Part, pool: Executor, ahead: int) -> Iterator[tuple[str, Wave | str]]:
+    """Yield filenames and what decoding them gave, in their order, at most `ahead` of them waiting in memory."""
+    waiting: deque[tuple[str, Future[Wave | str]]] = deque()
+    for filename in part.filenames:
+        waiting.append((filename, pool.submit(part.settings.decode, filename)))
+        if len(waiting) > ahead:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    for filename, future in waiting:
+        yield filename, future.result()
 
 
 def outcomes_of(part: Part) -> list[Outcome] | None:

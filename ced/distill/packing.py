@@ -88,36 +88,43 @@ def pack(
     index = Path(outdir, index_dirname, f"{stem}.tsv")
     if index.resolve() == table.path.resolve():
         raise PackError(f"the index of the pack would overwrite its own table {table.path}; name another folder")
-    folder = Path(outdir, hdf5_dirname)
-    folder.mkdir(parents=True, exist_ok=True)
-    index.parent.mkdir(parents=True, exist_ok=True)
     parts = [
-        Part(folder / f"{stem}_{number}.h5", filenames[start : start + size_per_file], settings)
+        Part(Path(outdir, hdf5_dirname, f"{stem}_{number}.h5"), filenames[start : start + size_per_file], settings)
         for number, start in enumerate(range(0, len(filenames), size_per_file))
     ]
+    try:
+        outcomes, kept = _write_parts(parts, index, workers, progress)
+    except OSError as error:
+        raise PackError(f"cannot write the pack to {outdir}: {error}") from error
+    _note_leftovers(parts, stem)
+    columns = table.columns | {"filename": filenames}
+    if duration:
+        columns["duration"] = ["" if isinstance(got, str) else f"{got / SAMPLE_RATE:.4f}" for got in outcomes]
+    columns |= {"hdf5path": [str(part.path) for part in parts for _ in part.filenames]}
+    return _write_index(index, columns, outcomes, len(parts), kept)
+
+
+def _write_parts(parts: Sequence[Part], index: Path, workers: int, progress: Progress) -> tuple[list[Outcome], int]:
+    """Write the parts that are not complete; return what became of each clip, and how many parts were complete."""
     outcomes: list[Outcome] = []
     kept = 0
+    total = sum(len(part.filenames) for part in parts)
+    for folder in (parts[0].path.parent, index.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(workers, thread_name_prefix="decoder") as pool:
         for part in parts:
             if (before := outcomes_of(part)) is not None:
                 kept += 1
                 outcomes += before
-                progress("pack", len(outcomes), len(filenames))
+                progress("pack", len(outcomes), total)
                 continue
             index.unlink(missing_ok=True)
             # A pack can be made again, so it does not wait for the disk.
             with written_aside(part.path, sync=False) as aside:
                 for outcome in write(part, aside, pool, workers):
                     outcomes.append(outcome)
-                    progress("pack", len(outcomes), len(filenames))
-    _note_leftovers(folder, stem, parts)
-    columns = table.columns | {"filename": filenames}
-    if duration:
-        columns["duration"] = [
-            f"{outcome / SAMPLE_RATE:.4f}" if isinstance(outcome, int) else "" for outcome in outcomes
-        ]
-    columns |= {"hdf5path": [str(part.path) for part in parts for _ in part.filenames]}
-    return _write_index(index, columns, outcomes, len(parts), kept)
+                    progress("pack", len(outcomes), total)
+    return outcomes, kept
 
 
 def _write_index(
@@ -154,10 +161,10 @@ def _check_names(filenames: Sequence[str], settings: Settings, table: Path) -> N
             raise PackError(f"two clips of {table} have the name {key}: {both}{hint}")
 
 
-def _note_leftovers(folder: Path, stem: str, parts: Sequence[Part]) -> None:
-    """Say which files look like parts of this pack, but are of an earlier one that was longer."""
+def _note_leftovers(parts: Sequence[Part], stem: str) -> None:
+    """Say which files look like parts of this pack, but are of an earlier one with more of them."""
     number = re.compile(re.escape(stem) + r"_(\d+)\.h5")
-    mine = {part.path.name for part in parts}
-    for path in sorted(folder.iterdir()):
-        if number.fullmatch(path.name) and path.name not in mine:
+    mine = {part.path for part in parts}
+    for path in sorted(parts[0].path.parent.iterdir()):
+        if number.fullmatch(path.name) and path not in mine:
             logger.warning("%s is not part of this pack any more and can be deleted", path)

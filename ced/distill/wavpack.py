@@ -156,7 +156,7 @@ class WavPack:
                 self._handles[number] = _open(self._paths[number])
             dataset = self._handles[number][place.key]
             samples = dataset[:, start:stop].T if place.channels_first else dataset[start:stop]
-        wave: Wave = np.ascontiguousarray(samples, dtype=np.int16 if place.dtype.kind == "i" else np.float32)
+        wave: Wave = samples.astype(np.int16 if place.dtype.kind == "i" else np.float32, order="C")
         return wave
 
 

@@ -70,8 +70,7 @@ def opened(source: Source, block_seconds: float) -> Iterator[Sound]:
     except soundfile.LibsndfileError as error:
         if isinstance(source, str | os.PathLike) and not os.access(source, os.R_OK):
             raise AudioError(f"cannot read {name}: no permission") from error
-        reason = error.error_string.strip().rstrip(".")
-        raise AudioError(f"cannot decode {name}: {reason}; readable are whole files of {_KINDS}") from error
+        raise AudioError(f"cannot decode {name}: {_reason(error)}; readable are whole files of {_KINDS}") from error
     except TypeError as error:  # soundfile wants to be told what headerless files (.raw) hold
         raise AudioError(f"cannot decode {name}: it has no header; readable are {_KINDS}") from error
     with file:
@@ -106,6 +105,13 @@ def _readable(source: str | os.PathLike[str] | bytes | BinaryIO, name: str) -> s
     return io.BytesIO(source)
 
 
+def _reason(error: soundfile.LibsndfileError) -> str:
+    reason: str = error.error_string.strip().rstrip(".")
+    if reason.startswith("File does not exist"):  # what libsndfile says of an MP3 file that breaks off in its header
+        return "the file is malformed"
+    return reason.removeprefix("Error : ")
+
+
 def _file_blocks(file: soundfile.SoundFile, name: str, frames: int) -> Iterator[NDArray[Any]]:
     """Yield blocks of `frames` frames, the last shorter, as far as the file can be decoded."""
     dtype = "int16" if file.subtype == "PCM_16" else "float32"
@@ -130,7 +136,7 @@ def _file_blocks(file: soundfile.SoundFile, name: str, frames: int) -> Iterator[
             done += frames - room
             yield join(parts)
     if fault is not None and not done:
-        raise AudioError(f"cannot decode {name}: {fault.error_string.strip()}") from fault
+        raise AudioError(f"cannot decode {name}: {_reason(fault)}") from fault
     if fault is not None or done < announced:
         seconds = done / file.samplerate, announced / file.samplerate
         logger.warning("%s breaks off after %.2f s of %.2f s; what is there is used", name, *seconds)
