@@ -195,16 +195,16 @@ class CED(nn.Module):
             (b, c) probabilities; with pooling "logit", logits.
         """
         mel = self.init_bn(mel)
-        frames, limit = mel.shape[-1], self.config.target_length
+        (batch, _, frames), limit = mel.shape, self.config.target_length
         if frames > limit and not self.config.pad_last:
             pieces = [piece for piece in mel.split(limit, dim=-1) if piece.shape[-1] >= PATCH]
             return self._join(torch.stack([self._head(self._encode(piece)) for piece in pieces], dim=1))
-        # One path for any length, so that an exported graph with a symbolic length takes it too.
+        # One path for every length, and an explicit copy, so that an exported graph holds for every length too.
         length = torch.sym_min(frames, limit)
         count = (frames + length - 1) // length
         mel = F.pad(mel, (0, count * length - frames)).unflatten(-1, (count, length))
-        scores = self._head(self._encode(mel.transpose(1, 2).flatten(0, 1)))
-        return self._join(scores.unflatten(0, (-1, count)))
+        mel = mel.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(0, 1)
+        return self._join(self._head(self._encode(mel)).unflatten(0, (batch, count)))
 
     def _join(self, scores: Tensor) -> Tensor:
         """Join the scores of the pieces of a long input, (b, pieces, c) -> (b, c)."""
