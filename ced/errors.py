@@ -35,3 +35,7 @@ class StoreError(CedError):
 
 class TrainingError(CedError):
     """Training whose numbers are no longer finite, or an experiment that cannot be continued."""
+
+
+class ExportError(CedError):
+    """An exported graph that does not answer as its network does."""

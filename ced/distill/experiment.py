@@ -37,6 +37,8 @@ from ced.model import checkpoints
 from ced.model.vit import CED
 
 CONFIG_NAME = "config.yaml"
+METRICS_NAME = "metrics.jsonl"
+CURVES_NAME = "curves.png"
 STATE_NAME = "resume.pt"
 LAST_NAME = "last.safetensors"
 RESULT_NAME = "averaged.safetensors"
@@ -55,9 +57,7 @@ class State:
     kept: list[tuple[float, int, str]] = field(default_factory=list)  # (mAP, epoch, file) of the best, best first
     stale: int = 0  # validations since the last gain
     world_size: int = 1
-    network: dict[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    scaler: dict[str, Any] = field(default_factory=dict)
+    stepper: dict[str, Any] = field(default_factory=dict)  # weights, and what their next step depends on
 
     def rank(self, map: float, epoch: int, n_saved: int) -> str | None:
         """Take up the mAP of an epoch; return the file for its network if it is among the best `n_saved`."""
@@ -98,9 +98,7 @@ def check_resumable(config: C, folder: Path) -> None:
     for key in type(config).model_fields:
         was, now = getattr(before, key), getattr(config, key)
         if was != now and key not in _FREE_KEYS:
-            raise ConfigError(
-                f"{key} was {was} when {folder} was started and is now {now}; a run resumes as it was begun"
-            )
+            raise ConfigError(f"{key} is {now}, but {folder} was begun with {was}; a run is resumed as it was begun")
 
 
 def load_state(folder: Path) -> State:
@@ -157,31 +155,34 @@ class Recorder:
 
     def __init__(self, folder: Path, state: State) -> None:
         self.folder, self.state = folder, state
-        # Events of an epoch that was cut short are hidden by those that follow.
-        self._board = SummaryWriter(str(folder), purge_step=state.epoch + 1)
-        self._drawn = time.monotonic()
+        self._board = SummaryWriter(str(folder), purge_step=0)  # hides what a run that was cut short wrote
+        for line in state.history:
+            self._show(line)
         self._write_metrics()
+        self._drawn = time.monotonic()
 
     def epoch(self) -> None:
         """Write the state's newest line of history."""
+        self._show(self.state.history[-1])
         self._write_metrics()
-        line = self.state.history[-1]
-        for key, value in line.items():
-            if key != "epoch":
-                self._board.add_scalar(key, value, int(line["epoch"]))
-        self._board.flush()
         if time.monotonic() - self._drawn >= DRAW_EVERY:
-            draw_curves(self.state.history, self.folder / "curves.png")
+            draw_curves(self.state.history, self.folder / CURVES_NAME)
             self._drawn = time.monotonic()
 
     def close(self) -> None:
         """Draw the last curves."""
-        draw_curves(self.state.history, self.folder / "curves.png")
+        draw_curves(self.state.history, self.folder / CURVES_NAME)
         self._board.close()
+
+    def _show(self, line: Mapping[str, float]) -> None:
+        for key, value in line.items():
+            if key != "epoch":
+                self._board.add_scalar(key, value, int(line["epoch"]))
+        self._board.flush()
 
     def _write_metrics(self) -> None:
         """Write metrics.jsonl as a whole, so that it has each epoch once, whatever happened before."""
-        with written_aside(self.folder / "metrics.jsonl") as path:
+        with written_aside(self.folder / METRICS_NAME) as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in self.state.history), encoding="utf-8")
 
 

@@ -1,6 +1,5 @@
 """Learn a labelled table: train a tagger from scratch, or make one out of a network that heard other things."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from ced.distill.distributed import World
 from ced.distill.evaluate import validation
 from ced.distill.loop import VIEWS, EpochData, Task, run
 from ced.distill.start import start_network
+from ced.distill.step import Loss
 from ced.distill.tables import parse_labels, read_table
 from ced.distill.targets import multi_hot
 from ced.distill.views import recipe_of
@@ -44,7 +44,7 @@ def _task(config: FinetuneConfig, world: World, progress: Progress) -> Task:
     network = start_network(config, labels, needs, world, progress)
     if config.trainable == "head":
         learn_head(network)
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy if single else F.binary_cross_entropy_with_logits
+    loss: Loss = F.cross_entropy if single else F.binary_cross_entropy_with_logits
     return Task(network, len(clips.pack), clips.epoch, loss, validation(config, labels))
 
 

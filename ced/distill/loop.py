@@ -18,19 +18,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from ced.config import LoopConfig
 from ced.distill import experiment
-from ced.distill.datasets import Batch, ViewDataset, prefetch, shuffled
+from ced.distill.datasets import ViewDataset, prefetch, shuffled
 from ced.distill.distributed import World, join
 from ced.distill.evaluate import Evaluation, Evaluator
 from ced.distill.experiment import LAST_NAME, RESULT_NAME, Recorder, State
-from ced.distill.optim import learning_rate, make_optimizer
-from ced.distill.precision import autocast, half_type
-from ced.distill.targets import mixup, mixup_weights
-from ced.distill.views import ViewRecipe, mask
+from ced.distill.precision import half_type
+from ced.distill.step import Loss, Stepper, learning_rate
+from ced.distill.targets import mixup_weights
 from ced.errors import ConfigError, TrainingError
 from ced.model import checkpoints
 from ced.model.vit import CED
@@ -57,7 +55,7 @@ class Task:
     network: CED  # of pooling "logit"; parameters that require gradients learn
     items: int  # chunks or clips that one pass over the data has
     epoch: Callable[[int], EpochData]  # epochs count from 1
-    loss: Callable[[Tensor, Tensor], Tensor]  # logits (b, c), targets (b, c) -> scalar
+    loss: Loss
     evaluator: Evaluator | None
 
 
@@ -90,7 +88,8 @@ def run(
     with join() as world:
         state = State(world_size=world.size) if resume is None else experiment.load_state(resume)
         if resume is not None and is_finished(config, state, resume):
-            logger.warning("%s is finished after %d epochs; there is nothing to resume", resume, state.epoch)
+            if world.is_main:
+                logger.warning("%s is finished after %d epochs; there is nothing to resume", resume, state.epoch)
             return resume
         task = prepare(world)
         share(world.rank, world.size, config.batch_size)  # refuses before a folder is made
@@ -138,20 +137,8 @@ class Trainer:
         self.mine = share(world.rank, world.size, config.batch_size)
         self.steps = config.epoch_length or math.ceil(task.items / config.batch_size)  # an epoch
         self.warmup = config.warmup_iters or round((config.warmup_epochs or 0) * self.steps)
-        self.network = task.network.to(world.device)
-        learning = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        # A network of which only the head learns keeps its BatchNorm statistics: it stays in eval mode.
-        self.learns_whole = len(learning) == len(list(self.network.parameters()))
-        self.scores: nn.Module = _FromMel(self.network)
-        if world.size > 1:
-            devices = [world.device] if world.device.type == "cuda" else None
-            self.scores = DistributedDataParallel(self.scores, device_ids=devices)
-        if config.compile:
-            self.scores.compile()
-        self.optimizer = make_optimizer(config, learning, world.device)
-        self.scaler = torch.amp.GradScaler(
-            world.device.type, enabled=half_type(config.mode, world.device) is torch.float16
-        )
+        self.network = task.network
+        self.stepper = Stepper(config, task.network, task.loss, world)
 
     def run(self) -> None:
         """Train the epochs that are left, and make the result."""
@@ -179,9 +166,7 @@ class Trainer:
         """Take up the state of an interrupted run, and say what is about to happen."""
         state, config = self.state, self.config
         if state.epoch:
-            self.network.load_state_dict(state.network)
-            self.optimizer.load_state_dict(state.optimizer)
-            self.scaler.load_state_dict(state.scaler)
+            self.stepper.load_state_dict(state.stepper)
         if not self.world.is_main:
             return
         experiment.remove_unkept(self.folder, state)
@@ -191,7 +176,7 @@ class Trainer:
             logger.warning("begun with %d processes, resumed with %d", state.world_size, self.world.size)
         if half_type(config.mode, self.world.device) is None and config.mode == "amp":
             logger.warning("mode amp needs a GPU; computing in fp32")
-        if config.optimizer == "Adam8bit" and type(self.optimizer) is torch.optim.Adam:
+        if config.optimizer == "Adam8bit" and type(self.stepper.optimizer) is torch.optim.Adam:
             logger.warning("Adam8bit needs a CUDA GPU and the package bitsandbytes; using Adam")
         if self.warmup >= config.epochs * self.steps:
             logger.warning(
@@ -220,7 +205,6 @@ class Trainer:
     def _train(self, data: EpochData, epoch: int) -> float:
         """Train one epoch and return its mean loss."""
         config, task = self.config, f"epoch {epoch} of {self.config.epochs}"
-        self.network.train(self.learns_whole)
         order = shuffled(len(data.dataset), config.batch_size, [config.seed, ORDER, epoch])
         items = list(islice(order, self.steps))  # each step's, all processes together
         batches = prefetch(data.dataset, [batch[self.mine] for batch in items], config.num_workers)
@@ -233,38 +217,17 @@ class Trainer:
             if config.mixup is not None:
                 weights = mixup_weights(config.batch_size, config.mixup, _rng(MIXUP, draws))[self.mine]
             rate = self._rate((epoch - 1) * self.steps + step)
-            losses[step] = self.step(batch, data.dataset.recipe, targets, weights, rate)
+            losses[step] = self.stepper.step(batch, data.dataset.recipe, targets, weights, rate)
             if (step + 1) % CHECK_EVERY == 0 or step + 1 == self.steps:
                 self._check(losses[: step + 1], epoch)
             self.progress(task, step + 1, self.steps)
         finite = losses[losses.isfinite()]
         return float(np.mean(self.world.gather(float(finite.mean()))))
 
-    def step(self, batch: Batch, recipe: ViewRecipe, targets: Tensor, weights: Tensor | None, rate: float) -> Tensor:
-        """Take one optimisation step and return its loss."""
-        device = self.world.device
-        waves, uniforms = batch.to_device(device)
-        targets = targets.to(device)
-        with torch.no_grad():
-            mel = mask(self.network.front_end(waves), uniforms, recipe)
-            if weights is not None:
-                weights = weights.to(device)
-                mel, targets = mixup(mel, weights), mixup(targets, weights)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.config.mode, device):
-            logits = self.scores(mel)
-        loss = self.task.loss(logits.float(), targets)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return loss.detach()
-
     def _check(self, losses: Tensor, epoch: int) -> None:
         """Refuse to go on with a loss that is not finite; the scaler of fp16 skips such steps, unless all are."""
         finite = losses.isfinite()
-        if finite.all() or (self.scaler.is_enabled() and finite.any()):
+        if finite.all() or (self.stepper.scaler.is_enabled() and finite.any()):
             return
         step = int((~finite).nonzero()[0])
         raise TrainingError(
@@ -293,9 +256,7 @@ class Trainer:
     def _save(self) -> None:
         """Write the end of an epoch; networks that are no longer kept go once nothing needs them."""
         state = self.state
-        state.network = self.network.state_dict()
-        state.optimizer = self.optimizer.state_dict()
-        state.scaler = self.scaler.state_dict()
+        state.stepper = self.stepper.state_dict()
         experiment.save_network(self.folder / LAST_NAME, self.network)
         experiment.save_state(self.folder, state)
         experiment.remove_unkept(self.folder, state)
@@ -312,18 +273,6 @@ class Trainer:
             kept = len(self.state.kept)
             what = f"the mean of the best {kept}" if self.config.average and kept > 1 else "the best"
             logger.info("%s is %s: %s", RESULT_NAME, what, found.summary)
-
-
-class _FromMel(nn.Module):
-    """A network whose forward takes mel: what is distributed and compiled is a module's forward."""
-
-    def __init__(self, network: CED) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, mel: Tensor) -> Tensor:
-        """Score (b, f, n) -> (b, c)."""
-        return self.network.forward_mel(mel)
 
 
 def _rng(stream: int, draws: list[int]) -> np.random.Generator:

@@ -23,7 +23,7 @@ from ced.distill.start import start_network
 from ced.distill.targets import spread
 from ced.distill.viewstore import Rows, ViewStore
 from ced.distill.wavpack import WavPack
-from ced.errors import ConfigError
+from ced.errors import ConfigError, StoreError
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import default_classes
@@ -49,6 +49,8 @@ def _task(config: TrainConfig, world: World, progress: Progress) -> Task:
         )
     labels = meta.labels or default_classes(meta.num_classes)
     views = StoredViews(config, store, WavPack(config.train_data))
+    if not views.items:
+        raise StoreError(f"view store {config.logitspath} has no views")
     network = start_network(config, labels, {"pooling": "logit", "activation": "sigmoid"}, world, progress)
     return Task(network, views.items, views.epoch, F.binary_cross_entropy_with_logits, validation(config, labels))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ced.config import TrainConfig, check
-from ced.distill.optim import learning_rate, make_optimizer
+from ced.distill.step import learning_rate, make_optimizer
 
 
 def schedule(**changes: Any) -> list[float]:

@@ -1,0 +1,148 @@
+"""One step of training: waves in, better weights out. Its learning rate and its optimiser."""
+
+import math
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ced.config import LoopConfig
+from ced.distill.datasets import Batch
+from ced.distill.distributed import World
+from ced.distill.precision import autocast, half_type
+from ced.distill.targets import mixup
+from ced.distill.views import ViewRecipe, mask
+from ced.model.vit import CED
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits (b, c), targets (b, c) -> scalar
+
+
+def learning_rate(step: int, *, peak: float, warmup: int, total: int, decay_frac: float, cosine: bool) -> float:
+    """Return the learning rate of a step (0, 1, ..., total - 1).
+
+    It rises in a line from 0 to `peak` in `warmup` steps, then falls as half a cosine, to `decay_frac` * `peak` at the
+    end of the last step; without `cosine` it stays.
+    """
+    if step < warmup:
+        return peak * step / warmup
+    if not cosine:
+        return peak
+    part = (step - warmup) / (total - warmup)
+    return peak * (decay_frac + (1 - decay_frac) * (1 + math.cos(math.pi * part)) / 2)
+
+
+def make_optimizer(config: LoopConfig, parameters: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+    """Make the optimiser that a configuration asks for; 8-bit Adam needs CUDA and bitsandbytes, else it is Adam."""
+    args = config.optimizer_args
+    kind: type[torch.optim.Optimizer] = torch.optim.AdamW if config.optimizer == "AdamW" else torch.optim.Adam
+    if config.optimizer == "Adam8bit" and device.type == "cuda" and find_spec("bitsandbytes"):
+        from bitsandbytes.optim import Adam8bit
+
+        kind = Adam8bit
+    options: dict[str, Any] = {"lr": args.lr, "betas": args.betas, "eps": args.eps, "weight_decay": args.weight_decay}
+    return kind(parameters, **options)
+
+
+def calibrate(network: CED, mel: Tensor) -> None:
+    """Give a BatchNorm without statistics those of its first batch, mel (b, f, n).
+
+    Its momentum is low: starting from mean 0 and variance 1 it would take hundreds of steps to be near those of any
+    sound, and until then validation would see another network than training.
+    """
+    for layer in network.init_bn:
+        if isinstance(layer, nn.BatchNorm1d) and layer.num_batches_tracked == 0:
+            layer.get_buffer("running_mean").copy_(mel.mean((0, 2)))
+            layer.get_buffer("running_var").copy_(mel.var((0, 2)))
+
+
+class Stepper:
+    """A network with what it takes to train it, in one process of a run.
+
+    Parameters that do not require gradients stay as they are; if there are any, so do the statistics of the BatchNorm.
+    """
+
+    def __init__(self, config: LoopConfig, network: CED, loss: Loss, world: World) -> None:
+        """Set up training.
+
+        Args:
+            config: optimiser, precision, and whether to compile.
+            network: of pooling "logit"; it is moved to the device.
+            loss: linear in its targets.
+            world: processes that average their gradients.
+        """
+        self.network, self.loss, self.mode, self.device = network.to(world.device), loss, config.mode, world.device
+        learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        network.train(len(learning) == len(list(network.parameters())))
+        self._scores: nn.Module = _FromMel(network)
+        if world.size > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self._scores = DistributedDataParallel(self._scores, device_ids=devices)
+        if config.compile:
+            self._scores.compile()
+        self.optimizer = make_optimizer(config, learning, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half_type(self.mode, self.device) is torch.float16)
+        self._first = True
+
+    def step(self, batch: Batch, recipe: ViewRecipe, targets: Tensor, weights: Tensor | None, rate: float) -> Tensor:
+        """Take one step.
+
+        Args:
+            batch: chunks, shifted already.
+            recipe: how wide their masks may be.
+            targets: (b, c).
+            weights: (b,) for mixup; None: none.
+            rate: the learning rate.
+
+        Returns:
+            The loss before the step, a scalar on the device. With fp16 a step of gradients that are not finite changes
+            nothing.
+        """
+        waves, uniforms = batch.to_device(self.device)
+        targets = targets.to(self.device)
+        with torch.no_grad():
+            mel = mask(self.network.front_end(waves), uniforms, recipe)
+            if self._first:
+                calibrate(self.network, mel)
+                self._first = False
+            if weights is not None:
+                weights = weights.to(self.device)
+                mel, targets = mixup(mel, weights), mixup(targets, weights)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.mode, self.device):
+            logits = self._scores(mel)
+        loss = self.loss(logits.float(), targets)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return all that the next step depends on."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """Go on from a former `state_dict`."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+class _FromMel(nn.Module):
+    """A network whose forward takes mel: what is distributed and compiled is a module's forward."""
+
+    def __init__(self, network: CED) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """Score (b, f, n) -> (b, c)."""
+        return self.network.forward_mel(mel)

@@ -1,0 +1,292 @@
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ced.config import TrainConfig, check, dump, load
+from ced.distill.evaluate import evaluate
+from ced.distill.train import StoredViews, train
+from ced.distill.views import ViewRecipe
+from ced.distill.viewstore import ViewStore
+from ced.distill.wavpack import WavPack
+from ced.errors import ConfigError, PackError, TrainingError
+from ced.model.checkpoints import average
+from ced.model.zoo import load_model
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL = {"embed_dim": 32, "num_heads": 2, "depth": 2, "target_length": 112}
+
+
+def config_of(sounds: Path, out: Path, **changes: Any) -> TrainConfig:
+    values = {
+        "train_data": sounds / "train.tsv",
+        "eval_data": sounds / "eval.tsv",
+        "logitspath": sounds / "store",
+        "outputpath": out,
+        "num_classes": 4,
+        "model": "ced_tiny",
+        "model_args": SMALL,
+        "pretrained": False,
+        "batch_size": 16,
+        "epochs": 2,
+        "optimizer": "Adam",
+        "optimizer_args": {"lr": 0.005},
+        "mode": "off",
+        "num_workers": 1,
+    }
+    return check(TrainConfig, values | changes, "test")
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_student_learns_from_views_alone(sounds: Path, tmp_path: Path) -> None:
+    """Its training sees no label; on the labels of other clips it is far above chance (0.25)."""
+    told: list[tuple[str, int, int]] = []
+    config = config_of(sounds, tmp_path, epochs=14, batch_size=8, valid_every=5, n_saved=2, warmup_epochs=1)
+    folder = train(config, name="tiny", progress=lambda *report: told.append(report))
+    metrics = lines(folder)
+    assert [line["epoch"] for line in metrics] == list(range(1, 15))
+    assert [line["epoch"] for line in metrics if "mAP" in line] == [5, 10, 14]
+    assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"]
+    assert told[:6] == [("epoch 1 of 14", step, 6) for step in range(1, 7)]
+
+    model = load_model(folder)
+    assert (model.config.pooling, model.labels.names) == ("mean", ("low", "middle", "high", "noise"))
+    found = evaluate(model, sounds / "eval.tsv")
+    assert found.map > 0.8
+    kept = sorted(folder.glob("best_*.safetensors"))
+    by_map = sorted((line["mAP"] for line in metrics if "mAP" in line), reverse=True)
+    assert sorted(float(path.stem.split("_")[-1]) for path in kept) == pytest.approx(sorted(by_map[:2]), abs=6e-5)
+    mean = average(kept).state
+    assert all(torch.equal(value, mean[key]) for key, value in load_file(folder / "averaged.safetensors").items())
+
+
+def test_an_experiment_holds_what_was_asked_and_measured(sounds: Path, tmp_path: Path) -> None:
+    logger = logging.getLogger("ced")
+    before = (logger.level, list(logger.handlers))
+    config = config_of(sounds, tmp_path, logfile="my.log", mixup=0.5, label_type="last_random")
+    folder = train(config, name="tiny")
+    assert folder.parent == tmp_path / "tiny"
+    assert load(TrainConfig, folder / "config.yaml") == config
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    said = (folder / "my.log").read_text()
+    assert "epoch 2 of 2: loss" in said
+    assert "averaged.safetensors is the mean of the best 2: mAP" in said
+    assert (logger.level, logger.handlers) == before
+    events = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    assert [event.value for event in events.Scalars("mAP")] == pytest.approx([line["mAP"] for line in lines(folder)])
+
+
+def test_without_labels_the_last_network_is_the_result(sounds: Path, tmp_path: Path) -> None:
+    folder = train(config_of(sounds, tmp_path, eval_data=None), name="tiny")
+    names = {path.name for path in folder.iterdir() if "tfevents" not in path.name}
+    assert names == {"config.yaml", "train.log", "metrics.jsonl", "curves.png", "last.safetensors", "resume.pt"}
+    assert load_model(folder).config.embed_dim == 32
+    assert "mAP" not in lines(folder)[-1]
+
+
+def test_the_best_network_is_the_result_when_none_are_averaged(sounds: Path, tmp_path: Path) -> None:
+    folder = train(config_of(sounds, tmp_path, average=False, epochs=3), name="tiny")
+    best = min(folder.glob("best_*"), key=lambda path: (-float(path.stem.split("_")[-1]), path.name))
+    result = load_file(folder / "averaged.safetensors")
+    assert all(torch.equal(value, result[key]) for key, value in load_file(best).items())
+
+
+def test_training_stops_when_validation_gains_nothing(sounds: Path, tmp_path: Path) -> None:
+    config = config_of(sounds, tmp_path, early_stop=2, epochs=9, optimizer_args={"lr": 1e-12})
+    folder = train(config, name="tiny")
+    assert [line["epoch"] for line in lines(folder)] == [1, 2, 3]
+
+
+def test_stored_epochs_serve_in_turn(sounds: Path) -> None:
+    store, pack = ViewStore(sounds / "store"), WavPack(sounds / "train.tsv")
+    stored = [store.rows(epoch).seeds.tolist() for epoch in (1, 2)]
+
+    def seeds(**changes: Any) -> list[list[int]]:
+        views = StoredViews(config_of(sounds, sounds, **changes), store, pack)
+        return [np.asarray(views.epoch(epoch).dataset.seeds).tolist() for epoch in (1, 2, 3)]
+
+    assert seeds() == [stored[0], stored[1], stored[0]]
+    assert seeds(max_aug_epochs=1) == [stored[0]] * 3
+
+
+def test_targets_are_the_stored_scores_of_the_items(sounds: Path) -> None:
+    views = StoredViews(config_of(sounds, sounds), ViewStore(sounds / "store"), WavPack(sounds / "train.tsv"))
+    targets = views.epoch(1).targets(np.array([3, 0]), torch.Generator())
+    expected = torch.tensor([[0.0625, 0, 0, 0.9], [0.9, 0.0625, 0, 0]]).half().float()
+    assert torch.equal(targets, expected)
+
+
+def test_without_consistency_the_student_draws_its_own_masks_and_no_shift(sounds: Path) -> None:
+    store, pack = ViewStore(sounds / "store"), WavPack(sounds / "train.tsv")
+
+    def view(epoch: int, **changes: Any) -> tuple[ViewRecipe, list[int]]:
+        config = config_of(sounds, sounds, disable_consistency=True, **changes)
+        data = StoredViews(config, store, pack).epoch(epoch).dataset
+        return data.recipe, np.asarray(data.seeds).tolist()
+
+    recipe, seeds = view(1)
+    assert recipe == ViewRecipe(shift=None, time_mask=20, freq_mask=8)
+    assert view(1) == (recipe, seeds)  # from (seed, epoch) alone
+    others = [view(2)[1], view(3)[1], view(1, seed=1)[1], store.rows(1).seeds.tolist()]
+    assert all(other != seeds for other in others)
+
+
+def test_published_configurations_train_on_a_published_store(tmp_path: Path) -> None:
+    published = Path(os.environ.get("CED_PUBLISHED_STORE", REPOSITORY.parent / "shared/data/published_store"))
+    if not published.is_dir():
+        pytest.skip("no published store")
+    words = ["--logitspath", published, "--train_data", published / "pack/labels/mine.tsv", "--eval_data", "null"]
+    words += ["--outputpath", tmp_path, "--pretrained", "false", "--epochs", "2", "--batch_size", "4"]
+    words += ["--epoch_length", "1", "--model_args.target_length", "208"]
+    path = REPOSITORY / "trainconfig/balanced_mixup_tiny_T_ensemble5014_chunk10.yaml"
+    folder = train(load(TrainConfig, path, [str(word) for word in words]), name=path.stem)
+    assert [line["lr"] for line in lines(folder)] == pytest.approx([0.0, 0.001 / 5000])
+    said = (folder / "train.log").read_text()
+    for warning in ("mode amp needs a GPU", "Adam8bit needs a CUDA GPU", "warm-up of 5000 steps"):
+        assert warning in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"num_classes": 5}, ConfigError, "num_classes is 5, but .* has 4 classes"),
+        (
+            {"model_args": {"pooling": "token"}},
+            ConfigError,
+            "model_args.pooling is 'token'; .* needs 'logit'",
+        ),
+        ({"train_data": Path("eval.tsv")}, PackError, "has no clip train0.wav"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_written(
+    sounds: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    changes = {key: sounds / value if isinstance(value, Path) else value for key, value in changes.items()}
+    with pytest.raises(error, match=message):
+        train(config_of(sounds, tmp_path / "out", **changes), name="tiny")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_no_number_stops_training_at_its_step(sounds: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d of epoch [12]"):
+        train(config_of(sounds, tmp_path, optimizer_args={"lr": 1e30}), name="tiny")
+
+
+def test_bf16_computes_nearly_the_same(sounds: Path, tmp_path: Path) -> None:
+    modes = ("off", "amp_bf16")
+    losses = [lines(train(config_of(sounds, tmp_path, epochs=1, mode=mode), name=mode))[0]["loss"] for mode in modes]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+# Resuming -------------------------------------------------------------------------------------------------------------
+
+
+def run_elsewhere(code: str, **environment: str) -> subprocess.Popen[bytes]:
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=os.environ | threads | environment)
+
+
+TRAIN = """
+from pathlib import Path
+from ced.config import TrainConfig, load
+from ced.distill.train import train
+train(load(TrainConfig, Path({path!r})), name="run")
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_weights(sounds: Path, tmp_path: Path) -> None:
+    config = config_of(sounds, tmp_path / "killed", epochs=6, mixup=0.5, n_saved=2)
+    (tmp_path / "config.yaml").write_text(dump(config))
+    process = run_elsewhere(TRAIN.format(path=str(tmp_path / "config.yaml")))
+    deadline = time.monotonic() + 120
+    while not any('epoch": 2' in path.read_text() for path in tmp_path.glob("killed/run/*/metrics.jsonl")):
+        assert process.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (folder,) = (tmp_path / "killed/run").iterdir()
+    assert 2 <= len(lines(folder)) < 6
+    assert not (folder / "averaged.safetensors").exists()
+    # What an epoch cut short may leave behind.
+    (folder / "best_ep005_mAP_1.0000.safetensors").write_bytes(b"unfinished")
+    (folder / "resume.pt.partial").write_bytes(b"unfinished")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 5, "lo')
+
+    assert train(load(TrainConfig, folder / "config.yaml"), name="other", resume=folder) == folder
+    unbroken = train(config.model_copy(update={"outputpath": tmp_path / "unbroken"}), name="run")
+    names = [sorted(path.name for path in one.glob("*.safetensors")) for one in (folder, unbroken)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        assert (folder / name).read_bytes() == (unbroken / name).read_bytes()
+    for before, after in zip(lines(unbroken), lines(folder), strict=True):
+        assert before | {"seconds": 0} == after | {"seconds": 0}
+    assert not list(folder.glob("*.partial"))
+    events = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    sounds: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(sounds, tmp_path, epochs=1)
+    folder = train(config, name="tiny")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with caplog.at_level(logging.WARNING):
+        assert train(config, name="tiny", resume=folder) == folder
+    assert "is finished after 1 epochs" in caplog.text
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_run_is_resumed_as_it_was_begun(sounds: Path, tmp_path: Path) -> None:
+    folder = train(config_of(sounds, tmp_path, epochs=1), name="tiny")
+    with pytest.raises(ConfigError, match=r"^epochs is 2, but .* was begun with 1"):
+        train(config_of(sounds, tmp_path, epochs=2), name="tiny", resume=folder)
+    train(config_of(sounds, tmp_path, epochs=1, num_workers=0), name="tiny", resume=folder)
+    with pytest.raises(TrainingError, match="is not an experiment"):
+        train(config_of(sounds, tmp_path), name="tiny", resume=tmp_path)
+    (folder / "resume.pt").write_bytes(b"PK damaged")
+    with pytest.raises(TrainingError, match=r"resume\.pt is damaged"):
+        train(config_of(sounds, tmp_path, epochs=1), name="tiny", resume=folder)
+
+
+# Several processes ----------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_as_one_does(sounds: Path, tmp_path: Path) -> None:
+    """Without a BatchNorm, whose statistics are each process's own, a step's gradient is that of the whole batch."""
+    changes = {"model_args": SMALL | {"init_bn": False}, "mixup": 0.5, "label_type": "last_random"}
+    alone = train(config_of(sounds, tmp_path / "one", **changes), name="run")
+    (tmp_path / "config.yaml").write_text(dump(config_of(sounds, tmp_path / "two", **changes)))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    code = TRAIN.format(path=str(tmp_path / "config.yaml"))
+    processes = [run_elsewhere(code, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    (together,) = (tmp_path / "two/run").iterdir()
+    for one, two in zip(lines(alone), lines(together), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["mAP"] == pytest.approx(one["mAP"], abs=0.02)
+    first, second = (load_file(folder / "last.safetensors") for folder in (alone, together))
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=1e-2, atol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
