@@ -108,7 +108,7 @@ class StoreConfig(Section):
     epochs: Positive = Field(40, description="views stored of each chunk")
     topk: Positive = Field(20, description="scores kept of each view")
     chunk_length: float = Field(10, gt=0, description="seconds of a chunk")
-    batch_size: Positive = Field(128, description="chunks a forward pass, all processes together")
+    batch_size: Positive = Field(128, description="chunks a forward pass")
     num_workers: int = Field(4, ge=0, description="threads that read audio")
     mode: Mode = Field("amp", description="precision on a GPU: amp (fp16), amp_bf16 or off (fp32)")
     wavtransforms: Wav = Field(ALL_WAV, description="Shift: {min_shift, max_shift}")

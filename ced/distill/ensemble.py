@@ -149,6 +149,6 @@ class Ensemble:
         if len(set(counts.values())) > 1:
             said = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise ConfigError(f"teachers have different numbers of classes: {said}")
-        if len(set(tables.values())) > 1:
+        if len({table.names for table in tables.values()}) > 1:
             raise ConfigError(f"teachers {', '.join(tables)} do not have the same class table")
         return next(iter(counts.values())), next(iter(tables.values()), None)

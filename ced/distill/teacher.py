@@ -21,7 +21,7 @@ from ced.distill.datasets import Batch, Chunks, ViewDataset, cut, in_order, pref
 from ced.distill.distributed import World, join
 from ced.distill.ensemble import Ensemble, Teacher, is_callable_spec, load_teacher
 from ced.distill.precision import half_type
-from ced.distill.views import ViewRecipe, mask
+from ced.distill.views import mask, recipe_of
 from ced.distill.viewstore import META_NAME, Rows, StoreMeta
 from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, StoreError
@@ -93,7 +93,7 @@ class _Walk:
         first, last = (math.ceil(rank * len(batches) / world.size) for rank in (world.rank, world.rank + 1))
         self._batches = batches[first:last]
         self._front_end = LogMel().to(world.device)
-        self._recipe = _recipe(config)
+        self._recipe = recipe_of(config.wavtransforms, config.spectransforms)
         self._filenames = np.array(pack.names, dtype=object)[chunks.clips]
         self._starts, self._ends = ((at / SAMPLE_RATE).astype(np.float32) for at in (chunks.starts, chunks.stops))
         silence = self._front_end(torch.zeros(2, self._samples, device=world.device))
@@ -154,16 +154,6 @@ class _Walk:
         return self._ensemble(mel).topk(self._config.topk)
 
 
-def _recipe(config: StoreConfig) -> ViewRecipe:
-    shift = config.wavtransforms.Shift
-    time, frequency = config.spectransforms.TimeMasking, config.spectransforms.FrequencyMasking
-    return ViewRecipe(
-        shift=(shift.min_shift, shift.max_shift) if shift else None,
-        time_mask=time.time_mask_param if time else None,
-        freq_mask=frequency.freq_mask_param if frequency else None,
-    )
-
-
 def _specs(config: StoreConfig) -> list[str]:
     specs = [config.model] if isinstance(config.model, str) else config.model
     if not specs:
@@ -182,13 +172,8 @@ def _file_name(spec: str) -> str:
 
 
 def _teachers(config: StoreConfig, world: World, progress: Progress) -> list[Teacher]:
-    """Load all teachers; the first process goes first, so that a model is downloaded once."""
-    if not world.is_main:
-        world.barrier()
-    teachers = [load_teacher(spec, config.model_args, world.device, progress) for spec in _specs(config)]
-    if world.is_main:
-        world.barrier()
-    return teachers
+    with world.main_first():  # a model is downloaded once
+        return [load_teacher(spec, config.model_args, world.device, progress) for spec in _specs(config)]
 
 
 def _claim(folder: Path, meta: StoreMeta, epochs: int, world: World) -> bool:
