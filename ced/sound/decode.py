@@ -119,6 +119,7 @@ def _file_blocks(file: soundfile.SoundFile, name: str, frames: int) -> Iterator[
     # One more than announced, so that one read meets the end; no more than that, as a read allocates all it asks for.
     frames = min(frames, max(announced, _LEAST_READ) + 1)
     step = _FLAC_STEP if file.format == "FLAC" else frames
+    frames = -(-frames // step) * step  # whole steps, so that blocks of any length lose the same to a fault
     done, ended, fault = 0, False, None
     while not ended:
         parts: list[NDArray[Any]] = []

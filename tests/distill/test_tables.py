@@ -1,0 +1,181 @@
+from pathlib import Path
+
+import pytest
+
+from ced.distill.tables import LabelsReport, Table, parse_labels, read_table, segments_to_labels, write_table
+from ced.errors import TableError
+from ced.sound.labels import ClassTable, numbered
+
+CLASSES = ClassTable(("dog", "cat", "rain"), ("/m/dog", "/m/cat", "/t/rain"))
+
+
+def refused(path: Path, text: str, delimiter: str = "\t", required: tuple[str, ...] = ()) -> str:
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(TableError) as caught:
+        read_table(path, delimiter, required)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message or delimiter != "\t"
+    return message
+
+
+def test_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('\ufefffilename\tlabels\r\na b.wav\t1;2\r\n\r\n"q ""x"".wav"\t\r\n', encoding="utf-8", newline="")
+    table = read_table(path, required=("labels",))
+    assert table == Table({"filename": ["a b.wav", 'q "x".wav'], "labels": ["1;2", ""]}, path)
+    assert len(table) == 2
+    assert table.column("filename") == ["a b.wav", 'q "x".wav']
+
+
+def test_read_with_another_delimiter(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('filename,name\nä.wav,"one, two"\n', encoding="utf-8")
+    assert read_table(path, ",").columns == {"filename": ["ä.wav"], "name": ["one, two"]}
+
+
+def test_tables_that_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    assert "is empty" in refused(path, "")
+    assert "is empty" in refused(path, "\n\n")
+    assert "has a header (filename, labels) but no rows" in refused(path, "filename\tlabels\n")
+    assert "no column 'labels'; its columns are filename, x" in refused(path, "filename\tx\na\t1\n", "\t", ("labels",))
+    assert "no column 'labels'; its columns are file" in refused(path, "file\n", "\t", ("labels",))
+    assert "more than one column 'x'" in refused(path, "x\tx\na\tb\n")
+    assert "line 3: 1 fields; the header has 2" in refused(path, "x\ty\na\tb\nc\n")
+    assert "line 4: 3 fields; the header has 2" in refused(path, "x\ty\na\tb\n\nc\td\te\n")
+    assert "cannot read" in refused(path, 'x\ty\n"a\tb\nc\td\n')  # a quote that never ends must not swallow rows
+    assert "one character; got '||'" in refused(path, "x\n1\n", "||")
+    path.write_bytes("filename\nä.wav\n".encode("latin-1"))
+    with pytest.raises(TableError, match=r"cannot read table .*utf-8"):
+        read_table(path)
+    with pytest.raises(TableError, match="No such file"):
+        read_table(tmp_path / "none.tsv")
+    with pytest.raises(TableError, match="Is a directory"):
+        read_table(tmp_path)
+
+
+def test_written_tables_come_back(tmp_path: Path) -> None:
+    columns = {"filename": ["a\tb.wav", 'say "x".wav', "ü.wav", "two\nlines"], "labels": ["", "1", "2;3", "4"]}
+    path = tmp_path / "new" / "folder" / "a.tsv"
+    write_table(path, columns)
+    assert read_table(path).columns == columns
+    assert path.read_bytes().startswith(b"filename\tlabels\n")
+    write_table(path, {"x": ["1"]})
+    assert path.read_text() == "x\n1\n"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    write_table(path, {"x": ["1"]})
+    with pytest.raises(ValueError, match="argument"):
+        write_table(path, {"x": ["2", "3"], "y": ["4"]})
+    assert path.read_text() == "x\n1\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_labels() -> None:
+    table = Table({"labels": ["0", "2;1", "", " 3 ; 0 ", "2;1"]}, Path("a.tsv"))
+    assert parse_labels(table, 4) == [(0,), (2, 1), (), (3, 0), (2, 1)]
+
+
+@pytest.mark.parametrize("label", ["4", "-1", "dog", "1.0", "1,2", "1;", "0;²"])
+def test_labels_out_of_range(label: str) -> None:
+    table = Table({"labels": ["0", "0;3", label, "9"]}, Path("a.tsv"))
+    with pytest.raises(TableError, match=r"^table a\.tsv, row 3: label '.*' is not one of 0 to 3$"):
+        parse_labels(table, 4)
+
+
+def test_labels_without_their_column() -> None:
+    with pytest.raises(TableError, match=r"^table a\.tsv has no column 'labels'; its columns are filename$"):
+        parse_labels(Table({"filename": ["a"]}, Path("a.tsv")), 4)
+
+
+SEGMENTS = """\
+# Segments csv created Sun Mar  5 10:54:25 2017
+# num_ytids=7, num_segs=7, num_unique_labels=4, num_positive_labels=9
+# YTID, start_seconds, end_seconds, positive_labels
+--aaaaaaaaa, 30.000, 40.000, "/m/cat,/m/dog"
+Y_bbbbbbbbb, 0.000, 10.000, "/t/rain"
+cccc_cccc_c, 0.000, 9.500, "/m/dog,/m/0unknown"
+ddddddddddd, 20.000, 30.000, "/m/dog"
+eeeeeeeeeee, 20.000, 30.000, "/m/dog,/m/dog"
+fffffffffff, 20.000, 30.000, "/m/0other"
+ggggggggggg, 20.000, 30.000, "/m/dog"
+"""
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_segments_of_a_folder(tmp_path: Path) -> None:
+    audio, listed = tmp_path / "audio", tmp_path / "eval.csv"
+    listed.write_text(SEGMENTS)
+    touch(audio, "--aaaaaaaaa.wav", "YY_bbbbbbbbb.flac", "deep/cccc_cccc_c_0.000_9.500.WAV", "Yddddddddddd_20.ogg")
+    touch(audio, "fffffffffff.wav", "xxxxxxxxxxx.wav", "eeeeeeeeeee.txt", "notes_eeeeeeeeeee.wav")
+    report = segments_to_labels(listed, audio, CLASSES, tmp_path / "out" / "eval.tsv")
+    table = read_table(tmp_path / "out" / "eval.tsv")
+    assert table.columns == {
+        "filename": [
+            f"{audio}/--aaaaaaaaa.wav",
+            f"{audio}/YY_bbbbbbbbb.flac",
+            f"{audio}/Yddddddddddd_20.ogg",
+            f"{audio}/deep/cccc_cccc_c_0.000_9.500.WAV",
+        ],
+        "labels": ["0;1", "2", "0", "0"],
+    }
+    assert report == LabelsReport(
+        table=tmp_path / "out" / "eval.tsv",
+        rows=4,
+        missing=("eeeeeeeeeee", "ggggggggggg"),
+        unlisted=(f"{audio}/notes_eeeeeeeeeee.wav", f"{audio}/xxxxxxxxxxx.wav"),
+        unlabelled=(f"{audio}/fffffffffff.wav",),
+        unknown_mids=("/m/0other", "/m/0unknown"),
+    )
+    assert parse_labels(table, 3) == [(0, 1), (2,), (0,), (0,)]
+
+
+def test_segments_of_a_pack(tmp_path: Path) -> None:
+    listed, pack = tmp_path / "eval.csv", tmp_path / "pack.tsv"
+    listed.write_text(SEGMENTS)
+    write_table(
+        pack,
+        {
+            "filename": ["wavs/ddddddddddd.wav", "wavs/other.wav", "wavs/Yggggggggggg.wav"],
+            "duration": ["1.0000", "2.0000", "3.0000"],
+            "hdf5path": ["hdf5/p_0.h5", "hdf5/p_0.h5", "hdf5/p_1.h5"],
+        },
+    )
+    report = segments_to_labels(listed, pack, CLASSES, tmp_path / "eval.tsv")
+    assert (tmp_path / "eval.tsv").read_text() == (
+        "filename\tlabels\thdf5path\nwavs/ddddddddddd.wav\t0\thdf5/p_0.h5\nwavs/Yggggggggggg.wav\t0\thdf5/p_1.h5\n"
+    )
+    assert report.unlisted == ("wavs/other.wav",)
+
+
+def test_segments_that_are_refused(tmp_path: Path) -> None:
+    audio, listed, out = tmp_path / "audio", tmp_path / "eval.csv", tmp_path / "eval.tsv"
+
+    def refused(text: str, classes: ClassTable = CLASSES) -> str:
+        listed.write_text(text)
+        with pytest.raises(TableError) as caught:
+            segments_to_labels(listed, audio, classes, out)
+        assert not out.exists()
+        return str(caught.value)
+
+    audio.mkdir()
+    assert "holds no sound files" in refused(SEGMENTS)
+    touch(audio, "unrelated.wav")
+    assert "none of 1 files" in refused(SEGMENTS)
+    touch(audio, "ddddddddddd.wav", "sub/Yddddddddddd_20.wav")
+    assert refused(SEGMENTS) == (
+        f"two files belong to segment ddddddddddd: {audio}/ddddddddddd.wav and {audio}/sub/Yddddddddddd_20.wav"
+    )
+    assert "line 2: 2 fields; expected YTID" in refused('# x\naaaaaaaaaaa, "/m/dog"\n')
+    assert "line 2: segment aaaaaaaaaaa stands there twice" in refused('aaaaaaaaaaa, 0, 1, "/m/dog"\n' * 2)
+    assert "has no segments" in refused("# nothing\n")
+    assert "no mids" in refused(SEGMENTS, numbered(3))
