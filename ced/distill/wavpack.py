@@ -183,6 +183,5 @@ def _resolve(path: str, table: Path) -> Path:
     for candidate in (*(folder / path for folder in folders), beside):
         if candidate.is_file():
             return candidate
-    raise PackError(
-        f"pack {table} lacks its file {path}: not in the working directory, {folders[1]} or above, nor {beside}"
-    )
+    places = f"the working directory, {folders[1]} and above, {beside.parent}"
+    raise PackError(f"pack {table} lacks its file {path}; looked for in {places}")
