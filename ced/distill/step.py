@@ -122,7 +122,7 @@ class Stepper:
         return loss.detach()
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Return all that the next step depends on."""
+        """Return all that the next step depends on; the next step changes it in place."""
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -1,0 +1,157 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ced.config import FinetuneConfig, check
+from ced.distill.evaluate import evaluate
+from ced.distill.finetune import LabelledClips, finetune
+from ced.errors import ConfigError, TableError
+from ced.model import checkpoints
+from ced.model.vit import CED, ModelConfig
+from ced.model.zoo import load_model
+from ced.sound.labels import ClassTable, read_classes
+
+CLASSES = ClassTable(("low", "middle", "high", "noise"))
+SMALL = {"embed_dim": 32, "num_heads": 2, "depth": 2, "target_length": 112}
+MASKS = {"TimeMasking": {"time_mask_param": 20}, "FrequencyMasking": {"freq_mask_param": 8}}
+
+
+def config_of(sounds: Path, out: Path, **changes: Any) -> FinetuneConfig:
+    values = {
+        "train_data": sounds / "train.tsv",
+        "eval_data": sounds / "eval.tsv",
+        "outputpath": out,
+        "classes": sounds / "classes.tsv",
+        "model": "ced_tiny",
+        "model_args": SMALL,
+        "pretrained": False,
+        "chunk_length": 1,
+        "spectransforms": MASKS,
+        "batch_size": 16,
+        "epochs": 2,
+        "optimizer": "AdamW",
+        "optimizer_args": {"lr": 0.005},
+        "mode": "off",
+        "num_workers": 1,
+    }
+    return check(FinetuneConfig, values | changes, "test")
+
+
+def save_tagger(path: Path, classes: tuple[str, ...] = ("one", "two")) -> dict[str, torch.Tensor]:
+    """Save a network that heard other classes, with statistics of its own, and return its weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        network = CED(ModelConfig(outputdim=len(classes), **SMALL), ClassTable(classes))  # type: ignore[arg-type]
+    network.get_buffer("init_bn.1.running_mean").fill_(-40)
+    network.get_buffer("init_bn.1.running_var").fill_(400)
+    network.get_buffer("init_bn.1.num_batches_tracked").fill_(1000)
+    checkpoints.save(path, network)
+    return load_file(path)
+
+
+@pytest.mark.parametrize("task", ["multi", "single"])
+def test_a_tagger_learns_labels_from_scratch(sounds: Path, tmp_path: Path, task: str) -> None:
+    config = config_of(sounds, tmp_path, task=task, epochs=14, batch_size=8, valid_every=7, mixup=0.3)
+    model = load_model(finetune(config, name="tiny"))
+    assert model.labels == read_classes(sounds / "classes.tsv")
+    assert (model.config.pooling, model.config.activation) == ("mean", "softmax" if task == "single" else "sigmoid")
+    found = evaluate(model, sounds / "eval.tsv")
+    assert found.map > 0.8
+    assert found.accuracy is not None
+    assert found.accuracy > 0.5
+    if task == "single":
+        probs = model.probs(torch.randn(2, 16_000))
+        torch.testing.assert_close(probs.sum(1), torch.ones(2))
+
+
+def test_only_the_head_learns_if_so_asked(sounds: Path, tmp_path: Path) -> None:
+    before = save_tagger(tmp_path / "start.safetensors")
+    config = config_of(sounds, tmp_path, model=str(tmp_path / "start.safetensors"), pretrained=True, trainable="head")
+    after = load_file(finetune(config, name="tiny") / "last.safetensors")
+    changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    assert changed == {"outputlayer.0.weight", "outputlayer.0.bias", "outputlayer.1.weight", "outputlayer.1.bias"}
+    assert after["outputlayer.1.weight"].shape == (4, 32)
+
+
+def test_a_checkpoint_of_other_classes_gives_all_but_its_head(sounds: Path, tmp_path: Path) -> None:
+    before = save_tagger(tmp_path / "start.safetensors")
+    changes = {"pretrained": str(tmp_path / "start.safetensors"), "optimizer_args": {"lr": 1e-12}, "epochs": 1}
+    after = load_file(finetune(config_of(sounds, tmp_path, **changes), name="tiny") / "last.safetensors")
+    for key in ("blocks.1.mlp.fc2.weight", "time_pos_embed", "patch_embed.proj.weight"):
+        torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-8)
+    assert int(after["init_bn.1.num_batches_tracked"]) == 1003
+
+
+def test_epochs_have_crops_and_views_of_their_own(sounds: Path) -> None:
+    config = config_of(sounds, sounds, chunk_length=0.4)
+    first, second, again = (LabelledClips(config, CLASSES).epoch(epoch) for epoch in (1, 2, 1))
+    data = first.dataset
+    assert data.samples == 6400
+    lengths = data.chunks.stops - data.chunks.starts
+    assert set(lengths.tolist()) == {6400}
+    assert len(set(data.chunks.starts.tolist())) > 40
+    for name in ("starts", "clips"):
+        np.testing.assert_array_equal(getattr(data.chunks, name), getattr(again.dataset.chunks, name))
+    assert data.seeds is not None
+    assert second.dataset.seeds is not None
+    np.testing.assert_array_equal(data.seeds, np.asarray(again.dataset.seeds))
+    assert not np.array_equal(data.chunks.starts, second.dataset.chunks.starts)
+    assert not np.array_equal(data.seeds, second.dataset.seeds)
+    targets = first.targets(np.array([0, 5]), torch.Generator())
+    assert targets.tolist() == [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
+
+
+def test_short_clips_are_filled_up(sounds: Path) -> None:
+    batch = LabelledClips(config_of(sounds, sounds, chunk_length=1.5), CLASSES).epoch(1).dataset[0]
+    assert batch.waves.shape == (1, 24_000)
+    assert batch.waves[0, :16_000].any()
+    assert not batch.waves[0, 16_000:].any()
+
+
+def relabelled(sounds: Path, folder: Path, label: str) -> Path:
+    """Return a copy of the training table whose third row has another label."""
+    rows = (sounds / "train.tsv").read_text().splitlines()
+    name, _, packed = rows[3].split("\t")
+    rows[3] = f"{name}\t{label}\t{packed}"
+    table = folder / "relabelled.tsv"
+    table.write_text("\n".join(rows) + "\n")
+    return table
+
+
+@pytest.mark.parametrize(
+    ("label", "task", "message"),
+    [
+        ("1;2", "single", r"row 3 \(train2.wav\) has 2 labels; task single needs exactly one"),
+        ("", "single", r"row 3 \(train2.wav\) has 0 labels"),
+        ("4", "multi", r"row 3: label '4' is not one of 0 to 3"),
+    ],
+)
+def test_labels_that_do_not_fit_the_task_are_refused(
+    sounds: Path, tmp_path: Path, label: str, task: str, message: str
+) -> None:
+    with pytest.raises(TableError, match=message):
+        finetune(config_of(sounds, tmp_path, train_data=relabelled(sounds, tmp_path, label), task=task), name="tiny")
+
+
+def test_several_labels_or_none_are_welcome_with_task_multi(sounds: Path, tmp_path: Path) -> None:
+    for label in ("0;3", ""):
+        table = relabelled(sounds, tmp_path, label)
+        finetune(config_of(sounds, tmp_path, train_data=table, eval_data=None, epochs=1), name="tiny")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chunk_length": 0.1}, "chunk_length is 0.1 s; the shortest a model can hear is 0.15 s"),
+        ({"task": "single", "model_args": {"activation": "sigmoid"}}, "model_args.activation is 'sigmoid'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    sounds: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        finetune(config_of(sounds, tmp_path, **changes), name="tiny")
