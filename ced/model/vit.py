@@ -110,7 +110,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend, then transform, each on top of its input: (b, tokens, d) -> (b, tokens, d)."""
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class PatchEmbed(nn.Module):
@@ -227,7 +228,7 @@ class CED(nn.Module):
         x = x + self.time_pos_embed[..., : x.shape[-1]] + self.freq_pos_embed
         x = x.flatten(2).transpose(1, 2)  # frequency slowest
         if self.config.pooling == "token":
-            token = (self.cls_token + self.token_pos_embed).expand(len(x), -1, -1)
+            token = (self.cls_token + self.token_pos_embed).expand(x.shape[0], -1, -1)
             x = torch.cat([token, x], dim=1)
         for block in self.blocks:
             x = block(x)
