@@ -1,0 +1,26 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/train.stamp  ## teach a student on generated sounds, from files to tags
+	$(BIN)/ced demo
+
+test: .venv/dev.stamp  ## format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2
+
+clean:  ## remove the environment and what `make demo` wrote
+	rm -rf .venv demo build ced.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/%.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+.venv/train.stamp: EXTRAS = train
+.venv/dev.stamp: EXTRAS = train,dev

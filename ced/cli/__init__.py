@@ -1,0 +1,38 @@
+"""The command `ced`; root scripts call it under the published names. Nothing else prints or exits."""
+
+import sys
+
+import typer
+
+from ced.cli import distilling, tagging
+from ced.cli.console import Commands, set_up_logging
+from ced.cli.keys import FinetuneCommand, StoreCommand, TrainCommand
+
+app = typer.Typer(
+    cls=Commands,
+    name="ced",
+    help="Tag sounds, and make small models that tag sounds.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app.command()(tagging.tag)
+app.command()(tagging.models)
+app.command()(tagging.export)
+app.command()(distilling.pack)
+app.command()(distilling.labels)
+app.command(cls=StoreCommand, context_settings=_ANY_KEY)(distilling.store)
+app.command(cls=TrainCommand, context_settings=_ANY_KEY)(distilling.train)
+app.command(cls=FinetuneCommand, context_settings=_ANY_KEY)(distilling.finetune)
+app.command()(distilling.evaluate)
+app.command()(distilling.demo)
+
+
+def main(command: str | None = None) -> None:
+    """Run the words of the command line, behind `command` if one is given, and exit."""
+    set_up_logging()
+    app(args=[*([command] if command else []), *sys.argv[1:]], prog_name="ced")

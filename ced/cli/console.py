@@ -1,0 +1,157 @@
+"""What the command line shows besides results: errors, notes and progress, all of it on standard error."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ced.errors import CedError
+from ced.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+LINE_SECONDS = 5.0  # between two plain lines of progress
+INTERRUPTED = 130  # exit code, as a shell gives it for SIGINT
+
+
+def is_main_process() -> bool:
+    """Whether this process reports: under torchrun only the first one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def complain(message: str) -> None:
+    """Show what is wrong."""
+    print(f"ced: error: {message}", file=sys.stderr)
+
+
+class Commands(TyperGroup):
+    """The commands, with one line for whatever goes wrong in any of them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the words name; errors of the library become exit code 1."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except (CedError, OSError) as error:
+            complain(str(error))
+            raise typer.Exit(1) from None
+        except ModuleNotFoundError as error:
+            if (error.name or "ced").partition(".")[0] == "ced":
+                raise
+            complain(f"this needs the package {error.name}, which `pip install 'ced[train]'` brings")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            print("ced: interrupted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+        return result
+
+
+class _NoteHandler(logging.Handler):
+    """Shows notes and warnings of the library, a line each, on whatever standard error is at the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage().partition("\n")[0]
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        print(f"ced: {level}{message}", file=sys.stderr)
+
+
+def set_up_logging() -> None:
+    """Show what the library notes, and what other packages warn of; once, in the first process of a run."""
+    handler = _NoteHandler(logging.INFO if is_main_process() else logging.ERROR)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addHandler(handler)
+    library = logging.getLogger("ced")
+    library.setLevel(logging.INFO)
+    library.addHandler(handler)
+
+
+def hush() -> None:
+    """Show warnings only, where the notes of single steps would be too many."""
+    for handler in logging.getLogger("ced").handlers:
+        handler.setLevel(max(handler.level, logging.WARNING))
+
+
+@contextmanager
+def reporting() -> Iterator[Progress]:
+    """Give a progress callback: bars on a terminal, plain lines elsewhere, nothing outside the first process."""
+    if not is_main_process():
+        yield silent
+    elif sys.stderr.isatty():
+        bars = _Bars()
+        try:
+            yield bars
+        finally:
+            bars.stop()
+    else:
+        yield Lines()
+
+
+class Lines:
+    """Progress as plain lines: one every few seconds, and the end of each task that had one."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._last = clock, clock()
+        self._open: str | None = None  # the task of the last line, while it is not done
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        """Take one report."""
+        now = self._clock()
+        ends = done >= total and task == self._open
+        if now - self._last < LINE_SECONDS and not ends:
+            return
+        self._last = now
+        self._open = task if done < total else None
+        print(f"{task}: {done} of {total}", file=sys.stderr, flush=True)
+
+
+class _Bars:
+    """Progress as bars, which vanish when their task is done, so that results can be printed between two tasks."""
+
+    def __init__(self) -> None:
+        self._bars: RichProgress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        bars = self._bars or self._start()
+        if task not in self._tasks:
+            self._tasks[task] = bars.add_task(task, total=total)
+        bars.update(self._tasks[task], completed=done, total=total)
+        if done >= total:
+            bars.remove_task(self._tasks.pop(task))
+            if not self._tasks:
+                self.stop()
+
+    def _start(self) -> "RichProgress":
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        # Notes on standard error appear above the bars; standard output is left alone, it may be a file.
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            redirect_stdout=False,
+        )
+        self._bars.start()
+        return self._bars
+
+    def stop(self) -> None:
+        """Take the bars away."""
+        if self._bars is not None:
+            self._bars.stop()
+        self._bars = None
+        self._tasks.clear()

@@ -1,0 +1,208 @@
+"""Commands that make a student: pack, labels, store, train, finetune, evaluate, demo."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ced.cli.console import hush, is_main_process, reporting
+from ced.errors import ConfigError
+
+Resume = Annotated[
+    Path | None,
+    typer.Option(metavar="EXPERIMENT", help="Go on with an interrupted run; CONFIG is then read from its folder."),
+]
+Words = Annotated[
+    list[str] | None, typer.Argument(metavar="CONFIG --key value", help="A YAML file, and keys to set over it.")
+]
+
+
+def pack(
+    table: Annotated[Path, typer.Argument(metavar="LIST.tsv", help="A table with a column of file names.")],
+    outdir: Annotated[Path, typer.Argument(help="Where hdf5/ and labels/ go.")],
+    size_per_file: Annotated[int, typer.Option("--size_per_file", "-s", min=1, help="Clips an HDF5 file.")] = 50_000,
+    n_workers: Annotated[
+        int | None, typer.Option("--n_workers", "-n", min=1, help="Threads that decode; default: one a processor.")
+    ] = None,
+    duration: Annotated[bool, typer.Option("--duration", help="Add a column with seconds.")] = False,
+    hdf5_dirname: Annotated[str, typer.Option("--hdf5_dirname", help="Folder of the audio.")] = "hdf5",
+    index_dirname: Annotated[str, typer.Option("--index_dirname", help="Folder of the table.")] = "labels",
+    filename_column: Annotated[str, typer.Option("--filename_column", help="Column of file names.")] = "filename",
+    fullname: Annotated[bool, typer.Option("--fullname", help="Key clips by path, not by base name.")] = False,
+    stereo: Annotated[bool, typer.Option("--stereo", help="Keep two channels.")] = False,
+    delim: Annotated[
+        str, typer.Option("--delim", "-d", help="What separates the table's columns.", show_default="tab")
+    ] = "\t",
+    dtype: Annotated[Literal["int16", "float32"], typer.Option("--dtype", help="Type of the samples.")] = "int16",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Unreadable files do not make the exit code 1.")] = False,
+) -> None:
+    """Pack audio files into HDF5, resampled to 16 kHz, with a table of what lies where.
+
+    Unreadable files are listed in `STEM.failed.tsv` beside that table, the rest is packed. An interrupted run may be
+    repeated and finishes what is left.
+    """
+    from ced.distill import wavpack
+
+    with reporting() as progress:
+        report = wavpack.pack(
+            table,
+            outdir,
+            size_per_file=size_per_file,
+            workers=n_workers,
+            duration=duration,
+            hdf5_dirname=hdf5_dirname,
+            index_dirname=index_dirname,
+            filename_column=filename_column,
+            fullname=fullname,
+            stereo=stereo,
+            delimiter=delim.replace("\\t", "\t"),
+            dtype=dtype,
+            progress=progress,
+        )
+    print(f"{report.index}: {report.packed} packed, {len(report.failed)} failed")
+    if report.failed and not skip_bad:
+        raise typer.Exit(1)
+
+
+def labels(
+    segments: Annotated[Path, typer.Argument(metavar="SEGMENTS.csv", help="AudioSet's list of segments.")],
+    audio: Annotated[Path, typer.Argument(metavar="AUDIO", help="A folder of audio, or the table of a pack of it.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: <stem of SEGMENTS>.tsv.")] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="Class table with index, mid and name; default: AudioSet's 527.")
+    ] = None,
+) -> None:
+    """Make a labelled table out of one of AudioSet's segment lists (YTID, start, end, "mids")."""
+    from ced.distill.tables import segments_to_labels
+    from ced.sound.labels import audioset, read_classes
+
+    known = audioset() if classes is None else read_classes(classes)
+    report = segments_to_labels(segments, audio, known, out or Path(f"{segments.stem}.tsv"))
+    print(f"{report.table}: {report.rows} clips with labels")
+    for what, names in (
+        ("segments without a file", report.missing),
+        ("files without a segment", report.unlisted),
+        ("files without any known label", report.unlabelled),
+        ("unknown labels", report.unknown_mids),
+    ):
+        if names:
+            print(f"{what}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+
+
+def store(words: Words = None) -> None:
+    """Store the views of one teacher or an ensemble: the scores that students learn from.
+
+    Runs alone or under torchrun. What is complete is kept, so an interrupted run may be repeated.
+    """
+    from ced.config import StoreConfig, load
+    from ced.distill import teacher
+
+    path, overrides = _split(words)
+    with reporting() as progress:
+        folder = teacher.store(load(StoreConfig, path, overrides), progress=progress)
+    _result(folder)
+
+
+def train(words: Words = None, resume: Resume = None) -> None:
+    """Distil a student from stored views; no labels are needed. Runs alone or under torchrun."""
+    from ced.config import TrainConfig, load
+    from ced.distill import train
+
+    path, overrides = _split(words, resume)
+    with reporting() as progress:
+        config = load(TrainConfig, path, overrides)
+        _result(train.train(config, name=_name(path, config.model), resume=resume, progress=progress))
+
+
+def finetune(words: Words = None, resume: Resume = None) -> None:
+    """Train or fine-tune a tagger on a labelled table. Runs alone or under torchrun."""
+    from ced.config import FinetuneConfig, load
+    from ced.distill import finetune
+
+    path, overrides = _split(words, resume)
+    with reporting() as progress:
+        config = load(FinetuneConfig, path, overrides)
+        _result(finetune.finetune(config, name=_name(path, config.model), resume=resume, progress=progress))
+
+
+def evaluate(
+    experiments: Annotated[
+        list[Path],
+        typer.Argument(metavar="EXPERIMENT...", help="An experiment, checkpoint or model name; several: an ensemble."),
+    ],
+    test_data: Annotated[
+        Path | None,
+        typer.Option("--test_data", help="Labelled table; default: eval_data of the experiment's configuration."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Clips scored at once.")] = 32,
+    per_class: Annotated[bool, typer.Option("--per_class", help="Print each class's average precision, too.")] = False,
+) -> None:
+    """Evaluate a tagger on a labelled table; several by the mean of their probabilities."""
+    import torch
+
+    from ced.distill import evaluate
+    from ced.model.zoo import load_model
+
+    table = test_data or _eval_data(experiments[0])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with reporting() as progress:
+        models = [load_model(str(experiment), progress=progress).to(device) for experiment in experiments]
+        found = evaluate.evaluate(models, table, batch_size=batch_size, progress=progress)
+    if per_class:
+        for name, value in zip(found.labels.names, found.per_class, strict=True):
+            print(f"{value:.4f}  {name}")
+    print(found.summary)
+    if found.missing:
+        print(f"left out, as no clip has them: {', '.join(found.missing)}")
+
+
+def _eval_data(experiment: Path) -> Path:
+    """Return the table that an experiment was validated on."""
+    import yaml
+
+    from ced.distill.experiment import CONFIG_NAME
+
+    path = experiment / CONFIG_NAME
+    if path.is_file() and (table := yaml.safe_load(path.read_text(encoding="utf-8")).get("eval_data")):
+        return Path(table)
+    raise ConfigError(f"{experiment} names no eval_data; give a labelled table with --test_data")
+
+
+def demo(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Recordings: a folder with meta.tsv (filename, fold, label, name); default: generated."),
+    ] = None,
+    fold: Annotated[int, typer.Option(help="The fold of meta.tsv that is held out.")] = 5,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything that is written.")] = Path("demo"),
+) -> None:
+    """Do the whole job: pack, train two teachers, store their views, distil a student, evaluate, tag.
+
+    Without --data it makes sounds of its own and takes minutes. An interrupted run may be repeated and goes on.
+    """
+    from ced.demo.job import run
+
+    hush()
+    with reporting() as progress:
+        report = run(out, data=data, fold=fold, say=partial(print, flush=True), progress=progress)
+    for line in report.lines():
+        print(line)
+
+
+def _split(words: list[str] | None, resume: Path | None = None) -> tuple[Path | None, list[str]]:
+    """Tell the configuration file from the keys; without one, a run that goes on uses its own."""
+    from ced.distill.experiment import CONFIG_NAME
+
+    if words and not words[0].startswith("--"):
+        return Path(words[0]), words[1:]
+    return resume / CONFIG_NAME if resume is not None else None, words or []
+
+
+def _name(path: Path | None, model: str) -> str:
+    return path.stem if path is not None else Path(model).stem
+
+
+def _result(path: Path) -> None:
+    if is_main_process():
+        print(path)

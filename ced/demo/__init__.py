@@ -1,0 +1,1 @@
+"""The whole job at a small scale: from recordings to a student."""

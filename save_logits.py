@@ -1,0 +1,6 @@
+"""`ced store` under its published name."""
+
+from ced.cli import main
+
+if __name__ == "__main__":
+    main("store")

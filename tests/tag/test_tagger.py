@@ -1,0 +1,132 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from numpy.typing import NDArray
+
+from ced.errors import AudioError, CheckpointError, ConfigError
+from ced.model import checkpoints
+from ced.model.vit import CED, ModelConfig
+from ced.sound.labels import ClassTable
+from ced.tag.tagger import Tag, Tagger, TorchScorer
+
+RATE = 16_000
+
+
+class Levels:
+    """Scores a wave by its mean: class 0 rises with it, class 1 falls, class 2 is always in the middle."""
+
+    labels = ClassTable(("high", "low", "middle"))
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def __call__(self, waves: NDArray[np.float32], /) -> NDArray[np.float32]:
+        self.lengths.append(waves.shape[1])
+        mean = waves.mean(1)
+        return np.stack([mean, 1 - mean, np.full_like(mean, 0.5)], axis=1)
+
+
+def small_network() -> CED:
+    torch.manual_seed(0)
+    config = ModelConfig(embed_dim=32, num_heads=2, depth=1, outputdim=4, target_length=112)
+    return CED(config, ClassTable(("a", "b", "c", "d"))).eval()
+
+
+def test_windows_are_tagged_best_first() -> None:
+    wave = np.concatenate([np.full(RATE, 0.75, np.float32), np.full(RATE // 2, 0.25, np.float32)])
+    first, second = Tagger(Levels()).tag((wave, RATE), top_k=2, window=1.0)
+    assert (first.start, first.end) == (0.0, 1.0)
+    assert first.tags == (Tag("high", 0, 0.75), Tag("middle", 2, 0.5))
+    assert (second.start, second.end) == (1.0, 1.5)
+    assert second.tags == (Tag("low", 1, 0.75), Tag("middle", 2, 0.5))
+
+
+def test_short_sounds_and_tails_are_scored_at_their_own_length() -> None:
+    scorer = Levels()
+    list(Tagger(scorer).tag((np.zeros(RATE, np.float32), RATE)))
+    list(Tagger(scorer).tag((np.zeros(25_000, np.float32), RATE), window=1.0))
+    assert scorer.lengths == [16_000, 16_000, 9_000]
+
+
+def test_hop_makes_windows_overlap() -> None:
+    timeline = Tagger(Levels()).tag((np.zeros(2 * RATE, np.float32), RATE), window=1.0, hop=0.5)
+    assert [(tags.start, tags.end) for tags in timeline] == [(0.0, 1.0), (0.5, 1.5), (1.0, 2.0)]
+
+
+def test_equal_scores_keep_the_order_of_the_classes() -> None:
+    (tags,) = Tagger(Levels()).tag((np.full(100, 0.5, np.float32), RATE))
+    assert [tag.index for tag in tags.tags] == [0, 1, 2]
+
+
+def test_more_tags_than_classes_are_all_classes() -> None:
+    (tags,) = Tagger(Levels()).tag((np.zeros(100, np.float32), RATE), top_k=10)
+    assert len(tags.tags) == 3
+
+
+def test_a_torch_network_answers_as_itself(tmp_path: Path) -> None:
+    network = small_network()
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 8_000)).astype(np.float32)
+    with torch.inference_mode():
+        expected = network.probs(torch.from_numpy(wave)).numpy()
+    scores = TorchScorer(network)(wave)
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+    np.testing.assert_allclose(TorchScorer(network)(wave[:1]), expected[:1], atol=1e-6)  # whatever the batch
+
+    checkpoints.save(tmp_path / "model.safetensors", network)
+    for model in (network, tmp_path / "model.safetensors", str(tmp_path / "model.safetensors")):
+        (tags,) = Tagger(model).tag((wave[0], RATE), top_k=4)
+        assert {tag.label for tag in tags.tags} == {"a", "b", "c", "d"}
+        for tag in tags.tags:
+            assert tag.prob == pytest.approx(expected[0, tag.index], abs=1e-5)
+
+
+def test_a_sound_shorter_than_a_patch_is_tagged() -> None:
+    (tags,) = Tagger(small_network()).tag((np.full(160, 0.1, np.float32), RATE))
+    assert tags.end == 0.01
+    assert all(0 < tag.prob < 1 for tag in tags.tags)
+
+
+def test_a_file_sounds_the_same_as_its_bytes_and_samples(tmp_path: Path) -> None:
+    wave = np.random.default_rng(1).uniform(-0.5, 0.5, 12_000).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", wave, RATE, subtype="FLOAT")
+    tagger = Tagger(small_network())
+    (by_path,), (by_bytes,), (by_samples,) = (
+        list(tagger.tag(source)) for source in (tmp_path / "a.wav", (tmp_path / "a.wav").read_bytes(), (wave, RATE))
+    )
+    assert by_path == by_bytes == by_samples
+
+
+@pytest.mark.parametrize("wrong", [{"top_k": 0}, {"window": 0.0}, {"window": float("nan")}, {"hop": -1.0}])
+def test_numbers_that_make_no_sense_are_refused_at_once(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="must be above 0"):
+        Tagger(Levels()).tag("never-opened.wav", **wrong)  # type: ignore[arg-type]
+
+
+def test_a_scorer_must_fit_its_class_table() -> None:
+    class Wrong(Levels):
+        labels = ClassTable(("only one",))
+
+    with pytest.raises(CheckpointError, match=r"\(1, 3\).*\(1, 1\)"):
+        list(Tagger(Wrong()).tag((np.zeros(100, np.float32), RATE)))
+
+
+def test_a_missing_file_is_an_error_of_its_own() -> None:
+    with pytest.raises(AudioError, match=r"no-such\.wav"):
+        list(Tagger(Levels()).tag("no-such.wav"))
+
+
+def test_tagging_needs_no_torch_of_its_own() -> None:
+    program = (
+        "import sys, numpy as np; from ced.tag.tagger import Tagger; from ced.sound.labels import ClassTable\n"
+        "class Half:\n"
+        "    labels = ClassTable(('a',))\n"
+        "    def __call__(self, waves): return np.full((len(waves), 1), 0.5, np.float32)\n"
+        "(tags,) = Tagger(Half()).tag((np.zeros(100, np.float32), 16000))\n"
+        "assert tags.tags[0].prob == 0.5 and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

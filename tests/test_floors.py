@@ -1,0 +1,119 @@
+"""The house as it is meant to be: who may import whom, what an import costs, and how short the root scripts are."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "ced").rglob("*.py"))
+SCRIPTS = ["inference.py", "run.py", "save_logits.py", "export_onnx.py", "scripts/wavlist_to_hdf5.py"]
+
+# A module imports from its own floor's entry and from those that it lists.
+FLOORS: dict[str, set[str]] = {
+    "base": set(),
+    "sound": {"base"},
+    "model": {"base", "sound"},
+    "distill": {"base", "sound", "model"},
+    "tag": {"base", "sound", "model"},
+    "demo": {"base", "sound", "model", "distill", "tag"},
+    "cli": {"base", "sound", "model", "distill", "tag", "demo"},
+}
+
+
+def floor_of(module: str) -> str:
+    """Return the floor of a module by its dotted name; single files beside the folders are the base."""
+    part = [*module.split("."), ""][1]
+    return part if part in FLOORS else "base"
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the dotted name of each module of ced that a file imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            # `from ced import x` may name a module.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] == "ced")
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_module_imports_from_its_own_and_lower_floors(path: Path) -> None:
+    if path == ROOT / "ced" / "__init__.py":  # names the public functions of all floors, imported on first use
+        return
+    own = floor_of(name_of(path))
+    for name in imports(path):
+        assert floor_of(name) in FLOORS[own] | {own}, f"{name_of(path)} ({own}) imports {name} ({floor_of(name)})"
+
+
+def test_the_floors_hold_every_folder() -> None:
+    folders = {path.name for path in (ROOT / "ced").iterdir() if (path / "__init__.py").exists()}
+    assert folders == FLOORS.keys() - {"base"}
+
+
+def run_python(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("ced", ["torch", "onnxruntime", "soundfile", "numpy"]),
+        ("ced.sound.audio", ["torch"]),
+        ("ced.sound.labels", ["torch"]),
+        ("ced.tag.tagger", ["torch"]),
+        ("ced.tag.results", ["torch"]),
+        ("ced.config", ["torch"]),
+        ("ced.cli", ["torch", "numpy", "pydantic", "rich.progress"]),
+    ],
+)
+def test_an_import_brings_no_more_than_it_needs(module: str, absent: list[str]) -> None:
+    loaded = run_python(f"import {module}, sys; print(*sys.modules)").split()
+    assert not set(absent) & set(loaded)
+
+
+def test_an_import_sets_nothing_up() -> None:
+    program = "import logging, ced.cli; print(logging.getLogger().handlers, logging.getLogger('ced').handlers)"
+    assert run_python(program) == "[] []"
+
+
+def test_public_names_are_there() -> None:
+    program = "import ced; print(*(f'{name}={type(getattr(ced, name)).__name__}' for name in ced.__all__))"
+    assert run_python(program) == "Tagger=type __version__=str list_models=function load_model=function"
+    assert run_python("from ced import *; print(Tagger.__module__, __version__)").startswith("ced.tag.tagger ")
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    import ced
+
+    with pytest.raises(AttributeError, match="no attribute 'load_modle'"):
+        ced.load_modle  # noqa: B018
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_root_scripts_are_doors(script: str) -> None:
+    lines = (ROOT / script).read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 6
+    assert "from ced.cli import main" in lines
+
+
+def test_only_the_command_line_prints_and_exits() -> None:
+    for path in MODULES:
+        if floor_of(name_of(path)) == "cli":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"print", "exit", "quit", "sys.exit", "os._exit"}, f"{path}:{node.lineno}"
