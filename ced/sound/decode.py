@@ -24,6 +24,7 @@ AUDIO_SUFFIXES = frozenset(
 _KINDS = "WAV, FLAC, OGG, Opus, MP3, AIFF, AU, CAF, W64"
 _MAX_CHANNELS = 1024  # as libsndfile; more of them are an array with its axes swapped
 _LEAST_READ = 1 << 16  # frames, for files that announce nothing
+_SLACK = 0.1  # seconds that a file may lack of its announced length without a word; MP3 files guess it
 _FLAC_STEP = 4096  # frames; a fault loses the read it happens in, and a cut FLAC file is a fault
 
 Source = str | os.PathLike[str] | bytes | BinaryIO | tuple[NDArray[Any], int]
@@ -79,7 +80,7 @@ def opened(source: Source, block_seconds: float) -> Iterator[Sound]:
         yield Sound(name, rate, file.channels, _checked_blocks(blocks, name, rate))
 
 
-def _readable(source: str | os.PathLike[str] | bytes | BinaryIO, name: str) -> str | BinaryIO:
+def _readable(source: str | os.PathLike[str] | bytes | BinaryIO, name: str) -> str | bytes | BinaryIO:
     """Return what soundfile can open, after the checks whose faults it would not explain."""
     if isinstance(source, str | os.PathLike):
         path = os.fspath(source)
@@ -90,13 +91,17 @@ def _readable(source: str | os.PathLike[str] | bytes | BinaryIO, name: str) -> s
             if stat.S_ISREG(status.st_mode):
                 if not status.st_size:
                     raise AudioError(f"{name} is empty (0 bytes)")
-                return path
+                # As bytes, names that are not valid text are readable too; Windows has no such names.
+                return path if os.name == "nt" else os.fsencode(path)
             with open(path, "rb") as pipe:
                 source = pipe.read()
         except (OSError, ValueError) as error:  # ValueError: a null byte in the path
             reason = error.strerror if isinstance(error, OSError) else error
             raise AudioError(f"cannot read {name}: {reason}") from error
     elif not isinstance(source, bytes):
+        if not hasattr(source, "read"):
+            kinds = "a path, the bytes of a file, a binary file or (samples, rate)"
+            raise AudioError(f"a {type(source).__name__} is no source of sound; expected {kinds}")
         if source.seekable():
             return source
         source = source.read()
@@ -138,9 +143,9 @@ def _file_blocks(file: soundfile.SoundFile, name: str, frames: int) -> Iterator[
             yield join(parts)
     if fault is not None and not done:
         raise AudioError(f"cannot decode {name}: {_reason(fault)}") from fault
-    if fault is not None or done < announced:
-        seconds = done / file.samplerate, announced / file.samplerate
-        logger.warning("%s breaks off after %.2f s of %.2f s; what is there is used", name, *seconds)
+    found, expected = done / file.samplerate, announced / file.samplerate
+    if fault is not None or found < expected - _SLACK:
+        logger.warning("%s breaks off after %.2f s of %.2f s; what is there is used", name, found, expected)
 
 
 def _checked_array(source: tuple[NDArray[Any], int]) -> tuple[NDArray[Any], int]:

@@ -261,6 +261,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert refused(b"") == "<bytes> is empty (0 bytes)"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text here")
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.wav")
+    path.write_bytes(write(tmp_path / "a.wav", noise(0.1, 8_000), 8_000, "WAV", "PCM_16").read_bytes())
+    assert len(load(path)) == 1600
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions do not bind here")
 def test_a_file_without_permission(tmp_path: Path) -> None:
     path = write(tmp_path / "a.wav", noise(0.1, 8_000), 8_000, "WAV", "PCM_16")
@@ -288,6 +295,7 @@ def test_arrays_that_are_no_sound() -> None:
     assert refused((np.zeros(0), SAMPLE_RATE)) == "<array> holds no samples"
     assert "type complex128" in refused((samples.astype(complex), SAMPLE_RATE))
     assert "type bool" in refused((samples > 0, SAMPLE_RATE))
+    assert refused(samples).startswith("a ndarray is no source of sound; expected a path, ")
 
 
 @pytest.mark.parametrize(("kind", "subtype", "rate", "error"), KINDS)
