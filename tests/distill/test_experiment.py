@@ -1,0 +1,84 @@
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from ced.config import TrainConfig, check
+from ced.distill.experiment import (
+    State,
+    as_tagger,
+    create,
+    load_state,
+    logging_to,
+    remove_unkept,
+    save_state,
+)
+from ced.errors import TrainingError
+from ced.model.vit import CED, ModelConfig
+
+
+def test_runs_begun_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    values = {"train_data": "t", "logitspath": "l", "model": "ced_tiny", "outputpath": tmp_path}
+    folders = {create(check(TrainConfig, values, "test"), "student") for _ in range(3)}
+    assert len(folders) == 3
+    assert {folder.parent for folder in folders} == {tmp_path / "student"}
+
+
+def test_the_best_are_kept_the_earlier_of_equals_first() -> None:
+    state = State()
+    files = [state.rank(map, epoch, n_saved=2) for epoch, map in enumerate([0.3, 0.5, 0.2, 0.5, 0.6], start=1)]
+    assert files == [
+        "best_ep001_mAP_0.3000.safetensors",
+        "best_ep002_mAP_0.5000.safetensors",
+        None,
+        "best_ep004_mAP_0.5000.safetensors",
+        "best_ep005_mAP_0.6000.safetensors",
+    ]
+    assert [epoch for _, epoch, _ in state.kept] == [5, 2]
+    assert state.stale == 0
+
+
+def test_validations_without_gain_are_counted() -> None:
+    state = State()
+    stale = []
+    for epoch, map in enumerate([0.3, 0.3, 0.2, 0.4, 0.1], start=1):
+        state.rank(map, epoch, n_saved=1)
+        stale.append(state.stale)
+    assert stale == [0, 1, 2, 0, 1]
+
+
+def test_what_is_not_kept_is_removed(tmp_path: Path) -> None:
+    names = ["best_ep001_mAP_0.3000.safetensors", "best_ep002_mAP_0.4000.safetensors", "last.safetensors"]
+    for name in [*names, "resume.pt.partial"]:
+        (tmp_path / name).touch()
+    remove_unkept(tmp_path, State(kept=[(0.4, 2, names[1])]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == names[1:]
+
+
+def test_a_state_is_read_back_without_executing_anything(tmp_path: Path) -> None:
+    assert load_state(tmp_path) == State()
+    state = State(3, [{"epoch": 1, "loss": 0.5}], [(0.5, 1, "best")], 2, 1, {"network": {"w": torch.ones(2)}})
+    save_state(tmp_path, state)
+    read = load_state(tmp_path)
+    assert torch.equal(read.stepper["network"]["w"], torch.ones(2))
+    assert (read.epoch, read.history, read.kept, read.stale) == (3, state.history, state.kept, 2)
+    torch.save({"epoch": print}, tmp_path / "resume.pt")
+    with pytest.raises(TrainingError, match="damaged"):
+        load_state(tmp_path)
+
+
+def test_a_network_is_saved_as_a_tagger_of_the_same_weights() -> None:
+    network = CED(ModelConfig(32, 2, depth=1, target_length=64, outputdim=3, pooling="logit")).eval()
+    mel = torch.randn(2, 64, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(as_tagger(network).forward_mel(mel), network.forward_mel(mel).sigmoid())
+    assert network.config.pooling == "logit"
+
+
+def test_a_log_is_written_only_while_it_is_open(tmp_path: Path) -> None:
+    logger = logging.getLogger("ced.somewhere")
+    with logging_to(tmp_path / "train.log"):
+        logger.info("inside")
+    logger.warning("outside")
+    assert (tmp_path / "train.log").read_text().endswith(" INFO inside\n")
