@@ -4,7 +4,6 @@ The graph of the published program takes log-mel features, so its user brings a 
 """
 
 import copy
-import csv
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -172,11 +171,14 @@ def _examples(model: CED) -> Iterator[Tensor]:
 
 
 def _write_labels(path: Path, labels: ClassTable) -> None:
+    """Write the class table as AudioSet's, every name quoted: readers in other languages count on the quotes."""
     mids: Sequence[str] = labels.mids or [""] * len(labels)
-    with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("index", "mid", "display_name"))
-        writer.writerows(zip(range(len(labels)), mids, labels.names, strict=True))
+    lines = ["index,mid,display_name"]
+    for index, (mid, name) in enumerate(zip(mids, labels.names, strict=True)):
+        quoted = name.replace('"', '""')
+        lines.append(f'{index},{mid},"{quoted}"')
+    with written_aside(path) as aside:
+        aside.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
 @contextmanager

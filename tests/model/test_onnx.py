@@ -123,7 +123,7 @@ def test_the_class_table_beside_it(report: ExportReport) -> None:
     lines = report.labels_path.read_bytes().decode().split("\n")
     assert lines[:3] == [
         "index,mid,display_name",
-        "0,/m/09x0r,Speech",
+        '0,/m/09x0r,"Speech"',
         '1,/m/05zppz,"Male speech, man speaking"',
     ]
     assert len(lines) == 529

@@ -209,6 +209,13 @@ class TestCreate:
         with pytest.raises(CheckpointError, match=r"tagger\.pt does not fit the network: it lacks blocks\.1\.norm1"):
             zoo.create("ced_mini", model_args={"depth": 2}, pretrained="ced_tiny", labels=audioset())
 
+    def test_a_checkpoint_gives_the_size_and_where_to_start(self, tmp_path: Path) -> None:
+        student = CED(replace(SMALL, outputdim=3, activation="softmax"), OWN)
+        checkpoints.save(tmp_path / "run" / "averaged.safetensors", student)
+        model = zoo.create(str(tmp_path / "run"), model_args={"pooling": "logit"}, pretrained=True, labels=OWN)
+        assert model.config == replace(student.config, pooling="logit")
+        assert all(torch.equal(value, self.state(model, name)) for name, value in student.state_dict().items())
+
     def test_an_unknown_name(self) -> None:
         with pytest.raises(CheckpointError, match="'ced_huge'"):
             zoo.create("ced_huge", model_args={}, pretrained=False, labels=OWN)
