@@ -148,10 +148,12 @@ class ViewDataset(Dataset[Batch]):
         if len({wave.dtype for wave in waves}) > 1:
             waves = [wave * np.float32(INT16_SCALE) if wave.dtype == np.int16 else wave for wave in waves]
         samples = self.samples or max(map(len, waves))
-        out = np.zeros((len(waves), samples), waves[0].dtype)
-        for row, wave, view in zip(out, waves, views, strict=True):
+        kind = torch.int16 if waves[0].dtype == np.int16 else torch.float32
+        # Pinned memory is what a GPU copies from while it computes.
+        out = torch.zeros((len(waves), samples), dtype=kind, pin_memory=torch.cuda.is_available())
+        for row, wave, view in zip(out.numpy(), waves, views, strict=True):
             shift_into(row, wave, view.shift)
-        return Batch(np.asarray(items, np.int64), torch.from_numpy(out), mask_uniforms(views))
+        return Batch(np.asarray(items, np.int64), out, mask_uniforms(views))
 
     def _read(self, item: int) -> NDArray[np.int16] | NDArray[np.float32]:
         clip, start, stop = (int(column[item]) for column in (self.chunks.clips, self.chunks.starts, self.chunks.stops))
