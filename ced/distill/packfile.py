@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,8 +121,8 @@ def outcomes_of(part: Part) -> list[Outcome] | None:
     with file:
         if dict(file.attrs) != part.attributes():
             return None
-        for filename in part.filenames:
-            if (place := find(file, filename)) is None:
+        for filename, place in zip(part.filenames, places_in(file, part.filenames), strict=True):
+            if place is None:
                 if not isinstance(reason := part.settings.decode(filename), str):
                     return None
                 outcomes.append(reason)
@@ -156,28 +156,35 @@ class Place(NamedTuple):
         return self.samples * self.channels * self.dtype.itemsize
 
 
-def find(file: h5py.File, filename: str) -> Place | None:
-    """Return where the clip `filename` is, by its whole name or else its base name; None if it is not there.
+def places_in(file: h5py.File, filenames: Iterable[str]) -> Iterator[Place | None]:
+    """Yield where each clip is, named by its whole filename or else its base name; None if it is not there.
 
     Raises:
         PackError: there is something else than int16 or float samples, (t,) or in channels.
     """
-    base, whole = os.path.basename(filename), whole_key(filename)
-    grouped = whole != base and file.id.links.exists(whole.partition("/")[0].encode())
-    for key in (whole, base) if grouped else (base,):
-        try:
-            dataset = h5py.h5d.open(file.id, key.encode())
-        except (KeyError, ValueError):  # not there; not a dataset
-            continue
-        shape, dtype = dataset.shape, dataset.dtype
-        if len(shape) not in (1, 2) or not (dtype.kind == "f" or (dtype.kind, dtype.itemsize) == ("i", 2)):
-            kinds = "int16 or float samples, (t,) or (t, channels)"
-            raise PackError(f"clip {key} in {file.filename} is {dtype} of shape {shape}; expected {kinds}")
-        first = len(shape) == 2 and shape[0] < shape[1]
-        samples, channels = (shape[1], shape[0]) if first else (shape[0], shape[1] if len(shape) == 2 else 1)
-        direct = dtype in (np.int16, np.float32) and dtype.isnative and not first
-        return Place(key, dtype, samples, channels, first, dataset.get_offset() if direct else None)
-    return None
+    groups: dict[str, bool] = {}  # whether the file has a group of this name: a whole name begins with one
+    for filename in filenames:
+        base, whole = os.path.basename(filename), whole_key(filename)
+        top = whole.partition("/")[0]
+        if whole != base and top not in groups:
+            groups[top] = file.id.links.exists(top.encode())
+        keys = (whole, base) if whole != base and groups[top] else (base,)
+        yield next((place for key in keys if (place := _place(file, key)) is not None), None)
+
+
+def _place(file: h5py.File, key: str) -> Place | None:
+    try:
+        dataset = h5py.h5d.open(file.id, key.encode())
+    except (KeyError, ValueError):  # not there; not a dataset
+        return None
+    shape, dtype = dataset.shape, dataset.dtype
+    if len(shape) not in (1, 2) or not (dtype.kind == "f" or (dtype.kind, dtype.itemsize) == ("i", 2)):
+        kinds = "int16 or float samples, (t,) or (t, channels)"
+        raise PackError(f"clip {key} in {file.filename} is {dtype} of shape {shape}; expected {kinds}")
+    first = len(shape) == 2 and shape[0] < shape[1]
+    samples, channels = (shape[1], shape[0]) if first else (shape[0], shape[1] if len(shape) == 2 else 1)
+    direct = dtype in (np.int16, np.float32) and dtype.isnative and not first
+    return Place(key, dtype, samples, channels, first, dataset.get_offset() if direct else None)
 
 
 def whole_key(filename: str) -> str:

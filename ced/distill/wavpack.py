@@ -9,7 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ced.distill.packfile import Place, Wave, find
+from ced.distill.packfile import Place, Wave, places_in
 from ced.distill.packing import PackReport, pack
 from ced.distill.tables import Table, read_table
 from ced.errors import PackError
@@ -124,22 +124,23 @@ class WavPack:
     def _look_up(self, row: int) -> Place:
         """Look into the file of a row, for all rows it has."""
         number = self._file[row]
-        path, filenames = self._paths[number], self.table.column("filename")
+        path, rows, filenames = self._paths[number], self._rows_in[number], self.table.column("filename")
         with self._lock:
             if (found := self._places[row]) is not None:  # by another thread, meanwhile
                 return found
             size = path.stat().st_size
+            known: dict[int, Place] = {}
             with _open(path) as file:
-                for other in self._rows_in[number]:
-                    place = find(file, filenames[other])
+                places = places_in(file, (filenames[other] for other in rows))
+                for other, place in zip(rows, places, strict=True):
                     if place is None:
                         raise PackError(f"{path} lacks clip {self.names[other]}, row {other + 1} of {self.table.path}")
                     if place.offset is not None and place.offset + place.bytes > size:
                         raise PackError(f"{path} is cut short: clip {self.names[other]} lies beyond its end")
-                    self._places[other] = place
-                    found = place if other == row else found
-        assert found is not None  # the row is among those of its file
-        return found
+                    known[other] = place
+            for other, place in known.items():
+                self._places[other] = place
+        return known[row]
 
     def _map(self, number: int) -> mmap.mmap:
         with self._lock, open(self._paths[number], "rb") as file:
