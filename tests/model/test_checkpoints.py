@@ -286,6 +286,7 @@ class TestRefused:
         pickle.loads(pickle.dumps(evil))  # what a plain reader would have done
         assert (tmp_path / "made").exists()
 
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
     def test_a_bare_pickle(self, tmp_path: Path) -> None:
         (tmp_path / "a.pt").write_bytes(pickle.dumps(Touch(tmp_path / "made")))
         with pytest.raises(CheckpointError, match=r"not written by torch\.save"):
