@@ -5,7 +5,7 @@ store, and evaluation takes whole clips without a view.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -182,7 +182,7 @@ def shuffled(count: int, batch_size: int, seed: Sequence[int]) -> Iterator[NDArr
         pool = pool[batch_size:]
 
 
-def prefetch(dataset: ViewDataset, batches: Iterable[Items], workers: int) -> Iterator[Batch]:
+def prefetch(dataset: ViewDataset, batches: Iterable[Items], workers: int) -> Generator[Batch, None, None]:
     """Yield the batches in their order, read ahead by `workers` threads (0: in this one).
 
     Threads and not processes: reading is copying, which frees the interpreter, and no batch is sent anywhere.

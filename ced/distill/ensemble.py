@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from ced.config import Mode
 from ced.distill.precision import autocast
 from ced.errors import ConfigError, StoreError
-from ced.model.vit import CED, ModelConfig
+from ced.model.vit import CED, foreign_feature
 from ced.model.zoo import MODELS, load_model
 from ced.progress import Progress, silent
 from ced.sound.labels import ClassTable
 
 MODEL_ARGS = ("pooling", "target_length")  # what a configuration may change about a teacher
-_FEATURES = ("n_mels", "n_fft", "win_size", "hop_size", "f_min", "f_max", "center")  # fields of ModelConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +59,8 @@ def load_teacher(
     if not isinstance(found, CED):
         labels = getattr(found, "labels", None)
         return Teacher(spec, found, labels if isinstance(labels, ClassTable) else None, _fingerprint(found))
-    for feature in _FEATURES:
-        has, needs = getattr(found.config, feature), getattr(ModelConfig, feature)
-        if has != needs:
-            raise ConfigError(f"teacher {spec} hears with {feature} {has}; views are stored for {feature} {needs}")
+    if foreign := foreign_feature(found.config):
+        raise ConfigError(f"teacher {spec} hears with {foreign}; all teachers of a store see one mel")
     return Teacher(spec, lambda mel: found.as_probs(found.forward_mel(mel)), found.labels, _fingerprint(found))
 
 

@@ -116,7 +116,7 @@ class Stepper:
         with autocast(self.mode, self.device):
             logits = self._scores(mel)
         loss = self.loss(logits.float(), targets)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()

@@ -65,6 +65,15 @@ class ModelConfig:
             raise ConfigError(f"f_min {self.f_min} and f_max {self.f_max} must rise within 0-{SAMPLE_RATE // 2} Hz")
 
 
+def foreign_feature(config: ModelConfig) -> str | None:
+    """Name the first setting in which a network's front end is not the published one; None if it is that one."""
+    for name in ("n_mels", "n_fft", "win_size", "hop_size", "f_min", "f_max", "center"):
+        has, published = getattr(config, name), getattr(ModelConfig, name)
+        if has != published:
+            return f"{name} {has} instead of {published}"
+    return None
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection."""
 

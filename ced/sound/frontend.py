@@ -91,6 +91,6 @@ class LogMel(nn.Module):
             )
             power = spectrum.real.square() + spectrum.imag.square()
             # One matrix product a clip: a single product over the whole batch may round differently with its size.
-            mel = torch.bmm(self.filters.expand(len(power), -1, -1), power)
+            mel = torch.bmm(self.filters.expand(power.shape[0], -1, -1), power)
             decibels = 10.0 * mel.clamp_min(POWER_FLOOR).log10()
             return decibels.maximum(decibels.amax(dim=(1, 2), keepdim=True) - TOP_DB)

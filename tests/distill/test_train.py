@@ -171,6 +171,11 @@ def test_published_configurations_train_on_a_published_store(tmp_path: Path) -> 
             ConfigError,
             "model_args.pooling is 'token'; .* needs 'logit'",
         ),
+        (
+            {"model_args": {"embed_dim": 32, "num_heads": 2, "depth": 1, "hop_size": 320}},
+            ConfigError,
+            "would hear with hop_size 320 instead of 160",
+        ),
         ({"train_data": Path("eval.tsv")}, PackError, "has no clip train0.wav"),
     ],
 )

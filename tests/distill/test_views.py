@@ -31,7 +31,7 @@ def test_draws_are_those_of_the_global_generator(samples: int) -> None:
     for seed in [0, 7, 2**31 - 1, *range(1_000, 1_050)]:
         torch.manual_seed(seed)
         shift = torch.zeros(1, dtype=torch.int32)
-        if torch.distributions.Bernoulli(torch.tensor(0.5)).sample((1,)):  # type: ignore[no-untyped-call]
+        if torch.distributions.Bernoulli(torch.tensor(0.5)).sample((1,)):
             low, high = round(-0.5 * samples), round(0.5 * samples)
             shift = torch.randint(low=low, high=high + 1, size=(1,), dtype=torch.int32)
             shifted += 1
