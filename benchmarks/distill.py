@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
-from ced.config import StoreConfig, check
+from ced.config import StoreConfig, TrainConfig, check
 from ced.distill import datasets, targets, teacher, views, wavpack
+from ced.distill.distributed import World
+from ced.distill.step import Stepper
 from ced.distill.viewstore import ViewStore, part_path
 from ced.model import checkpoints, zoo
-from ced.model.vit import CED
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import audioset
 
@@ -158,6 +159,11 @@ def measure_packing(sounds: Path, folder: Path, rounds: int) -> Iterator[Measure
     yield "packing 16 kHz WAV files", "clips/s", *alternate(rounds, plain, ours)  # type: ignore[misc]
 
 
+def store_config(pack_table: Path, checkpoint: Path, out: Path) -> StoreConfig:
+    values = {"train_data": pack_table, "model": str(checkpoint), "epochs": 1, "batch_size": 32, "mode": "off"}
+    return check(StoreConfig, {**values, "outputpath": out}, "the benchmark")
+
+
 def measure_store(pack_table: Path, checkpoint: Path, folder: Path, rounds: int) -> Iterator[Measurement]:
     """Compare the whole store walk with the teacher's bare forward pass over as many chunks."""
     network = zoo.load_model(checkpoint)
@@ -173,47 +179,37 @@ def measure_store(pack_table: Path, checkpoint: Path, folder: Path, rounds: int)
             return rate(count, lambda: [network.forward_mel(batch) for batch in batches])
 
     def walk() -> float:
-        values = {"train_data": pack_table, "model": str(checkpoint), "epochs": 1, "batch_size": size, "mode": "off"}
-        config = check(StoreConfig, {**values, "outputpath": folder / str(next(runs))}, "the benchmark")
+        config = store_config(pack_table, checkpoint, folder / str(next(runs)))
         return rate(count, lambda: teacher.store(config))
 
     yield "storing views (plain: bare forward pass)", "views/s", *alternate(rounds, forward, walk)  # type: ignore[misc]
 
 
-def training_step(network: CED, precision: str, backend: SDPBackend | None, compiled: bool) -> Callable[[], float]:
-    """Return a timed training step on a batch of 32 clips of 10 s, from waves to new weights."""
-    network.train()
-    forward = torch.compile(network.forward_mel) if compiled else network.forward_mel
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+def training_step(mode: str, backend: SDPBackend | None = None, compiled: bool = False) -> Callable[[], float]:
+    """Return a timed training step of ced_tiny on a batch of 32 clips of 10 s, from waves to new weights."""
+    values = {"train_data": "none", "logitspath": "none", "model": "ced_tiny", "optimizer": "Adam", "mode": mode}
+    config = check(TrainConfig, {**values, "compile": compiled}, "the benchmark")
+    network = zoo.create("ced_tiny", model_args={"pooling": "logit"}, pretrained=False, labels=audioset())
+    loss = torch.nn.functional.binary_cross_entropy_with_logits
+    stepper = Stepper(config, network, loss, World(0, 1, torch.device("cpu")))
     waves = (torch.randn(32, SECONDS * SAMPLE_RATE) * 3000).to(torch.int16)
-    uniforms, wanted = torch.rand(32, 2), torch.rand(32, CLASSES).pow(20)
-    batch = datasets.Batch(np.arange(32), waves, uniforms)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    batch = datasets.Batch(np.arange(32), waves, torch.rand(32, 2))
+    wanted = torch.rand(32, CLASSES).pow(20)
 
     def step() -> None:
-        floats, places = batch.to_device(torch.device("cpu"))
-        with torch.no_grad():
-            mel = views.mask(network.front_end(floats), places, RECIPE)
-        with autocast, sdpa_kernel(backend) if backend else nullcontext():
-            logits = forward(mel)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), wanted)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        with sdpa_kernel(backend) if backend else nullcontext():
+            stepper.step(batch, RECIPE, wanted, None, 1e-4)
 
     return lambda: rate(32, step)
 
 
 def measure_steps(rounds: int) -> Iterator[Measurement]:
-    def network() -> CED:
-        return zoo.create("ced_tiny", model_args={"pooling": "logit"}, pretrained=False, labels=audioset())
-
     kinds = {
-        "eager attention, fp32": training_step(network(), "fp32", SDPBackend.MATH, False),
-        "SDPA, fp32": training_step(network(), "fp32", None, False),
-        "SDPA, bf16": training_step(network(), "bf16", None, False),
-        "SDPA, compiled, fp32": training_step(network(), "fp32", None, True),
-        "SDPA, compiled, bf16": training_step(network(), "bf16", None, True),
+        "eager attention, fp32": training_step("off", SDPBackend.MATH),
+        "SDPA, fp32": training_step("off"),
+        "SDPA, bf16": training_step("amp_bf16"),
+        "SDPA, compiled, fp32": training_step("off", compiled=True),
+        "SDPA, compiled, bf16": training_step("amp_bf16", compiled=True),
     }
     first, *rest = alternate(rounds, *kinds.values())
     for name, value in zip(list(kinds)[1:], rest, strict=True):
@@ -240,20 +236,8 @@ def main() -> None:
         print("| work | unit | plain | ours | ratio |\n|---|---|---|---|---|")
         for part in arguments.only:
             if part == "items":
-                short = teacher.store(
-                    check(
-                        StoreConfig,
-                        {
-                            "train_data": pack_table,
-                            "model": str(checkpoint),
-                            "epochs": 1,
-                            "mode": "off",
-                            "outputpath": folder / "store",
-                        },
-                        "the benchmark",
-                    )
-                )
-                measured = measure_items(pack_table, short, arguments.rounds)
+                store = teacher.store(store_config(pack_table, checkpoint, folder / "store"))
+                measured = measure_items(pack_table, store, arguments.rounds)
             elif part == "packing":
                 measured = measure_packing(sounds, folder, arguments.rounds)
             elif part == "store":

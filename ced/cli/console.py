@@ -98,21 +98,17 @@ def reporting() -> Iterator[Progress]:
 
 
 class Lines:
-    """Progress as plain lines: one every few seconds, and the end of each task that had one."""
+    """Progress as plain lines, one every few seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._last = clock, clock()
-        self._open: str | None = None  # the task of the last line, while it is not done
 
     def __call__(self, task: str, done: int, total: int) -> None:
         """Take one report."""
         now = self._clock()
-        ends = done >= total and task == self._open
-        if now - self._last < LINE_SECONDS and not ends:
-            return
-        self._last = now
-        self._open = task if done < total else None
-        print(f"{task}: {done} of {total}", file=sys.stderr, flush=True)
+        if now - self._last >= LINE_SECONDS:
+            self._last = now
+            print(f"{task}: {done} of {total}", file=sys.stderr, flush=True)
 
 
 class _Bars:

@@ -4,9 +4,10 @@ import io
 import logging
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from typing import Any, BinaryIO
 
@@ -15,6 +16,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from ced.errors import AudioError
+from ced.sound.plainwav import plain_wav
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,11 @@ class Sound:
     blocks: Iterator[NDArray[Any]]  # (t, channels), int16 or float32, finite; one at least and none empty
 
 
+_Opened = tuple[
+    int, int, Callable[[int], Iterator[NDArray[Any]]]
+]  # rate, channels, and what reads so many frames a block
+
+
 class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile ships no types
     """A sound file read from front to back: soundfile seeks after every read, which MP3 decoding does not survive."""
 
@@ -61,44 +68,37 @@ class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile ship
 def opened(source: Source, block_seconds: float) -> Iterator[Sound]:
     """Open a source whose blocks are up to `block_seconds` long; whatever is wrong with it comes as AudioError."""
     name = name_of(source)
-    if isinstance(source, tuple):
-        samples, rate = _checked_array(source)
-        blocks = _array_blocks(samples, max(1, round(block_seconds * rate)))
-        yield Sound(name, rate, samples.shape[1], _checked_blocks(blocks, name, rate))
-        return
+    with ExitStack() as stack:
+        if isinstance(source, tuple):
+            rate, channels, read = _open_array(source)
+        elif isinstance(source, str | os.PathLike):
+            rate, channels, read = _open_path(os.fspath(source), name, stack)
+        else:
+            rate, channels, read = _open_file(_seekable(source, name), name, stack)
+        blocks = read(max(1, round(block_seconds * rate)))
+        yield Sound(name, rate, channels, _checked_blocks(blocks, name, rate))
+
+
+def _open_path(path: str, name: str, stack: ExitStack) -> _Opened:
     try:
-        file = _ForwardFile(_readable(source, name))
-    except soundfile.LibsndfileError as error:
-        if isinstance(source, str | os.PathLike) and not os.access(source, os.R_OK):
-            raise AudioError(f"cannot read {name}: no permission") from error
-        raise AudioError(f"cannot decode {name}: {_reason(error)}; readable are whole files of {_KINDS}") from error
-    except TypeError as error:  # soundfile wants to be told what headerless files (.raw) hold
-        raise AudioError(f"cannot decode {name}: it has no header; readable are {_KINDS}") from error
-    with file:
-        rate = file.samplerate
-        blocks = _file_blocks(file, name, max(1, round(block_seconds * rate)))
-        yield Sound(name, rate, file.channels, _checked_blocks(blocks, name, rate))
+        file = stack.enter_context(io.FileIO(path))
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            return _open_file(_seekable(file.read(), name), name, stack)
+        if (wav := plain_wav(file)) is not None:
+            return wav.rate, wav.channels, partial(wav.blocks, file)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise AudioError(f"cannot read {name}: {reason}") from error
+    if not status.st_size:
+        raise AudioError(f"{name} is empty (0 bytes)")
+    # As bytes, names that are not valid text are readable too; Windows has no such names.
+    return _open_file(path if os.name == "nt" else os.fsencode(path), name, stack)
 
 
-def _readable(source: str | os.PathLike[str] | bytes | BinaryIO, name: str) -> str | bytes | BinaryIO:
-    """Return what soundfile can open, after the checks whose faults it would not explain."""
-    if isinstance(source, str | os.PathLike):
-        path = os.fspath(source)
-        try:
-            status = os.stat(path)
-            if stat.S_ISDIR(status.st_mode):
-                raise AudioError(f"{name} is a folder; a sound file is expected")
-            if stat.S_ISREG(status.st_mode):
-                if not status.st_size:
-                    raise AudioError(f"{name} is empty (0 bytes)")
-                # As bytes, names that are not valid text are readable too; Windows has no such names.
-                return path if os.name == "nt" else os.fsencode(path)
-            with open(path, "rb") as pipe:
-                source = pipe.read()
-        except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise AudioError(f"cannot read {name}: {reason}") from error
-    elif not isinstance(source, bytes):
+def _seekable(source: bytes | BinaryIO, name: str) -> BinaryIO:
+    """Return a file that libsndfile can move about in."""
+    if not isinstance(source, bytes):
         if not hasattr(source, "read"):
             kinds = "a path, the bytes of a file, a binary file or (samples, rate)"
             raise AudioError(f"a {type(source).__name__} is no source of sound; expected {kinds}")
@@ -108,6 +108,17 @@ def _readable(source: str | os.PathLike[str] | bytes | BinaryIO, name: str) -> s
     if not source:
         raise AudioError(f"{name} is empty (0 bytes)")
     return io.BytesIO(source)
+
+
+def _open_file(file: str | bytes | BinaryIO, name: str, stack: ExitStack) -> _Opened:
+    """Open a path or a file with libsndfile."""
+    try:
+        sound = stack.enter_context(_ForwardFile(file))
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"cannot decode {name}: {_reason(error)}; readable are whole files of {_KINDS}") from error
+    except TypeError as error:  # soundfile wants to be told what headerless files (.raw) hold
+        raise AudioError(f"cannot decode {name}: it has no header; readable are {_KINDS}") from error
+    return sound.samplerate, sound.channels, partial(_file_blocks, sound, name)
 
 
 def _reason(error: soundfile.LibsndfileError) -> str:
@@ -148,8 +159,7 @@ def _file_blocks(file: soundfile.SoundFile, name: str, frames: int) -> Iterator[
         logger.warning("%s breaks off after %.2f s of %.2f s; what is there is used", name, found, expected)
 
 
-def _checked_array(source: tuple[NDArray[Any], int]) -> tuple[NDArray[Any], int]:
-    """Return (samples (t, channels), rate) of an array source."""
+def _open_array(source: tuple[NDArray[Any], int]) -> _Opened:
     expected = "expected (samples, rate) with samples (t,) or (t, channels) and rate in hertz"
     if len(source) != 2 or not isinstance(source[1], Integral) or source[1] < 1:
         kinds = ", ".join(type(part).__name__ for part in source)
@@ -163,7 +173,7 @@ def _checked_array(source: tuple[NDArray[Any], int]) -> tuple[NDArray[Any], int]
         raise AudioError(f"<array> has samples of type {samples.dtype}; expected integers or floats")
     if not samples.shape[1]:
         raise AudioError(f"<array> has samples of shape {samples.shape}, without a channel; {expected}")
-    return samples, int(source[1])
+    return int(source[1]), samples.shape[1], partial(_array_blocks, samples)
 
 
 def _array_blocks(samples: NDArray[Any], frames: int) -> Iterator[NDArray[Any]]:

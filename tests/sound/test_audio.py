@@ -1,6 +1,7 @@
 import io
 import logging
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError
 from ced.sound.audio import AUDIO_SUFFIXES, SAMPLE_RATE, load, load_stored, name_of, stream, windows
+from ced.sound.plainwav import plain_wav
 
 ESC10 = os.environ.get("CED_ESC10")
 
@@ -144,6 +146,40 @@ def test_stored_samples_stay_as_they_are(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_stored(three, stereo=True), load(three))
 
 
+def test_plain_wav_files_are_read_as_libsndfile_reads_them(tmp_path: Path) -> None:
+    """Plain 16-bit files take a way of their own; what is out of the ordinary must not."""
+    integers = np.random.default_rng(0).integers(-(2**15), 2**15, (5000, 2)).astype("<i2")
+    fmt = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 2, 8_000, 32_000, 4, 16)
+    long_fmt = struct.pack("<4sIHHIIHHH", b"fmt ", 18, 1, 2, 8_000, 32_000, 4, 16, 0)
+    data = struct.pack("<4sI", b"data", integers.nbytes) + integers.tobytes()
+    odd = struct.pack("<4sI", b"LIST", 5) + b"INFOx\0"
+    big = struct.pack("<4sI", b"junk", 8_000) + b"\0" * 8_000
+    streamed = struct.pack("<4sI", b"data", 0xFFFFFFFF) + integers.tobytes()
+    for number, chunks in enumerate(
+        (fmt + data, long_fmt + data, odd + fmt + odd + data + odd, fmt + big + data, fmt + streamed, fmt + data[:-3])
+    ):
+        path = tmp_path / f"{number}.wav"
+        path.write_bytes(b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks)
+        expected, rate = soundfile.read(path, dtype="float32")
+        assert (len(expected), rate) == (4999 if number == 5 else 5000, 8_000)
+        np.testing.assert_array_equal(load((expected, rate)), load(path))
+        np.testing.assert_array_equal(np.concatenate(list(stream(path, 0.1))), load(path))
+        with path.open("rb") as file:
+            assert (plain_wav(file) is None) == (number in (3, 4, 5))
+    for kind, subtype in (
+        ("WAV", "PCM_24"),
+        ("WAVEX", "PCM_16"),
+        ("RF64", "PCM_16"),
+        ("WAV", "ULAW"),
+        ("W64", "PCM_16"),
+    ):
+        path = write(tmp_path / subtype, integers, 8_000, kind, subtype)
+        expected, rate = soundfile.read(path, dtype="float32")
+        np.testing.assert_allclose(load(path), load((expected, rate)), atol=1e-7)
+        with path.open("rb") as file:
+            assert plain_wav(file) is None
+
+
 class Bounded(io.RawIOBase):
     """A file that fails when more than a part of it was asked for at once."""
 
@@ -245,7 +281,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     empty.touch()
     text.write_text("not a sound\n" * 100)
     assert refused(missing) == f"cannot read {missing}: No such file or directory"
-    assert refused(folder) == f"{folder} is a folder; a sound file is expected"
+    assert refused(folder) == f"cannot read {folder}: Is a directory"
     assert refused(empty) == f"{empty} is empty (0 bytes)"
     assert refused(text).startswith(
         f"cannot decode {text}: Format not recognised; readable are whole files of WAV, FLAC"
@@ -272,7 +308,7 @@ def test_a_name_that_is_no_text(tmp_path: Path) -> None:
 def test_a_file_without_permission(tmp_path: Path) -> None:
     path = write(tmp_path / "a.wav", noise(0.1, 8_000), 8_000, "WAV", "PCM_16")
     path.chmod(0)
-    assert refused(path) == f"cannot read {path}: no permission"
+    assert refused(path) == f"cannot read {path}: Permission denied"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
