@@ -69,6 +69,8 @@ def read_classes(path: Path) -> ClassTable:
         if column not in columns:
             raise TableError(f"class table {path} has columns {columns}; it needs index and name")
     for number, row in enumerate(rows):
+        if None in row or None in row.values():  # what the csv module makes of a field too many or too few
+            raise TableError(f"class table {path}: row {number + 1} has another number of fields than the header")
         if row["index"] != str(number):
             raise TableError(f"class table {path}: row {number + 1} has index {row['index']!r}; expected {number}")
     mids = tuple(row["mid"] for row in rows) if "mid" in columns else None

@@ -49,6 +49,8 @@ def test_read_without_mids(tmp_path: Path) -> None:
     [
         ("", "has columns []; it needs index and name"),
         ("index\tname\n", "it needs index and name"),
+        ("index\tname\n0\n", "row 1 has another number of fields"),
+        ("index\tname\n0\tdog\tbark\n", "row 1 has another number of fields"),
         ("number\tname\n0\tdog\n", "has columns ['number', 'name']"),
         ("index\tmid\n0\t/m/1\n", "has columns ['index', 'mid']"),
         ("index\tname\n1\tdog\n", "row 1 has index '1'; expected 0"),
