@@ -33,7 +33,7 @@ class Settings:
     batch_size: int
     warmup_epochs: float = 3
     mixup: float | None = None
-    mask: float = 0.19  # widest mask as a part of the picture, in time and in frequency; the published one in time
+    mask: float = 0.1  # widest mask as a part of the picture, in time and in frequency
     topk: int = 5
     clips_per_class: int = 75  # of the generated sounds
     clip_seconds: float = 2.0
@@ -42,14 +42,14 @@ class Settings:
 GENERATED = Settings(
     teachers={
         "teacher_a": {"embed_dim": 96, "num_heads": 3, "depth": 4},
-        "teacher_b": {"embed_dim": 128, "num_heads": 4, "depth": 3},
+        "teacher_b": {"embed_dim": 128, "num_heads": 4, "depth": 2},
     },
-    student={"embed_dim": 64, "num_heads": 2, "depth": 3},
+    student={"embed_dim": 64, "num_heads": 2, "depth": 4},
     teacher_epochs=30,
     student_epochs=40,
     stored_epochs=20,
     lr=1e-3,
-    batch_size=16,
+    batch_size=8,
 )
 RECORDED = Settings(
     teachers={
