@@ -22,12 +22,14 @@ Fill = Annotated[
     BeforeValidator(lambda value: str(value) if value == 527 else value),
 ]
 Positive = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
     """A part of a configuration that knows its keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ShiftArgs(Section):
@@ -86,7 +88,7 @@ class OptimizerArgs(Section):
 
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
 
 
@@ -107,13 +109,13 @@ class StoreConfig(Section):
     model_args: dict[str, Any] = Field({}, description="pooling, target_length of the teachers")
     epochs: Positive = Field(40, description="views stored of each chunk")
     topk: Positive = Field(20, description="scores kept of each view")
-    chunk_length: float = Field(10, gt=0, description="seconds of a chunk")
+    chunk_length: float = Field(10, gt=0, le=3600, description="seconds of a chunk")
     batch_size: Positive = Field(128, description="chunks a forward pass")
     num_workers: int = Field(4, ge=0, description="threads that read audio")
     mode: Mode = Field("amp", description="precision on a GPU: amp (fp16), amp_bf16 or off (fp32)")
     wavtransforms: Wav = Field(ALL_WAV, description="Shift: {min_shift, max_shift}")
     spectransforms: Spec = Field(ALL_SPEC, description="TimeMasking: {time_mask_param}, FrequencyMasking: {...}")
-    seed: int = Field(42, ge=0, description="where the views' seeds come from")
+    seed: Seed = Field(42, description="where the views' seeds come from")
 
 
 class LoopConfig(Section):
@@ -145,7 +147,7 @@ class LoopConfig(Section):
     mode: Mode = Field("amp", description="precision: amp (fp16, GPU only), amp_bf16 or off (fp32)")
     num_workers: int = Field(4, ge=0, description="threads that read audio")
     compile: bool = Field(False, description="compile the network with torch.compile")
-    seed: int = Field(42, ge=0, description="where order, views and mixup come from")
+    seed: Seed = Field(42, description="where order, views and mixup come from")
     logfile: str = Field("train.log", description="name of the log in the experiment folder")
 
     @model_validator(mode="after")
@@ -173,7 +175,7 @@ class FinetuneConfig(LoopConfig):
     classes: Path | None = Field(None, description="class table (index, name); null: AudioSet's 527")
     task: Literal["multi", "single"] = Field("multi", description="any number of classes a clip, or exactly one")
     trainable: Literal["all", "head"] = Field("all", description="what learns: the whole network or its head")
-    chunk_length: float = Field(10, gt=0, description="seconds a training item is cut or padded to")
+    chunk_length: float = Field(10, gt=0, le=3600, description="seconds a training item is cut or padded to")
     wavtransforms: Wav = Field(ALL_WAV, description="Shift: {min_shift, max_shift}")
     spectransforms: Spec = Field(ALL_SPEC, description="TimeMasking: {time_mask_param}, FrequencyMasking: {...}")
 
@@ -236,7 +238,7 @@ def _parse(words: Sequence[str]) -> list[tuple[str, Any]]:
         if not word.startswith("--") or not key:
             raise ConfigError(f"unexpected argument {word!r}; configuration keys are given as --key value")
         if not equals:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{key} has no value; configuration keys are given as --key value")
             text = rest.pop(0)
         try:
@@ -249,9 +251,11 @@ def _parse(words: Sequence[str]) -> list[tuple[str, Any]]:
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     *outer, last = key.split(".")
     for part in outer:
-        inner = values.get(part)
+        inner = _merge(values.get(part))
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--{key}: {part} is {inner!r}, which has no keys of its own")
         # A copy: what a file shares through YAML anchors must not change in two places.
-        values[part] = dict(inner) if isinstance(inner, dict) else {}
+        values[part] = dict(inner)
         values = values[part]
     values[last] = value
 

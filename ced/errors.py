@@ -39,3 +39,7 @@ class TrainingError(CedError):
 
 class ExportError(CedError):
     """An exported graph that does not answer as its network does."""
+
+
+class ProcessError(CedError):
+    """A run of several processes that cannot begin, or that one of them has left."""

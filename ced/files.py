@@ -10,14 +10,14 @@ from pathlib import Path
 def written_aside(path: Path, sync: bool = True) -> Iterator[Path]:
     """Give a path beside `path` to write to; what is there at the end takes its place at once.
 
-    When writing fails, what was written is removed and `path` is as it was. `sync` waits until it is on disk for good,
-    so that it also outlives a power cut.
+    When writing fails, what was written is removed and `path` is as it was. `sync` waits until it is on disk,
+    so that a power cut leaves the old file or the new one.
     """
     aside = path.with_name(f"{path.name}.partial")
     try:
         yield aside
         if sync:
-            with aside.open("rb") as written:
+            with aside.open("r+b") as written:
                 os.fsync(written.fileno())
         aside.replace(path)
     finally:

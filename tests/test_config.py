@@ -88,6 +88,14 @@ def test_transforms_may_be_a_list_or_a_mapping() -> None:
     assert as_list.spectransforms.FrequencyMasking is None
 
 
+def test_an_override_reaches_into_the_published_list_and_keeps_the_rest() -> None:
+    path = ROOT / "logitconfig/balanced_base_chunk10s_topk20.yaml"
+    config = load(StoreConfig, path, ["--spectransforms.TimeMasking.time_mask_param", "96"])
+    assert config.spectransforms.TimeMasking is not None
+    assert config.spectransforms.TimeMasking.time_mask_param == 96
+    assert config.spectransforms.FrequencyMasking is not None
+
+
 def test_every_error_is_reported_at_once_with_the_nearest_key() -> None:
     words = ["--train_dat", "a", "--epochs", "0", "--optimizer_args.lrr", "1", "--mode", "ampp", "--mixup", "-1"]
     lines = errors_of(TrainConfig, words)
@@ -115,6 +123,9 @@ def test_unknown_keys_inside_transforms_name_the_nearest() -> None:
         (["--warmup_iters", "1", "--warmup_epochs", "2"], "warmup_iters and warmup_epochs are both given; give one"),
         (["--optimizer_args.lr", "fast"], "optimizer_args.lr: input should be a valid number"),
         (["--chunk_length", "3"], "chunk_length: unknown key"),
+        (["--warmup_epochs", ".inf"], "warmup_epochs: input should be a finite number"),
+        (["--optimizer_args.betas", "[1.5, 0.9]"], "optimizer_args.betas.0: input should be less than 1"),
+        (["--seed", "99999999999999999999999"], "seed: "),
     ],
 )
 def test_what_cannot_be_done_is_refused(words: list[str], message: str) -> None:
@@ -123,7 +134,12 @@ def test_what_cannot_be_done_is_refused(words: list[str], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["train_data", "a"], "unexpected argument 'train_data'"), (["--train_data"], "--train_data has no value")],
+    [
+        (["train_data", "a"], "unexpected argument 'train_data'"),
+        (["--train_data"], "--train_data has no value"),
+        (["--compile", "--mode", "off"], "--compile has no value"),
+        (["--epochs", "3", "--epochs.x", "3"], "--epochs.x: epochs is 3, which has no keys of its own"),
+    ],
 )
 def test_words_that_are_no_overrides_are_refused(words: list[str], message: str) -> None:
     assert message in errors_of(TrainConfig, words)[0]

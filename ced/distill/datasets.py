@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 from ced.distill.views import NO_VIEW, View, ViewRecipe, draw, mask_uniforms, shift_into
 from ced.distill.viewstore import Rows
 from ced.distill.wavpack import WavPack
-from ced.errors import PackError
+from ced.errors import ConfigError, PackError
+from ced.model.vit import MIN_SAMPLES
 from ced.sound.audio import SAMPLE_RATE
 
 INT16_SCALE = 1 / 32768
@@ -38,10 +39,28 @@ class Chunks:
     def __len__(self) -> int:
         return len(self.clips)
 
+    def place(self, item: int) -> tuple[int, int, int]:
+        """Return the row in the pack, first sample and sample behind the last of one chunk."""
+        return int(self.clips[item]), int(self.starts[item]), int(self.stops[item])
+
+
+def chunk_samples(chunk_length: float) -> int:
+    """Return the samples of a chunk of `chunk_length` seconds.
+
+    Raises:
+        ConfigError: it is shorter than what a model can hear.
+    """
+    samples = round(chunk_length * SAMPLE_RATE)
+    if samples < MIN_SAMPLES:
+        raise ConfigError(
+            f"chunk_length is {chunk_length} s; the shortest a model can hear is {MIN_SAMPLES / SAMPLE_RATE} s"
+        )
+    return samples
+
 
 def cut(pack: WavPack, chunk_length: float) -> Chunks:
     """Cut the clips of a pack into chunks of `chunk_length` seconds; a rest shorter than half of that is dropped."""
-    samples = round(chunk_length * SAMPLE_RATE)
+    samples = chunk_samples(chunk_length)
     clips, starts, stops = [], [], []
     for clip in range(len(pack)):
         total = pack.samples(clip)
@@ -63,7 +82,7 @@ def stored(pack: WavPack, rows: Rows, chunk_length: float) -> Chunks:
     Raises:
         PackError: a clip is missing from the pack, or does not have the length it had when its views were stored.
     """
-    samples = round(chunk_length * SAMPLE_RATE)
+    samples = chunk_samples(chunk_length)
     row_of = {name: pack.find(name) for name in dict.fromkeys(rows.filenames)}
     clips = np.array([row_of[name] for name in rows.filenames], np.int64)
     totals = {clip: pack.samples(clip) for clip in row_of.values()}
@@ -71,12 +90,13 @@ def stored(pack: WavPack, rows: Rows, chunk_length: float) -> Chunks:
     stops = np.minimum(starts + samples, [totals[clip] for clip in clips.tolist()])
     for stored_seconds, found in ((rows.starts, starts), (rows.ends, stops)):
         seconds = found / SAMPLE_RATE
-        off = np.abs(stored_seconds - seconds) > 1e-4 + 1e-6 * seconds
+        # Half a sample, and what float32 leaves out.
+        off = np.abs(stored_seconds - seconds) > 0.5 / SAMPLE_RATE + 1e-7 * seconds
         if off.any():
             item = int(off.argmax())
             raise PackError(
-                f"clip {rows.filenames[item]}: the store says {stored_seconds[item]:.4f} s where the pack has "
-                f"{seconds[item]:.4f} s; was it packed again after its views were stored?"
+                f"clip {rows.filenames[item]}: the store says {stored_seconds[item]:.5f} s where the pack has "
+                f"{seconds[item]:.5f} s; was it packed again after its views were stored?"
             )
     return Chunks(clips, starts, stops)
 
@@ -143,7 +163,7 @@ class ViewDataset(Dataset[Batch]):
     def __getitems__(self, items: Items) -> Batch:
         """Read the chunks `items`, each rolled by the shift of its view."""
         generator = torch.Generator()
-        waves = [self._read(item) for item in items]
+        waves = [self.pack.read(*self.chunks.place(item)) for item in items]
         views = [self._view(item, len(wave), generator) for item, wave in zip(items, waves, strict=True)]
         if len({wave.dtype for wave in waves}) > 1:
             waves = [wave * np.float32(INT16_SCALE) if wave.dtype == np.int16 else wave for wave in waves]
@@ -154,10 +174,6 @@ class ViewDataset(Dataset[Batch]):
         for row, wave, view in zip(out.numpy(), waves, views, strict=True):
             shift_into(row, wave, view.shift)
         return Batch(np.asarray(items, np.int64), out, mask_uniforms(views))
-
-    def _read(self, item: int) -> NDArray[np.int16] | NDArray[np.float32]:
-        clip, start, stop = (int(column[item]) for column in (self.chunks.clips, self.chunks.starts, self.chunks.stops))
-        return self.pack.read(clip, start, stop)
 
     def _view(self, item: int, samples: int, generator: torch.Generator) -> View:
         if self.seeds is None:

@@ -4,10 +4,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from ced.errors import ProcessError
+
+_SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -26,23 +31,16 @@ class World:
     def barrier(self) -> None:
         """Wait until every process has come here."""
         if self.size > 1:
-            dist.barrier()
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Let the first process go ahead of the others, for what needs doing once, such as a download."""
-        if not self.is_main:
-            self.barrier()
-        yield
-        if self.is_main:
-            self.barrier()
+            with _meeting():
+                dist.barrier()
 
     def broadcast(self, value: Any) -> Any:
         """Return the first process's `value` in every process."""
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        with _meeting():
+            dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -50,21 +48,40 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with _meeting():
+            dist.all_gather_object(values, value)
         return values
 
 
 @contextmanager
+def _meeting() -> Iterator[None]:
+    """Say plainly that a process that the others wait for is gone; why, it says itself."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessError("another process of this run has stopped; its own message says why") from error
+
+
+@contextmanager
 def join() -> Iterator[World]:
-    """Join the run: under torchrun all its processes (NCCL with GPUs, gloo without), else this process alone."""
+    """Join the run: under torchrun all its processes (NCCL with GPUs, gloo without), else this process alone.
+
+    Raises:
+        ProcessError: a launcher other than torchrun left out what it sets, or there are more processes than GPUs.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and (missing := [name for name in _SET_BY_TORCHRUN if name not in os.environ]):
+        raise ProcessError(f"WORLD_SIZE is {size} without {', '.join(missing)}; start several processes by torchrun")
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ProcessError(f"process {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # Processes meet as seldom as once a run, and one of them may have far more to do.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     try:
         yield World(rank, size, device)
     finally:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ced.config import Mode
 from ced.distill.precision import autocast
 from ced.errors import ConfigError, StoreError
 from ced.model.vit import CED, foreign_feature
-from ced.model.zoo import MODELS, load_model
+from ced.model.zoo import load_model
 from ced.progress import Progress, silent
 from ced.sound.labels import ClassTable
 
@@ -36,7 +37,7 @@ class Teacher:
 
 def is_callable_spec(spec: str) -> bool:
     """Say whether a teacher is given as `module:callable`, and not as a model name or a path."""
-    return ":" in spec and spec not in MODELS and not Path(spec).exists()
+    return re.fullmatch(r"[\w.]+:[\w.]+", spec) is not None and not Path(spec).exists()
 
 
 def load_teacher(

@@ -42,11 +42,12 @@ _CALLABLES: Mapping[tuple[str, str], Any] = {
     ("builtins", "set"): set,
     ("torch._utils", "_rebuild_tensor_v2"): _nothing,
     ("torch", "Size"): _nothing,
-    ("pathlib", "Path"): PurePosixPath,
-    ("pathlib", "PosixPath"): PurePosixPath,
-    ("pathlib", "PurePosixPath"): PurePosixPath,
-    ("pathlib", "WindowsPath"): PureWindowsPath,
-    ("pathlib", "PureWindowsPath"): PureWindowsPath,
+    **{
+        (module, f"{prefix}{system}Path"): {"Windows": PureWindowsPath}.get(system, PurePosixPath)
+        for module in ("pathlib", "pathlib._local")  # the second since Python 3.13
+        for prefix in ("", "Pure")
+        for system in ("", "Posix", "Windows")
+    },
 }
 
 # What a transform must have for its views to be the ones of `views.draw` and `views.mask`.

@@ -17,21 +17,21 @@ from numpy.typing import NDArray
 
 from ced.config import StoreConfig
 from ced.distill import viewstore
-from ced.distill.datasets import Batch, Chunks, ViewDataset, cut, in_order, prefetch
+from ced.distill.datasets import Batch, Chunks, ViewDataset, chunk_samples, cut, in_order, prefetch
 from ced.distill.distributed import World, join
-from ced.distill.ensemble import Ensemble, Teacher, is_callable_spec, load_teacher
+from ced.distill.ensemble import Ensemble, is_callable_spec, load_teacher
 from ced.distill.precision import half_type
 from ced.distill.views import mask, recipe_of
 from ced.distill.viewstore import META_NAME, Rows, StoreMeta
 from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, StoreError
-from ced.model.vit import MIN_SAMPLES
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.frontend import LogMel
 
 _log = logging.getLogger(__name__)
 
+_HEARD = 256  # chunks that tell audio packed anew from what was there
 _MAX_CLASSES = 2**15  # class indices are stored as int16
 _PRECISIONS = {None: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -57,6 +57,9 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
         raise StoreError(f"{config.train_data} has no clip of half a chunk ({config.chunk_length / 2:g} s) or more")
     folder = store_folder(config)
     with join() as world:
+        if (without := len(pack) - len(np.unique(chunks.clips))) and world.is_main:
+            half = f"half a chunk ({config.chunk_length / 2:g} s)"
+            _log.warning("%d of %d clips are shorter than %s and left out", without, len(pack), half)
         walk = _Walk(config, pack, chunks, world, progress if world.is_main else silent)
         if _claim(folder, walk.meta, config.epochs, world):
             for epoch in range(1, config.epochs + 1):
@@ -84,10 +87,7 @@ class _Walk:
 
     def __init__(self, config: StoreConfig, pack: WavPack, chunks: Chunks, world: World, progress: Progress) -> None:
         self._config, self._pack, self._chunks, self._world, self._progress = config, pack, chunks, world, progress
-        self._samples = round(config.chunk_length * SAMPLE_RATE)
-        if self._samples < MIN_SAMPLES:
-            shortest = MIN_SAMPLES / SAMPLE_RATE
-            raise ConfigError(f"chunk_length is {config.chunk_length} s; the shortest a model can hear is {shortest} s")
+        self._samples = chunk_samples(config.chunk_length)
         # Runs of whole batches: what a chunk is scored together with does not depend on the number of processes.
         batches = list(in_order(len(chunks), config.batch_size))
         first, last = (math.ceil(rank * len(batches) / world.size) for rank in (world.rank, world.rank + 1))
@@ -97,7 +97,8 @@ class _Walk:
         self._filenames = np.array(pack.names, dtype=object)[chunks.clips]
         self._starts, self._ends = ((at / SAMPLE_RATE).astype(np.float32) for at in (chunks.starts, chunks.stops))
         silence = self._front_end(torch.zeros(2, self._samples, device=world.device))
-        self._ensemble = Ensemble(_teachers(config, world, progress), config.mode, silence)
+        teachers = [load_teacher(spec, config.model_args, world.device, progress) for spec in _specs(config)]
+        self._ensemble = Ensemble(teachers, config.mode, silence)
         if not config.topk <= self._ensemble.num_classes <= _MAX_CLASSES:
             raise ConfigError(
                 f"topk is {config.topk} and the teachers have {self._ensemble.num_classes} classes; "
@@ -108,7 +109,6 @@ class _Walk:
     def meta(self) -> StoreMeta:
         """What the store says about itself."""
         config, ensemble = self._config, self._ensemble
-        chunks = hashlib.sha256("\n".join(self._filenames).encode() + self._starts.tobytes() + self._ends.tobytes())
         return StoreMeta(
             recipe=self._recipe,
             topk=config.topk,
@@ -123,8 +123,17 @@ class _Walk:
             batch_size=config.batch_size,
             world_size=self._world.size,
             rows=len(self._chunks),
-            chunks=chunks.hexdigest(),
+            chunks=self._fingerprint(),
         )
+
+    def _fingerprint(self) -> str:
+        """Return a digest of the chunks' names and times, and of what some of them sound like: all would take long."""
+        digest = hashlib.sha256("\n".join(self._filenames).encode())
+        digest.update(self._starts.tobytes() + self._ends.tobytes())
+        some = np.linspace(0, len(self._chunks) - 1, min(len(self._chunks), _HEARD)).astype(int)
+        for item in some.tolist():
+            digest.update(self._pack.read(*self._chunks.place(item)).tobytes())
+        return digest.hexdigest()
 
     def epoch(self, epoch: int) -> Rows:
         """Score this process's share of the chunks under an epoch's views."""
@@ -169,11 +178,6 @@ def _name(spec: str) -> str:
 
 def _file_name(spec: str) -> str:
     return re.sub(r"[^\w.-]+", "_", _name(spec))
-
-
-def _teachers(config: StoreConfig, world: World, progress: Progress) -> list[Teacher]:
-    with world.main_first():  # a model is downloaded once
-        return [load_teacher(spec, config.model_args, world.device, progress) for spec in _specs(config)]
 
 
 def _claim(folder: Path, meta: StoreMeta, epochs: int, world: World) -> bool:

@@ -189,9 +189,12 @@ class ViewStore:
                             f"{path} is missing; the store has {self.epochs} epochs of {self._ranks} part(s)"
                         )
 
-    def epoch_of(self, training_epoch: int) -> int:
-        """Return the stored epoch that serves a training epoch (1, 2, ...): all in turn, then again from the first."""
-        return (training_epoch - 1) % self.epochs + 1
+    def epoch_of(self, training_epoch: int, at_most: int | None = None) -> int:
+        """Return the stored epoch that serves a training epoch (1, 2, ...): all in turn, then again from the first.
+
+        `at_most` uses only so many of the stored epochs.
+        """
+        return (training_epoch - 1) % min(self.epochs, at_most or self.epochs) + 1
 
     def rows(self, epoch: int) -> Rows:
         """Return all views of a stored epoch (1, ..., `epochs`), those of process 0 first.
@@ -226,6 +229,8 @@ def _read_part(path: Path, meta: StoreMeta) -> Rows:
     if rows and not 0 <= indexes.min() <= indexes.max() < meta.num_classes:
         found = f"{indexes.min()} to {indexes.max()}"
         raise StoreError(f"{path}: topk_indexes are {found}; allowed: 0 to {meta.num_classes - 1}")
+    if rows and not 0 <= values.min() <= values.max() <= 1:  # false for NaN, too
+        raise StoreError(f"{path}: topk_values are {values.min()} to {values.max()}; probabilities are 0 to 1")
     path = path.with_suffix(".parquet")
     try:
         table = pq.read_table(path, columns=_SCHEMA.names)

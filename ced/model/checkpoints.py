@@ -141,12 +141,9 @@ def build(
         CheckpointError: the weights do not fit their configuration, or lack what the pooling needs.
         ConfigError: the settings contradict each other.
     """
-    config = checkpoint.config
-    config = replace(
-        config,
-        pooling=config.pooling if pooling is None else pooling,
-        target_length=config.target_length if target_length is None else target_length,
-    )
+    changes = {"pooling": pooling, "target_length": target_length}
+    asked = {name: value for name, value in changes.items() if value is not None}
+    config = published.checked_config({**asdict(checkpoint.config), **asked})
     model = CED(config, checkpoint.labels)
     if not checkpoint.has_head:
         logger.warning("%s has no output layer (masked pre-training): that of the network is random", checkpoint.source)

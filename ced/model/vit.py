@@ -61,6 +61,8 @@ class ModelConfig:
             raise ConfigError(f"n_mels is {self.n_mels}; it must be a multiple of {PATCH}")
         if self.target_length < PATCH:
             raise ConfigError(f"target_length is {self.target_length}; one patch is {PATCH} frames")
+        if self.win_size > self.n_fft:
+            raise ConfigError(f"win_size {self.win_size} is longer than n_fft {self.n_fft}")
         if not 0 <= self.f_min < self.f_max <= SAMPLE_RATE / 2:
             raise ConfigError(f"f_min {self.f_min} and f_max {self.f_max} must rise within 0-{SAMPLE_RATE // 2} Hz")
 
