@@ -160,10 +160,50 @@ def test_wrong_words_exit_with_2(ced: Command, words: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_every_command_has_help(ced: Command) -> None:
+COMMANDS = ("tag", "models", "export", "pack", "labels", "store", "train", "finetune", "evaluate", "demo")
+
+
+def test_every_command_is_listed(ced: Command) -> None:
     overview = ced("--help").stdout
-    for command in ("tag", "models", "export", "pack", "labels", "store", "train", "finetune", "evaluate", "demo"):
+    for command in COMMANDS:
         assert f" {command} " in overview
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(ced: Command, command: str) -> None:
+    done = ced(command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"Usage: ced {command} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "names no eval_data"),
+        (b"- eval_data\n", "names no eval_data"),
+        (b"eval_data: null\n", "names no eval_data"),
+        (b"eval_data: [a: b: c\n", "is not YAML"),
+        (b"\xff\xfe\xfa", "is not YAML"),
+    ],
+)
+def test_an_experiment_with_a_broken_configuration_is_one_line(
+    ced: Command, tmp_path: Path, text: bytes, message: str
+) -> None:
+    (tmp_path / "config.yaml").write_bytes(text)
+    assert message in error_of(ced("evaluate", tmp_path))
+
+
+def test_a_store_needs_nothing_that_draws(tmp_path: Path) -> None:
+    """Nor does an evaluation."""
+    code = (
+        "import sys\n"
+        "from ced.cli.distilling import _eval_data, _split\n"
+        "from ced.distill import evaluate, experiment, teacher\n"
+        "_split(['store.yaml'])\n"
+        "print({'matplotlib', 'tensorboard'} & sys.modules.keys())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
 def test_help_of_a_configured_command_lists_its_keys(ced: Command) -> None:

@@ -164,8 +164,13 @@ def _eval_data(experiment: Path) -> Path:
     from ced.distill.experiment import CONFIG_NAME
 
     path = experiment / CONFIG_NAME
-    if path.is_file() and (table := yaml.safe_load(path.read_text(encoding="utf-8")).get("eval_data")):
-        return Path(table)
+    if path.is_file():
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from error
+        if isinstance(values, dict) and isinstance(table := values.get("eval_data"), str):
+            return Path(table)
     raise ConfigError(f"{experiment} names no eval_data; give a labelled table with --test_data")
 
 
@@ -192,11 +197,13 @@ def demo(
 
 def _split(words: list[str] | None, resume: Path | None = None) -> tuple[Path | None, list[str]]:
     """Tell the configuration file from the keys; without one, a run that goes on uses its own."""
-    from ced.distill.experiment import CONFIG_NAME
-
     if words and not words[0].startswith("--"):
         return Path(words[0]), words[1:]
-    return resume / CONFIG_NAME if resume is not None else None, words or []
+    if resume is None:
+        return None, words or []
+    from ced.distill.experiment import CONFIG_NAME
+
+    return resume / CONFIG_NAME, words or []
 
 
 def _name(path: Path | None, model: str) -> str:

@@ -15,10 +15,8 @@ resume.pt decides: what else an interrupted epoch left behind is brought back to
 
 import copy
 import dataclasses
-import json
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -26,9 +24,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from torch.utils.tensorboard import SummaryWriter
 
 from ced.config import LoopConfig, dump, load
 from ced.errors import ConfigError, TrainingError
@@ -37,12 +32,9 @@ from ced.model import checkpoints
 from ced.model.vit import CED
 
 CONFIG_NAME = "config.yaml"
-METRICS_NAME = "metrics.jsonl"
-CURVES_NAME = "curves.png"
 STATE_NAME = "resume.pt"
 LAST_NAME = "last.safetensors"
 RESULT_NAME = "averaged.safetensors"
-DRAW_EVERY = 60  # seconds between drawings of the curves, each of which takes a third of a second
 _FREE_KEYS = {"num_workers"}  # may differ on resuming, as they do not change the result
 
 C = TypeVar("C", bound=LoopConfig)
@@ -56,7 +48,8 @@ class State:
     history: list[dict[str, float]] = field(default_factory=list)  # the lines of metrics.jsonl
     kept: list[tuple[float, int, str]] = field(default_factory=list)  # (mAP, epoch, file) of the best, best first
     stale: int = 0  # validations since the last gain
-    world_size: int = 1
+    world_size: int = 1  # processes that began it
+    finished: bool = False  # nothing is left to do, the result and all records are written
     stepper: dict[str, Any] = field(default_factory=dict)  # weights, and what their next step depends on
 
     def rank(self, map: float, epoch: int, n_saved: int) -> str | None:
@@ -101,15 +94,15 @@ def check_resumable(config: C, folder: Path) -> None:
             raise ConfigError(f"{key} is {now}, but {folder} was begun with {was}; a run is resumed as it was begun")
 
 
-def load_state(folder: Path) -> State:
-    """Read where a run stands; a new run's state when it has not finished an epoch.
+def load_state(folder: Path) -> State | None:
+    """Read where a run stands; None when it has not finished an epoch.
 
     Raises:
         TrainingError: the file is damaged.
     """
     path = folder / STATE_NAME
     if not path.exists():
-        return State()
+        return None
     try:
         return State(**torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load raises whatever the damage leads to
@@ -148,56 +141,6 @@ def make_result(folder: Path, state: State, average: bool) -> None:
     paths = [folder / name for _, _, name in state.kept]
     result = checkpoints.average(paths if average else paths[:1])
     checkpoints.save(folder / RESULT_NAME, checkpoints.build(result))
-
-
-class Recorder:
-    """Writes what was measured: metrics.jsonl, TensorBoard events and curves.png."""
-
-    def __init__(self, folder: Path, state: State) -> None:
-        self.folder, self.state = folder, state
-        self._board = SummaryWriter(str(folder), purge_step=0)  # hides what a run that was cut short wrote
-        for line in state.history:
-            self._show(line)
-        self._write_metrics()
-        self._drawn = time.monotonic()
-
-    def epoch(self) -> None:
-        """Write the state's newest line of history."""
-        self._show(self.state.history[-1])
-        self._write_metrics()
-        if time.monotonic() - self._drawn >= DRAW_EVERY:
-            draw_curves(self.state.history, self.folder / CURVES_NAME)
-            self._drawn = time.monotonic()
-
-    def close(self) -> None:
-        """Draw the last curves."""
-        draw_curves(self.state.history, self.folder / CURVES_NAME)
-        self._board.close()
-
-    def _show(self, line: Mapping[str, float]) -> None:
-        for key, value in line.items():
-            if key != "epoch":
-                self._board.add_scalar(key, value, int(line["epoch"]))
-        self._board.flush()
-
-    def _write_metrics(self) -> None:
-        """Write metrics.jsonl as a whole, so that it has each epoch once, whatever happened before."""
-        with written_aside(self.folder / METRICS_NAME) as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in self.state.history), encoding="utf-8")
-
-
-def draw_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw loss, learning rate and mAP over the epochs, one above the other."""
-    figure = Figure(figsize=(7, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(3, 1, sharex=True)
-    for axis, key in zip(axes, ("loss", "lr", "mAP"), strict=True):
-        points = [(line["epoch"], line[key]) for line in history if key in line]
-        axis.plot([epoch for epoch, _ in points], [value for _, value in points], marker=".")
-        axis.set_ylabel(key)
-        axis.grid(alpha=0.3)
-    axes[-1].set_xlabel("epoch")
-    figure.savefig(path, dpi=100)
 
 
 @contextmanager

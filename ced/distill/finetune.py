@@ -10,12 +10,11 @@ from torch import Tensor
 
 from ced.config import FinetuneConfig
 from ced.distill.datasets import ViewDataset, crop
-from ced.distill.distributed import World
 from ced.distill.evaluate import validation
 from ced.distill.loop import VIEWS, EpochData, Task, run
 from ced.distill.start import start_network
 from ced.distill.step import Loss
-from ced.distill.tables import parse_labels, read_table
+from ced.distill.tables import parse_labels
 from ced.distill.targets import multi_hot
 from ced.distill.views import recipe_of
 from ced.distill.wavpack import WavPack
@@ -33,15 +32,15 @@ def finetune(config: FinetuneConfig, *, name: str, resume: Path | None = None, p
         TableError: a table lacks a column, or a clip has a label out of range, or other than one with task `single`.
         PackError: the pack lacks a clip.
     """
-    return run(config, lambda world: _task(config, world, progress), name=name, resume=resume, progress=progress)
+    return run(config, lambda: _task(config, progress), name=name, resume=resume, progress=progress)
 
 
-def _task(config: FinetuneConfig, world: World, progress: Progress) -> Task:
+def _task(config: FinetuneConfig, progress: Progress) -> Task:
     labels = audioset() if config.classes is None else read_classes(config.classes)
     clips = LabelledClips(config, labels)
     single = config.task == "single"
     needs = {"pooling": "logit", "activation": "softmax" if single else "sigmoid"}
-    network = start_network(config, labels, needs, world, progress)
+    network = start_network(config, labels, needs, progress)
     if config.trainable == "head":
         learn_head(network)
     loss: Loss = F.cross_entropy if single else F.binary_cross_entropy_with_logits
@@ -62,18 +61,18 @@ class LabelledClips:
         if self.samples < MIN_SAMPLES:
             shortest = MIN_SAMPLES / SAMPLE_RATE
             raise ConfigError(f"chunk_length is {config.chunk_length} s; the shortest a model can hear is {shortest} s")
-        table = read_table(config.train_data, required=("filename", "labels", "hdf5path"))
-        rows = parse_labels(table, len(labels))
+        self.pack = WavPack(config.train_data)
+        self.labels, self.num_classes = parse_labels(self.pack.table, len(labels)), len(labels)
         if config.task == "single":
-            for number, (filename, row) in enumerate(zip(table.column("filename"), rows, strict=True), start=1):
+            filenames = self.pack.table.column("filename")
+            for number, (filename, row) in enumerate(zip(filenames, self.labels, strict=True), start=1):
                 if len(row) != 1:
                     raise TableError(
                         f"table {config.train_data}, row {number} ({filename}) has {len(row)} labels; "
                         "task single needs exactly one a clip"
                     )
-        self.pack = WavPack(config.train_data)
         self.recipe = recipe_of(config.wavtransforms, config.spectransforms)
-        self.seed, self.hot = config.seed, multi_hot(rows, len(labels))
+        self.seed = config.seed
 
     def epoch(self, epoch: int) -> EpochData:
         """Return the data of a training epoch (1, 2, ...)."""
@@ -82,6 +81,7 @@ class LabelledClips:
         seeds = rng.integers(2**31, size=len(chunks), dtype=np.int32)
 
         def targets(items: NDArray[np.int64], generator: torch.Generator) -> Tensor:
-            return torch.from_numpy(self.hot[items]).float()
+            rows = multi_hot([self.labels[item] for item in items], self.num_classes)
+            return torch.from_numpy(rows).float()
 
         return EpochData(ViewDataset(self.pack, chunks, self.recipe, seeds, self.samples), targets)

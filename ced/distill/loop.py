@@ -25,8 +25,9 @@ from ced.distill import experiment
 from ced.distill.datasets import ViewDataset, prefetch, shuffled
 from ced.distill.distributed import World, join
 from ced.distill.evaluate import Evaluation, Evaluator
-from ced.distill.experiment import LAST_NAME, RESULT_NAME, Recorder, State
+from ced.distill.experiment import LAST_NAME, RESULT_NAME, State
 from ced.distill.precision import half_type
+from ced.distill.recorder import Recorder
 from ced.distill.step import Loss, Stepper, learning_rate
 from ced.distill.targets import mixup_weights
 from ced.errors import ConfigError, TrainingError
@@ -61,7 +62,7 @@ class Task:
 
 def run(
     config: LoopConfig,
-    prepare: Callable[[World], Task],
+    prepare: Callable[[], Task],
     *,
     name: str,
     resume: Path | None = None,
@@ -86,23 +87,18 @@ def run(
     if resume is not None:
         experiment.check_resumable(config, resume)
     with join() as world:
-        state = State(world_size=world.size) if resume is None else experiment.load_state(resume)
-        if resume is not None and is_finished(config, state, resume):
+        state = (experiment.load_state(resume) if resume else None) or State(world_size=world.size)
+        if resume and state.finished:
             if world.is_main:
                 logger.warning("%s is finished after %d epochs; there is nothing to resume", resume, state.epoch)
             return resume
-        task = prepare(world)
+        task = prepare()
         share(world.rank, world.size, config.batch_size)  # refuses before a folder is made
         folder: Path = resume or world.broadcast(experiment.create(config, name) if world.is_main else None)
         with experiment.logging_to(folder / config.logfile) if world.is_main else nullcontext():
             Trainer(config, task, folder, state, world, progress if world.is_main else silent).run()
         world.barrier()
     return folder
-
-
-def is_finished(config: LoopConfig, state: State, folder: Path) -> bool:
-    """Say whether a run has nothing left to do, its result included."""
-    return _is_trained(config, state) and (folder / (RESULT_NAME if state.kept else LAST_NAME)).exists()
 
 
 def _is_trained(config: LoopConfig, state: State) -> bool:
@@ -262,9 +258,15 @@ class Trainer:
         experiment.remove_unkept(self.folder, state)
 
     def _finish(self) -> None:
+        """Make the result, if networks were kept, and note that nothing is left to do."""
+        if self.state.kept:
+            self._make_result()
+        self.state.finished = True
+        if self.world.is_main:
+            experiment.save_state(self.folder, self.state)
+
+    def _make_result(self) -> None:
         """Make the result of the kept networks, and say how good it is."""
-        if not self.state.kept:
-            return
         if self.world.is_main:
             experiment.make_result(self.folder, self.state, self.config.average)
         self.world.barrier()

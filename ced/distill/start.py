@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 
 from ced.config import LoopConfig
-from ced.distill.distributed import World
 from ced.errors import ConfigError
 from ced.model.vit import CED
 from ced.model.zoo import create
@@ -13,16 +12,13 @@ from ced.progress import Progress
 from ced.sound.labels import ClassTable
 
 
-def start_network(
-    config: LoopConfig, labels: ClassTable, needs: Mapping[str, str], world: World, progress: Progress
-) -> CED:
+def start_network(config: LoopConfig, labels: ClassTable, needs: Mapping[str, str], progress: Progress) -> CED:
     """Make the network that a configuration asks for; its fresh weights come from the configuration's seed.
 
     Args:
         config: names the network and its first weights.
         labels: the classes to be learned.
         needs: fields of `ModelConfig` that the training requires.
-        world: its first process goes first, so that weights are downloaded once.
         progress: told of a download.
 
     Raises:
@@ -33,7 +29,7 @@ def start_network(
     for key, needed in needs.items():
         if (given := config.model_args.get(key, needed)) != needed:
             raise ConfigError(f"model_args.{key} is {given!r}; this training needs {needed!r}")
-    with world.main_first(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         return create(
             config.model,

@@ -1,7 +1,8 @@
 """One step of training: waves in, better weights out. Its learning rate and its optimiser."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,6 +16,7 @@ from ced.distill.distributed import World
 from ced.distill.precision import autocast, half_type
 from ced.distill.targets import mixup
 from ced.distill.views import ViewRecipe, mask
+from ced.errors import TrainingError
 from ced.model.vit import CED
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits (b, c), targets (b, c) -> scalar
@@ -24,7 +26,7 @@ def learning_rate(step: int, *, peak: float, warmup: int, total: int, decay_frac
     """Return the learning rate of a step (0, 1, ..., total - 1).
 
     It rises in a line from 0 to `peak` in `warmup` steps, then falls as half a cosine, to `decay_frac` * `peak` at the
-    end of the last step; without `cosine` it stays.
+    end of the last step; without `cosine` it stays. So the warm-up is a part of the `total` steps, not one before them.
     """
     if step < warmup:
         return peak * step / warmup
@@ -84,7 +86,7 @@ class Stepper:
             self._scores.compile()
         self.optimizer = make_optimizer(config, learning, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half_type(self.mode, self.device) is torch.float16)
-        self._first = True
+        self._fresh = self.network.training  # its statistics may be those of no sound yet
 
     def step(self, batch: Batch, recipe: ViewRecipe, targets: Tensor, weights: Tensor | None, rate: float) -> Tensor:
         """Take one step.
@@ -99,41 +101,75 @@ class Stepper:
         Returns:
             The loss before the step, a scalar on the device. With fp16 a step of gradients that are not finite changes
             nothing.
+
+        Raises:
+            TrainingError: the GPU's memory is too small.
         """
-        waves, uniforms = batch.to_device(self.device)
-        targets = targets.to(self.device)
-        with torch.no_grad():
-            mel = mask(self.network.front_end(waves), uniforms, recipe)
-            if self._first:
-                calibrate(self.network, mel)
-                self._first = False
-            if weights is not None:
-                weights = weights.to(self.device)
-                mel, targets = mixup(mel, weights), mixup(targets, weights)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.mode, self.device):
-            logits = self._scores(mel)
-        loss = self.loss(logits.float(), targets)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
+        with _memory_for(len(targets)):
+            mel, targets = self._inputs(batch, recipe, targets.to(self.device), weights)
+            with autocast(self.mode, self.device):
+                logits = self._scores(mel)
+            loss = self.loss(logits.float(), targets)
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()
+
+    def _inputs(
+        self, batch: Batch, recipe: ViewRecipe, targets: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what to hear, masked and mixed mel (b, f, n), and what to answer, (b, c)."""
+        waves, uniforms = batch.to_device(self.device)
+        with torch.no_grad():
+            mel = mask(self.network.front_end(waves), uniforms, recipe)
+            if self._fresh:
+                calibrate(self.network, mel)
+                self._fresh = False
+            if weights is not None:
+                weights = weights.to(self.device)
+                mel, targets = mixup(mel, weights), mixup(targets, weights)
+        return mel, targets
+
+    @property
+    def _kind(self) -> dict[str, str]:
+        """What the hardware and the installed packages have a say in, and a saved state depends on."""
+        half = half_type(self.mode, self.device)
+        return {"optimizer": type(self.optimizer).__name__, "precision": str(half or torch.float32)[len("torch.") :]}
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return all that the next step depends on; the next step changes it in place."""
         return {
+            "kind": self._kind,
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """Go on from a former `state_dict`."""
+        """Go on from a former `state_dict`.
+
+        Raises:
+            TrainingError: it is of another optimiser or precision, as when the hardware is another.
+        """
+        if (before := state["kind"]) != self._kind:
+            was, now = (f"{kind['optimizer']} in {kind['precision']}" for kind in (before, self._kind))
+            raise TrainingError(f"begun with {was}, but here it would be {now}; resume on hardware like the first")
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+@contextmanager
+def _memory_for(items: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the GPU's memory is too small for the {items} items of a step; a smaller batch_size needs less"
+        ) from error
 
 
 class _FromMel(nn.Module):

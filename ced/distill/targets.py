@@ -41,7 +41,7 @@ def spread(
         rest = last * torch.rand((rows, num_classes), generator=generator, device=values.device)
     else:
         rest = torch.full_like(last, 1 / num_classes)
-    return rest.repeat(1, num_classes // rest.shape[1]).scatter_(1, indexes.long(), values)
+    return rest.expand(rows, num_classes).clone().scatter_(1, indexes.long(), values)
 
 
 def multi_hot(labels: Sequence[Sequence[int]], num_classes: int) -> NDArray[np.bool_]:

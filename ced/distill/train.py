@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ced.config import TrainConfig
 from ced.distill.datasets import Chunks, ViewDataset, stored
-from ced.distill.distributed import World
 from ced.distill.evaluate import validation
 from ced.distill.loop import VIEWS, EpochData, Task, run
 from ced.distill.start import start_network
@@ -38,10 +37,10 @@ def train(config: TrainConfig, *, name: str, resume: Path | None = None, progres
         PackError: the pack lacks a clip of the store, or has it in another length.
         ConfigError: the store has other classes than the configuration.
     """
-    return run(config, lambda world: _task(config, world, progress), name=name, resume=resume, progress=progress)
+    return run(config, lambda: _task(config, progress), name=name, resume=resume, progress=progress)
 
 
-def _task(config: TrainConfig, world: World, progress: Progress) -> Task:
+def _task(config: TrainConfig, progress: Progress) -> Task:
     store = ViewStore(config.logitspath)
     meta = store.meta
     if meta.num_classes != config.num_classes:
@@ -52,7 +51,7 @@ def _task(config: TrainConfig, world: World, progress: Progress) -> Task:
     views = StoredViews(config, store, WavPack(config.train_data))
     if not views.items:
         raise StoreError(f"view store {config.logitspath} has no views")
-    network = start_network(config, labels, {"pooling": "logit", "activation": "sigmoid"}, world, progress)
+    network = start_network(config, labels, {"pooling": "logit", "activation": "sigmoid"}, progress)
     if foreign := foreign_feature(network.config):
         raise ConfigError(f"the student would hear with {foreign}; it has to see the mel that its teachers saw")
     return Task(network, views.items, views.epoch, F.binary_cross_entropy_with_logits, validation(config, labels))
@@ -64,7 +63,6 @@ class StoredViews:
     def __init__(self, config: TrainConfig, store: ViewStore, pack: WavPack) -> None:
         self.config, self.store, self.pack = config, store, pack
         self.samples = round(store.meta.chunk_length * SAMPLE_RATE)
-        self.stored_epochs = min(store.epochs, config.max_aug_epochs or store.epochs)
         self.recipe = store.meta.recipe
         if config.disable_consistency:
             self.recipe = replace(self.recipe, shift=None)
@@ -77,7 +75,7 @@ class StoredViews:
 
     def epoch(self, epoch: int) -> EpochData:
         """Return the data of a training epoch (1, 2, ...): the stored epochs in turn, then again from the first."""
-        rows, chunks = self._load((epoch - 1) % self.stored_epochs + 1)
+        rows, chunks = self._load(self.store.epoch_of(epoch, self.config.max_aug_epochs))
         seeds = rows.seeds
         if self.config.disable_consistency:
             rng = np.random.default_rng([self.config.seed, VIEWS, epoch])

@@ -57,10 +57,11 @@ def test_what_is_not_kept_is_removed(tmp_path: Path) -> None:
 
 
 def test_a_state_is_read_back_without_executing_anything(tmp_path: Path) -> None:
-    assert load_state(tmp_path) == State()
-    state = State(3, [{"epoch": 1, "loss": 0.5}], [(0.5, 1, "best")], 2, 1, {"network": {"w": torch.ones(2)}})
+    assert load_state(tmp_path) is None
+    state = State(3, [{"epoch": 1, "loss": 0.5}], [(0.5, 1, "best")], 2, 1, False, {"network": {"w": torch.ones(2)}})
     save_state(tmp_path, state)
     read = load_state(tmp_path)
+    assert read is not None
     assert torch.equal(read.stepper["network"]["w"], torch.ones(2))
     assert (read.epoch, read.history, read.kept, read.stale) == (3, state.history, state.kept, 2)
     torch.save({"epoch": print}, tmp_path / "resume.pt")

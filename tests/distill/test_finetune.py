@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from ced.config import FinetuneConfig, check
 from ced.distill.evaluate import evaluate
 from ced.distill.finetune import LabelledClips, finetune
+from ced.distill.recorder import Recorder
 from ced.errors import ConfigError, TableError
 from ced.model import checkpoints
 from ced.model.vit import CED, ModelConfig
@@ -135,6 +136,36 @@ def test_labels_that_do_not_fit_the_task_are_refused(
 ) -> None:
     with pytest.raises(TableError, match=message):
         finetune(config_of(sounds, tmp_path, train_data=relabelled(sounds, tmp_path, label), task=task), name="tiny")
+
+
+def test_a_table_without_labels_is_refused(sounds: Path, tmp_path: Path) -> None:
+    rows = [line.split("\t") for line in (sounds / "train.tsv").read_text().splitlines()]
+    table = tmp_path / "unlabelled.tsv"
+    table.write_text("".join(f"{name}\t{packed}\n" for name, _, packed in rows))
+    message = r"unlabelled\.tsv has no column 'labels'; its columns are filename, hdf5path"
+    for changes in ({"train_data": table}, {"eval_data": table}):
+        with pytest.raises(TableError, match=message):
+            finetune(config_of(sounds, tmp_path, **changes), name="tiny")
+
+
+def test_a_frozen_network_resumes_to_the_same_weights(
+    sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of fresh weights, too: its BatchNorm keeps the statistics it has, in whatever order batches come."""
+    config = config_of(sounds, tmp_path / "unbroken", trainable="head")
+    unbroken = finetune(config, name="tiny")
+    killed = config.model_copy(update={"outputpath": tmp_path / "killed"})
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "epoch", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(killed, name="tiny")
+    (folder,) = (tmp_path / "killed/tiny").iterdir()
+    finetune(killed, name="tiny", resume=folder)
+    assert (folder / "last.safetensors").read_bytes() == (unbroken / "last.safetensors").read_bytes()
+
+
+def interrupt(recorder: Recorder) -> None:
+    raise KeyboardInterrupt
 
 
 def test_several_labels_or_none_are_welcome_with_task_multi(sounds: Path, tmp_path: Path) -> None:

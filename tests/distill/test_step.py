@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ced.config import Mode, TrainConfig, check
 from ced.distill.datasets import Batch
 from ced.distill.distributed import World
 from ced.distill.step import Stepper, calibrate, learning_rate, make_optimizer
-from ced.distill.views import ViewRecipe, mask
+from ced.distill.views import NO_VIEW, ViewRecipe, mask
+from ced.errors import ConfigError, TrainingError
 from ced.model.vit import CED, ModelConfig
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -66,6 +68,12 @@ def test_the_optimizer_is_the_one_asked_for(name: str, kind: type[torch.optim.Op
     assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (0.01, 0.1, (0.8, 0.9), 1e-6)
 
 
+@pytest.mark.parametrize("betas", [[1.5, 0.9], [0.9, 1.0], [-0.1, 0.9]])
+def test_betas_that_no_optimizer_takes_are_refused(betas: list[float]) -> None:
+    with pytest.raises(ConfigError, match="betas"):
+        config_of(optimizer_args={"betas": betas})
+
+
 def test_a_step_masks_then_mixes_then_learns_at_its_rate() -> None:
     network, reference = network_of(), network_of()
     batch, recipe, weights = batch_of(2), ViewRecipe(None, time_mask=20, freq_mask=16), torch.tensor([0.75, 0.25])
@@ -96,6 +104,53 @@ def test_a_step_goes_on_from_saved_state_bit_for_bit() -> None:
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize(
+    ("key", "other", "message"),
+    [
+        ("optimizer", "Adam8bit", "begun with Adam8bit in float32, but here it would be Adam in float32"),
+        ("precision", "float16", "begun with Adam in float16, but here it would be Adam in float32"),
+    ],
+)
+def test_a_state_of_other_hardware_is_refused(key: str, other: str, message: str) -> None:
+    state = Stepper(config_of(), network_of(), F.cross_entropy, ALONE).state_dict()
+    state["kind"][key] = other
+    with pytest.raises(TrainingError, match=message):
+        Stepper(config_of(), network_of(), F.cross_entropy, ALONE).load_state_dict(state)
+
+
+def test_a_batch_that_does_not_fit_the_gpu_is_told() -> None:
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    with pytest.raises(TrainingError, match="too small for the 2 items of a step; a smaller batch_size"):
+        Stepper(config_of(), network_of(), loss, ALONE).step(batch_of(2), NO_VIEW, torch.zeros(2, 3), None, 0.01)
+
+
+def test_a_scaler_skips_a_step_without_finite_gradients_and_is_saved() -> None:
+    """As fp16 has it on a GPU; the scaler itself is the same on a CPU."""
+
+    def stepper_of() -> Stepper:
+        stepper = Stepper(config_of(), network_of(), F.binary_cross_entropy_with_logits, ALONE)
+        stepper.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        return stepper
+
+    stepper, targets = stepper_of(), torch.zeros(2, 3)
+    weight = stepper.network.get_parameter("outputlayer.1.weight")
+    before = weight.detach().clone()
+    stepper.step(batch_of(2), NO_VIEW, targets + torch.inf, None, 0.01)
+    assert torch.equal(weight, before)
+    assert stepper.scaler.get_scale() == 512
+    resumed = stepper_of()
+    resumed.load_state_dict(copy.deepcopy(stepper.state_dict()))
+    assert resumed.scaler.get_scale() == 512
+    loss = stepper.step(batch_of(2), NO_VIEW, targets, None, 0.01)
+    assert not torch.equal(weight, before)
+    # Adam does not feel the scale, if it was taken back from the gradients: they are those of an unscaled step.
+    plain = Stepper(config_of(), network_of(), F.binary_cross_entropy_with_logits, ALONE)
+    torch.testing.assert_close(plain.step(batch_of(2), NO_VIEW, targets, None, 0.01), loss)
+    torch.testing.assert_close(plain.network.get_parameter("outputlayer.1.weight"), weight)
+
+
 @pytest.mark.parametrize(("mode", "half"), [("off", False), ("amp", False), ("amp_bf16", True)])
 def test_on_a_cpu_only_bf16_is_computed_in_half_precision(mode: Mode, half: bool) -> None:
     seen = []
@@ -124,8 +179,6 @@ def test_what_does_not_learn_stays_and_so_do_the_statistics() -> None:
     network = network_of()
     network.requires_grad_(False)
     network.outputlayer.requires_grad_(True)
-    calibrate(network, torch.randn(4, 64, 40))
-    network.get_buffer("init_bn.1.num_batches_tracked").fill_(1)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     stepper = Stepper(config_of(), network, F.binary_cross_entropy_with_logits, ALONE)
     stepper.step(batch_of(2), ViewRecipe(None, None, None), torch.zeros(2, 3), None, 0.01)

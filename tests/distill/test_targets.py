@@ -35,6 +35,13 @@ def test_spread_draws_each_class_below_the_last_value() -> None:
     assert torch.equal(filled, expected)
 
 
+def test_rows_that_are_spread_are_their_own() -> None:
+    """A fill that is one number a row must not be one number in memory."""
+    filled = spread(VALUES, INDEXES, 5, "last_half")
+    filled[0, 1] = 9
+    assert filled.tolist() == [[0.5, 9.0, 0.25, 0.75, 0.25], [0.0625, 0.25, 0.0625, 0.0625, 0.125]]
+
+
 def test_spread_of_all_classes_leaves_nothing_to_fill() -> None:
     values = torch.tensor([[0.5, 0.25]])
     for fill in ("zero", "last_mean", "last_half", "last_random", "527"):

@@ -17,6 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ced.config import TrainConfig, check, dump, load
 from ced.distill.evaluate import evaluate
+from ced.distill.experiment import create, load_state
+from ced.distill.recorder import Recorder
 from ced.distill.train import StoredViews, train
 from ced.distill.views import ViewRecipe
 from ced.distill.viewstore import ViewStore
@@ -261,6 +263,35 @@ def test_resuming_a_finished_run_changes_nothing(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_a_run_killed_before_its_last_record_is_recorded(
+    sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(recorder: Recorder) -> None:
+        raise KeyboardInterrupt
+
+    config = config_of(sounds, tmp_path, epochs=1, eval_data=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "epoch", kill)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, name="tiny")
+    (folder,) = (tmp_path / "tiny").iterdir()
+    assert lines(folder) == []
+    train(config, name="tiny", resume=folder)
+    assert [line["epoch"] for line in lines(folder)] == [1]
+    assert (folder / "curves.png").exists()
+
+
+def test_a_run_begun_on_other_hardware_is_refused(sounds: Path, tmp_path: Path) -> None:
+    config = config_of(sounds, tmp_path)
+    folder = train(config, name="tiny")
+    state = torch.load(folder / "resume.pt", weights_only=True)
+    state["finished"], state["epoch"] = False, 1
+    state["stepper"]["kind"] = {"optimizer": "Adam8bit", "precision": "float16"}
+    torch.save(state, folder / "resume.pt")
+    with pytest.raises(TrainingError, match="begun with Adam8bit in float16, but here it would be Adam in float32"):
+        train(config, name="tiny", resume=folder)
+
+
 def test_a_run_is_resumed_as_it_was_begun(sounds: Path, tmp_path: Path) -> None:
     folder = train(config_of(sounds, tmp_path, epochs=1), name="tiny")
     with pytest.raises(ConfigError, match=r"^epochs is 2, but .* was begun with 1"):
@@ -275,23 +306,80 @@ def test_a_run_is_resumed_as_it_was_begun(sounds: Path, tmp_path: Path) -> None:
 
 # Several processes ----------------------------------------------------------------------------------------------------
 
+# Resumes the experiment `plain`; then trains `whole` and, as of its second epoch, leaves a copy of it in `killed`,
+# which is resumed. Each run joins at a port of its own.
+TWO = """
+import os, shutil
+from pathlib import Path
+from ced.config import TrainConfig, load
+from ced.distill.train import train
 
-def test_two_processes_train_as_one_does(sounds: Path, tmp_path: Path) -> None:
-    """Without a BatchNorm, whose statistics are each process's own, a step's gradient is that of the whole batch."""
-    changes = {"model_args": SMALL | {"init_bn": False}, "mixup": 0.5, "label_type": "last_random"}
-    alone = train(config_of(sounds, tmp_path / "one", **changes), name="run")
-    (tmp_path / "config.yaml").write_text(dump(config_of(sounds, tmp_path / "two", **changes)))
-    with socket.socket() as probe:
+def copy(task, step, steps):
+    if task == "epoch 2 of 2" and step == 1:
+        (folder,) = (here / "whole").iterdir()
+        shutil.copytree(folder, here / "killed")
+
+here, ports = Path({here!r}), {ports!r}
+for port, config, folder in zip(ports, ("plain", "whole", "whole"), ("plain", None, "killed")):
+    os.environ["MASTER_PORT"] = port
+    resume = here / folder if folder else None
+    if folder == "plain":
+        (resume,) = resume.iterdir()
+    values = load(TrainConfig, here / (config + ".yaml"))
+    train(values, name="whole", resume=resume, **({{}} if resume else {{"progress": copy}}))
+"""
+PLAIN = {"model_args": SMALL | {"init_bn": False}, "mixup": 0.5, "label_type": "last_random"}
+
+
+def free_ports(count: int) -> list[str]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    code = TRAIN.format(path=str(tmp_path / "config.yaml"))
+    ports = [str(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def by_two(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what two processes trained: see TWO."""
+    here = tmp_path_factory.mktemp("two")
+    plain, whole = config_of(sounds, here, **PLAIN), config_of(sounds, here, mixup=0.5)
+    for config, name in ((plain, "plain"), (whole, "whole")):
+        (here / f"{name}.yaml").write_text(dump(config))
+    create(plain, "plain")  # as a run that is killed in its first epoch leaves it
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    code = TWO.format(here=str(here), ports=free_ports(3))
     processes = [run_elsewhere(code, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    (together,) = (tmp_path / "two/run").iterdir()
+    return here
+
+
+def test_two_processes_train_as_one_does(sounds: Path, tmp_path: Path, by_two: Path) -> None:
+    """Without a BatchNorm, whose statistics are each process's own, a step's gradient is that of the whole batch."""
+    alone = train(config_of(sounds, tmp_path, **PLAIN), name="run")
+    (together,) = (by_two / "plain").iterdir()
     for one, two in zip(lines(alone), lines(together), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert two["mAP"] == pytest.approx(one["mAP"], abs=0.02)
     first, second = (load_file(folder / "last.safetensors") for folder in (alone, together))
     for key, value in first.items():
         torch.testing.assert_close(second[key], value, rtol=1e-2, atol=1e-3)
+
+
+def test_two_processes_resume_to_the_same_weights(by_two: Path) -> None:
+    """With a BatchNorm, whose statistics are those of the first process."""
+    killed, (unbroken,) = by_two / "killed", (by_two / "whole").iterdir()
+    for name in ("last.safetensors", "averaged.safetensors"):
+        assert (killed / name).read_bytes() == (unbroken / name).read_bytes()
+    assert [line["loss"] for line in lines(killed)] == [line["loss"] for line in lines(unbroken)]
+    assert "resuming after epoch 1" in (killed / "train.log").read_text()
+
+
+def test_a_run_without_a_whole_epoch_is_begun_by_those_who_resume_it(by_two: Path) -> None:
+    (folder,) = (by_two / "plain").iterdir()
+    assert "begun with" not in (folder / "train.log").read_text()
+    state = load_state(folder)
+    assert state is not None
+    assert (state.world_size, state.finished) == (2, True)
