@@ -2,14 +2,15 @@
 
 Each clip is one contiguous dataset at 16 kHz, int16 or float32, (t,), or (t, 2) if stereo was kept. It is named by the
 clip's base name, or by its whole filename, whose "/" make groups. Packs have been published in this form; what files
-written here have beyond it are attributes: a format, a version, and a fingerprint of what the file was made from.
+written here have beyond it are attributes: a format and its version, the settings, and a fingerprint of what the file
+was made from.
 """
 
 import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +22,10 @@ from numpy.typing import NDArray
 
 from ced.errors import AudioError, PackError
 from ced.sound.audio import SAMPLE_RATE, load_stored
+from ced.sound.decode import FULL_SCALE, to_float
 
 FORMAT = "ced-pack"
-FORMAT_VERSION = 1
-INT16_SCALE = 32_768
+FORMAT_VERSION = 2
 _AHEAD = 4  # clips decoded ahead of the one that is written, a thread
 
 DType = Literal["int16", "float32"]
@@ -42,7 +43,7 @@ class Settings:
 
     def key(self, filename: str) -> str:
         """Return the name of a clip's dataset."""
-        return whole_key(filename) if self.fullname else os.path.basename(filename)
+        return key_of(filename, self.fullname)
 
     def decode(self, filename: str) -> Wave | str:
         """Return the samples of a clip, or why there are none."""
@@ -50,7 +51,7 @@ class Settings:
             samples = load_stored(filename, self.stereo)
         except AudioError as error:
             return str(error)
-        return to_int16(samples) if self.dtype == "int16" else to_float32(samples)
+        return to_int16(samples) if self.dtype == "int16" else to_float(samples)
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,10 @@ class Part:
 
     def attributes(self) -> dict[str, Any]:
         """Return what the file says of itself."""
-        made_from = json.dumps([self.filenames, asdict(self.settings)])
-        fingerprint = hashlib.sha256(made_from.encode()).hexdigest()
-        return {"format": FORMAT, "version": FORMAT_VERSION, "sample_rate": SAMPLE_RATE, "fingerprint": fingerprint}
+        settings = asdict(self.settings)
+        fingerprint = hashlib.sha256(json.dumps([self.filenames, settings]).encode()).hexdigest()
+        form = {"format": FORMAT, "version": FORMAT_VERSION, "sample_rate": SAMPLE_RATE}
+        return form | settings | {"fingerprint": fingerprint}
 
 
 def write(part: Part, path: Path, pool: Executor, threads: int) -> Iterator[Outcome]:
@@ -121,8 +123,9 @@ def outcomes_of(part: Part) -> list[Outcome] | None:
     with file:
         if dict(file.attrs) != part.attributes():
             return None
-        for filename, place in zip(part.filenames, places_in(file, part.filenames), strict=True):
-            if place is None:
+        clips = Clips(file)
+        for filename in part.filenames:
+            if (place := clips.place(part.settings.key(filename))) is None:
                 if not isinstance(reason := part.settings.decode(filename), str):
                     return None
                 outcomes.append(reason)
@@ -140,51 +143,107 @@ def _changed(filename: str) -> int:
         return 0  # gone, but packed it is
 
 
+class Layout(NamedTuple):
+    """How the samples of a clip are stored."""
+
+    dtype: np.dtype[Any]
+    channels: int
+    channels_first: bool  # (channels, t), as some packs have it
+
+    @property
+    def direct(self) -> bool:
+        """Return whether the bytes of a contiguous dataset are frames as they are read."""
+        return self.dtype in (np.int16, np.float32) and self.dtype.isnative and not self.channels_first
+
+    @property
+    def frame(self) -> int:
+        """Return the bytes of one sample in all channels."""
+        return self.channels * self.dtype.itemsize
+
+
 class Place(NamedTuple):
     """Where the samples of a clip are."""
 
-    key: str
-    dtype: np.dtype[Any]
+    layout: Layout
     samples: int
-    channels: int
-    channels_first: bool  # (channels, t), as some packs have it
     offset: int | None  # of the first byte in the file; None if they do not lie there as they are
 
-    @property
-    def bytes(self) -> int:
-        """Return how much room they take."""
-        return self.samples * self.channels * self.dtype.itemsize
+
+class Clips:
+    """The clips of an open file of a pack, written here or by another program."""
+
+    def __init__(self, file: h5py.File) -> None:
+        """Read what the file says of itself."""
+        self._file = file
+        self._settings = _settings_of(file)
+        self._mono: Layout | None = None  # what all clips have, if the file says so
+        if self._settings is not None and not self._settings.stereo:
+            layout = Layout(np.dtype(self._settings.dtype).newbyteorder("<"), 1, False)
+            self._mono = layout if layout.direct else None
+        self._dtypes: list[tuple[h5py.h5t.TypeID, np.dtype[Any]]] = []  # a dtype takes longer to make than to find
+
+    def named_whole(self, filenames: Sequence[str]) -> bool:
+        """Return whether clips are named by their whole filenames, or else by their base names.
+
+        Files of others do not say so: they are if the first clip that is in a folder is there by its whole name.
+
+        Raises:
+            PackError: they are named by their base names, and two of `filenames` have the same one.
+        """
+        if self._settings is not None:
+            whole = self._settings.fullname
+        else:
+            whole = next((key in self._file for key in map(whole_key, filenames) if "/" in key), False)
+        owners: dict[str, str] = {}
+        for filename in () if whole else filenames:
+            key = os.path.basename(filename)
+            owner = owners.setdefault(key, filename)
+            if owner != filename and whole_key(owner) != whole_key(filename):
+                raise PackError(f"{self._file.filename} has one clip {key} for two rows, {owner} and {filename}")
+        return whole
+
+    def place(self, key: str) -> Place | None:
+        """Return where a clip is; None if it is not there.
+
+        Raises:
+            PackError: there is something else than int16 or float samples, (t,) or in channels.
+        """
+        try:
+            dataset = h5py.h5d.open(self._file.id, key.encode())
+        except (KeyError, ValueError):  # not there; not a dataset
+            return None
+        offset = dataset.get_offset()
+        if self._mono is not None and offset is not None:  # sparing HDF5 its type and shape saves a third of the time
+            return Place(self._mono, dataset.get_storage_size() // self._mono.frame, offset)
+        shape, dtype = dataset.shape, self._dtype(dataset)
+        if len(shape) not in (1, 2) or not (dtype.kind == "f" or (dtype.kind, dtype.itemsize) == ("i", 2)):
+            kinds = "int16 or float samples, (t,) or (t, channels)"
+            raise PackError(f"clip {key} in {self._file.filename} is {dtype} of shape {shape}; expected {kinds}")
+        first = len(shape) == 2 and shape[0] < shape[1]
+        samples, channels = (shape[1], shape[0]) if first else (shape[0], shape[1] if len(shape) == 2 else 1)
+        layout = Layout(dtype, channels, first)
+        return Place(layout, samples, offset if layout.direct else None)
+
+    def _dtype(self, dataset: h5py.h5d.DatasetID) -> np.dtype[Any]:
+        kind = dataset.get_type()
+        for known, dtype in self._dtypes:
+            if known.equal(kind):
+                return dtype
+        self._dtypes.append((kind, kind.dtype))
+        return self._dtypes[-1][1]
 
 
-def places_in(file: h5py.File, filenames: Iterable[str]) -> Iterator[Place | None]:
-    """Yield where each clip is, named by its whole filename or else its base name; None if it is not there.
-
-    Raises:
-        PackError: there is something else than int16 or float samples, (t,) or in channels.
-    """
-    groups: dict[str, bool] = {}  # whether the file has a group of this name: a whole name begins with one
-    for filename in filenames:
-        base, whole = os.path.basename(filename), whole_key(filename)
-        top = whole.partition("/")[0]
-        if whole != base and top not in groups:
-            groups[top] = file.id.links.exists(top.encode())
-        keys = (whole, base) if whole != base and groups[top] else (base,)
-        yield next((place for key in keys if (place := _place(file, key)) is not None), None)
-
-
-def _place(file: h5py.File, key: str) -> Place | None:
-    try:
-        dataset = h5py.h5d.open(file.id, key.encode())
-    except (KeyError, ValueError):  # not there; not a dataset
+def _settings_of(file: h5py.File) -> Settings | None:
+    """Return the settings that a file written here has, None for one of another program."""
+    said = file.attrs
+    if str(said.get("format")) != FORMAT or said.get("version") != FORMAT_VERSION:
         return None
-    shape, dtype = dataset.shape, dataset.dtype
-    if len(shape) not in (1, 2) or not (dtype.kind == "f" or (dtype.kind, dtype.itemsize) == ("i", 2)):
-        kinds = "int16 or float samples, (t,) or (t, channels)"
-        raise PackError(f"clip {key} in {file.filename} is {dtype} of shape {shape}; expected {kinds}")
-    first = len(shape) == 2 and shape[0] < shape[1]
-    samples, channels = (shape[1], shape[0]) if first else (shape[0], shape[1] if len(shape) == 2 else 1)
-    direct = dtype in (np.int16, np.float32) and dtype.isnative and not first
-    return Place(key, dtype, samples, channels, first, dataset.get_offset() if direct else None)
+    return Settings(said["dtype"], bool(said["stereo"]), bool(said["fullname"]))
+
+
+def key_of(filename: str, whole: bool) -> str:
+    """Return the name of a clip's dataset: its whole filename, or its base name."""
+    return whole_key(filename) if whole else os.path.basename(filename)
 
 
 def whole_key(filename: str) -> str:
@@ -193,17 +252,10 @@ def whole_key(filename: str) -> str:
 
 
 def to_int16(samples: Wave) -> NDArray[np.int16]:
-    """Scale floats by 32768, round and clip them; leave int16 as it is."""
+    """Scale floats by their full scale, round and clip them; leave int16 as it is."""
     if samples.dtype == np.int16:
         return samples.astype(np.int16, copy=False)
-    scaled = samples * np.float32(INT16_SCALE)
+    scaled = samples * np.float32(FULL_SCALE)
     np.rint(scaled, out=scaled)
-    np.clip(scaled, -INT16_SCALE, INT16_SCALE - 1, out=scaled)
+    np.clip(scaled, -FULL_SCALE, FULL_SCALE - 1, out=scaled)
     return scaled.astype(np.int16)
-
-
-def to_float32(samples: Wave) -> NDArray[np.float32]:
-    """Divide int16 by 32768; leave floats as they are."""
-    if samples.dtype == np.int16:
-        return samples * np.float32(1 / INT16_SCALE)
-    return samples.astype(np.float32, copy=False)

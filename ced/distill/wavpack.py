@@ -4,12 +4,11 @@ import mmap
 import os
 import threading
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 
-from ced.distill.packfile import Place, Wave, places_in
+from ced.distill.packfile import Clips, Layout, Place, Wave, key_of
 from ced.distill.packing import PackReport, pack
 from ced.distill.tables import Table, read_table
 from ced.errors import PackError
@@ -17,10 +16,24 @@ from ced.errors import PackError
 __all__ = ["PackReport", "WavPack", "Wave", "pack"]
 
 
+class _Open:
+    """What a process holds open of a pack; a pickle leaves it behind."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.maps: dict[int, mmap.mmap] = {}  # by the number of the file
+        self.handles: dict[tuple[int, int], h5py.File] = {}  # by process and file: a handle does not survive a fork
+
+    def __reduce__(self) -> tuple[type["_Open"], tuple[()]]:
+        return _Open, ()
+
+
 class WavPack:
     """The clips of a pack, by the rows of its table.
 
-    Several threads may read at once. It can be pickled: open files stay behind, what is known about them goes along.
+    Several threads may read at once; training does. Forks and pickles read as well, for those who read in processes of
+    their own, such as the workers of torch's DataLoader: what is known about the files goes along, and each process
+    opens them when it reads.
     """
 
     table: Table
@@ -41,41 +54,30 @@ class WavPack:
         paths = self.table.column("hdf5path")
         numbers = {path: number for number, path in enumerate(dict.fromkeys(paths))}
         self._paths = [_resolve(path, self.table.path) for path in numbers]
-        self._file = [numbers[path] for path in paths]  # of each row
-        self._rows_in: list[list[int]] = [[] for _ in self._paths]  # of each file
-        for row, number in enumerate(self._file):
-            self._rows_in[number].append(row)
-        self._places: list[Place | None] = [None] * len(self.table)  # of each row, once its file was looked into
+        self._file = np.array([numbers[path] for path in paths], np.int32)  # of each row
+        # Of each row, once its file was looked into; arrays, as objects for millions of clips would take gigabytes.
+        self._samples = np.full(len(paths), -1)
+        self._offsets = np.zeros(len(paths), np.int64)  # of the first byte; -1: read through HDF5
+        self._layouts = np.zeros(len(paths), np.int16)  # which of `_kinds`
+        self._kinds: list[Layout] = []
+        self._whole: dict[int, bool] = {}  # file: whether it names clips by whole filenames
+        self._open = _Open()
         self._name_rows()
-        self._close()
 
     def _name_rows(self) -> None:
-        filenames = self.table.column("filename")
+        filenames, files = self.table.column("filename"), self._file
         bases = [os.path.basename(filename) for filename in filenames]
         self._rows: dict[str, int] = {}
         self._ambiguous: dict[str, int] = {}  # name: another row that has it
         for names in (filenames, bases):
             for row, name in enumerate(names):
                 first = self._rows.setdefault(name, row)
-                if first != row and (filenames[first], self._file[first]) != (filenames[row], self._file[row]):
+                if first != row and (filenames[first], files[first]) != (filenames[row], files[row]):
                     self._ambiguous[name] = row
         self.names = bases if self._ambiguous.keys().isdisjoint(bases) else filenames
 
-    def _close(self) -> None:
-        self._lock = threading.Lock()
-        self._maps: list[mmap.mmap | None] = [None] * len(self._paths)
-        self._handles: dict[int, h5py.File] = {}
-        self._process = os.getpid()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_maps", "_handles")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._close()
-
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._file)
 
     def find(self, name: str) -> int:
         """Return the row of the clip with a base name or whole filename.
@@ -97,7 +99,9 @@ class WavPack:
         Raises:
             PackError: the file of the clip cannot be read, or lacks one of its clips.
         """
-        return (self._places[row] or self._look_up(row)).samples
+        if self._samples[row] < 0:
+            self._look_up(int(self._file[row]))
+        return int(self._samples[row])
 
     def read(self, row: int, start: int, stop: int) -> Wave:
         """Return the samples from `start` to before `stop` of a clip, its channels averaged.
@@ -108,60 +112,64 @@ class WavPack:
         Raises:
             PackError: the clip is shorter, or as for `samples`.
         """
-        place = self._places[row] or self._look_up(row)
-        if not 0 <= start <= stop <= place.samples:
-            raise PackError(f"clip {self.names[row]} has {place.samples} samples, not {start} to {stop}")
-        if place.offset is None:
-            wave = self._slice(row, place, start, stop)
+        samples = self.samples(row)
+        if not 0 <= start <= stop <= samples:
+            raise PackError(f"clip {self.names[row]} has {samples} samples, not {start} to {stop}")
+        number, layout, offset = int(self._file[row]), self._kinds[self._layouts[row]], int(self._offsets[row])
+        if offset < 0:
+            wave = self._slice(row, layout, start, stop)
         else:
             # A view of the mapped file: half the time of copying it, and nothing of HDF5 on the way.
-            number = self._file[row]
-            first = place.offset + start * place.channels * place.dtype.itemsize
-            data = self._maps[number] or self._map(number)
-            wave = np.frombuffer(data, place.dtype, (stop - start) * place.channels, first)
-        return wave if place.channels == 1 else _average(wave.reshape(-1, place.channels))
+            data = self._open.maps.get(number) or self._map(number)
+            wave = np.frombuffer(data, layout.dtype, (stop - start) * layout.channels, offset + start * layout.frame)
+        return wave if layout.channels == 1 else _average(wave.reshape(-1, layout.channels))
 
-    def _look_up(self, row: int) -> Place:
-        """Look into the file of a row, for all rows it has."""
-        number = self._file[row]
-        path, rows, filenames = self._paths[number], self._rows_in[number], self.table.column("filename")
-        with self._lock:
-            if (found := self._places[row]) is not None:  # by another thread, meanwhile
-                return found
+    def _look_up(self, number: int) -> None:
+        """Look into a file, for all rows it has."""
+        path = self._paths[number]
+        with self._open.lock:
+            rows = np.flatnonzero(self._file == number)
+            if self._samples[rows[0]] >= 0:  # by another thread, meanwhile
+                return
+            filenames, names = self.table.column("filename"), self.names
+            places: list[Place] = []
             size = path.stat().st_size
-            known: dict[int, Place] = {}
-            with _open(path) as file:
-                places = places_in(file, (filenames[other] for other in rows))
-                for other, place in zip(rows, places, strict=True):
+            with _opened(path) as file:
+                clips = Clips(file)
+                self._whole[number] = clips.named_whole([filenames[row] for row in rows])
+                for row in rows.tolist():
+                    place = clips.place(key_of(filenames[row], self._whole[number]))
                     if place is None:
-                        raise PackError(f"{path} lacks clip {self.names[other]}, row {other + 1} of {self.table.path}")
-                    if place.offset is not None and place.offset + place.bytes > size:
-                        raise PackError(f"{path} is cut short: clip {self.names[other]} lies beyond its end")
-                    known[other] = place
-            for other, place in known.items():
-                self._places[other] = place
-        return known[row]
+                        raise PackError(f"{path} lacks clip {names[row]}, row {row + 1} of {self.table.path}")
+                    if place.offset is not None and place.offset + place.samples * place.layout.frame > size:
+                        raise PackError(f"{path} is cut short: clip {names[row]} lies beyond its end")
+                    places.append(place)
+            kinds, samples, offsets = zip(*places, strict=True)
+            self._kinds += set(kinds) - set(self._kinds)
+            self._layouts[rows] = [self._kinds.index(kind) for kind in kinds]
+            self._offsets[rows] = [-1 if offset is None else offset for offset in offsets]
+            self._samples[rows] = samples  # the last, as it says that the others are there
 
     def _map(self, number: int) -> mmap.mmap:
-        with self._lock, open(self._paths[number], "rb") as file:
-            data = self._maps[number] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with self._open.lock, open(self._paths[number], "rb") as file:
+            data = self._open.maps[number] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return data
 
-    def _slice(self, row: int, place: Place, start: int, stop: int) -> Wave:
+    def _slice(self, row: int, layout: Layout, start: int, stop: int) -> Wave:
         """Read samples that do not lie in the file as they are: (t,) or (t, channels), int16 or float32."""
-        number = self._file[row]
-        with self._lock:
-            if self._process != os.getpid():  # a handle does not survive a fork
-                self._handles, self._process = {}, os.getpid()
-            if number not in self._handles:
-                self._handles[number] = _open(self._paths[number])
-            dataset = self._handles[number][place.key]
-            samples = dataset[:, start:stop].T if place.channels_first else dataset[start:stop]
-        wave: Wave = samples.astype(np.int16 if place.dtype.kind == "i" else np.float32, order="C")
+        number = int(self._file[row])
+        key = key_of(self.table.column("filename")[row], self._whole[number])
+        with self._open.lock:
+            handle = self._open.handles.get((os.getpid(), number))
+            if handle is None:
+                handle = self._open.handles[os.getpid(), number] = _opened(self._paths[number])
+            dataset = handle[key]
+            samples = dataset[:, start:stop].T if layout.channels_first else dataset[start:stop]
+        wave: Wave = samples.astype(np.int16 if layout.dtype.kind == "i" else np.float32, order="C")
         return wave
 
 
-def _open(path: Path) -> h5py.File:
+def _opened(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except OSError as error:

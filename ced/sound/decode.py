@@ -24,6 +24,7 @@ AUDIO_SUFFIXES = frozenset(
     {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64"}
 )
 _KINDS = "WAV, FLAC, OGG, Opus, MP3, AIFF, AU, CAF, W64"
+FULL_SCALE = 32_768  # the int16 that stands for 1.0
 _MAX_CHANNELS = 1024  # as libsndfile; more of them are an array with its axes swapped
 _LEAST_READ = 1 << 16  # frames, for files that announce nothing
 _SLACK = 0.1  # seconds that a file may lack of its announced length without a word; MP3 files guess it
@@ -199,9 +200,9 @@ def to_float(samples: NDArray[Any]) -> NDArray[np.float32]:
     """Scale integers to [-1, 1) by their full scale, unsigned ones around their middle; keep floats."""
     if samples.dtype.kind == "f":
         return samples.astype(np.float32, copy=False)
-    scale = 2.0 ** (8 * samples.dtype.itemsize - 1)
     if samples.dtype == np.int16:  # exact in float32, and the common case
-        return samples.astype(np.float32) * np.float32(1 / scale)
+        return samples.astype(np.float32) * np.float32(1 / FULL_SCALE)
+    scale = 2.0 ** (8 * samples.dtype.itemsize - 1)
     centred = samples.astype(np.float64) - (scale if samples.dtype.kind == "u" else 0.0)
     return (centred / scale).astype(np.float32)
 
