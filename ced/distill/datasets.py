@@ -22,8 +22,9 @@ from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, PackError
 from ced.model.vit import MIN_SAMPLES
 from ced.sound.audio import SAMPLE_RATE
+from ced.sound.decode import FULL_SCALE
 
-INT16_SCALE = 1 / 32768
+_INT16_STEP = 1 / FULL_SCALE
 
 Items = Sequence[int] | NDArray[np.int64]  # which chunks of a data set, (b,)
 
@@ -126,7 +127,7 @@ class Batch:
     def to_device(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the waves as float32 in [-1, 1] and the uniforms, both on `device`."""
         waves = self.waves.to(device, non_blocking=True)
-        scaled = waves.float().mul_(INT16_SCALE) if waves.dtype == torch.int16 else waves
+        scaled = waves.float().mul_(_INT16_STEP) if waves.dtype == torch.int16 else waves
         return scaled, self.uniforms.to(device, non_blocking=True)
 
 
@@ -166,7 +167,7 @@ class ViewDataset(Dataset[Batch]):
         waves = [self.pack.read(*self.chunks.place(item)) for item in items]
         views = [self._view(item, len(wave), generator) for item, wave in zip(items, waves, strict=True)]
         if len({wave.dtype for wave in waves}) > 1:
-            waves = [wave * np.float32(INT16_SCALE) if wave.dtype == np.int16 else wave for wave in waves]
+            waves = [wave * np.float32(_INT16_STEP) if wave.dtype == np.int16 else wave for wave in waves]
         samples = self.samples or max(map(len, waves))
         kind = torch.int16 if waves[0].dtype == np.int16 else torch.float32
         # Pinned memory is what a GPU copies from while it computes.
