@@ -175,7 +175,9 @@ class FinetuneConfig(LoopConfig):
     classes: Path | None = Field(None, description="class table (index, name); null: AudioSet's 527")
     task: Literal["multi", "single"] = Field("multi", description="any number of classes a clip, or exactly one")
     trainable: Literal["all", "head"] = Field("all", description="what learns: the whole network or its head")
-    chunk_length: float = Field(10, gt=0, le=3600, description="seconds a training item is cut or padded to")
+    chunk_length: float = Field(
+        10, gt=0, le=3600, description="seconds a training item is cut or padded to: about the length of the clips"
+    )
     wavtransforms: Wav = Field(ALL_WAV, description="Shift: {min_shift, max_shift}")
     spectransforms: Spec = Field(ALL_SPEC, description="TimeMasking: {time_mask_param}, FrequencyMasking: {...}")
 
