@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_low
 
 from ced.demo.plan import GENERATED, RECORDED, Plan, Settings
 from ced.demo.sounds import write_set
@@ -91,7 +92,7 @@ def run(
         train_data, test_data = (
             pack(table, folder / "pack", progress=progress).index for table in (train_list, test_list)
         )
-        plan = Plan(folder, settings, train_data, classes, longest_clip(train_data))
+        plan = Plan(folder, settings, train_data, classes, typical_length(train_data))
 
     teachers = {}
     for number, name in enumerate(settings.teachers):
@@ -147,10 +148,13 @@ def split(data: Path, fold: int, out: Path) -> tuple[Path, Path, Path]:
     return out / "train.tsv", out / "test.tsv", out / "classes.tsv"
 
 
-def longest_clip(table: Path) -> float:
-    """Return the seconds of the longest clip of a pack, at most 10: what the networks are made for."""
+def typical_length(table: Path) -> float:
+    """Return the seconds of the median clip of a pack, at most 10: what the networks are made for.
+
+    Not of the longest: the others would be learned with silence behind them, and tested without it.
+    """
     clips = WavPack(table)
-    return min(10.0, max(clips.samples(row) for row in range(len(clips))) / SAMPLE_RATE)
+    return min(10.0, median_low(clips.samples(row) for row in range(len(clips))) / SAMPLE_RATE)
 
 
 def tag_some(student: Path, files: Sequence[str], count: int = 4) -> dict[str, Tags]:

@@ -53,15 +53,17 @@ GENERATED = Settings(
 )
 RECORDED = Settings(
     teachers={
-        "teacher_a": {"embed_dim": 128, "num_heads": 4, "depth": 4},
-        "teacher_b": {"embed_dim": 96, "num_heads": 3, "depth": 6},
+        "teacher_a": {"embed_dim": 96, "num_heads": 3, "depth": 4},
+        "teacher_b": {"embed_dim": 128, "num_heads": 4, "depth": 3},
     },
-    student={"embed_dim": 96, "num_heads": 3, "depth": 4},
-    teacher_epochs=60,
-    student_epochs=60,
+    student={"embed_dim": 64, "num_heads": 2, "depth": 4},
+    teacher_epochs=70,
+    student_epochs=80,
     stored_epochs=20,
     lr=1e-3,
     batch_size=8,
+    warmup_epochs=5,
+    mixup=0.2,
 )
 
 
