@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ced.errors import ConfigError
 
@@ -21,6 +21,7 @@ Fill = Annotated[
     Literal["zero", "last_mean", "last_half", "last_random", "527"],
     BeforeValidator(lambda value: str(value) if value == 527 else value),
 ]
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Positive = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -101,15 +102,17 @@ class LossArgs(Section):
 class StoreConfig(Section):
     """Keys of `ced store`."""
 
-    train_data: Path = Field(description="table of the audio pack (labels/<stem>.tsv)")
-    outputpath: Path = Field(Path("logits"), description="folder for view stores")
+    train_data: UserPath = Field(description="table of the audio pack (labels/<stem>.tsv)")
+    outputpath: UserPath = Field(Path("logits"), description="folder for view stores")
     model: str | list[str] = Field(
         description="teacher, or list of teachers: a model name, a checkpoint, or module:callable"
     )
     model_args: dict[str, Any] = Field({}, description="pooling, target_length of the teachers")
     epochs: Positive = Field(40, description="views stored of each chunk")
     topk: Positive = Field(20, description="scores kept of each view")
-    chunk_length: float = Field(10, gt=0, le=3600, description="seconds of a chunk")
+    chunk_length: float = Field(
+        10, gt=0, le=3600, description="seconds of a chunk; a rest shorter than half of it is left out"
+    )
     batch_size: Positive = Field(128, description="chunks a forward pass")
     num_workers: int = Field(4, ge=0, description="threads that read audio")
     mode: Mode = Field("amp", description="precision on a GPU: amp (fp16), amp_bf16 or off (fp32)")
@@ -121,9 +124,9 @@ class StoreConfig(Section):
 class LoopConfig(Section):
     """Keys that every training command has."""
 
-    train_data: Path = Field(description="table of the audio pack to train on")
-    eval_data: Path | None = Field(None, description="labelled table to validate on; null: none")
-    outputpath: Path = Field(Path("experiments"), description="folder for experiments")
+    train_data: UserPath = Field(description="table of the audio pack to train on")
+    eval_data: UserPath | None = Field(None, description="labelled table to validate on; null: none")
+    outputpath: UserPath = Field(Path("experiments"), description="folder for experiments")
     model: str = Field(description="the network: a model name or a checkpoint")
     model_args: dict[str, Any] = Field({}, description="changes to the network: target_length, depth, ...")
     pretrained: bool | str = Field(
@@ -137,7 +140,9 @@ class LoopConfig(Section):
     early_stop: Positive | None = Field(10, description="stop after so many validations without gain; null: never")
     n_saved: Positive = Field(4, description="best checkpoints kept")
     average: bool = Field(True, description="the result is the mean of the kept checkpoints; false: the best of them")
-    optimizer: Literal["Adam8bit", "Adam", "AdamW"] = Field("Adam8bit", description="8-bit Adam needs CUDA")
+    optimizer: Literal["Adam8bit", "Adam", "AdamW"] = Field(
+        "Adam8bit", description="Adam8bit becomes Adam without CUDA and bitsandbytes"
+    )
     optimizer_args: OptimizerArgs = Field(OptimizerArgs(), description="lr, weight_decay, betas, eps")
     warmup_iters: int | None = Field(None, ge=0, description="steps of linear warm-up")
     warmup_epochs: float | None = Field(None, ge=0, description="the same in epochs; give one of the two")
@@ -160,7 +165,7 @@ class LoopConfig(Section):
 class TrainConfig(LoopConfig):
     """Keys of `ced train`: distil a student from a view store."""
 
-    logitspath: Path = Field(description="the view store: folder with logits_ep<e>_<rank>.h5")
+    logitspath: UserPath = Field(description="the view store: folder with logits_ep<e>_<rank>.h5")
     num_classes: Positive = Field(527, description="classes of the store and of the student")
     label_type: Fill = Field("zero", description="scores outside the top k")
     max_aug_epochs: Positive | None = Field(None, description="use only so many stored epochs; null: all")
@@ -172,7 +177,7 @@ class TrainConfig(LoopConfig):
 class FinetuneConfig(LoopConfig):
     """Keys of `ced finetune`: learn a labelled table."""
 
-    classes: Path | None = Field(None, description="class table (index, name); null: AudioSet's 527")
+    classes: UserPath | None = Field(None, description="class table (index, name); null: AudioSet's 527")
     task: Literal["multi", "single"] = Field("multi", description="any number of classes a clip, or exactly one")
     trainable: Literal["all", "head"] = Field("all", description="what learns: the whole network or its head")
     chunk_length: float = Field(
@@ -238,7 +243,9 @@ def _parse(words: Sequence[str]) -> list[tuple[str, Any]]:
         word = rest.pop(0)
         key, equals, text = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not key:
-            raise ConfigError(f"unexpected argument {word!r}; configuration keys are given as --key value")
+            raise ConfigError(
+                f"unexpected argument {word!r}; the configuration file comes first, then keys as --key value"
+            )
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{key} has no value; configuration keys are given as --key value")

@@ -43,3 +43,7 @@ class ExportError(CedError):
 
 class ProcessError(CedError):
     """A run of several processes that cannot begin, or that one of them has left."""
+
+
+class BusyError(CedError):
+    """A place that another process is writing to."""

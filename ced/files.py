@@ -5,6 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from ced.errors import BusyError
+
 
 @contextmanager
 def written_aside(path: Path, sync: bool = True) -> Iterator[Path]:
@@ -22,3 +26,23 @@ def written_aside(path: Path, sync: bool = True) -> Iterator[Path]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Keep other processes from writing `path` as long as this one does; a kill lets go of it.
+
+    Raises:
+        BusyError: another process is writing it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BusyError(f"another process is writing {path}; wait for it, or choose another place") from error
+    try:
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)

@@ -27,6 +27,8 @@ FLOORS: dict[str, set[str]] = {
 def floor_of(module: str) -> str:
     """Return the floor of a module by its dotted name; single files beside the folders are the base."""
     part = [*module.split("."), ""][1]
+    if part == "__main__":
+        return "cli"
     return part if part in FLOORS else "base"
 
 

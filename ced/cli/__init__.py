@@ -5,7 +5,7 @@ import sys
 import typer
 
 from ced.cli import distilling, tagging
-from ced.cli.console import Commands, set_up_logging
+from ced.cli.console import Commands, set_up_logging, set_up_streams
 from ced.cli.keys import FinetuneCommand, StoreCommand, TrainCommand
 
 app = typer.Typer(
@@ -34,5 +34,6 @@ app.command()(distilling.demo)
 
 def main(command: str | None = None) -> None:
     """Run the words of the command line, behind `command` if one is given, and exit."""
+    set_up_streams()
     set_up_logging()
     app(args=[*([command] if command else []), *sys.argv[1:]], prog_name="ced")

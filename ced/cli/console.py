@@ -1,5 +1,6 @@
 """What the command line shows besides results: errors, notes and progress, all of it on standard error."""
 
+import io
 import logging
 import os
 import sys
@@ -52,9 +53,17 @@ class Commands(TyperGroup):
             complain(f"this needs the package {error.name}, which `pip install 'ced[train]'` brings")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            print("ced: interrupted", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
+            raise _interrupted() from None
+        except Exception as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # some libraries wrap it into an error of their own
+                raise _interrupted() from None
+            raise
         return result
+
+
+def _interrupted() -> typer.Exit:
+    print("ced: interrupted", file=sys.stderr)
+    return typer.Exit(INTERRUPTED)
 
 
 class _NoteHandler(logging.Handler):
@@ -64,6 +73,16 @@ class _NoteHandler(logging.Handler):
         message = record.getMessage().partition("\n")[0]
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         print(f"ced: {level}{message}", file=sys.stderr)
+
+
+def set_up_streams() -> None:
+    """Print any file name on any terminal, and nothing where an output is closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def set_up_logging() -> None:

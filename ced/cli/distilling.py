@@ -1,18 +1,20 @@
 """Commands that make a student: pack, labels, store, train, finetune, evaluate, demo."""
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from ced.cli.console import hush, is_main_process, reporting
+from ced.cli.console import complain, hush, is_main_process, reporting
 from ced.errors import ConfigError
 
 Resume = Annotated[
     Path | None,
     typer.Option(metavar="EXPERIMENT", help="Go on with an interrupted run; CONFIG is then read from its folder."),
 ]
+SHOWN = 5  # failures that are named before the rest is counted
 Words = Annotated[
     list[str] | None, typer.Argument(metavar="CONFIG --key value", help="A YAML file, and keys to set over it.")
 ]
@@ -60,6 +62,11 @@ def pack(
             dtype=dtype,
             progress=progress,
         )
+    for _, reason in report.failed[:SHOWN]:
+        complain(reason)
+    if report.failures is not None:
+        more = f"{len(report.failed) - SHOWN} more; " if len(report.failed) > SHOWN else ""
+        print(f"ced: {more}all failures are listed in {report.failures}", file=sys.stderr)
     print(f"{report.index}: {report.packed} packed, {len(report.failed)} failed")
     if report.failed and not skip_bad:
         raise typer.Exit(1)
@@ -68,7 +75,7 @@ def pack(
 def labels(
     segments: Annotated[Path, typer.Argument(metavar="SEGMENTS.csv", help="AudioSet's list of segments.")],
     audio: Annotated[Path, typer.Argument(metavar="AUDIO", help="A folder of audio, or the table of a pack of it.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: <stem of SEGMENTS>.tsv.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: STEM.tsv, of SEGMENTS.csv.")] = None,
     classes: Annotated[
         Path | None, typer.Option(help="Class table with index, mid and name; default: AudioSet's 527.")
     ] = None,
@@ -184,7 +191,8 @@ def demo(
 ) -> None:
     """Do the whole job: pack, train two teachers, store their views, distil a student, evaluate, tag.
 
-    Without --data it makes sounds of its own and takes minutes. An interrupted run may be repeated and goes on.
+    Without --data it makes sounds of its own and takes minutes. All goes into one folder in --out, named by
+    data and fold. An interrupted run may be repeated and goes on.
     """
     from ced.demo.job import run
 

@@ -14,7 +14,7 @@ def tag(
         str, typer.Option("--model", "-m", help="A model name (see `ced models`), a checkpoint, or an experiment.")
     ] = "ced_mini",
     topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="Classes shown of each window.")] = 3,
-    chunk: Annotated[float, typer.Option("--chunk", "-c", help="Seconds of a window.")] = 10.0,
+    chunk: Annotated[float, typer.Option("--chunk", "-c", help="Seconds of a window, above 0.")] = 10.0,
 ) -> None:
     """Tag sounds: print the most probable classes of each file, window by window.
 
@@ -58,7 +58,7 @@ def export(
     model: Annotated[
         str, typer.Option("--model", "-m", help="A model name, a checkpoint, or an experiment.")
     ] = "ced_mini",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: <name of the model>.onnx.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: MODEL.onnx.")] = None,
 ) -> None:
     """Export a model to ONNX (log-mel features in, probabilities out), in float and in int8."""
     from ced.model import onnx

@@ -129,7 +129,7 @@ class Ensemble:
 
     def _answers(self, mel: Tensor) -> list[Tensor]:
         with torch.inference_mode(), autocast(self.mode, mel.device):
-            return [teacher.score(mel) for teacher in self.teachers]
+            return [_ask(teacher, mel) for teacher in self.teachers]
 
     def _classes(self, probe: Tensor) -> tuple[int, ClassTable | None]:
         """Return the number of classes and their table, which must be the same for all."""
@@ -150,3 +150,11 @@ class Ensemble:
         if len({table.names for table in tables.values()}) > 1:
             raise ConfigError(f"teachers {', '.join(tables)} do not have the same class table")
         return next(iter(counts.values())), next(iter(tables.values()), None)
+
+
+def _ask(teacher: Teacher, mel: Tensor) -> Tensor:
+    try:
+        return teacher.score(mel)
+    except Exception as error:  # code of others, which may fail in any way
+        reason = " ".join(str(error).split())
+        raise StoreError(f"teacher {teacher.name} failed: {type(error).__name__}: {reason}") from error

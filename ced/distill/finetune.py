@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ced.config import FinetuneConfig
-from ced.distill.datasets import ViewDataset, crop
+from ced.distill.datasets import ViewDataset, chunk_samples, crop
 from ced.distill.evaluate import validation
 from ced.distill.loop import VIEWS, EpochData, Task, run
 from ced.distill.start import start_network
@@ -18,10 +18,9 @@ from ced.distill.tables import parse_labels
 from ced.distill.targets import multi_hot
 from ced.distill.views import recipe_of
 from ced.distill.wavpack import WavPack
-from ced.errors import ConfigError, TableError
-from ced.model.vit import CED, MIN_SAMPLES
+from ced.errors import TableError
+from ced.model.vit import CED
 from ced.progress import Progress, silent
-from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable, audioset, read_classes
 
 
@@ -57,12 +56,11 @@ class LabelledClips:
     """A labelled table as training data: of each clip one random crop an epoch, under a view of its own."""
 
     def __init__(self, config: FinetuneConfig, labels: ClassTable) -> None:
-        self.samples = round(config.chunk_length * SAMPLE_RATE)
-        if self.samples < MIN_SAMPLES:
-            shortest = MIN_SAMPLES / SAMPLE_RATE
-            raise ConfigError(f"chunk_length is {config.chunk_length} s; the shortest a model can hear is {shortest} s")
+        self.samples = chunk_samples(config.chunk_length)
         self.pack = WavPack(config.train_data)
         self.labels, self.num_classes = parse_labels(self.pack.table, len(labels)), len(labels)
+        if not any(self.labels):
+            raise TableError(f"no clip of {config.train_data} has a label: there is nothing to learn")
         if config.task == "single":
             filenames = self.pack.table.column("filename")
             for number, (filename, row) in enumerate(zip(filenames, self.labels, strict=True), start=1):

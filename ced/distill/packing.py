@@ -16,7 +16,7 @@ from pathlib import Path
 from ced.distill.packfile import DType, Outcome, Part, Settings, outcomes_of, write
 from ced.distill.tables import read_table, write_table
 from ced.errors import ConfigError, PackError
-from ced.files import written_aside
+from ced.files import claimed, written_aside
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
 
@@ -76,6 +76,7 @@ def pack(
         TableError: the table cannot be read, lacks the column, or has no rows.
         PackError: two rows have one name, no clip could be read, or the index would overwrite the table.
         ConfigError: an option is out of range.
+        BusyError: another process is making this pack.
     """
     workers = _processors() if workers is None else workers
     if size_per_file < 1 or workers < 1:
@@ -111,7 +112,7 @@ def _write_parts(parts: Sequence[Part], index: Path, workers: int, progress: Pro
     total = sum(len(part.filenames) for part in parts)
     for folder in (parts[0].path.parent, index.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(workers, thread_name_prefix="decoder") as pool:
+    with claimed(index), ThreadPoolExecutor(workers, thread_name_prefix="decoder") as pool:
         for part in parts:
             if (before := outcomes_of(part)) is not None:
                 kept += 1

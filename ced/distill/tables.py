@@ -148,6 +148,8 @@ def segments_to_labels(
         raise TableError(f"none of {len(columns['filename'])} files of {audio} belongs to a segment of {segments_csv}")
     labels = {ytid: sorted({index_of[mid] for mid in segments[ytid] if mid in index_of}) for ytid in kept}
     labelled = {row: labels[ytid] for ytid, row in kept.items() if labels[ytid]}
+    if not labelled:
+        raise TableError(f"none of {len(kept)} files has a label of the class table; {segments_csv} has other classes")
     written = {"filename": [columns["filename"][row] for row in labelled]}
     written["labels"] = [LABEL_SEPARATOR.join(map(str, indices)) for indices in labelled.values()]
     if "hdf5path" in columns:

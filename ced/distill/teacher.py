@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from ced.distill.views import mask, recipe_of
 from ced.distill.viewstore import META_NAME, Rows, StoreMeta
 from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, StoreError
+from ced.files import claimed
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.frontend import LogMel
@@ -61,11 +63,12 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
             half = f"half a chunk ({config.chunk_length / 2:g} s)"
             _log.warning("%d of %d clips are shorter than %s and left out", without, len(pack), half)
         walk = _Walk(config, pack, chunks, world, progress if world.is_main else silent)
-        if _claim(folder, walk.meta, config.epochs, world):
-            for epoch in range(1, config.epochs + 1):
-                if not viewstore.part_complete(folder, epoch, world.rank):
-                    viewstore.write_part(folder, epoch, world.rank, walk.epoch(epoch))
-            world.barrier()
+        with claimed(folder / META_NAME) if world.is_main else nullcontext():
+            if _claim(folder, walk.meta, config.epochs, world):
+                for epoch in range(1, config.epochs + 1):
+                    if not viewstore.part_complete(folder, epoch, world.rank):
+                        viewstore.write_part(folder, epoch, world.rank, walk.epoch(epoch))
+                world.barrier()
     return folder
 
 

@@ -188,6 +188,7 @@ class ViewStore:
                         raise StoreError(
                             f"{path} is missing; the store has {self.epochs} epochs of {self._ranks} part(s)"
                         )
+                _check_part(part_path(folder, epoch, rank), self.meta)
 
     def epoch_of(self, training_epoch: int, at_most: int | None = None) -> int:
         """Return the stored epoch that serves a training epoch (1, 2, ...): all in turn, then again from the first.
@@ -216,16 +217,34 @@ def _damaged(path: Path, error: Exception) -> StoreError:
     return StoreError(f"{path} is damaged: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
+def _check_part(path: Path, meta: StoreMeta) -> None:
+    """Look at the heads of a pair of files: damage is better known before the first epoch than in the last."""
+    try:
+        with h5py.File(path, "r") as file:
+            shapes = {name: file[name].shape for name in ("topk_values", "topk_indexes", "seeds")}
+    except (OSError, KeyError, AttributeError) as error:
+        raise _damaged(path, error) from error
+    rows = shapes["seeds"][0] if len(shapes["seeds"]) == 1 else 0
+    expected = {"topk_values": (rows, meta.topk), "topk_indexes": (rows, meta.topk), "seeds": (rows,)}
+    for name, shape in shapes.items():
+        if shape != expected[name]:
+            raise StoreError(f"{path}: {name} is {shape}, expected {expected[name]}")
+    path = path.with_suffix(".parquet")
+    try:
+        named = pq.read_metadata(path).num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(path, error) from error
+    if named != rows:
+        raise StoreError(f"{path} has {named} rows, its .h5 {rows}")
+
+
 def _read_part(path: Path, meta: StoreMeta) -> Rows:
     try:
         with h5py.File(path, "r") as file:
             values, indexes, seeds = (file[name][()] for name in ("topk_values", "topk_indexes", "seeds"))
-    except (OSError, KeyError) as error:
+    except OSError as error:
         raise _damaged(path, error) from error
     rows = len(seeds)
-    for name, array in (("topk_values", values), ("topk_indexes", indexes)):
-        if array.shape != (rows, meta.topk):
-            raise StoreError(f"{path}: {name} is {array.shape}, expected ({rows}, {meta.topk})")
     if rows and not 0 <= indexes.min() <= indexes.max() < meta.num_classes:
         found = f"{indexes.min()} to {indexes.max()}"
         raise StoreError(f"{path}: topk_indexes are {found}; allowed: 0 to {meta.num_classes - 1}")
@@ -237,6 +256,4 @@ def _read_part(path: Path, meta: StoreMeta) -> Rows:
         filenames, starts, ends = (table[name].to_numpy() for name in _SCHEMA.names)
     except (OSError, KeyError, pa.ArrowException) as error:
         raise _damaged(path, error) from error
-    if len(table) != rows:
-        raise StoreError(f"{path} has {len(table)} rows, its .h5 {rows}")
     return Rows(values, indexes, seeds, filenames, starts, ends)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from ced.distill.tables import read_table, write_table
 from ced.distill.wavpack import WavPack, pack
-from ced.errors import CedError, ConfigError, PackError, TableError
+from ced.errors import BusyError, CedError, ConfigError, PackError, TableError
+from ced.files import claimed
 from ced.sound.audio import load
 
 RATE = 16_000
@@ -46,7 +47,7 @@ def table_of(path: Path, filenames: list[str], **columns: list[str]) -> Path:
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()}
 
 
 def test_sixteen_bit_clips_are_packed_as_they_are(tmp_path: Path) -> None:
@@ -360,3 +361,13 @@ def test_calls_that_are_refused(tmp_path: Path) -> None:
     out.touch()
     with pytest.raises(PackError, match=r"^cannot write the pack to .*out"):
         pack(table, out)
+
+
+def test_two_runs_do_not_destroy_each_other(tmp_path: Path) -> None:
+    table = table_of(tmp_path / "mine.tsv", write_clips(tmp_path, 1))
+    with (
+        claimed(tmp_path / "out" / "labels" / "mine.tsv"),
+        pytest.raises(BusyError, match=r"another process is writing .*mine\.tsv"),
+    ):
+        pack(table, tmp_path / "out")
+    assert pack(table, tmp_path / "out").packed == 1

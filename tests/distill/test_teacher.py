@@ -131,7 +131,7 @@ def save_tiny(path: str, seed: int, **changes: Any) -> CED:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
 
 
 def subprocess_run(words: list[str], runs: str, **environment: str) -> "subprocess.CompletedProcess[str]":
