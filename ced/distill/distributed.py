@@ -1,5 +1,6 @@
 """The processes of one run: alone, or as many as torchrun starts."""
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,8 +63,7 @@ def _meeting() -> Iterator[None]:
         raise ProcessError("another process of this run has stopped; its own message says why") from error
 
 
-@contextmanager
-def join() -> Iterator[World]:
+def join() -> World:
     """Join the run: under torchrun all its processes (NCCL with GPUs, gloo without), else this process alone.
 
     Raises:
@@ -79,11 +79,9 @@ def join() -> Iterator[World]:
             raise ProcessError(f"process {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    if size > 1:
-        # Processes meet as seldom as once a run, and one of them may have far more to do.
+    if size > 1 and not dist.is_initialized():
+        # Processes meet as seldom as once a run, and one of them may have far more to do. They stay joined until they
+        # end: a second group of the same processes could find the addresses of the first.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
-    try:
-        yield World(rank, size, device)
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)
+    return World(rank, size, device)

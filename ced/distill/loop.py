@@ -86,18 +86,18 @@ def run(
     """
     if resume is not None:
         experiment.check_resumable(config, resume)
-    with join() as world:
-        state = (experiment.load_state(resume) if resume else None) or State(world_size=world.size)
-        if resume and state.finished:
-            if world.is_main:
-                logger.warning("%s is finished after %d epochs; there is nothing to resume", resume, state.epoch)
-            return resume
-        task = prepare()
-        share(world.rank, world.size, config.batch_size)  # refuses before a folder is made
-        folder: Path = resume or world.broadcast(experiment.create(config, name) if world.is_main else None)
-        with experiment.logging_to(folder / config.logfile) if world.is_main else nullcontext():
-            Trainer(config, task, folder, state, world, progress if world.is_main else silent).run()
-        world.barrier()
+    world = join()
+    state = (experiment.load_state(resume) if resume else None) or State(world_size=world.size)
+    if resume and state.finished:
+        if world.is_main:
+            logger.warning("%s is finished after %d epochs; there is nothing to resume", resume, state.epoch)
+        return resume
+    task = prepare()
+    share(world.rank, world.size, config.batch_size)  # refuses before a folder is made
+    folder: Path = resume or world.broadcast(experiment.create(config, name) if world.is_main else None)
+    with experiment.logging_to(folder / config.logfile) if world.is_main else nullcontext():
+        Trainer(config, task, folder, state, world, progress if world.is_main else silent).run()
+    world.barrier()
     return folder
 
 

@@ -58,17 +58,17 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
     if not len(chunks):
         raise StoreError(f"{config.train_data} has no clip of half a chunk ({config.chunk_length / 2:g} s) or more")
     folder = store_folder(config)
-    with join() as world:
-        if (without := len(pack) - len(np.unique(chunks.clips))) and world.is_main:
-            half = f"half a chunk ({config.chunk_length / 2:g} s)"
-            _log.warning("%d of %d clips are shorter than %s and left out", without, len(pack), half)
-        walk = _Walk(config, pack, chunks, world, progress if world.is_main else silent)
-        with claimed(folder / META_NAME) if world.is_main else nullcontext():
-            if _claim(folder, walk.meta, config.epochs, world):
-                for epoch in range(1, config.epochs + 1):
-                    if not viewstore.part_complete(folder, epoch, world.rank):
-                        viewstore.write_part(folder, epoch, world.rank, walk.epoch(epoch))
-                world.barrier()
+    world = join()
+    if (without := len(pack) - len(np.unique(chunks.clips))) and world.is_main:
+        half = f"half a chunk ({config.chunk_length / 2:g} s)"
+        _log.warning("%d of %d clips are shorter than %s and left out", without, len(pack), half)
+    walk = _Walk(config, pack, chunks, world, progress if world.is_main else silent)
+    with claimed(folder / META_NAME) if world.is_main else nullcontext():
+        if _claim(folder, walk.meta, config.epochs, world):
+            for epoch in range(1, config.epochs + 1):
+                if not viewstore.part_complete(folder, epoch, world.rank):
+                    viewstore.write_part(folder, epoch, world.rank, walk.epoch(epoch))
+            world.barrier()
     return folder
 
 
