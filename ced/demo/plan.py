@@ -45,9 +45,9 @@ GENERATED = Settings(
         "teacher_b": {"embed_dim": 128, "num_heads": 4, "depth": 2},
     },
     student={"embed_dim": 64, "num_heads": 2, "depth": 4},
-    teacher_epochs=30,
-    student_epochs=40,
-    stored_epochs=20,
+    teacher_epochs=20,
+    student_epochs=28,
+    stored_epochs=10,
     lr=1e-3,
     batch_size=8,
 )
