@@ -92,27 +92,23 @@ def run(
         train_data, test_data = (
             pack(table, folder / "pack", progress=progress).index for table in (train_list, test_list)
         )
-        plan = Plan(folder, settings, train_data, classes, typical_length(train_data))
+        plan = Plan(folder, settings, train_data, classes, min(settings.chunk_seconds, median_length(train_data)))
 
     teachers = {}
     for number, name in enumerate(settings.teachers):
         with stages.time(name, f"Training {name} on the labels"):
             teaching = plan.teacher(name, seed=number)
             teachers[name] = finetune(teaching, name=name, resume=plan.begun(name), progress=progress)
-    with stages.time("store", f"Storing what the teachers say about {settings.stored_epochs} views of each clip"):
+    with stages.time("store", f"Storing what the teachers say about {settings.stored_epochs} views of each chunk"):
         logits = store(plan.store(teachers), progress=progress)
     with stages.time("student", "Distilling the student, without labels"):
         student = train(plan.student(logits), name="student", resume=plan.begun("student"), progress=progress)
 
     with stages.time("evaluate", "Evaluating on held-out clips"):
-        taggers = {name: [load_model(path)] for name, path in teachers.items()}
-        taggers["ensemble"] = [model for members in taggers.values() for model in members]
-        taggers["student"] = [load_model(student)]
-        scores = {name: evaluate(models, test_data) for name, models in taggers.items()}
+        scores, parameters = examine(teachers, student, test_data)
     with stages.time("tag", "Tagging a few files with the student"):
         tagged = tag_some(student, read_table(test_list).column("filename"))
     written = {"pack": train_data, **teachers, "view store": logits, "student": student}
-    parameters = {name: _parameters(models) for name, models in taggers.items()}
     return Report(scores, parameters, tagged, *_cost(logits), stages.seconds, written)
 
 
@@ -148,13 +144,21 @@ def split(data: Path, fold: int, out: Path) -> tuple[Path, Path, Path]:
     return out / "train.tsv", out / "test.tsv", out / "classes.tsv"
 
 
-def typical_length(table: Path) -> float:
-    """Return the seconds of the median clip of a pack, at most 10: what the networks are made for.
-
-    Not of the longest: the others would be learned with silence behind them, and tested without it.
-    """
+def median_length(table: Path) -> float:
+    """Return the seconds of the median clip of a pack."""
     clips = WavPack(table)
-    return min(10.0, median_low(clips.samples(row) for row in range(len(clips))) / SAMPLE_RATE)
+    return median_low(clips.samples(row) for row in range(len(clips))) / SAMPLE_RATE
+
+
+def examine(
+    teachers: Mapping[str, Path], student: Path, test_data: Path
+) -> tuple[dict[str, Evaluation], dict[str, int]]:
+    """Return the scores and the number of parameters of each teacher, all of them together, and the student."""
+    taggers = {name: [load_model(path)] for name, path in teachers.items()}
+    taggers["ensemble"] = [model for members in taggers.values() for model in members]
+    taggers["student"] = [load_model(student)]
+    scores = {name: evaluate(models, test_data) for name, models in taggers.items()}
+    return scores, {name: sum(map(_parameters, models)) for name, models in taggers.items()}
 
 
 def tag_some(student: Path, files: Sequence[str], count: int = 4) -> dict[str, Tags]:
@@ -178,8 +182,8 @@ class _Stages:
         self.seconds[stage] = time.monotonic() - began
 
 
-def _parameters(models: Sequence[CED]) -> int:
-    return sum(weights.numel() for model in models for weights in model.parameters())
+def _parameters(model: CED) -> int:
+    return sum(weights.numel() for weights in model.parameters())
 
 
 def _cost(logits: Path) -> tuple[int, int]:

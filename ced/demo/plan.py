@@ -28,9 +28,10 @@ class Settings:
     student: Mapping[str, Any]
     teacher_epochs: int
     student_epochs: int
-    stored_epochs: int  # views of each clip
+    stored_epochs: int  # views of each chunk
     lr: float
     batch_size: int
+    chunk_seconds: float = 2.5  # of what is heard at once, unless most clips are shorter; more is slower to learn
     warmup_epochs: float = 3
     mixup: float | None = None
     mask: float = 0.1  # widest mask as a part of the picture, in time and in frequency
@@ -57,7 +58,7 @@ RECORDED = Settings(
         "teacher_b": {"embed_dim": 128, "num_heads": 4, "depth": 3},
     },
     student={"embed_dim": 64, "num_heads": 2, "depth": 4},
-    teacher_epochs=70,
+    teacher_epochs=120,
     student_epochs=80,
     stored_epochs=20,
     lr=1e-3,
@@ -75,7 +76,7 @@ class Plan:
     settings: Settings
     train_data: Path  # table of the pack
     classes: Path
-    seconds: float  # of a clip
+    seconds: float  # of a chunk
 
     def teacher(self, name: str, seed: int) -> FinetuneConfig:
         """Return how a teacher learns the labels."""
