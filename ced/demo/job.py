@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
 
+import torch
+
 from ced.demo.plan import GENERATED, RECORDED, Plan, Settings
 from ced.demo.sounds import write_set
 from ced.distill.evaluate import Evaluation, evaluate
@@ -83,6 +85,11 @@ def run(
         TableError: meta.tsv lacks a column, or has no clip inside or outside the fold.
     """
     settings = settings or (GENERATED if data is None else RECORDED)
+    with _one_thread():
+        return _run(out, data, fold, settings, say, progress)
+
+
+def _run(out: Path, data: Path | None, fold: int, settings: Settings, say: Say, progress: Progress) -> Report:
     folder = out / f"{'generated' if data is None else data.resolve().name}_fold{fold}"
     stages = _Stages(say)
     with stages.time("sounds", "Making sounds" if data is None else f"Reading {data}"):
@@ -110,6 +117,17 @@ def run(
         tagged = tag_some(student, read_table(test_list).column("filename"))
     written = {"pack": train_data, **teachers, "view store": logits, "student": student}
     return Report(scores, parameters, tagged, *_cost(logits), stages.seconds, written)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute in one thread: on networks this small a second one costs more than it brings, twice the time here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def generated_set(folder: Path, settings: Settings) -> Path:

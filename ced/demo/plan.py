@@ -36,7 +36,7 @@ class Settings:
     mixup: float | None = None
     mask: float = 0.1  # widest mask as a part of the picture, in time and in frequency
     topk: int = 5
-    clips_per_class: int = 50  # of the generated sounds
+    clips_per_class: int = 60  # of the generated sounds
     clip_seconds: float = 2.0
 
 
@@ -46,9 +46,9 @@ GENERATED = Settings(
         "teacher_b": {"embed_dim": 128, "num_heads": 4, "depth": 2},
     },
     student={"embed_dim": 64, "num_heads": 2, "depth": 4},
-    teacher_epochs=18,
-    student_epochs=26,
-    stored_epochs=10,
+    teacher_epochs=30,
+    student_epochs=40,
+    stored_epochs=15,
     lr=1e-3,
     batch_size=8,
 )

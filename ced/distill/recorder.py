@@ -22,7 +22,9 @@ class Recorder:
 
     def __init__(self, folder: Path, state: State) -> None:
         self.folder, self.state = folder, state
-        self._board = SummaryWriter(str(folder), purge_step=0)  # hides what a run that was cut short wrote
+        for old in folder.glob("events.out.tfevents.*"):  # of a run that was cut short: its names may sort after ours
+            old.unlink()
+        self._board = SummaryWriter(str(folder))
         for line in state.history:
             self._show(line)
         self._write_metrics()

@@ -39,7 +39,6 @@ def load(source: Source) -> NDArray[np.float32]:
     """Read a whole sound.
 
     Integers are divided by their full scale, floats kept as they are; channels are averaged, then resampled (soxr HQ).
-    A file that breaks off after valid samples gives those, with a warning in the log.
 
     Args:
         source: a path, the bytes of a file, a binary file object, or (samples, rate) with samples (t,) or
@@ -49,7 +48,8 @@ def load(source: Source) -> NDArray[np.float32]:
         (t,) float32 at 16 kHz, nominally in [-1, 1], at least one sample.
 
     Raises:
-        AudioError: it is missing, unreadable, of an unknown kind, without samples, or has samples that are not finite.
+        AudioError: it is missing, unreadable, cut short, of an unknown kind, without samples, or has samples that are
+            not finite.
     """
     return join(list(stream(source, _LOAD_BLOCK)))
 

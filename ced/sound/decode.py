@@ -1,7 +1,6 @@
 """What a source of sound holds, block by block and as it is stored: files of any kind, bytes, streams, arrays."""
 
 import io
-import logging
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +16,7 @@ from numpy.typing import NDArray
 
 from ced.errors import AudioError
 from ced.sound.plainwav import plain_wav
-
-logger = logging.getLogger(__name__)
+from ced.sound.whole import announces_length, is_cut
 
 AUDIO_SUFFIXES = frozenset(
     {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64"}
@@ -27,7 +25,7 @@ _KINDS = "WAV, FLAC, OGG, Opus, MP3, AIFF, AU, CAF, W64"
 FULL_SCALE = 32_768  # the int16 that stands for 1.0
 _MAX_CHANNELS = 1024  # as libsndfile; more of them are an array with its axes swapped
 _LEAST_READ = 1 << 16  # frames, for files that announce nothing
-_SLACK = 0.1  # seconds that a file may lack of its announced length without a word; MP3 files guess it
+_SLACK = 0.1  # seconds that a file may lack of its announced length: the ends of MP3 files are padded
 _FLAC_STEP = 4096  # frames; a fault loses the read it happens in, and a cut FLAC file is a fault
 
 Source = str | os.PathLike[str] | bytes | BinaryIO | tuple[NDArray[Any], int]
@@ -94,7 +92,7 @@ def _open_path(path: str, name: str, stack: ExitStack) -> _Opened:
     if not status.st_size:
         raise AudioError(f"{name} is empty (0 bytes)")
     # As bytes, names that are not valid text are readable too; Windows has no such names.
-    return _open_file(path if os.name == "nt" else os.fsencode(path), name, stack)
+    return _open_file(file, name, stack, path if os.name == "nt" else os.fsencode(path))
 
 
 def _seekable(source: bytes | BinaryIO, name: str) -> BinaryIO:
@@ -111,15 +109,17 @@ def _seekable(source: bytes | BinaryIO, name: str) -> BinaryIO:
     return io.BytesIO(source)
 
 
-def _open_file(file: str | bytes | BinaryIO, name: str, stack: ExitStack) -> _Opened:
-    """Open a path or a file with libsndfile."""
+def _open_file(file: BinaryIO, name: str, stack: ExitStack, path: str | bytes | None = None) -> _Opened:
+    """Open a file with libsndfile, by its path if it has one, which is faster."""
+    cut = is_cut(file)
     try:
-        sound = stack.enter_context(_ForwardFile(file))
+        sound = stack.enter_context(_ForwardFile(path or file))
     except soundfile.LibsndfileError as error:
         raise AudioError(f"cannot decode {name}: {_reason(error)}; readable are whole files of {_KINDS}") from error
     except TypeError as error:  # soundfile wants to be told what headerless files (.raw) hold
         raise AudioError(f"cannot decode {name}: it has no header; readable are {_KINDS}") from error
-    return sound.samplerate, sound.channels, partial(_file_blocks, sound, name)
+    announced = sound.frames if sound.format != "MP3" or announces_length(file) else 0
+    return sound.samplerate, sound.channels, partial(_file_blocks, sound, name, announced, cut)
 
 
 def _reason(error: soundfile.LibsndfileError) -> str:
@@ -129,12 +129,16 @@ def _reason(error: soundfile.LibsndfileError) -> str:
     return reason.removeprefix("Error : ")
 
 
-def _file_blocks(file: soundfile.SoundFile, name: str, frames: int) -> Iterator[NDArray[Any]]:
-    """Yield blocks of `frames` frames, the last shorter, as far as the file can be decoded."""
+def _file_blocks(
+    file: soundfile.SoundFile, name: str, announced: int, cut: bool, frames: int
+) -> Iterator[NDArray[Any]]:
+    """Yield blocks of `frames` frames, the last shorter, as far as the file can be decoded.
+
+    If it breaks off - `cut`, decoded with a fault, or shorter than the frames `announced` - an error follows them.
+    """
     dtype = "int16" if file.subtype == "PCM_16" else "float32"
-    announced = file.frames
     # One more than announced, so that one read meets the end; no more than that, as a read allocates all it asks for.
-    frames = min(frames, max(announced, _LEAST_READ) + 1)
+    frames = min(frames, max(file.frames, _LEAST_READ) + 1)
     step = _FLAC_STEP if file.format == "FLAC" else frames
     frames = -(-frames // step) * step  # whole steps, so that blocks of any length lose the same to a fault
     done, ended, fault = 0, False, None
@@ -156,8 +160,9 @@ def _file_blocks(file: soundfile.SoundFile, name: str, frames: int) -> Iterator[
     if fault is not None and not done:
         raise AudioError(f"cannot decode {name}: {_reason(fault)}") from fault
     found, expected = done / file.samplerate, announced / file.samplerate
-    if fault is not None or found < expected - _SLACK:
-        logger.warning("%s breaks off after %.2f s of %.2f s; what is there is used", name, found, expected)
+    if cut or fault is not None or found < expected - _SLACK:
+        of = f" of {expected:.2f} s" if expected > found else ""
+        raise AudioError(f"{name} is cut short: it breaks off after {found:.2f} s{of}") from fault
 
 
 def _open_array(source: tuple[NDArray[Any], int]) -> _Opened:
