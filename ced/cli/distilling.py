@@ -81,8 +81,8 @@ def labels(
     ] = None,
 ) -> None:
     """Make a labelled table out of one of AudioSet's segment lists (YTID, start, end, "mids")."""
-    from ced.distill.tables import segments_to_labels
     from ced.sound.labels import audioset, read_classes
+    from ced.sound.tables import segments_to_labels
 
     known = audioset() if classes is None else read_classes(classes)
     report = segments_to_labels(segments, audio, known, out or Path(f"{segments.stem}.tsv"))

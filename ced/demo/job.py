@@ -18,7 +18,6 @@ from ced.demo.plan import GENERATED, RECORDED, Plan, Settings
 from ced.demo.sounds import write_set
 from ced.distill.evaluate import Evaluation, evaluate
 from ced.distill.finetune import finetune
-from ced.distill.tables import read_table, write_table
 from ced.distill.teacher import store
 from ced.distill.train import train
 from ced.distill.viewstore import ViewStore
@@ -28,6 +27,7 @@ from ced.model.vit import CED
 from ced.model.zoo import load_model
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
+from ced.sound.tables import read_table, write_table
 from ced.tag.tagger import Tagger, Tags
 
 Say = Callable[[str], None]

@@ -49,7 +49,7 @@ GENERATED = Settings(
     teacher_epochs=30,
     student_epochs=40,
     stored_epochs=15,
-    lr=1e-3,
+    lr=2e-3,
     batch_size=8,
 )
 RECORDED = Settings(

@@ -7,8 +7,8 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from ced.distill.tables import write_table
 from ced.sound.audio import SAMPLE_RATE
+from ced.sound.tables import write_table
 
 Wave = NDArray[np.float64]
 Rng = np.random.Generator

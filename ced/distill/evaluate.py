@@ -15,13 +15,13 @@ from ced.config import LoopConfig, Mode
 from ced.distill.datasets import ViewDataset, in_order, prefetch, whole
 from ced.distill.distributed import World
 from ced.distill.precision import autocast
-from ced.distill.tables import parse_labels
 from ced.distill.targets import multi_hot
 from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, TableError, TrainingError
 from ced.model.vit import CED
 from ced.progress import Progress, silent
 from ced.sound.labels import ClassTable
+from ced.sound.tables import parse_labels
 
 
 @dataclass(frozen=True, eq=False)

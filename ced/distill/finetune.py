@@ -14,7 +14,6 @@ from ced.distill.evaluate import validation
 from ced.distill.loop import VIEWS, EpochData, Task, run
 from ced.distill.start import start_network
 from ced.distill.step import Loss
-from ced.distill.tables import parse_labels
 from ced.distill.targets import multi_hot
 from ced.distill.views import recipe_of
 from ced.distill.wavpack import WavPack
@@ -22,6 +21,7 @@ from ced.errors import TableError
 from ced.model.vit import CED
 from ced.progress import Progress, silent
 from ced.sound.labels import ClassTable, audioset, read_classes
+from ced.sound.tables import parse_labels
 
 
 def finetune(config: FinetuneConfig, *, name: str, resume: Path | None = None, progress: Progress = silent) -> Path:

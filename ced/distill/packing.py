@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ced.distill.packfile import DType, Outcome, Part, Settings, outcomes_of, write
-from ced.distill.tables import read_table, write_table
 from ced.errors import ConfigError, PackError
 from ced.files import claimed, written_aside
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
+from ced.sound.tables import read_table, write_table
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from ced.distill.packfile import Clips, Layout, Place, Wave, key_of
 from ced.distill.packing import PackReport, pack
-from ced.distill.tables import Table, read_table
 from ced.errors import PackError
+from ced.sound.tables import Table, read_table
 
 __all__ = ["PackReport", "WavPack", "Wave", "pack"]
 

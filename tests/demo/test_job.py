@@ -5,8 +5,8 @@ import pytest
 
 from ced.demo.job import Report, generated_set, run, split
 from ced.demo.plan import Settings
-from ced.distill.tables import read_table, write_table
 from ced.errors import TableError
+from ced.sound.tables import read_table, write_table
 
 SMALLEST = {"embed_dim": 16, "num_heads": 1, "depth": 1}
 SETTINGS = Settings(

@@ -5,7 +5,7 @@ import pytest
 import soundfile
 
 from ced.demo.sounds import KINDS, generate, write_set
-from ced.distill.tables import read_table
+from ced.sound.tables import read_table
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,11 +13,11 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from ced.distill.tables import read_table, write_table
 from ced.distill.wavpack import WavPack, pack
 from ced.errors import BusyError, CedError, ConfigError, PackError, TableError
 from ced.files import claimed
 from ced.sound.audio import load
+from ced.sound.tables import read_table, write_table
 
 RATE = 16_000
 

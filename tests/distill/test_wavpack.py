@@ -13,9 +13,9 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from ced.distill.tables import write_table
 from ced.distill.wavpack import WavPack, pack
 from ced.errors import PackError, TableError
+from ced.sound.tables import write_table
 
 _BESIDE = Path(__file__).parents[3] / "shared" / "data" / "published_store"
 PUBLISHED = Path(os.environ.get("CED_PUBLISHED_STORE", _BESIDE))

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from ced.distill.tables import LabelsReport, Table, parse_labels, read_table, segments_to_labels, write_table
 from ced.errors import TableError
 from ced.sound.labels import ClassTable, numbered
+from ced.sound.tables import LabelsReport, Table, parse_labels, read_table, segments_to_labels, write_table
 
 CLASSES = ClassTable(("dog", "cat", "rain"), ("/m/dog", "/m/cat", "/t/rain"))
 
