@@ -1,0 +1,57 @@
+"""Labelled clips: sound files with the classes heard in them, as a table lists them."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ced.errors import TableError
+from ced.sound.labels import ClassTable
+from ced.sound.tables import Table, parse_labels, read_table
+
+TABLE_OF_A_FOLDER = "meta.tsv"
+
+
+@dataclass(frozen=True)
+class LabelledClip:
+    """A sound file and the classes heard in it."""
+
+    path: Path
+    labels: tuple[int, ...]  # indices of the class table
+
+
+def read_labelled(table: str | os.PathLike[str], classes: ClassTable) -> list[LabelledClip]:
+    """Read a table of labelled clips: tab-separated, columns `filename` and `labels` (class indices joined by ";").
+
+    A column `label` (one class index) may stand for `labels`. A file is looked for beside the table, in the folder
+    `audio` beside it, and at its name as given.
+
+    Args:
+        table: the table, or a folder that holds one named meta.tsv.
+        classes: the classes that labels are indices of.
+
+    Raises:
+        TableError: the table cannot be understood, a label is no class (with its row), or files are not there
+            (how many, and the first).
+    """
+    path = Path(table)
+    if path.is_dir():
+        path = path / TABLE_OF_A_FOLDER
+    rows = read_table(path, required=("filename",))
+    if "labels" not in rows.columns and "label" in rows.columns:
+        rows = Table({**rows.columns, "labels": rows.columns["label"]}, path)
+    labels = parse_labels(rows, len(classes))
+    names = rows.column("filename")
+    found = [_find(name, path.parent) for name in names]
+    if missing := [name for name, file in zip(names, found, strict=True) if file is None]:
+        raise TableError(
+            f"table {path}: {len(missing)} of {len(names)} files are not there, the first is {missing[0]!r};"
+            f" they are looked for in {path.parent}, in {path.parent / 'audio'}, and as given"
+        )
+    return [LabelledClip(file, heard) for file, heard in zip(found, labels, strict=True) if file is not None]
+
+
+def _find(name: str, folder: Path) -> Path | None:
+    for place in (folder / name, folder / "audio" / name, Path(name)):
+        if place.is_file():
+            return place
+    return None
