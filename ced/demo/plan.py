@@ -46,9 +46,9 @@ GENERATED = Settings(
         "teacher_b": {"embed_dim": 128, "num_heads": 4, "depth": 2},
     },
     student={"embed_dim": 64, "num_heads": 2, "depth": 4},
-    teacher_epochs=30,
-    student_epochs=40,
-    stored_epochs=15,
+    teacher_epochs=26,
+    student_epochs=36,
+    stored_epochs=12,
     lr=2e-3,
     batch_size=8,
 )
