@@ -1,0 +1,99 @@
+"""Files of embeddings: NumPy arrays with a table of what their rows are, or Parquet."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ced.errors import ConfigError
+from ced.files import written_aside
+from ced.sound.tables import write_table
+
+FORMAT_VERSION = 1
+SUFFIXES = (".npy", ".parquet")
+_ROWS_AT_ONCE = 1024  # rows of a Parquet group that wait in memory
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One vector, and the piece of a sound that it stands for."""
+
+    file: str
+    start: float  # seconds
+    end: float
+    vector: NDArray[np.float32]  # (d,)
+
+
+def check_suffix(path: Path) -> None:
+    """Make sure that a path names a format.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"embeddings go to a file named {' or '.join(SUFFIXES)}; got {path}")
+
+
+def write_embeddings(path: Path, rows: Iterable[Row]) -> int:
+    """Write vectors in order; return how many.
+
+    `.npy`: (rows, d) float32, and beside it `<stem>.tsv` with the columns file, start, end. `.parquet`: these columns and
+    `vector`. No file is left half-written.
+
+    Raises:
+        ConfigError: the suffix is neither.
+    """
+    check_suffix(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return _write_parquet(path, rows) if path.suffix == ".parquet" else _write_npy(path, rows)
+
+
+def _write_npy(path: Path, rows: Iterable[Row]) -> int:
+    held = list(rows)
+    write_table(
+        path.with_suffix(".tsv"),
+        {
+            "file": [row.file for row in held],
+            "start": [f"{row.start:.3f}" for row in held],
+            "end": [f"{row.end:.3f}" for row in held],
+        },
+    )
+    vectors = np.stack([row.vector for row in held]) if held else np.zeros((0, 0), np.float32)
+    with written_aside(path) as aside, aside.open("wb") as file:
+        np.save(file, vectors)
+    return len(held)
+
+
+def _write_parquet(path: Path, rows: Iterable[Row]) -> int:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [("file", pa.string()), ("start", pa.float64()), ("end", pa.float64()), ("vector", pa.list_(pa.float32()))],
+        metadata={"ced_embeddings": str(FORMAT_VERSION)},
+    )
+    count = 0
+    with written_aside(path) as aside, pq.ParquetWriter(aside, schema) as writer:
+        for group in _groups(rows):
+            count += len(group)
+            columns = {
+                "file": [row.file.encode("utf-8", "backslashreplace").decode() for row in group],
+                "start": [row.start for row in group],
+                "end": [row.end for row in group],
+                "vector": [row.vector for row in group],
+            }
+            writer.write_table(pa.table(columns, schema=schema))
+    return count
+
+
+def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    group: list[Row] = []
+    for row in rows:
+        group.append(row)
+        if len(group) == _ROWS_AT_ONCE:
+            yield group
+            group = []
+    if group:
+        yield group
