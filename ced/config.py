@@ -186,6 +186,12 @@ class FinetuneConfig(LoopConfig):
     wavtransforms: Wav = Field(ALL_WAV, description="Shift: {min_shift, max_shift}")
     spectransforms: Spec = Field(ALL_SPEC, description="TimeMasking: {time_mask_param}, FrequencyMasking: {...}")
 
+    @model_validator(mode="after")
+    def _head_on_something(self) -> Self:
+        if self.trainable == "head" and self.pretrained is False:
+            raise ValueError("trainable is head and pretrained false: a head on random weights learns little")
+        return self
+
 
 C = TypeVar("C", bound=Section)
 
@@ -223,9 +229,23 @@ def dump(config: Section) -> str:
     return text
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads plain values, and refuses a key that stands twice: the second would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping as a dict."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            values = yaml.load(file, _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read configuration {path}: {error}") from error
     except yaml.YAMLError as error:

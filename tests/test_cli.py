@@ -293,6 +293,7 @@ def test_train_evaluate_and_export_from_the_command_line(ced: Command, tmp_path:
     assert trained.returncode == 0, trained.stderr
     student = trained.stdout.strip()
     assert ced("train", "--resume", student).stdout.strip() == student
+    assert f"goes on with `ced train --resume {student}`" in error_of(ced("finetune", "--resume", student))
     for tested in ([student], [student, "--test_data", table, "--per_class"]):
         scored = ced("evaluate", *tested)
         assert scored.returncode == 0, scored.stderr

@@ -146,7 +146,13 @@ def test_words_that_are_no_overrides_are_refused(words: list[str], message: str)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("- 1\n", "holds list"), ("a: [", "is not YAML"), ("", "holds NoneType")]
+    ("text", "message"),
+    [
+        ("- 1\n", "holds list"),
+        ("a: [", "is not YAML"),
+        ("", "holds NoneType"),
+        ("seed: 1\nepochs: 2\nseed: 3\n", "key 'seed' stands twice"),
+    ],
 )
 def test_files_that_hold_no_configuration_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "c.yaml"

@@ -44,8 +44,11 @@ class Commands(TyperGroup):
         except BrokenPipeError:  # whoever read our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
-        except (CedError, OSError) as error:
+        except CedError as error:
             complain(str(error))
+            raise typer.Exit(1) from None
+        except OSError as error:
+            complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
             raise typer.Exit(1) from None
         except ModuleNotFoundError as error:
             if (error.name or "ced").partition(".")[0] == "ced":

@@ -116,7 +116,7 @@ def train(words: Words = None, resume: Resume = None) -> None:
     from ced.config import TrainConfig, load
     from ced.distill import train
 
-    path, overrides = _split(words, resume)
+    path, overrides = _split(words, resume, "train")
     with reporting() as progress:
         config = load(TrainConfig, path, overrides)
         _result(train.train(config, name=_name(path, config.model), resume=resume, progress=progress))
@@ -127,7 +127,7 @@ def finetune(words: Words = None, resume: Resume = None) -> None:
     from ced.config import FinetuneConfig, load
     from ced.distill import finetune
 
-    path, overrides = _split(words, resume)
+    path, overrides = _split(words, resume, "finetune")
     with reporting() as progress:
         config = load(FinetuneConfig, path, overrides)
         _result(finetune.finetune(config, name=_name(path, config.model), resume=resume, progress=progress))
@@ -203,7 +203,7 @@ def demo(
         print(line)
 
 
-def _split(words: list[str] | None, resume: Path | None = None) -> tuple[Path | None, list[str]]:
+def _split(words: list[str] | None, resume: Path | None = None, command: str = "") -> tuple[Path | None, list[str]]:
     """Tell the configuration file from the keys; without one, a run that goes on uses its own."""
     if words and not words[0].startswith("--"):
         return Path(words[0]), words[1:]
@@ -211,7 +211,13 @@ def _split(words: list[str] | None, resume: Path | None = None) -> tuple[Path | 
         return None, words or []
     from ced.distill.experiment import CONFIG_NAME
 
-    return resume / CONFIG_NAME, words or []
+    path = resume / CONFIG_NAME
+    if not path.is_file():
+        raise ConfigError(f"{resume} is no experiment: it has no {CONFIG_NAME}")
+    began = "train" if "logitspath:" in path.read_text(encoding="utf-8", errors="replace") else "finetune"
+    if began != command:
+        raise ConfigError(f"{resume} was begun with `ced {began}`, and goes on with `ced {began} --resume {resume}`")
+    return path, words or []
 
 
 def _name(path: Path | None, model: str) -> str:

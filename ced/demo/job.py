@@ -28,7 +28,8 @@ from ced.model.zoo import load_model
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.tables import read_table, write_table
-from ced.tag.tagger import Tagger, Tags
+from ced.tag.records import Tags
+from ced.tag.tagger import Tagger
 
 Say = Callable[[str], None]
 

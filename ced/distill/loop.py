@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,6 +31,7 @@ from ced.distill.recorder import Recorder
 from ced.distill.step import Loss, Stepper, learning_rate
 from ced.distill.targets import mixup_weights
 from ced.errors import ConfigError, TrainingError
+from ced.files import claimed
 from ced.model import checkpoints
 from ced.model.vit import CED
 from ced.progress import Progress, silent
@@ -83,6 +84,7 @@ def run(
     Raises:
         TrainingError: the loss is no longer finite, or `resume` cannot go on.
         ConfigError: the configuration contradicts itself, the data, or the experiment to resume.
+        BusyError: another process is training in this experiment.
     """
     if resume is not None:
         experiment.check_resumable(config, resume)
@@ -95,7 +97,10 @@ def run(
     task = prepare()
     share(world.rank, world.size, config.batch_size)  # refuses before a folder is made
     folder: Path = resume or world.broadcast(experiment.create(config, name) if world.is_main else None)
-    with experiment.logging_to(folder / config.logfile) if world.is_main else nullcontext():
+    with ExitStack() as stack:
+        if world.is_main:
+            stack.enter_context(claimed(folder / experiment.STATE_NAME))
+            stack.enter_context(experiment.logging_to(folder / config.logfile))
         Trainer(config, task, folder, state, world, progress if world.is_main else silent).run()
     world.barrier()
     return folder
@@ -173,15 +178,15 @@ class Trainer:
         if half_type(config.mode, self.world.device) is None and config.mode == "amp":
             logger.warning("mode amp needs a GPU; computing in fp32")
         if config.optimizer == "Adam8bit" and type(self.stepper.optimizer) is torch.optim.Adam:
-            logger.warning("Adam8bit needs a CUDA GPU and the package bitsandbytes; using Adam")
+            logger.warning("Adam8bit needs a CUDA GPU and bitsandbytes (pip install 'ced[gpu]'); using Adam")
         if self.warmup >= config.epochs * self.steps:
             logger.warning(
                 "the warm-up of %d steps is as long as the run of %d", self.warmup, config.epochs * self.steps
             )
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         logger.info(
-            "%s: %.1f M parameters, %d items, %d epochs of %d steps, %d process(es) on %s",
-            *(config.model, parameters / 1e6, self.task.items, config.epochs, self.steps),
+            "%s: %s parameters, %d items, %d epochs of %d steps, %d process(es) on %s",
+            *(config.model, f"{parameters:,}", self.task.items, config.epochs, self.steps),
             *(self.world.size, self.world.device),
         )
         if (evaluator := self.task.evaluator) and evaluator.missing:

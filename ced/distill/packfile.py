@@ -48,6 +48,10 @@ class Settings:
     def decode(self, filename: str) -> Wave | str:
         """Return the samples of a clip, or why there are none."""
         try:
+            filename.encode()
+        except UnicodeEncodeError:
+            return f"the name of {filename} is no UTF-8, as names in HDF5 files are; rename the file"
+        try:
             samples = load_stored(filename, self.stereo)
         except AudioError as error:
             return str(error)

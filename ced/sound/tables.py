@@ -35,18 +35,21 @@ class Table:
         return self.columns[name]
 
 
-def read_table(path: str | os.PathLike[str], delimiter: str = "\t", required: Sequence[str] = ()) -> Table:
+def read_table(
+    path: str | os.PathLike[str], delimiter: str = "\t", required: Sequence[str] = (), comments: bool = False
+) -> Table:
     """Read a table: a header line, then a row a line; blank lines are skipped.
 
     Args:
         path: a UTF-8 file.
         delimiter: one character.
         required: columns that must be there.
+        comments: lines that begin with "#" are skipped as well.
 
     Raises:
         TableError: it cannot be read, has no rows, lacks a column, or a row has more or fewer fields than the header.
     """
-    rows = _lines(Path(path), delimiter)
+    rows = _lines(Path(path), delimiter, comments)
     _, header = next(rows, (0, []))
     if not header:
         raise TableError(f"table {path} is empty; it needs a line of column names, then rows")
@@ -66,11 +69,13 @@ def read_table(path: str | os.PathLike[str], delimiter: str = "\t", required: Se
     return table
 
 
-def write_table(path: str | os.PathLike[str], columns: Mapping[str, Sequence[str]]) -> None:
-    """Write a tab-separated table; a crash leaves the file as it was before."""
+def write_table(path: str | os.PathLike[str], columns: Mapping[str, Sequence[str]], comment: str = "") -> None:
+    """Write a tab-separated table, below a line of `comment` if there is one; a crash leaves the file as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+    with written_aside(path) as aside, open(aside, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        if comment:
+            file.write(f"# {comment}\n")
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
@@ -207,12 +212,13 @@ def _lines(path: Path, delimiter: str, comments: bool = False) -> Iterator[tuple
     if len(delimiter) != 1:
         raise TableError(f"the delimiter of a table is one character; got {delimiter!r}")
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        # Bytes that are no UTF-8 pass through: they are names of files that someone will have to hear of.
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             lines = ("\n" if comments and line.startswith("#") else line for line in file)
             reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=comments)
             for record in reader:
                 if record:
                     yield reader.line_num, record
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise TableError(f"cannot read table {path}: {reason}") from error

@@ -371,3 +371,16 @@ def test_two_runs_do_not_destroy_each_other(tmp_path: Path) -> None:
     ):
         pack(table, tmp_path / "out")
     assert pack(table, tmp_path / "out").packed == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text here")
+def test_a_name_that_is_no_utf8_is_listed_and_the_rest_is_packed(tmp_path: Path) -> None:
+    names = [str(tmp_path / name) for name in ("a.wav", os.fsdecode(b"caf\xe9.wav"))]
+    for name in names:
+        soundfile.write(os.fsencode(name), samples_of(0), RATE, format="WAV", subtype="PCM_16")
+    report = pack(table_of(tmp_path / "mine.tsv", names), tmp_path / "out")
+    assert report.packed == 1
+    ((name, reason),) = report.failed
+    assert name == names[1]
+    assert "is no UTF-8" in reason
+    assert b"caf\xe9.wav" in (tmp_path / "out" / "labels" / "mine.failed.tsv").read_bytes()
