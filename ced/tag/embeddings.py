@@ -39,8 +39,8 @@ def check_suffix(path: Path) -> None:
 def write_embeddings(path: Path, rows: Iterable[Row]) -> int:
     """Write vectors in order; return how many.
 
-    `.npy`: (rows, d) float32, and beside it `<stem>.tsv` with the columns file, start, end. `.parquet`: these columns and
-    `vector`. No file is left half-written.
+    `.npy`: (rows, d) float32, and beside it `<stem>.tsv` with the columns file, start, end. `.parquet`: these columns
+    and `vector`. No file is left half-written.
 
     Raises:
         ConfigError: the suffix is neither.
