@@ -1,8 +1,35 @@
-"""Writers: what a timeline of tags looks like on paper."""
+"""Writers: what records look like on paper, each kind as other programs read it. Column names are an interface."""
 
-from collections.abc import Iterable, Iterator
+import csv as rfc4180
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
-from ced.tag.tagger import Tags
+from ced.errors import ConfigError
+from ced.files import written_aside
+from ced.tag.records import FORMAT_VERSION, Record, Tag, Tags
+
+COLUMNS = ("file", "start", "end", "label", "mid", "prob")  # of CSV and Parquet; seconds, and a probability
+RAVEN_COLUMNS = (
+    "Selection",
+    "View",
+    "Channel",
+    "Begin Time (s)",
+    "End Time (s)",
+    "Low Freq (Hz)",
+    "High Freq (Hz)",
+    "Begin Path",
+    "File Offset (s)",
+    "Label",
+    "Score",
+)
+HIGHEST = 8000  # Hz; what models hear reaches so far up
+_ROW_GROUP = 1 << 16  # rows of a Parquet file that are in memory at a time
+_BREAKS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")  # what would break a line or a column that nothing quotes
 
 
 def text(name: str, timeline: Iterable[Tags]) -> Iterator[str]:
@@ -14,3 +41,149 @@ def text(name: str, timeline: Iterable[Tags]) -> Iterator[str]:
         yield "" if number else f"===== {name} ====="
         for rank, tag in enumerate(window.tags, start=1):
             yield f"[{window.start:.1f}s]-[{window.end:.1f}s] Topk-{rank} {tag.label} {tag.prob:.4f}"
+
+
+def _texts(records: Iterable[Record]) -> Iterator[str]:
+    for record in records:
+        yield from text(record.file, record.pieces or (Tags(0.0, record.seconds, ()),))
+        yield ""
+
+
+def jsonl(records: Iterable[Record]) -> Iterator[str]:
+    """Yield each record as a line of JSON."""
+    for record in records:
+        yield json.dumps(record.to_json(), ensure_ascii=False)
+
+
+def csv(records: Iterable[Record]) -> Iterator[str]:
+    """Yield a header and a line a tag, quoted as RFC 4180 has it."""
+    yield ",".join(COLUMNS)
+    line = io.StringIO()
+    writer = rfc4180.writer(line, lineterminator="")
+    for record, piece, tag in _rows(records):
+        times = (f"{piece.start:.6f}", f"{piece.end:.6f}")
+        writer.writerow((record.file, *times, tag.label, tag.mid or "", f"{tag.prob:.6f}"))
+        yield line.getvalue()
+        line.seek(0)
+        line.truncate()
+
+
+def audacity(records: Iterable[Record]) -> Iterator[str]:
+    """Yield a label a tag, for Audacity's File > Import > Labels.
+
+    A label is all that Audacity shows of it, so the probability is a part of its text.
+    """
+    for _, piece, tag in _rows(records):
+        yield f"{piece.start:.6f}\t{piece.end:.6f}\t{_plain(tag.label)} {tag.prob:.2f}"
+
+
+def raven(records: Iterable[Record]) -> Iterator[str]:
+    """Yield a selection table for Raven: a header and a row a tag, over all frequencies that models hear.
+
+    Raven opens several sounds as one sequence: "Begin Time (s)" counts from the start of the first,
+    "File Offset (s)" from the start of each.
+    """
+    yield "\t".join(RAVEN_COLUMNS)
+    number, before = 0, 0.0
+    for record in records:
+        for _, piece, tag in _rows([record]):
+            number += 1
+            times = f"{before + piece.start:.6f}\t{before + piece.end:.6f}\t0.0\t{HIGHEST:.1f}"
+            where = f"{_plain(record.file)}\t{piece.start:.6f}"
+            yield f"{number}\tSpectrogram 1\t1\t{times}\t{where}\t{_plain(tag.label)}\t{tag.prob:.6f}"
+        before += record.seconds
+
+
+def _rows(records: Iterable[Record]) -> Iterator[tuple[Record, Tags, Tag]]:
+    for record in records:
+        for piece in record.pieces:
+            for tag in piece.tags:
+                yield record, piece, tag
+
+
+def _plain(words: str) -> str:
+    return _BREAKS.sub(" ", words)
+
+
+def _write_parquet(records: Iterable[Record], path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    kinds = (pa.string(), pa.float64(), pa.float64(), pa.string(), pa.string(), pa.float32())
+    schema = pa.schema(list(zip(COLUMNS, kinds, strict=True)), {"ced.format": str(FORMAT_VERSION)})
+    columns: list[list[object]] = [[] for _ in COLUMNS]
+    with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+
+        def flush() -> None:
+            arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+            for column in columns:
+                column.clear()
+
+        for record, piece, tag in _rows(records):
+            name = record.file.encode("utf-8", "backslashreplace").decode()
+            row = (name, piece.start, piece.end, tag.label, tag.mid, tag.prob)
+            for column, value in zip(columns, row, strict=True):
+                column.append(value)
+            if len(columns[0]) == _ROW_GROUP:
+                flush()
+        flush()
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to write records."""
+
+    suffix: str  # of its files, behind the name of the sound
+    lines: Callable[[Iterable[Record]], Iterator[str]] | None  # what a file holds, line by line; None: no text
+    shared: bool = True  # whether the sounds of several files can share one output
+    package: str | None = None  # what writing needs beyond the core installation
+
+
+FORMATS: Mapping[str, Format] = {
+    "text": Format(".txt", _texts),
+    "jsonl": Format(".jsonl", jsonl),
+    "csv": Format(".csv", csv),
+    "audacity": Format(".labels.txt", audacity, shared=False),
+    "raven": Format(".selections.txt", raven),
+    "parquet": Format(".parquet", None, package="pyarrow"),
+}
+
+
+def formats(names: Sequence[str], *, shared: bool = False, lines: bool = False) -> list[Format]:
+    """Look formats up by name, before any work is done for them.
+
+    Args:
+        names: some of `FORMATS`.
+        shared: the sounds of several files go into one output.
+        lines: the output is printed, line by line.
+
+    Raises:
+        ConfigError: a name is unknown, a format cannot do what is asked, or its package is not installed.
+    """
+    for name in names:
+        if name not in FORMATS:
+            raise ConfigError(f"there is no output format {name}; there are {', '.join(FORMATS)}")
+        chosen = FORMATS[name]
+        if shared and not chosen.shared:
+            raise ConfigError(f"the output format {name} has no place for a file's name; write an output for each file")
+        if lines and chosen.lines is None:
+            raise ConfigError(f"the output format {name} is no text that could be printed; write it to a folder")
+        if chosen.package and find_spec(chosen.package) is None:
+            extra = f"pip install 'ced[{name}]'"
+            raise ConfigError(f"the output format {name} needs the package {chosen.package}, which `{extra}` brings")
+    return [FORMATS[name] for name in names]
+
+
+def write(chosen: Format, records: Iterable[Record], path: Path) -> None:
+    """Write records to a file, which is there whole or not at all; of any number of them few are in memory.
+
+    Text is UTF-8; of a file name that is not valid text, the bytes that are none are written as escapes.
+    """
+    with written_aside(path, sync=False) as aside:
+        if chosen.lines is None:
+            _write_parquet(records, aside)
+            return
+        with aside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            for line in chosen.lines(records):
+                file.write(f"{line}\n")

@@ -1,19 +1,35 @@
+import csv
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
-from ced.errors import AudioError
-from ced.tag.results import text
-from ced.tag.tagger import Tag, Tags
+from ced.errors import AudioError, ConfigError
+from ced.tag.records import Record, Tag, Tags
+from ced.tag.results import FORMATS, formats, text, write
 
-TIMELINE = [
-    Tags(0.0, 10.0, (Tag("Speech", 0, 0.98765), Tag("Dog", 74, 0.01))),
-    Tags(10.0, 12.34, (Tag("Dog", 74, 0.5), Tag("Speech", 0, 0.00004))),
-]
+TIMELINE = (
+    Tags(0.0, 10.0, (Tag("Speech", 0, "/m/09x0r", 0.98765), Tag("Dog", 74, "/m/0bt9lr", 0.01))),
+    Tags(10.0, 12.34, (Tag("Dog", 74, "/m/0bt9lr", 0.5), Tag("Speech", 0, "/m/09x0r", 0.00004))),
+)
+DOG = Record("sounds/dog.wav", "ced_mini", 12.34, TIMELINE)
+QUIET = Record("quiet.wav", "ced_mini", 3.0, ())
+ODD = Record('a, "b"\tc\nd.wav', "mine", 1.0, (Tags(0.25, 0.5, (Tag("Bark, loud", 0, None, 0.75),)),))
+
+
+def lines(name: str, *records: Record) -> list[str]:
+    make = FORMATS[name].lines
+    assert make is not None
+    return list(make(iter(records)))
 
 
 def test_text_is_what_readers_of_the_published_program_know() -> None:
-    assert list(text("sounds/dog.wav", TIMELINE)) == [
+    expected = [
         "===== sounds/dog.wav =====",
         "[0.0s]-[10.0s] Topk-1 Speech 0.9877",
         "[0.0s]-[10.0s] Topk-2 Dog 0.0100",
@@ -21,6 +37,8 @@ def test_text_is_what_readers_of_the_published_program_know() -> None:
         "[10.0s]-[12.3s] Topk-1 Dog 0.5000",
         "[10.0s]-[12.3s] Topk-2 Speech 0.0000",
     ]
+    assert list(text("sounds/dog.wav", TIMELINE)) == expected
+    assert lines("text", DOG, QUIET) == [*expected, "", "===== quiet.wav =====", ""]
 
 
 def test_a_sound_that_cannot_be_read_has_no_heading() -> None:
@@ -28,6 +46,140 @@ def test_a_sound_that_cannot_be_read_has_no_heading() -> None:
         raise AudioError("empty")
         yield TIMELINE[0]
 
-    lines = text("broken.wav", broken())
+    out = text("broken.wav", broken())
     with pytest.raises(AudioError):
-        next(lines)
+        next(out)
+
+
+def test_jsonl_is_a_versioned_record_a_line() -> None:
+    first, second = lines("jsonl", ODD, QUIET)
+    tag = '{"label": "Bark, loud", "index": 0, "mid": null, "prob": 0.75}'
+    assert first == (
+        '{"format": 1, "file": "a, \\"b\\"\\tc\\nd.wav", "model": "mine", "seconds": 1.0,'
+        f' "pieces": [{{"start": 0.25, "end": 0.5, "tags": [{tag}]}}]}}'
+    )
+    assert second == '{"format": 1, "file": "quiet.wav", "model": "ced_mini", "seconds": 3.0, "pieces": []}'
+    assert Record.from_json(json.loads(first)) == ODD
+
+
+def test_csv_columns_and_quotes() -> None:
+    assert lines("csv", DOG, QUIET, ODD) == [
+        "file,start,end,label,mid,prob",
+        "sounds/dog.wav,0.000000,10.000000,Speech,/m/09x0r,0.987650",
+        "sounds/dog.wav,0.000000,10.000000,Dog,/m/0bt9lr,0.010000",
+        "sounds/dog.wav,10.000000,12.340000,Dog,/m/0bt9lr,0.500000",
+        "sounds/dog.wav,10.000000,12.340000,Speech,/m/09x0r,0.000040",
+        '"a, ""b""\tc\nd.wav",0.250000,0.500000,"Bark, loud",,0.750000',
+    ]
+    assert lines("csv") == ["file,start,end,label,mid,prob"]
+
+
+def test_audacity_labels() -> None:
+    assert lines("audacity", DOG) == [
+        "0.000000\t10.000000\tSpeech 0.99",
+        "0.000000\t10.000000\tDog 0.01",
+        "10.000000\t12.340000\tDog 0.50",
+        "10.000000\t12.340000\tSpeech 0.00",
+    ]
+
+
+def test_raven_selections_of_several_sounds_lie_end_to_end() -> None:
+    header, *rows = lines("raven", DOG, QUIET, ODD)
+    assert header == (
+        "Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\tLow Freq (Hz)\tHigh Freq (Hz)"
+        "\tBegin Path\tFile Offset (s)\tLabel\tScore"
+    )
+    view = "Spectrogram 1\t1"
+    assert rows[0] == f"1\t{view}\t0.000000\t10.000000\t0.0\t8000.0\tsounds/dog.wav\t0.000000\tSpeech\t0.987650"
+    assert rows[2] == f"3\t{view}\t10.000000\t12.340000\t0.0\t8000.0\tsounds/dog.wav\t10.000000\tDog\t0.500000"
+    assert rows[4:] == [f'5\t{view}\t15.590000\t15.840000\t0.0\t8000.0\ta, "b" c d.wav\t0.250000\tBark, loud\t0.750000']
+
+
+def test_parquet_has_the_columns_of_csv(tmp_path: Path) -> None:
+    path = tmp_path / "tags.parquet"
+    write(FORMATS["parquet"], [DOG, QUIET, ODD], path)
+    table = pyarrow.parquet.read_table(path)
+    assert table.schema.names == ["file", "start", "end", "label", "mid", "prob"]
+    assert [str(kind) for kind in table.schema.types] == ["string", "double", "double", "string", "string", "float"]
+    assert table.schema.metadata[b"ced.format"] == b"1"
+    assert table.num_rows == 5
+    assert table.slice(2, 1).to_pylist() == [
+        {"file": "sounds/dog.wav", "start": 10.0, "end": 12.34, "label": "Dog", "mid": "/m/0bt9lr", "prob": 0.5}
+    ]
+    assert table["mid"][4].as_py() is None
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_is_whole_or_not_there(tmp_path: Path, name: str) -> None:
+    def broken() -> Iterator[Record]:
+        yield DOG
+        raise AudioError("empty")
+
+    path = tmp_path / "tags"
+    with pytest.raises(AudioError):
+        write(FORMATS[name], broken(), path)
+    assert list(tmp_path.iterdir()) == []
+    write(FORMATS[name], [DOG], path)
+    if (make := FORMATS[name].lines) is not None:
+        assert path.read_bytes() == "".join(f"{line}\n" for line in make([DOG])).encode()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_names_that_are_no_text_are_written_with_escapes(tmp_path: Path, name: str) -> None:
+    record = Record(os.fsdecode(b"caf\xe9.wav"), "mine", 1.0, DOG.pieces)
+    path = tmp_path / "tags"
+    write(FORMATS[name], [record], path)
+    if name == "parquet":
+        assert pyarrow.parquet.read_table(path)["file"][0].as_py() == r"caf\udce9.wav"
+    else:
+        assert (r"caf\udce9.wav" in path.read_text(encoding="utf-8")) == (name != "audacity")
+    if name == "jsonl":
+        assert Record.from_json(json.loads(path.read_text(encoding="utf-8"))) == record
+    if name == "csv":
+        with path.open(encoding="utf-8", newline="") as file:
+            assert next(csv.DictReader(file))["file"] == r"caf\udce9.wav"
+
+
+@pytest.mark.parametrize("name", ["csv", "parquet"])
+def test_many_rows_need_little_memory(tmp_path: Path, name: str) -> None:
+    program = f"""
+import resource, sys
+from pathlib import Path
+from ced.tag.records import *
+from ced.tag.results import FORMATS, write
+tags = tuple(Tag(f"label {{i}}", i, None, 0.5) for i in range(100))
+def records(count):
+    for i in range(count):
+        yield Record(f"file {{i}}.wav", "m", 10.0, (Tags(0.0, 10.0, tags),))
+out = Path(sys.argv[1])
+write(FORMATS["{name}"], records(1_000), out)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write(FORMATS["{name}"], records(4_000), out)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "out"], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 25_000  # KB; 400,000 rows of six columns are far more
+
+
+def test_what_a_format_cannot_do_is_said_before_the_work() -> None:
+    assert formats(["text", "parquet"]) == [FORMATS["text"], FORMATS["parquet"]]
+    with pytest.raises(ConfigError, match=r"no output format xml; there are text, jsonl, csv, audacity, raven, parq"):
+        formats(["csv", "xml"])
+    with pytest.raises(ConfigError, match="audacity has no place for a file's name"):
+        formats(["audacity"], shared=True)
+    with pytest.raises(ConfigError, match="parquet is no text"):
+        formats(["parquet"], lines=True)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "meta_path", [])
+    monkeypatch.delitem(sys.modules, "pyarrow")
+    with pytest.raises(ConfigError, match=r"parquet needs the package pyarrow, which `pip install 'ced\[parquet\]'`"):
+        formats(["parquet"])
+
+
+def test_importing_brings_no_optional_package() -> None:
+    program = "import sys, ced.tag.results; print({'pyarrow', 'torch', 'pydantic', 'onnxruntime'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
