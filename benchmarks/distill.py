@@ -30,7 +30,7 @@ from ced.distill import datasets, targets, teacher, views, wavpack
 from ced.distill.distributed import World
 from ced.distill.step import Stepper
 from ced.distill.viewstore import ViewStore, part_path
-from ced.model import checkpoints, zoo
+from ced.model import checkpoints, loading
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import audioset
 
@@ -166,7 +166,7 @@ def store_config(pack_table: Path, checkpoint: Path, out: Path) -> StoreConfig:
 
 def measure_store(pack_table: Path, checkpoint: Path, folder: Path, rounds: int) -> Iterator[Measurement]:
     """Compare the whole store walk with the teacher's bare forward pass over as many chunks."""
-    network = zoo.load_model(checkpoint)
+    network = loading.load_model(checkpoint)
     count, size = len(wavpack.WavPack(pack_table)), 32
     waves = torch.randn(size, SECONDS * SAMPLE_RATE) * 0.1
     with torch.inference_mode():
@@ -189,7 +189,7 @@ def training_step(mode: str, backend: SDPBackend | None = None, compiled: bool =
     """Return a timed training step of ced_tiny on a batch of 32 clips of 10 s, from waves to new weights."""
     values = {"train_data": "none", "logitspath": "none", "model": "ced_tiny", "optimizer": "Adam", "mode": mode}
     config = check(TrainConfig, {**values, "compile": compiled}, "the benchmark")
-    network = zoo.create("ced_tiny", model_args={"pooling": "logit"}, pretrained=False, labels=audioset())
+    network = loading.create("ced_tiny", model_args={"pooling": "logit"}, pretrained=False, labels=audioset())
     loss = torch.nn.functional.binary_cross_entropy_with_logits
     stepper = Stepper(config, network, loss, World(0, 1, torch.device("cpu")))
     waves = (torch.randn(32, SECONDS * SAMPLE_RATE) * 3000).to(torch.int16)
@@ -229,7 +229,7 @@ def main() -> None:
         sounds = make_sounds(folder / "sounds", arguments.clips)
         pack_table = wavpack.pack(sounds, folder / "pack", workers=2).index
         checkpoint = folder / "teacher.safetensors"
-        checkpoints.save(checkpoint, zoo.create("ced_tiny", model_args={}, pretrained=False, labels=audioset()))
+        checkpoints.save(checkpoint, loading.create("ced_tiny", model_args={}, pretrained=False, labels=audioset()))
         machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         print(f"{machine}, torch {torch.__version__}")
         print(f"{arguments.clips} clips of {SECONDS} s, medians of {arguments.rounds} rounds\n")

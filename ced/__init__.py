@@ -4,14 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ced.model.loading import load_model as load_model
     from ced.model.zoo import list_models as list_models
-    from ced.model.zoo import load_model as load_model
     from ced.tag.tagger import Tagger as Tagger
 
 __version__ = "0.1.0"
 __all__ = ["Tagger", "__version__", "list_models", "load_model"]
 
-_HOMES = {"Tagger": "ced.tag.tagger", "list_models": "ced.model.zoo", "load_model": "ced.model.zoo"}
+_HOMES = {"Tagger": "ced.tag.tagger", "list_models": "ced.model.zoo", "load_model": "ced.model.loading"}
 
 
 def __getattr__(name: str) -> Any:

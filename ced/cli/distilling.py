@@ -149,7 +149,7 @@ def evaluate(
     import torch
 
     from ced.distill import evaluate
-    from ced.model.zoo import load_model
+    from ced.model.loading import load_model
 
     table = test_data or _eval_data(experiments[0])
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -23,8 +23,8 @@ from ced.distill.train import train
 from ced.distill.viewstore import ViewStore
 from ced.distill.wavpack import WavPack, pack
 from ced.errors import TableError
+from ced.model.loading import load_model
 from ced.model.vit import CED
-from ced.model.zoo import load_model
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.tables import read_table, write_table

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ced.config import Mode
 from ced.distill.precision import autocast
 from ced.errors import ConfigError, StoreError
+from ced.model.loading import load_model
 from ced.model.vit import CED, foreign_feature
-from ced.model.zoo import load_model
 from ced.progress import Progress, silent
 from ced.sound.labels import ClassTable
 

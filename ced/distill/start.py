@@ -6,8 +6,8 @@ import torch
 
 from ced.config import LoopConfig
 from ced.errors import ConfigError
+from ced.model.loading import create
 from ced.model.vit import CED
-from ced.model.zoo import create
 from ced.progress import Progress
 from ced.sound.labels import ClassTable
 

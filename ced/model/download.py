@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from filelock import FileLock
 
@@ -32,6 +33,18 @@ class _Origin:
     url: str
     validator: str | None = None  # a strong ETag, or a date: the server continues only while it still holds
     md5: str | None = None  # hex, of the whole file, where the server tells
+    sha256: str | None = None  # likewise
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Follows redirects and keeps what the hub's says of the file: `X-Linked-Etag`, the sha256 of a large one."""
+
+    linked = ""
+
+    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
+        """Note the header, then redirect as usual."""
+        self.linked = headers.get("X-Linked-Etag", self.linked)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 class _CutError(Exception):
@@ -74,7 +87,7 @@ def _fetch(url: str, path: Path, sha256: str | None, progress: Progress) -> None
             if fruitless == FRUITLESS_TRIES:
                 raise DownloadError(f"cannot fetch {url}: {cut}") from cut
             time.sleep(PAUSE * 2 ** max(fruitless - 1, 0))
-    for kind, expected in (("sha256", sha256), ("md5", origin.md5)):
+    for kind, expected in (("sha256", sha256 or origin.sha256), ("md5", origin.md5)):
         if expected is None:
             continue
         with part.open("rb") as file:
@@ -92,13 +105,18 @@ def _receive(url: str, part: Path, notes: Path, progress: Progress) -> _Origin:
     headers = {"User-Agent": "ced"}
     if origin is not None and origin.url == url and origin.validator and start:
         headers |= {"Range": f"bytes={start}-", "If-Range": origin.validator}
-    with _open(Request(url, headers=headers), part) as response:
+    redirects = _Redirects()
+    with _open(Request(url, headers=headers), redirects, part) as response:
         spans = re.match(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
         if origin is not None and response.status == 206 and spans and int(spans[1]) == start:
             total = int(spans[2])
         elif response.status == 200:  # a new file, a server without ranges, or the file has changed
             part.unlink(missing_ok=True)  # first, as the notes must never vouch for other bytes
-            origin, start, total = _origin_of(url, response), 0, int(response.headers.get("Content-Length", 0))
+            origin, start, total = (
+                _origin_of(url, response, redirects.linked),
+                0,
+                int(response.headers.get("Content-Length", 0)),
+            )
             notes.write_text(json.dumps(asdict(origin)), encoding="utf-8")
         else:
             part.unlink(missing_ok=True)
@@ -115,9 +133,9 @@ def _receive(url: str, part: Path, notes: Path, progress: Progress) -> _Origin:
 
 
 @contextmanager
-def _open(request: Request, part: Path) -> Iterator[HTTPResponse]:
+def _open(request: Request, redirects: _Redirects, part: Path) -> Iterator[HTTPResponse]:
     try:
-        response = urlopen(request, timeout=TIMEOUT)
+        response = build_opener(redirects).open(request, timeout=TIMEOUT)
     except HTTPError as error:
         with error:
             if error.code == 416:  # the part is longer than the file
@@ -143,7 +161,7 @@ def _blocks(response: HTTPResponse) -> Iterator[bytes]:
         yield block
 
 
-def _origin_of(url: str, response: HTTPResponse) -> _Origin:
+def _origin_of(url: str, response: HTTPResponse, linked: str) -> _Origin:
     """Note what the answer to a request for the whole file says of it."""
     tag = response.headers.get("ETag", "")
     validator = tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified")
@@ -152,7 +170,8 @@ def _origin_of(url: str, response: HTTPResponse) -> _Origin:
         digest = found[1].lower()
     elif encoded := response.headers.get("Content-MD5"):
         digest = base64.b64decode(encoded).hex()
-    return _Origin(url, validator, digest)
+    sha256 = found[1].lower() if (found := re.fullmatch(r'(?:W/)?"?([0-9a-fA-F]{64})"?', linked)) else None
+    return _Origin(url, validator, digest, sha256)
 
 
 def _read_origin(notes: Path) -> _Origin | None:

@@ -1,25 +1,16 @@
-"""The published models: a table of networks, addresses and licences, and how a name becomes a model."""
+"""The published models: a table of sizes, addresses and licences, and how a name becomes a file. It needs no torch."""
 
 import difflib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ced.errors import CheckpointError, ConfigError, DownloadError
-from ced.model import checkpoints
-from ced.model.checkpoints import Checkpoint
+from ced.errors import CheckpointError, DownloadError
 from ced.model.download import download
-from ced.model.published import checked_config
-from ced.model.vit import CED, ModelConfig, Pooling
 from ced.progress import Progress, silent
-from ced.sound.labels import ClassTable, default_classes
 
-TINY = ModelConfig(embed_dim=192, num_heads=3)
-MINI = ModelConfig(embed_dim=256, num_heads=4)
-SMALL = ModelConfig(embed_dim=384, num_heads=6)
-BASE = ModelConfig(embed_dim=768, num_heads=12)
+HUB = "https://huggingface.co"  # $HF_ENDPOINT stands for it
 
 
 @dataclass(frozen=True)
@@ -27,32 +18,55 @@ class Entry:
     """One published model."""
 
     name: str
-    config: ModelConfig
+    width: int
+    heads: int
+    params: float  # millions
     url: str
     file: str  # its name in the cache
-    params: float  # millions
     map: float | None  # mAP on AudioSet's evaluation set as published, percent; None: not a tagger yet
     note: str
+    hub: str | None  # the repository of its ONNX graph, if one is published
     licence: str = "CC BY 4.0"
     sha256: str | None = None
 
+    @property
+    def onnx_file(self) -> str:
+        """The name of its ONNX graph in the cache."""
+        return f"{self.name}.onnx"
+
+    @property
+    def onnx_url(self) -> str | None:
+        """The address of its ONNX graph; None: no one is published."""
+        endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+        return None if self.hub is None else f"{endpoint}/{self.hub}/resolve/main/model.onnx"
+
+
+_TINY, _MINI, _SMALL, _BASE = (192, 3, 5.5), (256, 4, 9.6), (384, 6, 22.0), (768, 12, 86.0)  # width, heads, params
 
 _DISTILLED = "distilled from an ensemble of five teachers"
-_PRETRAINED = "masked pre-training, where students start: its output layer is untrained"
+_MASKED = "masked pre-training, where students start: its output layer is untrained"
 _TEACHER = "the one released teacher"
 
+
+def _entry(
+    name: str, size: tuple[int, int, float], score: float | None, record: int, file: str, note: str, hub: str | None
+) -> Entry:
+    url = f"https://zenodo.org/records/{record}/files/{file}?download=1"
+    return Entry(name, *size, url=url, file=file, map=score, note=note, hub=hub)
+
+
 MODELS: Mapping[str, Entry] = {
-    name: Entry(name, config, f"https://zenodo.org/records/{record}/files/{file}?download=1", file, params, score, note)
-    for name, config, params, score, record, file, note in (
-        ("ced_tiny", TINY, 5.5, 48.1, 8275347, "audiotransformer_tiny_mAP_4814.pt", _DISTILLED),
-        ("ced_mini", MINI, 9.6, 49.0, 8275347, "audiotransformer_mini_mAP_4896.pt", _DISTILLED),
-        ("ced_small", SMALL, 22.0, 49.6, 8275347, "audiotransformer_small_mAP_4958.pt", _DISTILLED),
-        ("ced_base", BASE, 86.0, 50.0, 8275347, "audiotransformer_base_mAP_4999.pt", _DISTILLED),
-        ("audiotransformer_tiny", TINY, 5.5, None, 8275347, "audiotransformer_tiny_mae_as_10s.pt", _PRETRAINED),
-        ("audiotransformer_mini", MINI, 9.6, None, 8275347, "audiotransformer_mini_mae_as_10s.pt", _PRETRAINED),
-        ("audiotransformer_small", SMALL, 22.0, None, 8275347, "audiotransformer_small_mae_as_10s.pt", _PRETRAINED),
-        ("audiotransformer_base", BASE, 86.0, None, 8275347, "audiotransformer_base_mae_as_10s.pt", _PRETRAINED),
-        ("audiotransformer_base_4740", BASE, 86.0, 47.4, 7964975, "audiotransformer_base_mAP_47_40.pt", _TEACHER),
+    row[0]: _entry(*row)
+    for row in (
+        ("ced_tiny", _TINY, 48.1, 8275347, "audiotransformer_tiny_mAP_4814.pt", _DISTILLED, "mispeech/ced-tiny"),
+        ("ced_mini", _MINI, 49.0, 8275347, "audiotransformer_mini_mAP_4896.pt", _DISTILLED, "mispeech/ced-mini"),
+        ("ced_small", _SMALL, 49.6, 8275347, "audiotransformer_small_mAP_4958.pt", _DISTILLED, "mispeech/ced-small"),
+        ("ced_base", _BASE, 50.0, 8275347, "audiotransformer_base_mAP_4999.pt", _DISTILLED, "mispeech/ced-base"),
+        ("audiotransformer_tiny", _TINY, None, 8275347, "audiotransformer_tiny_mae_as_10s.pt", _MASKED, None),
+        ("audiotransformer_mini", _MINI, None, 8275347, "audiotransformer_mini_mae_as_10s.pt", _MASKED, None),
+        ("audiotransformer_small", _SMALL, None, 8275347, "audiotransformer_small_mae_as_10s.pt", _MASKED, None),
+        ("audiotransformer_base", _BASE, None, 8275347, "audiotransformer_base_mae_as_10s.pt", _MASKED, None),
+        ("audiotransformer_base_4740", _BASE, 47.4, 7964975, "audiotransformer_base_mAP_47_40.pt", _TEACHER, None),
     )
 }
 
@@ -70,106 +84,54 @@ def cache_dir() -> Path:
 
 
 def fetch(name: str, progress: Progress = silent) -> Path:
-    """Return the file of a published model, downloaded on first use.
+    """Return the weights of a published model, downloaded on first use.
 
     Raises:
         CheckpointError: no such name.
         DownloadError: the file is not in the cache and cannot be fetched.
     """
-    entry = _entry(name)
-    path = cache_dir() / entry.file
+    entry = entry_of(name)
+    return _in_cache(name, entry.url, cache_dir() / entry.file, entry.sha256, progress)
+
+
+def fetch_onnx(name: str, progress: Progress = silent) -> Path:
+    """Return the ONNX graph of a published model, downloaded on first use.
+
+    Raises:
+        CheckpointError: no such name, or no graph is published of it.
+        DownloadError: the file is not in the cache and cannot be fetched.
+    """
+    entry = entry_of(name)
+    if entry.onnx_url is None:
+        raise CheckpointError(f"no ONNX graph of {name} is published")
+    return _in_cache(name, entry.onnx_url, cache_dir() / entry.onnx_file, None, progress)
+
+
+def entry_of(name: str) -> Entry:
+    """Return the row of a published model.
+
+    Raises:
+        CheckpointError: no such name; the message says which there are.
+    """
+    if name not in MODELS:
+        raise CheckpointError(
+            f"no model and no file is called {name!r}{nearest(name, MODELS)}; published models: {', '.join(MODELS)}"
+        )
+    return MODELS[name]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message that asks for the known names like `name`; nothing if there are none."""
+    found = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def _in_cache(name: str, url: str, path: Path, sha256: str | None, progress: Progress) -> Path:
     try:
-        download(entry.url, path, sha256=entry.sha256, progress=progress)
+        download(url, path, sha256=sha256, progress=progress)
     except DownloadError as error:
         raise DownloadError(
             f"{name} is not in the cache ({path}) and not to be had: {error}; put the file there by hand, or pass the "
             "path of a local file instead of the name"
         ) from error
     return path
-
-
-def load_model(
-    name_or_path: str | Path,
-    *,
-    pooling: Pooling | None = None,
-    target_length: int | None = None,
-    progress: Progress = silent,
-) -> CED:
-    """Return a network in eval mode, with its class table as `.labels`, by published name or from a file or folder.
-
-    Args:
-        name_or_path: one of `list_models()`, or what `checkpoints.read` reads.
-        pooling: how tokens become scores; None keeps the checkpoint's own ("mean" in published files).
-        target_length: frames of one forward pass; None keeps the checkpoint's own.
-        progress: told of a download, in bytes.
-
-    Raises:
-        CheckpointError: neither a name nor a checkpoint, or weights that do not fit.
-        DownloadError: a file that is not in the cache and cannot be fetched.
-    """
-    return checkpoints.build(_read(name_or_path, progress), pooling=pooling, target_length=target_length)
-
-
-def create(
-    name: str,
-    *,
-    model_args: Mapping[str, Any],
-    pretrained: bool | str,
-    labels: ClassTable,
-    progress: Progress = silent,
-) -> CED:
-    """Return a network to be trained, in training mode.
-
-    Args:
-        name: a published name, or a checkpoint, whose size it has.
-        model_args: fields of `ModelConfig`, in place of that size's own.
-        pretrained: True starts from the weights of `name`, a string from those of another name or path, False from
-            fresh ones. The output layer is taken over only where its classes are those of `labels`.
-        labels: the classes to be learned.
-        progress: told of a download, in bytes.
-
-    Raises:
-        ConfigError: an unknown or contradictory argument.
-        CheckpointError: no such name, or weights that do not fit.
-        DownloadError: a file that is not in the cache and cannot be fetched.
-    """
-    config = MODELS[name].config if name in MODELS else _read(name, progress).config
-    model = CED(_adapted(config, model_args, labels), labels)
-    if pretrained is not False:
-        checkpoint = _read(name if pretrained is True else pretrained, progress)
-        theirs = checkpoint.labels or default_classes(checkpoint.config.outputdim)
-        checkpoints.load_state(model, checkpoint, head=checkpoint.has_head and theirs.names == labels.names)
-    return model
-
-
-def _read(name_or_path: str | Path, progress: Progress) -> Checkpoint:
-    if isinstance(name_or_path, str) and name_or_path in MODELS:
-        return checkpoints.read(fetch(name_or_path, progress))
-    path = Path(name_or_path).expanduser()
-    if not path.exists() and path.name == str(name_or_path) and not path.suffix:
-        _entry(path.name)  # more likely a name than a path: says which names there are
-    return checkpoints.read(path)
-
-
-def _entry(name: str) -> Entry:
-    if name not in MODELS:
-        raise CheckpointError(
-            f"no model and no file is called {name!r}{_nearest(name, MODELS)}; published models: {', '.join(MODELS)}"
-        )
-    return MODELS[name]
-
-
-def _adapted(config: ModelConfig, model_args: Mapping[str, Any], labels: ClassTable) -> ModelConfig:
-    """Return a size's configuration with some settings replaced, for the given classes."""
-    known = [field.name for field in fields(ModelConfig)]
-    for name in model_args:
-        if name not in known:
-            raise ConfigError(f"unknown model setting {name!r}{_nearest(name, known)}; known: {', '.join(known)}")
-    if model_args.get("outputdim", len(labels)) != len(labels):
-        raise ConfigError(f"outputdim is {model_args['outputdim']}, but there are {len(labels)} classes")
-    return checked_config({**asdict(config), **model_args, "outputdim": len(labels)})
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {' or '.join(found)}?" if found else ""

@@ -25,7 +25,7 @@ from ced.distill.viewstore import ViewStore
 from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, PackError, TrainingError
 from ced.model.checkpoints import average
-from ced.model.zoo import load_model
+from ced.model.loading import load_model
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = {"embed_dim": 32, "num_heads": 2, "depth": 2, "target_length": 112}

@@ -282,3 +282,35 @@ def test_several_processes_fetch_one_file_once(site: Site, tmp_path: Path) -> No
     assert [rank.exitcode for rank in ranks] == [0, 0, 0]
     assert site.asked == [None, "bytes=100000-"]
     assert (tmp_path / "model.pt").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_hub_tells_the_sha256_where_it_redirects(site: Site, tmp_path: Path, right: bool) -> None:
+    digest = hashlib.sha256(CONTENT if right else b"other").hexdigest()
+    hub = Site(headers={"Location": site.url, "X-Linked-Etag": f'"{digest}"'})
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            for name, value in hub.headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Keep the output of the tests clean."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/model.onnx"
+    site.cuts = [1_000]  # the rest is asked of the hub again
+    try:
+        if right:
+            download(url, tmp_path / "model.onnx")
+        else:
+            with pytest.raises(DownloadError, match=f"expected {digest}; removed"):
+                download(url, tmp_path / "model.onnx")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert left(tmp_path) == (["model.onnx"] if right else ["model.onnx.part.json"])
+    assert site.asked == [None, "bytes=1000-"]
