@@ -1,9 +1,10 @@
 """What a source of sound holds, block by block and as it is stored: files of any kind, bytes, streams, arrays."""
 
 import io
+import logging
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from ced.errors import AudioError
+from ced.sound.media import EXTRA, MEDIA_KINDS, Opened, is_address, is_installed, open_address, open_media
 from ced.sound.plainwav import plain_wav
 from ced.sound.whole import announces_length, is_cut
 
@@ -27,6 +29,8 @@ _MAX_CHANNELS = 1024  # as libsndfile; more of them are an array with its axes s
 _LEAST_READ = 1 << 16  # frames, for files that announce nothing
 _SLACK = 0.1  # seconds that a file may lack of its announced length: the ends of MP3 files are padded
 _FLAC_STEP = 4096  # frames; a fault loses the read it happens in, and a cut FLAC file is a fault
+
+_log = logging.getLogger(__name__)
 
 Source = str | os.PathLike[str] | bytes | BinaryIO | tuple[NDArray[Any], int]
 
@@ -51,11 +55,6 @@ class Sound:
     blocks: Iterator[NDArray[Any]]  # (t, channels), int16 or float32, finite; one at least and none empty
 
 
-_Opened = tuple[
-    int, int, Callable[[int], Iterator[NDArray[Any]]]
-]  # rate, channels, and what reads so many frames a block
-
-
 class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile ships no types
     """A sound file read from front to back: soundfile seeks after every read, which MP3 decoding does not survive."""
 
@@ -70,6 +69,8 @@ def opened(source: Source, block_seconds: float) -> Iterator[Sound]:
     with ExitStack() as stack:
         if isinstance(source, tuple):
             rate, channels, read = _open_array(source)
+        elif isinstance(source, str) and is_address(source):
+            rate, channels, read = open_address(source, stack)
         elif isinstance(source, str | os.PathLike):
             rate, channels, read = _open_path(os.fspath(source), name, stack)
         else:
@@ -78,7 +79,7 @@ def opened(source: Source, block_seconds: float) -> Iterator[Sound]:
         yield Sound(name, rate, channels, _checked_blocks(blocks, name, rate))
 
 
-def _open_path(path: str, name: str, stack: ExitStack) -> _Opened:
+def _open_path(path: str, name: str, stack: ExitStack) -> Opened:
     try:
         file = stack.enter_context(io.FileIO(path))
         status = os.fstat(file.fileno())
@@ -109,16 +110,25 @@ def _seekable(source: bytes | BinaryIO, name: str) -> BinaryIO:
     return io.BytesIO(source)
 
 
-def _open_file(file: BinaryIO, name: str, stack: ExitStack, path: str | bytes | None = None) -> _Opened:
+def _open_file(file: BinaryIO, name: str, stack: ExitStack, path: str | bytes | None = None) -> Opened:
     """Open a file with libsndfile, by its path if it has one, which is faster."""
     cut = is_cut(file)
     try:
         sound = stack.enter_context(_ForwardFile(path or file))
     except soundfile.LibsndfileError as error:
-        raise AudioError(f"cannot decode {name}: {_reason(error)}; readable are whole files of {_KINDS}") from error
+        if (media := open_media(file, name, cut, stack)) is not None:
+            return media
+        more = f", {MEDIA_KINDS}" if is_installed() else f"; {EXTRA} brings {MEDIA_KINDS}"
+        message = f"cannot decode {name}: {_reason(error)}; readable are whole files of {_KINDS}{more}"
+        raise AudioError(message) from error
     except TypeError as error:  # soundfile wants to be told what headerless files (.raw) hold
         raise AudioError(f"cannot decode {name}: it has no header; readable are {_KINDS}") from error
-    announced = sound.frames if sound.format != "MP3" or announces_length(file) else 0
+    announced = sound.frames
+    if sound.format == "MP3" and not announces_length(file):
+        if (media := open_media(file, name, cut, stack)) is not None:
+            return media
+        _log.warning("%s does not say how long it is, so its end may be missing; %s reads it whole", name, EXTRA)
+        announced = 0
     return sound.samplerate, sound.channels, partial(_file_blocks, sound, name, announced, cut)
 
 
@@ -165,7 +175,7 @@ def _file_blocks(
         raise AudioError(f"{name} is cut short: it breaks off after {found:.2f} s{of}") from fault
 
 
-def _open_array(source: tuple[NDArray[Any], int]) -> _Opened:
+def _open_array(source: tuple[NDArray[Any], int]) -> Opened:
     expected = "expected (samples, rate) with samples (t,) or (t, channels) and rate in hertz"
     if len(source) != 2 or not isinstance(source[1], Integral) or source[1] < 1:
         kinds = ", ".join(type(part).__name__ for part in source)
@@ -184,14 +194,14 @@ def _open_array(source: tuple[NDArray[Any], int]) -> _Opened:
 
 def _array_blocks(samples: NDArray[Any], frames: int) -> Iterator[NDArray[Any]]:
     for start in range(0, len(samples), frames):
-        block = samples[start : start + frames]
-        yield block if block.dtype == np.int16 else to_float(block)
+        yield samples[start : start + frames]
 
 
 def _checked_blocks(blocks: Iterator[NDArray[Any]], name: str, rate: int) -> Iterator[NDArray[Any]]:
-    """Pass blocks on, unless there is none or a sample is not a number."""
+    """Pass blocks on as int16 or float32, unless there is none or a sample is not a number."""
     done = 0
-    for block in blocks:
+    for decoded in blocks:
+        block = decoded if decoded.dtype == np.int16 else to_float(decoded)
         if block.dtype == np.float32 and not np.isfinite(block).all():
             place = done + int(np.isfinite(block).all(axis=1).argmin())
             raise AudioError(f"{name} has samples that are not finite numbers, the first at {place / rate:.3f} s")

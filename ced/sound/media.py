@@ -1,0 +1,182 @@
+"""Sound that libsndfile does not read: MP4, M4A, WebM and other containers, and http(s) addresses (PyAV)."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ced.errors import AudioError
+
+if TYPE_CHECKING:
+    from av import AudioFrame
+    from av.container import InputContainer
+
+MEDIA_SUFFIXES = frozenset(
+    {".m4a", ".m4b", ".mp4", ".mov", ".3gp", ".aac", ".webm", ".weba", ".mkv", ".mka"}
+    | {".wma", ".wmv", ".avi", ".ac3", ".amr", ".mp2", ".ts", ".mpg", ".mpeg", ".flv", ".ape", ".wv", ".tta"}
+)
+MEDIA_KINDS = "M4A, MP4, AAC, WebM, MKV, WMA, AVI"
+EXTRA = "`pip install 'ced[media]'`"
+Opened = tuple[
+    int, int, Callable[[int], Iterator[NDArray[Any]]]
+]  # rate, channels, and what reads so many frames a block
+
+_PATIENCE = 30.0  # seconds for a server to answer, and for each read
+_SCHEMES = ("http://", "https://")
+
+_log = logging.getLogger(__name__)
+
+
+def is_installed() -> bool:
+    """Return whether PyAV is there."""
+    return find_spec("av") is not None
+
+
+def is_address(name: str) -> bool:
+    """Return whether a name is an http(s) address."""
+    return name.lower().startswith(_SCHEMES)
+
+
+def open_address(address: str, stack: ExitStack) -> Opened:
+    """Open the first sound track behind an http(s) address, as it arrives.
+
+    Args:
+        address: where.
+        stack: closes what is opened.
+
+    Returns:
+        its rate, channels, and blocks (t, channels) as decoded, about as long as is asked for.
+
+    Raises:
+        AudioError: PyAV is not installed, the address cannot be read, or there is no sound; by the blocks: it breaks
+            off.
+    """
+    if not is_installed():
+        raise AudioError(f"cannot read {address}: addresses need PyAV, which {EXTRA} brings")
+    import av
+
+    try:
+        container = stack.enter_context(av.open(address, "r", options=_network_options(), timeout=_PATIENCE))
+    except av.FFmpegError as error:
+        raise AudioError(f"cannot read {address}: {_reason(error)}") from error
+    return _open_track(container, address, False)
+
+
+def open_media(file: BinaryIO, name: str, cut: bool, stack: ExitStack) -> Opened | None:
+    """Open the first sound track of a file.
+
+    Args:
+        file: can be moved about in.
+        name: what messages call it.
+        cut: it is known to be cut short.
+        stack: closes what is opened.
+
+    Returns:
+        as `open_address`; None if PyAV is not installed, or does not know this kind of file.
+
+    Raises:
+        AudioError: there is no sound in it; by the blocks: it breaks off.
+    """
+    if not is_installed():
+        return None
+    import av
+
+    file.seek(0)
+    try:  # without any protocol, a playlist cannot lead to other files or into the network
+        container = stack.enter_context(av.open(file, "r", options={"protocol_whitelist": "none"}))
+    except av.FFmpegError:
+        return None
+    return _open_track(container, name, cut)
+
+
+def _network_options() -> dict[str, str]:
+    import ssl
+
+    options = {"protocol_whitelist": "http,https,httpproxy,tcp,tls,crypto,data", "tls_verify": "1"}
+    certificates = ssl.get_default_verify_paths().cafile
+    return options if certificates is None else {**options, "ca_file": certificates}
+
+
+def _open_track(container: "InputContainer", name: str, cut: bool) -> Opened:
+    if not container.streams.audio:
+        raise AudioError(f"{name} has no sound track")
+    frames = _frames(container, name, cut)
+    first = next(frames, None)
+    if first is None:
+        raise AudioError(f"{name} holds no samples")
+    # The first frame decides, not the header: that of an HE-AAC track gives half its rate.
+    return first.sample_rate, first.layout.nb_channels, partial(_blocks, first, frames, name)
+
+
+def _frames(container: "InputContainer", name: str, cut: bool) -> Iterator["AudioFrame"]:
+    """Decode the first sound track; packets that cannot be decoded are left out, with a warning.
+
+    If nothing decodes behind such a packet, or the reading fails, the sound breaks off there: an error. Gaps in the
+    timestamps are ignored: the sound is what the frames hold, end to end.
+    """
+    import av
+
+    track = container.streams.audio[0]
+    track.codec_context.thread_count = 1  # several files are read at once
+    faults, found, seconds = 0, False, 0.0
+    last: Exception | None = None
+    try:
+        for packet in container.demux(track):
+            try:
+                frames = packet.decode()
+            except av.FFmpegError as error:
+                faults, last = faults + 1, error
+                continue
+            for frame in frames:
+                if frame.samples:
+                    found, last = True, None
+                    seconds += frame.samples / frame.sample_rate
+                    yield frame
+    except av.FFmpegError as error:
+        last, cut = error, True
+    if last is not None and not found:
+        raise AudioError(f"cannot decode {name}: {_reason(last)}") from last
+    # Behind the sound of an MP3 file tags of many kinds may follow, which nothing announces.
+    if cut or (last is not None and container.format.name != "mp3"):
+        raise AudioError(f"{name} is cut short: it breaks off after {seconds:.2f} s") from last
+    if faults:
+        _log.warning("%s has %d packets that cannot be decoded; they are left out", name, faults)
+
+
+def _blocks(first: "AudioFrame", frames: Iterator["AudioFrame"], name: str, size: int) -> Iterator[NDArray[Any]]:
+    """Join frames to blocks of `size` samples, as far as whole frames make them."""
+    parts, held = [_samples(first)], first.samples
+    form = (first.sample_rate, first.layout.nb_channels)
+    try:
+        for frame in frames:
+            if held >= size:
+                yield np.concatenate(parts)
+                parts, held = [], 0
+            if (now := (frame.sample_rate, frame.layout.nb_channels)) != form:
+                raise AudioError(f"{name} changes from {form[1]} channels at {form[0]} Hz to {now[1]} at {now[0]} Hz")
+            parts.append(_samples(frame))
+            held += frame.samples
+    except AudioError:
+        if parts:
+            yield np.concatenate(parts)
+        raise
+    yield np.concatenate(parts)
+
+
+def _samples(frame: "AudioFrame") -> NDArray[Any]:
+    """Return the samples of a frame, (t, channels), whichever way they lie in it."""
+    samples: NDArray[Any] = frame.to_ndarray()
+    return samples.T if frame.format.is_planar else samples.reshape(-1, frame.layout.nb_channels)
+
+
+def _reason(error: Exception) -> str:
+    """Return what FFmpeg says, without its number and without the name once more."""
+    reason = getattr(error, "strerror", None) or str(error)
+    if reason == "Immediate exit requested":  # what a timeout comes to
+        return f"no answer within {_PATIENCE:g} s"
+    return " ".join(reason.split())

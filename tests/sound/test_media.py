@@ -1,0 +1,218 @@
+import io
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from ced.errors import AudioError
+from ced.sound.audio import SAMPLE_RATE, load, load_stored, stream
+
+av: Any = pytest.importorskip("av")
+
+SECONDS = 3.0
+KINDS = [  # suffix, container, codec, rate
+    (".m4a", "ipod", "aac", 44_100),
+    (".mp4", "mp4", "aac", 48_000),
+    (".webm", "webm", "libopus", 48_000),
+    (".avi", "avi", "mp2", 44_100),
+    (".ac3", "ac3", "ac3", 48_000),
+    (".aac", "adts", "aac", 22_050),
+]
+
+
+def tones(rate: int, seconds: float = SECONDS) -> NDArray[np.float32]:
+    """Return two channels, (2, t): 440 Hz on the left, silence on the right."""
+    time = np.arange(round(seconds * rate)) / rate
+    return np.stack([0.4 * np.sin(2 * np.pi * 440 * time), 0.0 * time]).astype(np.float32)
+
+
+def write(path: Path, container: str, codec: str, rate: int, samples: NDArray[np.float32]) -> Path:
+    """Encode two channels, (2, t)."""
+    options = {"movflags": "faststart"} if container in ("ipod", "mp4") else {}
+    with av.open(str(path), "w", format=container, options=options) as out:
+        track = out.add_stream(codec, rate=rate)
+        track.layout = "stereo"
+        kind, size = track.codec_context.format.name, track.codec_context.frame_size or 1024
+        for start in range(0, samples.shape[1], size):
+            part = samples[:, start : start + size]
+            if kind.startswith("s16"):
+                part = (part * 32767).astype(np.int16)
+            if not kind.endswith("p"):
+                part = part.T.reshape(1, -1)
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(part), kind, "stereo")
+            frame.rate, frame.pts = rate, start
+            out.mux(track.encode(frame))
+        out.mux(track.encode(None))
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("media")
+    return {
+        suffix: write(folder / f"tone{suffix}", container, codec, rate, tones(rate))
+        for suffix, container, codec, rate in KINDS
+    }
+
+
+@pytest.mark.parametrize(("suffix", "container", "codec", "rate"), KINDS)
+def test_kinds(files: dict[str, Path], suffix: str, container: str, codec: str, rate: int) -> None:
+    path = files[suffix]
+    wave = load(path)
+    assert wave.dtype == np.float32
+    assert abs(len(wave) / SAMPLE_RATE - SECONDS) < 0.1
+    # One channel of two at 0.4: their mean is at 0.2, not 3 dB above.
+    middle = wave[SAMPLE_RATE : 2 * SAMPLE_RATE]
+    assert pytest.approx(float(np.sqrt(np.mean(middle**2))), rel=0.02) == 0.2 / 2**0.5
+    assert np.argmax(np.abs(np.fft.rfft(middle))) == 440
+    for seconds in (0.1, 1.0, 60.0):
+        np.testing.assert_array_equal(np.concatenate(list(stream(path, seconds))), wave)
+    np.testing.assert_array_equal(load(path.read_bytes()), wave)
+    both = load_stored(path, stereo=True)
+    assert both.shape == (len(wave), 2)
+    np.testing.assert_allclose(both.mean(axis=1), wave, atol=1e-6)
+    with av.open(str(path)) as decoded:
+        frames = [frame.to_ndarray() for frame in decoded.decode(audio=0)]
+    expected = np.concatenate([frame if len(frame) == 2 else frame.reshape(-1, 2).T for frame in frames], axis=1)
+    if expected.dtype == np.int16:
+        expected = expected / np.float32(32768)
+    np.testing.assert_allclose(wave, soxr.resample(expected.mean(axis=0), rate, SAMPLE_RATE, "HQ"), atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".m4a", ".mp4", ".webm", ".avi", ".aac"])
+def test_cut_short(files: dict[str, Path], tmp_path: Path, suffix: str) -> None:
+    data = files[suffix].read_bytes()
+    half = tmp_path / f"half{suffix}"
+    half.write_bytes(data[: len(data) // 2])
+    blocks: list[NDArray[np.float32]] = []
+    with pytest.raises(AudioError, match=rf"half{suffix} is cut short: it breaks off after 1\.\d\d s"):
+        blocks.extend(stream(half, 0.3))
+    wave = np.concatenate(blocks)
+    np.testing.assert_allclose(wave[:16_000], load(files[suffix])[:16_000], atol=1e-5)
+    with pytest.raises(AudioError, match="half"):
+        half.write_bytes(data[:40])
+        load(half)
+
+
+def test_a_picture_has_no_sound(tmp_path: Path) -> None:
+    path = tmp_path / "silent.mp4"
+    with av.open(str(path), "w") as out:
+        track = out.add_stream("mpeg4", rate=10)
+        track.width = track.height = 16
+        for _ in range(3):
+            frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8))
+            out.mux(track.encode(frame))
+        out.mux(track.encode(None))
+    with pytest.raises(AudioError, match=r"silent\.mp4 has no sound track"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "playlist",
+    ["#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:3,\n{}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile {}\n"],
+)
+def test_a_playlist_leads_nowhere(files: dict[str, Path], playlist: str) -> None:
+    path = files[".m4a"].with_name("list.m3u8")
+    path.write_text(playlist.format(files[".m4a"].name))
+    with pytest.raises(AudioError, match="cannot decode .*: Format not recognised; readable are .*, M4A, MP4"):
+        load(path)
+
+
+def test_a_variable_mp3_without_a_header_is_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """libsndfile takes the first frames' bit rate for that of all, and stops where the file would end then."""
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 44_100 * 4)
+    path = tmp_path / "vbr.mp3"
+    with soundfile.SoundFile(
+        path, "w", 44_100, 1, format="MP3", bitrate_mode="VARIABLE", compression_level=0.5
+    ) as file:
+        for samples in (noise, np.zeros(44_100 * 16)):
+            file.write(samples)
+    data = path.read_bytes()
+    path.write_bytes(data[data.index(b"\xff\xfb", 4) :])  # without the first frame, which holds the header
+    wave = load(path)
+    assert 19.9 < len(wave) / SAMPLE_RATE < 20.2
+    assert not caplog.records
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert len(load(path)) / SAMPLE_RATE < 15
+    assert "vbr.mp3 does not say how long it is, so its end may be missing; `pip install 'ced[media]'`" in caplog.text
+
+
+def test_without_pyav_the_extra_is_named(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(
+        AudioError, match=r"tone.m4a: Format not recognised; .* `pip install 'ced\[media\]'` brings M4A"
+    ):
+        load(files[".m4a"])
+    with pytest.raises(
+        AudioError, match=r"cannot read http://x/a: addresses need PyAV, which `pip install 'ced\[media\]'"
+    ):
+        load("http://x/a")
+
+
+class Site:
+    """A web server on this machine."""
+
+    def __init__(self, pages: dict[str, bytes], lost: int = 0) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                page = pages.get(self.path)
+                if page is None:
+                    self.send_error(404)
+                    return
+                first = int((self.headers["Range"] or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {first}-{len(page) - 1}/{len(page)}")
+                self.send_header("Content-Length", str(len(page) - first))
+                self.end_headers()
+                self.wfile.write(page[first : len(page) - lost])
+
+            def log_message(self, *words: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def site(files: dict[str, Path]) -> Iterator[str]:
+    pages = {f"/{path.name}": path.read_bytes() for path in files.values()}
+    sound = io.BytesIO()
+    soundfile.write(sound, tones(8_000).T, 8_000, format="WAV")
+    pages["/tone.wav"] = sound.getvalue()
+    made = Site(pages)
+    yield made.url
+    made.server.shutdown()
+
+
+@pytest.mark.parametrize("suffix", [".m4a", ".webm", ".aac"])
+def test_an_address(files: dict[str, Path], site: str, suffix: str) -> None:
+    np.testing.assert_array_equal(load(f"{site}/tone{suffix}"), load(files[suffix]))
+
+
+def test_an_address_of_a_file_that_libsndfile_reads(site: str) -> None:
+    expected = tones(8_000).mean(axis=0)
+    stored = np.round(expected * 32768) / 32768
+    np.testing.assert_allclose(load(f"{site}/tone.wav"), soxr.resample(stored, 8_000, SAMPLE_RATE, "HQ"), atol=1e-4)
+
+
+def test_an_address_that_leads_nowhere(site: str) -> None:
+    with pytest.raises(AudioError, match=f"^cannot read {site}/none.mp3: Server returned 404 Not Found$"):
+        load(f"{site}/none.mp3")
+
+
+def test_an_address_that_breaks_off(files: dict[str, Path]) -> None:
+    made = Site({"/tone.webm": files[".webm"].read_bytes()}, lost=10_000)
+    with pytest.raises(AudioError, match=r"tone\.webm is cut short: it breaks off after [12]\.\d\d s"):
+        load(f"{made.url}/tone.webm")
+    made.server.shutdown()
