@@ -16,6 +16,7 @@ class Scored:
     start: float  # seconds
     end: float
     probs: NDArray[np.float32]  # (c,)
+    silent: bool = False  # not scored: its probabilities are 0
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,9 @@ class Selection:
         return Tag(self.labels.names[index], index if index < self._own else None, mid, prob)
 
     def tags(self, scored: Scored) -> Tags:
-        """Return the tags of a piece, most probable first."""
+        """Return the tags of a piece, most probable first; a silent one has none."""
+        if scored.silent:
+            return Tags(scored.start, scored.end, ())
         probs = self.probs(scored.probs)
         shown = self._chosen if self.thresholds is None else np.flatnonzero(self.reached(scored.probs))
         best = shown[np.argsort(-probs[shown], kind="stable")[: self.top_k]]

@@ -2,52 +2,49 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from threading import Semaphore
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ced.errors import CheckpointError, ConfigError
+from ced.errors import AudioError, CheckpointError, ConfigError
 from ced.progress import Progress, silent
 from ced.sound import audio
+from ced.sound.audio import Window
 from ced.sound.labels import ClassTable
+from ced.tag.records import Scored, Tags
+from ced.tag.select import Selection
 
 if TYPE_CHECKING:
     from ced.model.vit import CED
 
 DEFAULT_MODEL = "ced_mini"
+COLUMN_SECONDS = 0.16  # what one column of patches hears: 16 frames of 10 ms
+_AHEAD = 2  # windows that wait for each thread
+
+Waves = NDArray[np.float32]
+T = TypeVar("T")
 
 
 class Scorer(Protocol):
-    """Anything that scores waves: a network behind an adapter, another runtime, a function with a class table."""
+    """Anything that scores waves: a graph, a network behind an adapter, a function with a class table.
+
+    What also has `embed` and `columns`, as `ced.model.onnx.OnnxModel` does, gives embeddings and fine timelines too.
+    """
 
     @property
     def labels(self) -> ClassTable:
         """The classes, in the order of the scores."""
 
-    def __call__(self, waves: NDArray[np.float32], /) -> NDArray[np.float32]:
+    def __call__(self, waves: Waves, /) -> NDArray[np.float32]:
         """Return the probability of each class, (b, t) 16 kHz in [-1, 1] -> (b, c)."""
-
-
-@dataclass(frozen=True)
-class Tag:
-    """A class that a window was tagged with."""
-
-    label: str
-    index: int  # in the model's class table
-    prob: float
-
-
-@dataclass(frozen=True)
-class Tags:
-    """The most probable classes of one window, best first."""
-
-    start: float  # seconds
-    end: float
-    tags: tuple[Tag, ...]
 
 
 class TorchScorer:
@@ -61,7 +58,7 @@ class TorchScorer:
         """The classes, in the order of the scores."""
         return self.network.labels
 
-    def __call__(self, waves: NDArray[np.float32], /) -> NDArray[np.float32]:
+    def __call__(self, waves: Waves, /) -> NDArray[np.float32]:
         """Return the probability of each class, (b, t) -> (b, c)."""
         import torch
 
@@ -71,11 +68,30 @@ class TorchScorer:
         return probs
 
 
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """What a model remembers of a sound."""
+
+    starts: NDArray[np.float64]  # (w,) seconds
+    ends: NDArray[np.float64]
+    vectors: NDArray[np.float32]  # (w, d), one a window
+
+    @property
+    def clip(self) -> NDArray[np.float32]:
+        """The sound as a whole, (d,): the mean of its windows, each as heavy as it is long."""
+        mean: NDArray[np.float32] = np.average(self.vectors, axis=0, weights=self.ends - self.starts).astype(np.float32)
+        return mean
+
+
 class Tagger:
     """Tags sounds with a model.
 
+    Each window is scored on its own, so a window's scores depend on nothing but the window.
+
     Args:
-        model: a model name, a checkpoint (file or experiment folder), a torch network, or any `Scorer`.
+        model: a model name, an ONNX file, a checkpoint (file or experiment folder), a torch network, or any `Scorer`.
+        jobs: windows scored at a time, each in one thread; two threads with a window each do more than two threads
+            on one window.
         progress: told of a download, if the named model needs one.
 
     Raises:
@@ -83,14 +99,21 @@ class Tagger:
     """
 
     def __init__(
-        self, model: str | os.PathLike[str] | CED | Scorer = DEFAULT_MODEL, progress: Progress = silent
+        self,
+        model: str | os.PathLike[str] | CED | Scorer = DEFAULT_MODEL,
+        *,
+        jobs: int = 1,
+        progress: Progress = silent,
     ) -> None:
         if isinstance(model, str | os.PathLike):
-            from ced.model.zoo import load_model
+            from ced.model.onnx import open_model
 
-            model = load_model(os.fspath(model), progress=progress)
+            model = open_model(model, progress=progress)
         # A torch network is known by its method `probs`: torch itself need not be there to ask.
         self.scorer: Scorer = TorchScorer(cast("CED", model)) if hasattr(model, "probs") else model
+        self._jobs = jobs
+        self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="scorer") if jobs > 1 else None
+        self._room = Semaphore(_AHEAD * jobs)  # bounds the waves in memory, however many sounds are read at once
 
     @property
     def labels(self) -> ClassTable:
@@ -114,26 +137,132 @@ class Tagger:
             AudioError: the sound cannot be read; raised when the iteration comes to the place.
             ConfigError: `top_k`, `window` or `hop` is not positive.
         """
-        for name, value in (("top_k", top_k), ("window", window), ("hop", hop)):
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} is {value}; it must be above 0")
-        return self._timeline(source, top_k, window, hop)
+        selection = Selection(self.labels, top_k=top_k)
+        return map(selection.tags, self.score(source, window=window, hop=hop))
 
-    def _timeline(self, source: audio.Source, top_k: int, window: float, hop: float | None) -> Iterator[Tags]:
-        for piece in audio.windows(source, window, hop):
-            yield Tags(piece.start, piece.end, self._best(self._score(piece.wave), top_k))
+    def score(
+        self,
+        source: audio.Source,
+        *,
+        window: float = 10.0,
+        hop: float | None = None,
+        columns: bool = False,
+        silence: float | None = None,
+    ) -> Iterator[Scored]:
+        """Score a sound window by window.
 
-    def _score(self, wave: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Score one wave, (t,) -> (c,)."""
-        scores = self.scorer(wave[None])
-        if scores.shape != (1, len(self.labels)):
-            raise CheckpointError(
-                f"the model answers one wave with scores of shape {scores.shape}; its class table asks for"
-                f" (1, {len(self.labels)})"
-            )
-        row: NDArray[np.float32] = scores[0]
-        return row
+        Args:
+            source: path, bytes, binary file, or (array, rate).
+            window: seconds.
+            hop: seconds from one window's start to the next; None: windows lie end to end.
+            columns: score every 0.16 s of a window instead of the whole of it; windows then lie end to end.
+            silence: windows of a lower level (root mean square, in dB of full scale, so below 0) are not scored.
 
-    def _best(self, probs: NDArray[np.float32], top_k: int) -> tuple[Tag, ...]:
-        order = np.argsort(-probs, kind="stable")[:top_k]
-        return tuple(Tag(self.labels.names[index], int(index), float(probs[index])) for index in order)
+        Raises:
+            AudioError: the sound cannot be read; raised when the iteration comes to the place.
+            CheckpointError: the model cannot score columns.
+            ConfigError: `window` or `hop` is not positive, or `hop` is given with `columns`.
+        """
+        _check_lengths(window, hop)
+        if columns and hop is not None:
+            raise ConfigError(f"hop is {hop}; the columns of overlapping windows would be scored twice")
+        answer = self._answerer("columns" if columns else "__call__", (1, len(self.labels)))
+        nothing = np.zeros(len(self.labels), np.float32)
+
+        def score(piece: Window) -> list[Scored]:
+            if silence is not None and _level(piece.wave) < silence:
+                return [Scored(piece.start, piece.end, nothing, silent=True)]
+            (probs,) = answer(piece.wave)
+            return list(_columns(piece, probs)) if columns else [Scored(piece.start, piece.end, probs)]
+
+        scored = self._ahead(audio.windows(source, window, hop), score)
+        return (one for several in scored for one in several)
+
+    def embed(self, source: audio.Source, *, window: float = 10.0, hop: float | None = None) -> Embedding:
+        """Return a vector for each window of a sound: the mean of its tokens, from which the model scores.
+
+        Args:
+            source: path, bytes, binary file, or (array, rate).
+            window: seconds.
+            hop: seconds from one window's start to the next; None: windows lie end to end.
+
+        Raises:
+            AudioError: the sound cannot be read.
+            CheckpointError: the model gives no embeddings.
+            ConfigError: `window` or `hop` is not positive.
+        """
+        _check_lengths(window, hop)
+        answer = self._answerer("embed", (1,))
+        found = list(
+            self._ahead(audio.windows(source, window, hop), lambda piece: (piece.start, piece.end, answer(piece.wave)))
+        )
+        starts, ends, vectors = zip(*found, strict=True)
+        return Embedding(np.array(starts), np.array(ends), np.concatenate(vectors))
+
+    def _answerer(self, method: str, shape: tuple[int, ...]) -> Callable[[Waves], NDArray[np.float32]]:
+        """Return what asks the scorer about one wave, (t,), and checks that the answer fits the class table."""
+        ask = getattr(self.scorer, method, None)
+        if ask is None:
+            raise CheckpointError(f"a {type(self.scorer).__name__} has no {method}; an exported ONNX file has")
+        classes = len(self.labels)
+
+        def answer(wave: Waves) -> NDArray[np.float32]:
+            found: NDArray[np.float32] = ask(wave[None])
+            if len(found) != 1 or (method != "embed" and found.shape[-1] != classes):
+                raise CheckpointError(
+                    f"the model answers one wave with scores of shape {found.shape}; its class table asks for"
+                    f" (1, {classes})"
+                )
+            return found
+
+        return answer
+
+    def _ahead(self, pieces: Iterable[Window], work: Callable[[Window], T]) -> Iterator[T]:
+        """Do the work of windows in several threads, and yield the results in order.
+
+        If reading fails, the windows before the fault come out first.
+        """
+        if self._pool is None:
+            yield from map(work, pieces)
+            return
+        waiting: deque[Future[T]] = deque()
+        pieces = iter(pieces)
+        fault: AudioError | None = None
+        while fault is None:
+            try:
+                piece = next(pieces, None)
+            except AudioError as error:
+                fault = error
+                break
+            if piece is None:
+                break
+            self._room.acquire()
+            future = self._pool.submit(work, piece)
+            future.add_done_callback(lambda _: self._room.release())
+            waiting.append(future)
+            while waiting and (waiting[0].done() or len(waiting) > _AHEAD * self._jobs):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+        if fault is not None:
+            raise fault
+
+
+def _check_lengths(window: float, hop: float | None) -> None:
+    for name, value in (("window", window), ("hop", hop)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"the {name} is {value} s; it must be above 0")
+
+
+def _level(wave: Waves) -> float:
+    """Return the level of a wave (t,) in dB below full scale."""
+    power = float(np.mean(np.square(wave, dtype=np.float64)))
+    return 10.0 * math.log10(power) if power > 0 else -math.inf
+
+
+def _columns(piece: Window, probs: NDArray[np.float32]) -> Iterator[Scored]:
+    """Yield the columns of a window, (columns, c); a rest of the sound that fills no column is part of the last."""
+    for number, row in enumerate(probs):
+        start = piece.start + number * COLUMN_SECONDS
+        last = number + 1 == len(probs)
+        yield Scored(start, piece.end if last else start + COLUMN_SECONDS, row)

@@ -12,7 +12,8 @@ from ced.errors import AudioError, CheckpointError, ConfigError
 from ced.model import checkpoints
 from ced.model.vit import CED, ModelConfig
 from ced.sound.labels import ClassTable
-from ced.tag.tagger import Tag, Tagger, TorchScorer
+from ced.tag.records import Tag, Tags
+from ced.tag.tagger import Tagger, TorchScorer
 
 RATE = 16_000
 
@@ -31,6 +32,17 @@ class Levels:
         return np.stack([mean, 1 - mean, np.full_like(mean, 0.5)], axis=1)
 
 
+class Fine(Levels):
+    """Scores columns of 2,560 samples, too, and remembers a wave by its length and its mean."""
+
+    def columns(self, waves: NDArray[np.float32], /) -> NDArray[np.float32]:
+        whole = waves[:, : waves.shape[1] // 2560 * 2560].reshape(len(waves), -1, 2560)
+        return np.stack([self(column) for column in whole])
+
+    def embed(self, waves: NDArray[np.float32], /) -> NDArray[np.float32]:
+        return np.stack([np.full(len(waves), waves.shape[1]), waves.mean(1)], axis=1).astype(np.float32)
+
+
 def small_network() -> CED:
     torch.manual_seed(0)
     config = ModelConfig(embed_dim=32, num_heads=2, depth=1, outputdim=4, target_length=112)
@@ -41,9 +53,9 @@ def test_windows_are_tagged_best_first() -> None:
     wave = np.concatenate([np.full(RATE, 0.75, np.float32), np.full(RATE // 2, 0.25, np.float32)])
     first, second = Tagger(Levels()).tag((wave, RATE), top_k=2, window=1.0)
     assert (first.start, first.end) == (0.0, 1.0)
-    assert first.tags == (Tag("high", 0, 0.75), Tag("middle", 2, 0.5))
+    assert first.tags == (Tag("high", 0, None, 0.75), Tag("middle", 2, None, 0.5))
     assert (second.start, second.end) == (1.0, 1.5)
-    assert second.tags == (Tag("low", 1, 0.75), Tag("middle", 2, 0.5))
+    assert second.tags == (Tag("low", 1, None, 0.75), Tag("middle", 2, None, 0.5))
 
 
 def test_short_sounds_and_tails_are_scored_at_their_own_length() -> None:
@@ -101,10 +113,79 @@ def test_a_file_sounds_the_same_as_its_bytes_and_samples(tmp_path: Path) -> None
     assert by_path == by_bytes == by_samples
 
 
-@pytest.mark.parametrize("wrong", [{"top_k": 0}, {"window": 0.0}, {"window": float("nan")}, {"hop": -1.0}])
+@pytest.mark.parametrize("wrong", [{"window": 0.0}, {"window": float("nan")}, {"hop": -1.0}])
 def test_numbers_that_make_no_sense_are_refused_at_once(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="must be above 0"):
         Tagger(Levels()).tag("never-opened.wav", **wrong)  # type: ignore[arg-type]
+
+
+def test_scores_are_of_all_classes() -> None:
+    (scored,) = Tagger(Levels()).score((np.full(100, 0.25, np.float32), RATE))
+    assert (scored.start, scored.end) == (0.0, 100 / RATE)
+    assert scored.probs.tolist() == [0.25, 0.75, 0.5]
+
+
+def test_columns_are_scored_every_sixth_of_a_second() -> None:
+    wave = np.repeat(np.array([0.0, 0.25, 0.5, 0.75], np.float32), 2560)
+    wave = np.concatenate([wave, np.zeros(1000, np.float32)])
+    scored = list(Tagger(Fine()).score((wave, RATE), window=0.32, columns=True))
+    assert [(round(one.start, 4), round(one.end, 4)) for one in scored[:4]] == [
+        (0.0, 0.16),
+        (0.16, 0.32),
+        (0.32, 0.48),
+        (0.48, 0.64),
+    ]
+    assert [float(one.probs[0]) for one in scored[:4]] == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_columns_need_a_model_that_has_them_and_windows_end_to_end() -> None:
+    sound = (np.zeros(100, np.float32), RATE)
+    with pytest.raises(CheckpointError, match="a Levels has no columns"):
+        Tagger(Levels()).score(sound, columns=True)
+    with pytest.raises(ConfigError, match="twice"):
+        Tagger(Fine()).score(sound, columns=True, hop=1.0)
+
+
+def test_silent_windows_are_not_scored_and_have_no_tags() -> None:
+    scorer = Levels()
+    tone = 0.1 * np.sin(np.arange(RATE, dtype=np.float32))  # -23 dB
+    wave = np.concatenate([tone, tone / 100, np.zeros(RATE, np.float32)])
+    scored = list(Tagger(scorer).score((wave, RATE), window=1.0, silence=-60.0))
+    assert len(scorer.lengths) == 1
+    assert scored[0].probs.any()
+    assert not scored[1].probs.any()
+    assert not scored[2].probs.any()
+    assert (scored[2].start, scored[2].end) == (2.0, 3.0)
+    louder = list(Tagger(scorer).score((wave, RATE), window=1.0, silence=-100.0))
+    assert louder[1].probs.any()
+
+
+def test_an_embedding_has_a_vector_a_window_and_one_of_the_clip() -> None:
+    wave = np.concatenate([np.full(RATE, 0.5, np.float32), np.full(RATE // 2, 0.125, np.float32)])
+    found = Tagger(Fine()).embed((wave, RATE), window=1.0)
+    assert found.starts.tolist() == [0.0, 1.0]
+    assert found.ends.tolist() == [1.0, 1.5]
+    assert found.vectors.tolist() == [[16_000, 0.5], [8_000, 0.125]]
+    assert found.clip.tolist() == pytest.approx([(2 * 16_000 + 8_000) / 3, (2 * 0.5 + 0.125) / 3])
+
+
+def test_any_number_of_jobs_gives_the_same_in_order() -> None:
+    wave = np.random.default_rng(0).uniform(-1, 1, 20 * RATE).astype(np.float32)
+    network = small_network()
+    results = [list(Tagger(network, jobs=jobs).tag((wave, RATE), window=0.5, hop=0.25)) for jobs in (1, 3)]
+    assert len(results[0]) == 79
+    assert results[0] == results[1]
+
+
+def test_windows_before_a_fault_come_out_first(tmp_path: Path) -> None:
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, 10 * RATE)
+    soundfile.write(tmp_path / "a.wav", wave, RATE, subtype="PCM_24")
+    (tmp_path / "half.wav").write_bytes((tmp_path / "a.wav").read_bytes()[:-240_000])
+    for jobs in (1, 2):
+        found: list[Tags] = []
+        with pytest.raises(AudioError, match="cut short"):
+            found.extend(Tagger(Levels(), jobs=jobs).tag(tmp_path / "half.wav", window=1.0))
+        assert [tags.end for tags in found] == [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
 def test_a_scorer_must_fit_its_class_table() -> None:
