@@ -1,0 +1,186 @@
+"""Thresholds of a model's classes: their file, and how they are fitted to labelled scores."""
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ced.errors import ConfigError, TableError
+from ced.sound.labels import ClassTable
+from ced.sound.tables import Table, read_table, write_table
+
+FORMAT_VERSION = 1
+NEVER = math.inf  # the threshold of a class that is never to become a tag
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Thresholds and what they reach on the scores they were fitted to; arrays are (c,)."""
+
+    thresholds: NDArray[np.float32]
+    precision: NDArray[np.float64]  # nan where no score reaches the threshold
+    recall: NDArray[np.float64]  # nan where there are no positives, as is F1
+    f1: NDArray[np.float64]
+    positives: NDArray[np.int64]
+
+
+def fit_thresholds(probs: NDArray[np.float32], targets: NDArray[np.bool_], *, precision: float | None = None) -> Fit:
+    """Fit a threshold for each class.
+
+    It is the one of the best F1 or, with `precision`, the one of the best recall among those whose precision is no
+    lower; of equals the highest. If no threshold reaches the precision, the class gets `NEVER`. A class without
+    positives gets the threshold that is best for all classes together. A threshold lies half-way between two scores.
+
+    Args:
+        probs: scores, (n, c).
+        targets: what is there, (n, c).
+        precision: above 0, at most 1.
+
+    Raises:
+        ConfigError: `precision` is out of range.
+        TableError: there is no positive at all, or a score is not a number.
+    """
+    if precision is not None and not 0 < precision <= 1:
+        raise ConfigError(f"precision is {precision}; it must be above 0 and at most 1")
+    if not targets.any():
+        raise TableError(f"none of {len(targets)} clips has a label, so there is nothing to fit thresholds to")
+    if np.isnan(probs).any():
+        raise TableError("the model answers a clip with scores that are not numbers")
+    seen: NDArray[np.bool_] = targets.any(0)
+    thresholds = np.empty(seen.shape, np.float32)
+    for index in np.flatnonzero(seen):
+        thresholds[index] = _best(probs[:, index], targets[:, index], precision)
+    if not seen.all():
+        thresholds[~seen] = _best(probs.ravel(), targets.ravel(), precision)
+    return measure(probs, targets, thresholds)
+
+
+def measure(probs: NDArray[np.float32], targets: NDArray[np.bool_], thresholds: NDArray[np.float32]) -> Fit:
+    """Say what thresholds (c,) reach on scores (n, c) and what is there (n, c)."""
+    said = probs >= thresholds
+    hits, called, positives = (said & targets).sum(0), said.sum(0), targets.sum(0)
+    there = positives > 0
+    return Fit(
+        thresholds=thresholds,
+        precision=_ratio(hits, called, called > 0),
+        recall=_ratio(hits, positives, there),
+        f1=_ratio(2 * hits, called + positives, there),
+        positives=positives,
+    )
+
+
+def _ratio(above: NDArray[np.int64], below: NDArray[np.int64], valid: NDArray[np.bool_]) -> NDArray[np.float64]:
+    ratio = np.full(above.shape, np.nan)
+    np.divide(above, below, out=ratio, where=valid)
+    return ratio
+
+
+def _best(scores: NDArray[np.float32], targets: NDArray[np.bool_], precision: float | None) -> float:
+    """Return the best threshold of one class, from scores (n,) and what is there (n,), some of it true."""
+    order = np.argsort(-scores, kind="stable")
+    falling = scores[order]
+    hits = np.cumsum(targets[order])  # when the highest 1, 2, ... n scores are called
+    called = np.arange(1, len(falling) + 1)
+    worth = 2 * hits / (called + hits[-1]) if precision is None else np.where(hits / called >= precision, hits, -1)
+    worth[:-1][falling[:-1] == falling[1:]] = -1  # equal scores are called together
+    count = int(np.argmax(worth))
+    if worth[count] <= 0:
+        return NEVER
+    lowest = falling[count]
+    below = falling[count + 1] if count + 1 < len(falling) else np.float32(0)
+    between = np.float32((float(lowest) + float(below)) / 2)
+    return float(between if between > below else lowest)  # two scores may have no number between them
+
+
+def write_thresholds(path: str | os.PathLike[str], fit: Fit, labels: ClassTable) -> None:
+    """Write thresholds and what they reach: tab-separated, a class a row."""
+    columns = {"index": [str(index) for index in range(len(labels))]}
+    if labels.mids is not None:
+        columns["mid"] = list(labels.mids)
+    columns["name"] = list(labels.names)
+    columns["threshold"] = [str(threshold) for threshold in fit.thresholds]  # as short as float32 can be read again
+    for name, values in (("precision", fit.precision), ("recall", fit.recall), ("f1", fit.f1)):
+        columns[name] = ["" if math.isnan(value) else f"{value:.4f}" for value in values]
+    columns["positives"] = [str(count) for count in fit.positives]
+    write_table(path, columns, comment=f"ced thresholds, format {FORMAT_VERSION}; inf: never")
+
+
+def read_thresholds(path: str | os.PathLike[str], labels: ClassTable, default: float = 0.5) -> NDArray[np.float32]:
+    """Read thresholds, (c,): tab-separated, column `threshold` and one or more of `index`, `mid` and `name`.
+
+    Lines that begin with "#" are comments; other columns are ignored.
+
+    Args:
+        path: the file, as `write_thresholds` leaves it or written by hand.
+        labels: the classes of the model.
+        default: the threshold of classes that are not listed.
+
+    Raises:
+        TableError: the file cannot be understood or is of another format version, a class is none of the model's or
+            there twice, or a threshold is no number of 0 or more (with the row).
+    """
+    _check_version(Path(path))
+    table = read_table(path, required=("threshold",), comments=True)
+    known = {"index": [str(index) for index in range(len(labels))], "mid": labels.mids or (), "name": labels.names}
+    given = {column: names for column, names in known.items() if names and column in table.columns}
+    if not given:
+        raise TableError(
+            f"thresholds {path} have columns {', '.join(table.columns)}; one of index, mid, name is needed"
+        )
+    places = {column: {name: index for index, name in enumerate(names)} for column, names in given.items()}
+    thresholds = np.full(len(labels), default, np.float32)
+    listed: set[int] = set()
+    for row in range(len(table)):
+        index = _class_of(table, row, places, labels)
+        if index in listed:
+            raise TableError(f"thresholds {path}, row {row + 1}: class {labels.names[index]!r} is there twice")
+        listed.add(index)
+        thresholds[index] = _number(table, row)
+    return thresholds
+
+
+def _check_version(path: Path) -> None:
+    try:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+            line = file.readline()
+    except OSError as error:
+        raise TableError(f"cannot read thresholds {path}: {error.strerror}") from error
+    version = re.match(r"# ced thresholds, format (\d+)", line)
+    if version and int(version[1]) != FORMAT_VERSION:
+        raise TableError(f"thresholds {path} are of format {version[1]}; this program reads format {FORMAT_VERSION}")
+
+
+def _class_of(table: Table, row: int, places: dict[str, dict[str, int]], labels: ClassTable) -> int:
+    """Return the class that a row (from 0) is about, by all columns that say it."""
+    found: dict[str, int] = {}
+    for column, indices in places.items():
+        said = table.column(column)[row]
+        if said not in indices:
+            raise TableError(
+                f"thresholds {table.path}, row {row + 1}: {column} {said!r} is none of the model's {len(labels)}"
+                f" classes ({labels.names[0]}, ... {labels.names[-1]})"
+            )
+        found[column] = indices[said]
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{column} {table.column(column)[row]}" for column in found)
+        raise TableError(
+            f"thresholds {table.path}, row {row + 1}: {said} are not one class of the model; are they of another model?"
+        )
+    return next(iter(found.values()))
+
+
+def _number(table: Table, row: int) -> float:
+    text = table.column("threshold")[row]
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number >= 0:
+        raise TableError(
+            f"thresholds {table.path}, row {row + 1}: threshold {text!r} is no number of 0 or more (inf: never)"
+        )
+    return number
