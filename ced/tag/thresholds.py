@@ -50,7 +50,7 @@ def fit_thresholds(probs: NDArray[np.float32], targets: NDArray[np.bool_], *, pr
         raise TableError(f"none of {len(targets)} clips has a label, so there is nothing to fit thresholds to")
     if np.isnan(probs).any():
         raise TableError("the model answers a clip with scores that are not numbers")
-    seen: NDArray[np.bool_] = targets.any(0)
+    seen = targets.sum(0) > 0
     thresholds = np.empty(seen.shape, np.float32)
     for index in np.flatnonzero(seen):
         thresholds[index] = _best(probs[:, index], targets[:, index], precision)
