@@ -3,4 +3,4 @@
 from ced.cli import main
 
 if __name__ == "__main__":
-    main("export")
+    main("export", "--input", "feats", "--int8")

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from ced.cli import distilling, tagging
+from ced.cli import distilling, exporting, tagging
 from ced.cli.console import Commands, set_up_logging, set_up_streams
 from ced.cli.keys import FinetuneCommand, StoreCommand, TrainCommand
 
@@ -21,8 +21,8 @@ app = typer.Typer(
 _ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app.command()(tagging.tag)
-app.command()(tagging.models)
-app.command()(tagging.export)
+app.command()(exporting.models)
+app.command()(exporting.export)
 app.command()(distilling.pack)
 app.command()(distilling.labels)
 app.command(cls=StoreCommand, context_settings=_ANY_KEY)(distilling.store)
@@ -32,8 +32,8 @@ app.command()(distilling.evaluate)
 app.command()(distilling.demo)
 
 
-def main(command: str | None = None) -> None:
-    """Run the words of the command line, behind `command` if one is given, and exit."""
+def main(*words: str) -> None:
+    """Run the words of the command line, behind those given, and exit."""
     set_up_streams()
     set_up_logging()
-    app(args=[*([command] if command else []), *sys.argv[1:]], prog_name="ced")
+    app(args=[*words, *sys.argv[1:]], prog_name="ced")

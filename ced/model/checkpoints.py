@@ -19,12 +19,11 @@ from ced.files import written_aside
 from ced.model import published
 from ced.model.published import CLASS_TOKEN, HEAD
 from ced.model.vit import CED, ModelConfig, Pooling
+from ced.model.zoo import checkpoint_file
 from ced.sound.labels import ClassTable
 
 FORMAT_VERSION = 1
 HEADER = "ced"  # one entry of safetensors' metadata, as several would be written in any order
-EXPERIMENT_FILES = ("averaged.safetensors", "last.safetensors", "averaged.pt")  # the first one present is read
-HUGGING_FACE_FILE = "model.safetensors"
 
 # Beginnings of keys a checkpoint may hold beyond those of the network, each with the reason that it may.
 TOLERATED = {
@@ -73,18 +72,7 @@ def read(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: nothing is there, it is none of these, or it would need code to be executed.
     """
-    path = Path(path)
-    if path.is_dir():
-        for name in (*EXPERIMENT_FILES, HUGGING_FACE_FILE):
-            if (path / name).is_file():
-                return read(path / name)
-        raise CheckpointError(
-            f"folder {path} holds no checkpoint; it needs one of {', '.join((*EXPERIMENT_FILES, HUGGING_FACE_FILE))}"
-        )
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
-    if not path.stat().st_size:
-        raise CheckpointError(f"checkpoint {path} is empty (0 bytes)")
+    path = checkpoint_file(Path(path))
     return _read_safetensors(path) if path.suffix == ".safetensors" else Checkpoint(*published.read_pt(path), str(path))
 
 

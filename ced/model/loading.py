@@ -76,10 +76,7 @@ def create(
 def _read(name_or_path: str | Path, progress: Progress) -> Checkpoint:
     if isinstance(name_or_path, str) and name_or_path in zoo.MODELS:
         return checkpoints.read(zoo.fetch(name_or_path, progress))
-    path = Path(name_or_path).expanduser()
-    if not path.exists() and path.name == str(name_or_path) and not path.suffix:
-        zoo.entry_of(path.name)  # more likely a name than a path: says which names there are
-    return checkpoints.read(path)
+    return checkpoints.read(zoo.local_path(name_or_path))
 
 
 def _adapted(config: ModelConfig, model_args: Mapping[str, Any], labels: ClassTable) -> ModelConfig:

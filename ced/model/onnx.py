@@ -1,195 +1,264 @@
-"""ONNX: a network as a graph that runs without torch, compared with the network before it is handed out.
+"""The runtime: a tagger as one ONNX graph from waveform to probabilities, run by ONNX Runtime without torch.
 
-The graph of the published program takes log-mel features, so its user brings a front end.
+Our own graphs say in their metadata what they are. Graphs of others (the published ones take a waveform, those made
+for sherpa-onnx take features) are asked once, when they are opened.
 """
 
-import copy
+import csv
+import hashlib
+import json
 import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import os
+from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
-import onnxruntime
-import torch
-from onnxruntime.quantization import QuantType, quantize_dynamic
-from torch import Tensor, nn
+from filelock import FileLock
+from numpy.typing import NDArray
 
 import ced
-from ced.errors import ExportError
-from ced.files import written_aside
-from ced.model.vit import CED, PATCH
-from ced.sound.labels import ClassTable
+from ced.errors import CheckpointError, DownloadError, TableError
+from ced.model import zoo
+from ced.progress import Progress, silent
+from ced.sound.audio import SAMPLE_RATE
+from ced.sound.labels import ClassTable, default_classes, named_by_config, read_classes
 
-OPSET = 18
-IR_VERSION = 8  # the one opset 18 came with; older runtimes refuse a later one
-LARGEST_DIFFERENCE = 1e-4  # in probability, between the float graph and the network
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+GRAPH_VERSION = 1  # raised when exported graphs change: those in the cache are then made anew
+MIN_SAMPLES = 2_400  # of one patch column; `vit.MIN_SAMPLES`, which needs torch
 LABELS_FILE = "class_labels_indices.csv"
-METADATA = {
-    "model_type": "CED",
-    "version": ced.__version__,
-    "model_author": "ced",
-    "url": "https://arxiv.org/abs/2308.11957",
-}
+CLASSES = "classes"  # metadata of our graphs: the class table as JSON
+OUTPUT = "output"  # metadata of our graphs: what `prob` holds
+PROBABILITIES = "probabilities"
+PROB, EMBEDDING, COLUMNS = "prob", "embedding", "columns"  # outputs of our graphs
+
+logger = logging.getLogger(__name__)
+
+Waves = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export wrote, and how far from the network its graphs are (largest difference in probability)."""
+class OnnxModel:
+    """A tagger in ONNX Runtime: waves in, probabilities out. Several threads may call it at once.
 
-    path: Path
-    int8_path: Path | None
-    labels_path: Path
-    largest_difference: float
-    int8_difference: float | None
+    Waves are scored one at a time, so that a clip's scores do not depend on its neighbours; on a CPU that is as fast
+    as a batch.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, threads: int = 1) -> None:
+        """Open a graph.
+
+        Its one input is a wave (batch, time) or log-mel features (batch, 64, time).
+
+        Args:
+            path: the .onnx file.
+            threads: how many work on one call.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, no ONNX graph, or one with other inputs or outputs.
+        """
+        self.path = Path(path)
+        self._session = open_session(self.path, threads)
+        self._input, self._front_end = self._find_input(threads)
+        self._outputs = {output.name: output for output in self._session.get_outputs()}
+        self._scores = self._find_scores()
+        meta = self._session.get_modelmeta().custom_metadata_map
+        classes = self._outputs[self._scores].shape[-1]
+        if meta.get(OUTPUT) == PROBABILITIES:
+            self._logits = False
+        else:
+            probe = self._run(self._scores, _noise())
+            classes, self._logits = probe.shape[-1], bool(probe.min() < 0 or probe.max() > 1)
+        self.labels = _labels(self.path, meta, classes)
+
+    def __call__(self, waves: Waves, /) -> NDArray[np.float32]:
+        """Return the probability of each class, (b, t) 16 kHz in [-1, 1] -> (b, c).
+
+        Waves shorter than one patch (2,400 samples) are padded with zeros.
+        """
+        scores = self._run(self._scores, waves)
+        return _sigmoid(scores) if self._logits else scores
+
+    def embed(self, waves: Waves, /) -> NDArray[np.float32]:
+        """Return what the network makes of waves, (b, t) -> (b, d): the mean over tokens after the last LayerNorm.
+
+        Raises:
+            CheckpointError: the graph has no such output.
+        """
+        return self._run(self._extra(EMBEDDING), waves)
+
+    def columns(self, waves: Waves, /) -> NDArray[np.float32]:
+        """Return the probabilities of each patch column (0.16 s), (b, t) -> (b, columns, c).
+
+        Raises:
+            CheckpointError: the graph has no such output.
+        """
+        return self._run(self._extra(COLUMNS), waves)
+
+    def _find_input(self, threads: int) -> tuple[Any, "InferenceSession | None"]:
+        """Return the one input and, if it takes features, the session that makes them."""
+        inputs = self._session.get_inputs()
+        shapes = ", ".join(f"{each.name} {each.shape}" for each in inputs)
+        if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) not in (2, 3):
+            raise CheckpointError(
+                f"graph {self.path} takes {shapes or 'nothing'}; a tagger takes one float32 input, waves (batch, time) "
+                "or features (batch, mels, time)"
+            )
+        batch = inputs[0].shape[0]
+        if isinstance(batch, int) and batch != 1:
+            raise CheckpointError(f"graph {self.path} takes batches of {batch} only; a tagger takes 1, or any number")
+        if len(inputs[0].shape) == 2:
+            return inputs[0], None
+        with resources.as_file(resources.files("ced.model") / "frontend.onnx") as path:
+            return inputs[0], open_session(path, threads)
+
+    def _find_scores(self) -> str:
+        if PROB in self._outputs:
+            return PROB
+        for name, output in self._outputs.items():
+            if len(output.shape) == 2 and output.type == "tensor(float)":
+                return str(name)
+        shapes = ", ".join(f"{name} {output.shape}" for name, output in self._outputs.items())
+        raise CheckpointError(f"graph {self.path} gives {shapes}; a tagger gives scores (batch, classes)")
+
+    def _extra(self, output: str) -> str:
+        if output not in self._outputs:
+            raise CheckpointError(
+                f"graph {self.path} has no output {output!r}, only {', '.join(self._outputs)}; `ced export` writes one"
+            )
+        return output
+
+    def _run(self, output: str, waves: Waves) -> NDArray[np.float32]:
+        """Return one output for waves, (b, t) -> (b, ...)."""
+        missing = MIN_SAMPLES - waves.shape[1]
+        if missing > 0:
+            waves = np.pad(waves, ((0, 0), (0, missing)))
+        found = [self._run_one(output, waves[row : row + 1]) for row in range(len(waves))]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _run_one(self, output: str, wave: Waves) -> NDArray[np.float32]:
+        wave = np.ascontiguousarray(wave, np.float32)
+        if self._front_end is not None:
+            (wave,) = self._front_end.run(None, {"waves": wave})
+        try:
+            (result,) = self._session.run([output], {self._input.name: wave})
+        except Exception as error:  # ONNX Runtime has no common class of its errors
+            raise CheckpointError(
+                f"graph {self.path} does not take an input of shape {wave.shape}: {_line(error)}"
+            ) from error
+        return np.asarray(result)
 
 
-def export_feats(model: CED, path: Path, *, int8: bool = True) -> ExportReport:
-    """Write a graph from log-mel features to probabilities, and beside it an int8 one and the class table.
+def open_model(name_or_path: str | os.PathLike[str], *, threads: int = 1, progress: Progress = silent) -> OnnxModel:
+    """Open a tagger by published name, from an ONNX file, or from a checkpoint (file or folder).
 
-    Input `feats` float32 (batch, 64, time) in dB, at least 16 frames; output `prob` (batch, classes); batch and time
-    are free. Inputs longer than the network's `target_length` are cut and joined as the network does; only with its
-    `pad_last` off they must not be longer. `<name>.int8.onnx` has the weights of its matrix products, but for the
-    output layer, in 8 bits. `class_labels_indices.csv` has the columns index, mid, display_name.
+    The graph of a name is downloaded into the cache on first use. Checkpoints, and names that have no published graph,
+    are exported into the cache once, which needs torch; the file goes by the content of the checkpoint. Where the hub
+    is out of reach, weights that are in the cache are exported likewise.
+
+    Args:
+        name_or_path: one of `zoo.list_models()`, or a path.
+        threads: how many work on one call.
+        progress: told of a download, in bytes.
 
     Raises:
-        ExportError: the graph differs from the network by more than `LARGEST_DIFFERENCE`; nothing is written then.
+        CheckpointError: neither a name nor a model, or a checkpoint where torch is not installed.
+        DownloadError: a file that is not in the cache and cannot be fetched.
+        ExportError: the graph does not answer as its network does.
     """
-    model = copy.deepcopy(model).cpu().float().eval()
+    return OnnxModel(_graph_file(name_or_path, progress), threads=threads)
+
+
+def _graph_file(name_or_path: str | os.PathLike[str], progress: Progress) -> Path:
+    if not isinstance(name_or_path, str) or name_or_path not in zoo.MODELS:
+        path = zoo.local_path(name_or_path)
+        return path if path.suffix == ".onnx" else _exported(zoo.checkpoint_file(path))
+    entry = zoo.MODELS[name_or_path]
+    if entry.hub is None:
+        return _exported(zoo.fetch(name_or_path, progress))
+    try:
+        return zoo.fetch_onnx(name_or_path, progress)
+    except DownloadError:
+        weights = zoo.cache_dir() / entry.file
+        if not weights.is_file():
+            raise
+        return _exported(weights)
+
+
+def _exported(checkpoint: Path) -> Path:
+    """Return the graph of a checkpoint, made by the first who asks for it."""
+    digest = hashlib.sha256(f"ced {ced.__version__} {GRAPH_VERSION}".encode())
+    for part in (checkpoint, checkpoint.with_name("config.json")):
+        if part.is_file():
+            with part.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    path = zoo.cache_dir() / "exported" / f"{digest.hexdigest()[:32]}.onnx"
+    if path.is_file():
+        return path
+    try:
+        from ced.model.export import export
+        from ced.model.loading import load_model
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} must be exported once, which needs the package {error.name}: "
+            "pip install 'ced[train]', or export it where that is installed and pass the .onnx file"
+        ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    graph = _graph(model)
-    with written_aside(path) as aside:
-        onnx.save(graph, aside)
-        difference = _difference(model, aside)
-        if not difference <= LARGEST_DIFFERENCE:
-            raise ExportError(
-                f"the graph {path} differs from the network by {difference:.2g} in probability; "
-                f"at most {LARGEST_DIFFERENCE:g} is allowed"
-            )
-    labels_path = path.with_name(LABELS_FILE)
-    _write_labels(labels_path, model.labels)
-    int8_path, int8_difference = None, None
-    if int8:
-        int8_path = path.with_name(path.name.removesuffix(".onnx") + ".int8.onnx")
-        with written_aside(int8_path) as aside:
-            _quantize(graph, aside)
-            int8_difference = _difference(model, aside)
-    return ExportReport(path, int8_path, labels_path, difference, int8_difference)
+    with FileLock(f"{path}.lock"):
+        if not path.is_file():
+            logger.info("exporting %s to ONNX, once: %s", checkpoint, path)
+            export(load_model(checkpoint), path)
+    return path
 
 
-class _FromFeats(nn.Module):
-    """The network as the graph has it."""
+def open_session(path: Path, threads: int) -> "InferenceSession":
+    """Open a graph in ONNX Runtime on the CPU, quietly.
 
-    def __init__(self, model: CED) -> None:
-        super().__init__()
-        self.model = model
+    Raises:
+        CheckpointError: the file is missing, damaged or no ONNX graph.
+    """
+    import onnxruntime
 
-    def forward(self, feats: Tensor) -> Tensor:
-        return self.model.as_probs(self.model.forward_mel(feats))
-
-
-def _graph(model: CED) -> onnx.ModelProto:
-    """Trace a network from features to probabilities, for any batch and time."""
-    config = model.config
-    longest = None if config.pad_last else config.target_length
-    free = {0: torch.export.Dim("batch", min=1), 2: torch.export.Dim("time", min=PATCH, max=longest)}
-    with _quiet():
-        program = torch.onnx.export(
-            _FromFeats(model).eval(),
-            (torch.zeros(2, config.n_mels, config.target_length),),
-            input_names=["feats"],
-            output_names=["prob"],
-            opset_version=OPSET,
-            dynamic_shapes={"feats": free},
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None
-    graph: onnx.ModelProto = program.model_proto
-    _strip(graph)
-    graph.ir_version = IR_VERSION
-    onnx.helper.set_model_props(graph, METADATA)
-    onnx.checker.check_model(graph)
-    return graph
-
-
-def _strip(graph: onnx.ModelProto) -> None:
-    """Remove the exporter's notes, among them paths of this machine; IR 8 does not know them either."""
-    for item in (*graph.graph.node, *graph.graph.value_info, *graph.graph.input, *graph.graph.output):
-        del item.metadata_props[:]
-        item.doc_string = ""
-    del graph.graph.metadata_props[:]
-
-
-def _quantize(graph: onnx.ModelProto, path: Path) -> None:
-    """Write a graph with the weights of its matrix products in 8 bits a channel, the output layer left in float."""
-    weights = {tensor.name for tensor in graph.graph.initializer}
-    *_, head = [
-        node.name for node in graph.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights
-    ]
-    onnx.helper.set_model_props(graph, {"onnx.quant.pre_process": "onnxruntime.quant"})  # it is optimised already
-    quantize_dynamic(
-        graph,
-        path,
-        op_types_to_quantize=["MatMul"],
-        nodes_to_exclude=[head, f"{head}_MatMul"],  # the quantizer's name for it, when it was a Gemm
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-    )
-    quantized = onnx.load(path)
-    quantized.ir_version = IR_VERSION
-    onnx.helper.set_model_props(quantized, METADATA)
-    onnx.save(quantized, path)
-
-
-def _difference(model: CED, path: Path) -> float:
-    """Return the largest difference in probability between a graph and its network, over batch sizes and lengths."""
+    if not path.is_file():
+        raise CheckpointError(f"no graph at {path}")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    differences = []
-    for feats in _examples(model):
-        with torch.inference_mode():
-            expected = model.as_probs(model.forward_mel(feats)).numpy()
-        (found,) = session.run(["prob"], {"feats": feats.numpy()})
-        differences.append(float(np.abs(found - expected).max()))
-    return max(differences)
-
-
-def _examples(model: CED) -> Iterator[Tensor]:
-    """Yield features like real ones: one patch, short, the longest piece, and longer where that is allowed."""
-    generator = torch.Generator().manual_seed(0)
-    longest = model.config.target_length
-    shapes = [(1, PATCH), (3, longest // 4 + PATCH), (2, longest)]
-    if model.config.pad_last:
-        shapes += [(1, longest + 1), (2, 2 * longest)]
-    for clips, frames in shapes:
-        yield 15.0 * torch.randn(clips, model.config.n_mels, frames, generator=generator) - 30.0
-
-
-def _write_labels(path: Path, labels: ClassTable) -> None:
-    """Write the class table as AudioSet's, every name quoted: readers in other languages count on the quotes."""
-    mids: Sequence[str] = labels.mids or [""] * len(labels)
-    lines = ["index,mid,display_name"]
-    for index, (mid, name) in enumerate(zip(mids, labels.names, strict=True)):
-        quoted = name.replace('"', '""')
-        lines.append(f'{index},{mid},"{quoted}"')
-    with written_aside(path) as aside:
-        aside.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's advice to its developers away from users."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # a damaged file may make ONNX Runtime fail in any way
+        raise CheckpointError(f"graph {path} is damaged or no ONNX file ({_line(error)})") from error
+
+
+def _labels(path: Path, meta: dict[str, str], classes: int | str) -> ClassTable:
+    """Return the class table of a graph: its metadata, a file beside it, or what so many classes are called."""
+    try:
+        if CLASSES in meta:
+            table = ClassTable(**{name: values and tuple(values) for name, values in json.loads(meta[CLASSES]).items()})
+        elif path.with_name(LABELS_FILE).is_file():
+            table = read_classes(path.with_name(LABELS_FILE))
+        else:
+            beside = path.with_name("config.json")
+            named = named_by_config(json.loads(beside.read_bytes())) if beside.is_file() else None
+            table = named if named is not None and len(named) == classes else default_classes(int(classes))
+    except (ValueError, TypeError, AttributeError, TableError, OSError, csv.Error) as error:
+        raise CheckpointError(f"graph {path}: its class table cannot be read ({error})") from error
+    if len(table) != classes:
+        raise CheckpointError(f"graph {path} gives {classes} scores, but its class table has {len(table)} classes")
+    return table
+
+
+def _noise() -> Waves:
+    """A second of noise: no tagger is so sure of it that all of its logits lie between 0 and 1."""
+    return np.random.default_rng(0).normal(0.0, 0.1, (1, SAMPLE_RATE)).astype(np.float32)
+
+
+def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(logits, -80.0, 80.0))), np.float32)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -15,7 +15,7 @@ from torch.serialization import safe_globals
 
 from ced.errors import CheckpointError, ConfigError
 from ced.model.vit import PATCH, ModelConfig
-from ced.sound.labels import ClassTable, audioset
+from ced.sound.labels import ClassTable, named_by_config
 
 HEAD = "outputlayer."
 CLASS_TOKEN = ("cls_token", "token_pos_embed")
@@ -84,7 +84,7 @@ def read_hugging_face(state: Mapping[str, Tensor], path: Path) -> Contents:
             raise CheckpointError(f"{beside} is damaged or no JSON ({error})") from error
         if not isinstance(settings, dict):
             raise CheckpointError(f"{beside} holds no configuration but a {type(settings).__name__}")
-    return _contents(state, settings, _hugging_face_labels(settings), path)
+    return _contents(state, settings, named_by_config(settings), path)
 
 
 def has_head(state: Mapping[str, Tensor]) -> bool:
@@ -175,14 +175,3 @@ def _heads(width: int) -> int:
 def _target_length(columns: int) -> int:
     """Return the longest input of a time embedding; the published 63 columns were made for 1012 frames."""
     return 1012 if columns == 1012 // PATCH else columns * PATCH
-
-
-def _hugging_face_labels(settings: Mapping[str, Any]) -> ClassTable | None:
-    """Return the class table of a Hugging Face configuration, if its names tell classes apart."""
-    names = settings.get("id2label")
-    if not isinstance(names, dict) or not names or names.keys() != {str(index) for index in range(len(names))}:
-        return None
-    ordered = tuple(str(names[str(index)]) for index in range(len(names)))
-    if ordered == audioset().names:
-        return audioset()
-    return ClassTable(ordered) if len(set(ordered)) == len(ordered) else None

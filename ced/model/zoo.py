@@ -1,4 +1,4 @@
-"""The published models: a table of sizes, addresses and licences, and how a name becomes a file. It needs no torch."""
+"""The published models as a table, and how a name or a path becomes a file. It needs no torch."""
 
 import difflib
 import os
@@ -10,6 +10,8 @@ from ced.errors import CheckpointError, DownloadError
 from ced.model.download import download
 from ced.progress import Progress, silent
 
+# Of a folder, the first one present is read: experiments, then Hugging Face folders.
+CHECKPOINT_FILES = ("averaged.safetensors", "last.safetensors", "averaged.pt", "model.safetensors")
 HUB = "https://huggingface.co"  # $HF_ENDPOINT stands for it
 
 
@@ -105,6 +107,36 @@ def fetch_onnx(name: str, progress: Progress = silent) -> Path:
     if entry.onnx_url is None:
         raise CheckpointError(f"no ONNX graph of {name} is published")
     return _in_cache(name, entry.onnx_url, cache_dir() / entry.onnx_file, None, progress)
+
+
+def checkpoint_file(path: Path) -> Path:
+    """Return the file of a checkpoint, which may be given as the folder that it is in.
+
+    Raises:
+        CheckpointError: nothing is there, or an empty file, or the folder holds none.
+    """
+    if path.is_dir():
+        for name in CHECKPOINT_FILES:
+            if (path / name).is_file():
+                return checkpoint_file(path / name)
+        raise CheckpointError(f"folder {path} holds no checkpoint; it needs one of {', '.join(CHECKPOINT_FILES)}")
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    if not path.stat().st_size:
+        raise CheckpointError(f"checkpoint {path} is empty (0 bytes)")
+    return path
+
+
+def local_path(name_or_path: str | os.PathLike[str]) -> Path:
+    """Return what is no name as a path.
+
+    Raises:
+        CheckpointError: nothing is there, and it looks more like a misspelt name; the message says which there are.
+    """
+    path = Path(name_or_path).expanduser()
+    if not path.exists() and isinstance(name_or_path, str) and path.name == name_or_path and not path.suffix:
+        entry_of(path.name)
+    return path
 
 
 def entry_of(name: str) -> Entry:

@@ -47,6 +47,17 @@ def audioset() -> ClassTable:
         return read_classes(path)
 
 
+def named_by_config(settings: object) -> ClassTable | None:
+    """Return the class table of a Hugging Face configuration, if it has one that tells classes apart."""
+    names = settings.get("id2label") if isinstance(settings, dict) else None
+    if not isinstance(names, dict) or not names or names.keys() != {str(index) for index in range(len(names))}:
+        return None
+    ordered = tuple(str(names[str(index)]) for index in range(len(names)))
+    if ordered == audioset().names:
+        return audioset()
+    return ClassTable(ordered) if len(set(ordered)) == len(ordered) else None
+
+
 def read_classes(path: Path) -> ClassTable:
     """Read a class table: tab-separated, or comma-separated when named .csv.
 

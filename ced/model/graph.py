@@ -1,0 +1,221 @@
+"""A network as an ONNX graph, laid out for ONNX Runtime on a CPU. Needs the package onnx.
+
+It computes what `vit.CED` computes, written node for node rather than traced, so that it has no node too many: frames
+before mel bins, patches by a matrix product, attention as one node. `export` compares the two.
+"""
+
+from typing import Literal
+
+import numpy as np
+import onnx
+from onnx import helper
+from torch import nn
+
+from ced.model.melgraph import log_mel
+from ced.model.nodes import Nodes
+from ced.model.onnx import COLUMNS, EMBEDDING, PROB
+from ced.model.vit import CED, PATCH, Attention, Block
+from ced.sound.frontend import LogMel
+
+Input = Literal["wave", "feats"]
+Shape = list[str | int]
+RUNTIME = "com.microsoft"  # the domain of ONNX Runtime's own operators
+
+
+def wave_graph(model: CED) -> onnx.ModelProto:
+    """Return a graph from `waves` (b, t) to `prob` (b, c), `embedding` (b, d) and `columns` (b, columns, c).
+
+    It needs ONNX Runtime, some of whose own operators it uses.
+    """
+    nodes, config = Nodes(), model.config
+    mel = log_mel(nodes, model.front_end, "waves")
+    network = _Network(nodes, model, fused=True)
+    tokens, pieces = network.tokens(mel)
+    results: dict[str, tuple[str, Shape]] = {
+        PROB: (network.probabilities(tokens, pieces), ["batch", config.outputdim]),
+        EMBEDDING: (network.embedding(tokens, pieces), ["batch", config.embed_dim]),
+        COLUMNS: (network.columns(tokens, pieces, mel), ["batch", "columns", config.outputdim]),
+    }
+    return _model(nodes.graph(("waves", ["batch", "time"]), results), opset=20)
+
+
+def feats_graph(model: CED) -> onnx.ModelProto:
+    """Return a graph from `feats` (b, f, n) dB to `prob` (b, c), of ONNX's own operators only."""
+    nodes, config = Nodes(), model.config
+    network = _Network(nodes, model, fused=False)
+    tokens, pieces = network.tokens(nodes.add("Transpose", "feats", perm=[0, 2, 1]))
+    results: dict[str, tuple[str, Shape]] = {PROB: (network.probabilities(tokens, pieces), ["batch", config.outputdim])}
+    return _model(nodes.graph(("feats", ["batch", config.n_mels, "time"]), results), opset=18)
+
+
+def front_end_graph(front_end: LogMel) -> onnx.ModelProto:
+    """Return a graph from `waves` (b, t) to `feats` (b, f, n) dB."""
+    nodes = Nodes()
+    feats = nodes.add("Transpose", log_mel(nodes, front_end, "waves"), perm=[0, 2, 1])
+    results: dict[str, tuple[str, Shape]] = {"feats": (feats, ["batch", len(front_end.filters), "frames"])}
+    return _model(nodes.graph(("waves", ["batch", "time"]), results), opset=18)
+
+
+def _model(graph: onnx.GraphProto, opset: int) -> onnx.ModelProto:
+    opsets = [helper.make_opsetid("", opset)]
+    if any(node.domain == RUNTIME for node in graph.node):
+        opsets.append(helper.make_opsetid(RUNTIME, 1))
+    # The IR version that the operators came with: older runtimes refuse a later one.
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8 if opset < 20 else 9)
+
+
+class _Network:
+    """Writes the parts of a network that `vit.CED` has."""
+
+    def __init__(self, nodes: Nodes, model: CED, fused: bool) -> None:
+        self.nodes, self.model, self.config, self.fused = nodes, model, model.config, fused
+
+    def tokens(self, mel: str) -> tuple[str, str]:
+        """Encode (b, n, f) in pieces of `target_length` frames -> (b pieces, tokens, d), and the pieces a clip has."""
+        nodes, config = self.nodes, self.config
+        mel = self._init_bn(mel)
+        length = nodes.add("Min", nodes.size(mel, 1), nodes.ints(config.target_length))
+        pieces = nodes.ints(1)
+        if config.pad_last:
+            frames = nodes.size(mel, 1)
+            last = nodes.add("Sub", nodes.add("Add", frames, length), nodes.ints(1))
+            pieces = nodes.add("Div", last, length)
+            missing = nodes.add("Sub", nodes.add("Mul", pieces, length), frames)
+            mel = nodes.add("Pad", mel, nodes.joined(0, 0, 0, 0, missing, 0))
+            mel = nodes.add("Reshape", mel, nodes.joined(-1, length, config.n_mels))
+        x = nodes.reshape(self._patches(mel, length), 0, -1, config.embed_dim)
+        if config.pooling == "token":
+            x = self._with_class_token(x)
+        for number, block in enumerate(self.model.blocks):
+            assert isinstance(block, Block)
+            x = self._block(f"blocks.{number}", block, x)
+        return nodes.layer_norm("norm", self.model.norm, x), pieces
+
+    def probabilities(self, tokens: str, pieces: str) -> str:
+        """Pool the tokens of each piece, score and join them, -> (b, c)."""
+        nodes, pooling = self.nodes, self.config.pooling
+        if pooling == "dm":
+            scores = nodes.add(
+                "ReduceMean", self._activated(self._scored(self._by_column(tokens))), nodes.ints(1), keepdims=0
+            )
+            return self._joined(scores, pieces)
+        logits = self._scored(self._pooled(tokens))
+        if pooling == "logit":
+            return self._activated(self._joined(logits, pieces))
+        return self._joined(self._activated(logits), pieces)
+
+    def embedding(self, tokens: str, pieces: str) -> str:
+        """Pool the tokens of each piece and take the mean of the pieces, -> (b, d)."""
+        nodes = self.nodes
+        by_piece = nodes.add("Reshape", self._pooled(tokens), nodes.joined(-1, pieces, self.config.embed_dim))
+        return nodes.add("ReduceMean", by_piece, nodes.ints(1), keepdims=0)
+
+    def columns(self, tokens: str, pieces: str, mel: str) -> str:
+        """Score each column of patches, of all pieces in order and without the padding, -> (b, columns, c)."""
+        nodes, config = self.nodes, self.config
+        if config.pooling == "token":
+            tokens = nodes.add("Slice", tokens, nodes.ints(1), nodes.ints(2**31), nodes.ints(1))
+        by_column = self._by_column(tokens)
+        each = nodes.size(by_column, 1)
+        shape = nodes.joined(-1, nodes.add("Mul", pieces, each), config.outputdim)
+        scores = nodes.add("Reshape", self._activated(self._scored(by_column)), shape)
+        frames = nodes.size(mel, 1)
+        length = nodes.add("Min", frames, nodes.ints(config.target_length))
+        whole, rest = nodes.add("Div", frames, length), nodes.add("Mod", frames, length)
+        heard = nodes.add("Add", nodes.add("Mul", whole, each), nodes.add("Div", rest, nodes.ints(PATCH)))
+        return nodes.add("Slice", scores, nodes.ints(0), heard, nodes.ints(1))
+
+    def _init_bn(self, mel: str) -> str:
+        """Apply the BatchNorm as one multiplication and one addition a mel bin."""
+        if not self.config.init_bn:
+            return mel
+        state = {name: value.double() for name, value in self.model.init_bn[0].state_dict().items()}
+        scale = state["weight"] / (state["running_var"] + self.model.init_bn[0].eps).sqrt()
+        shift = state["bias"] - state["running_mean"] * scale
+        scaled = self.nodes.add("Mul", mel, self.nodes.weight("init_bn.scale", scale))
+        return self.nodes.add("Add", scaled, self.nodes.weight("init_bn.shift", shift))
+
+    def _patches(self, mel: str, length: str) -> str:
+        """Embed patches, (b, n, f) -> (b, f // 16, columns, d): without overlap the convolution is a matrix product."""
+        nodes, rows = self.nodes, self.config.n_mels // PATCH
+        columns = nodes.add("Div", length, nodes.ints(PATCH))
+        mel = nodes.add("Slice", mel, nodes.ints(0), nodes.add("Mul", columns, nodes.ints(PATCH)), nodes.ints(1))
+        patches = nodes.add("Transpose", nodes.reshape(mel, 0, -1, PATCH, rows, PATCH), perm=[0, 3, 1, 2, 4])
+        patches = nodes.reshape(patches, 0, rows, -1, PATCH * PATCH)
+        projection = self.model.patch_embed.proj
+        assert projection.bias is not None
+        kernel = projection.weight[:, 0].permute(2, 1, 0).flatten(0, 1)  # (time bin, d): patches are time first
+        product = nodes.add("MatMul", patches, nodes.weight("patch_embed.weight", kernel))
+        places = self.model.time_pos_embed + self.model.freq_pos_embed + projection.bias[:, None, None]
+        constant = nodes.weight("pos_embed", places.permute(0, 2, 3, 1))
+        return nodes.add("Add", product, nodes.add("Slice", constant, nodes.ints(0), columns, nodes.ints(2)))
+
+    def _with_class_token(self, x: str) -> str:
+        nodes = self.nodes
+        token = nodes.weight("cls_token", self.model.cls_token + self.model.token_pos_embed)
+        one_each = nodes.add("Expand", token, nodes.joined(nodes.size(x, 0), 1, 1))
+        return nodes.add("Concat", one_each, x, axis=1)
+
+    def _block(self, name: str, block: Block, x: str) -> str:
+        nodes = self.nodes
+        mixed = self._attention(f"{name}.attn", block.attn, nodes.layer_norm(f"{name}.norm1", block.norm1, x))
+        x = nodes.add("Add", x, mixed)
+        hidden = nodes.linear(f"{name}.mlp.fc1", block.mlp.fc1, nodes.layer_norm(f"{name}.norm2", block.norm2, x))
+        return nodes.add("Add", x, nodes.linear(f"{name}.mlp.fc2", block.mlp.fc2, self._gelu(hidden)))
+
+    def _attention(self, name: str, layer: Attention, x: str) -> str:
+        nodes, heads = self.nodes, layer.heads
+        if self.fused:
+            product = nodes.add("MatMul", x, nodes.weight(f"{name}.qkv.weight", layer.qkv.weight.T))
+            query, key, value = nodes.split(product, -1, 3)
+            bias = nodes.weight(f"{name}.qkv.bias", layer.qkv.bias)
+            mixed = nodes.add("MultiHeadAttention", query, key, value, bias, domain=RUNTIME, num_heads=heads)
+            return nodes.linear(f"{name}.proj", layer.proj, mixed)
+        dim = self.config.embed_dim
+        query, key, value = (
+            nodes.reshape(part, 0, 0, heads, dim // heads)
+            for part in nodes.split(nodes.linear(f"{name}.qkv", layer.qkv, x), -1, 3)
+        )
+        query = nodes.add("Mul", query, nodes.number((dim // heads) ** -0.5))
+        query, value = (nodes.add("Transpose", part, perm=[0, 2, 1, 3]) for part in (query, value))
+        scores = nodes.add("MatMul", query, nodes.add("Transpose", key, perm=[0, 2, 3, 1]))
+        mixed = nodes.add("MatMul", nodes.add("Softmax", scores, axis=-1), value)
+        mixed = nodes.reshape(nodes.add("Transpose", mixed, perm=[0, 2, 1, 3]), 0, 0, dim)
+        return nodes.linear(f"{name}.proj", layer.proj, mixed)
+
+    def _gelu(self, x: str) -> str:
+        nodes = self.nodes
+        if self.fused:
+            return nodes.add("Gelu", x)
+        raised = nodes.add("Add", nodes.add("Erf", nodes.add("Mul", x, nodes.number(0.5**0.5))), nodes.number(1.0))
+        return nodes.add("Mul", nodes.add("Mul", x, raised), nodes.number(0.5))
+
+    def _pooled(self, tokens: str) -> str:
+        """Return what the output layer reads of a piece, (pieces, tokens, d) -> (pieces, d)."""
+        if self.config.pooling == "token":
+            return self.nodes.add("Gather", tokens, self.nodes.indices(np.int64(0)), axis=1)
+        return self.nodes.add("ReduceMean", tokens, self.nodes.ints(1), keepdims=0)
+
+    def _by_column(self, tokens: str) -> str:
+        """Return the mean over frequency, (pieces, tokens, d) -> (pieces, columns, d)."""
+        nodes, config = self.nodes, self.config
+        by_row = nodes.reshape(tokens, 0, config.n_mels // PATCH, -1, config.embed_dim)
+        return nodes.add("ReduceMean", by_row, nodes.ints(1), keepdims=0)
+
+    def _scored(self, x: str) -> str:
+        norm, layer = self.model.outputlayer
+        assert isinstance(norm, nn.LayerNorm)
+        assert isinstance(layer, nn.Linear)
+        return self.nodes.linear("outputlayer.1", layer, self.nodes.layer_norm("outputlayer.0", norm, x))
+
+    def _activated(self, logits: str) -> str:
+        if self.config.activation == "sigmoid":
+            return self.nodes.add("Sigmoid", logits)
+        return self.nodes.add("Softmax", logits, axis=-1)
+
+    def _joined(self, scores: str, pieces: str) -> str:
+        """Join the scores of the pieces of a long clip, (b pieces, c) -> (b, c)."""
+        nodes = self.nodes
+        by_piece = nodes.add("Reshape", scores, nodes.joined(-1, pieces, self.config.outputdim))
+        kind = "ReduceMean" if self.config.eval_avg == "mean" else "ReduceMax"
+        return nodes.add(kind, by_piece, nodes.ints(1), keepdims=0)
