@@ -10,5 +10,12 @@ class Progress(Protocol):
         """Take one report: `done` of `total` steps of `task` are finished (done == total ends the task)."""
 
 
-def silent(task: str, done: int, total: int) -> None:
+class NotedProgress(Protocol):
+    """A `Progress` that can be told more than a number of steps."""
+
+    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
+        """Take one report; `note` is shown behind the numbers."""
+
+
+def silent(task: str, done: int, total: int, note: str = "") -> None:
     """Ignore every report; the default of library calls."""

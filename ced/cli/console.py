@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from ced.errors import CedError
-from ced.progress import Progress, silent
+from ced.progress import NotedProgress, silent
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -105,7 +105,7 @@ def hush() -> None:
 
 
 @contextmanager
-def reporting() -> Iterator[Progress]:
+def reporting() -> Iterator[NotedProgress]:
     """Give a progress callback: bars on a terminal, plain lines elsewhere, nothing outside the first process."""
     if not is_main_process():
         yield silent
@@ -125,12 +125,12 @@ class Lines:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._last = clock, clock()
 
-    def __call__(self, task: str, done: int, total: int) -> None:
+    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
         """Take one report."""
         now = self._clock()
         if now - self._last >= LINE_SECONDS:
             self._last = now
-            print(f"{task}: {done} of {total}", file=sys.stderr, flush=True)
+            print(f"{task}: {done} of {total}{', ' if note else ''}{note}", file=sys.stderr, flush=True)
 
 
 class _Bars:
@@ -140,11 +140,11 @@ class _Bars:
         self._bars: RichProgress | None = None
         self._tasks: dict[str, TaskID] = {}
 
-    def __call__(self, task: str, done: int, total: int) -> None:
+    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
         bars = self._bars or self._start()
         if task not in self._tasks:
-            self._tasks[task] = bars.add_task(task, total=total)
-        bars.update(self._tasks[task], completed=done, total=total)
+            self._tasks[task] = bars.add_task(task, total=total, note=note)
+        bars.update(self._tasks[task], completed=done, total=total, note=note)
         if done >= total:
             bars.remove_task(self._tasks.pop(task))
             if not self._tasks:
@@ -160,6 +160,7 @@ class _Bars:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
             transient=True,
             redirect_stdout=False,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MEDIA_SUFFIXES = frozenset(
     {".m4a", ".m4b", ".mp4", ".mov", ".3gp", ".aac", ".webm", ".weba", ".mkv", ".mka"}
-    | {".wma", ".wmv", ".avi", ".ac3", ".amr", ".mp2", ".ts", ".mpg", ".mpeg", ".flv", ".ape", ".wv", ".tta"}
+    | {".wma", ".wmv", ".avi", ".ac3", ".amr", ".mp2", ".mpg", ".mpeg", ".flv", ".ape", ".wv", ".tta"}
 )
 MEDIA_KINDS = "M4A, MP4, AAC, WebM, MKV, WMA, AVI"
 EXTRA = "`pip install 'ced[media]'`"

@@ -1,0 +1,151 @@
+"""What the words of a command line mean: files, folders, patterns, lists, addresses, sound on standard input."""
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+from urllib.parse import quote, urlsplit
+
+from ced.errors import AudioError, ConfigError
+from ced.sound import audio
+from ced.sound.media import MEDIA_SUFFIXES, is_address
+
+SUFFIXES = audio.AUDIO_SUFFIXES | MEDIA_SUFFIXES  # what is taken from folders, whether or not PyAV is there to read it
+
+
+@dataclass(frozen=True)
+class Input:
+    """A sound to be tagged."""
+
+    name: str  # what records call it
+    source: audio.Source
+    relative: Path  # where its output goes in a tree that mirrors the inputs'; its own suffix included
+
+
+def find_inputs(words: Sequence[str], stdin: BinaryIO | None = None) -> list[Input]:
+    """Find the sounds that words stand for, in the order of the words, each sound once.
+
+    A word is a file; a folder (its sounds of known kinds, with those of its folders, sorted; hidden ones and linked
+    folders are left out); a pattern with `*`, `?`, `[...]` or `**` (sorted); an http(s) address; `-`, sound on
+    `stdin`; `@FILE` or `@-`, a list of files, folders and addresses, each ended by a line feed (or all by zero bytes).
+    A file that is not there is an input all the same: reading it fails, as with any other that cannot be read.
+
+    `relative` of what a folder or the fixed part of a pattern holds is its place therein; of files that are named one
+    by one, in words or in one list, their place in the deepest folder that holds them all.
+
+    Raises:
+        AudioError: a folder, a pattern or a list holds no sound.
+        ConfigError: there is no word, or standard input is asked for twice or is not there.
+    """
+    if not words:
+        raise ConfigError("there is nothing to tag; name files, folders, patterns, addresses, @LIST or -")
+    if sum(word in ("-", "@-") for word in words) > (stdin is not None):
+        raise ConfigError("standard input (-, @-) can be read once, if it is there")
+    named = [word for word in words if _is_named(word)]
+    places = _places(named)
+    found: list[Input] = []
+    for word in words:
+        if word == "-":
+            assert stdin is not None
+            found.append(Input("<stdin>", stdin, Path("stdin")))
+        elif word.startswith("@"):
+            found += _listed(word, stdin)
+        else:
+            found += _meant(word, places)
+    unique: dict[str, Input] = {}
+    for item in found:
+        unique.setdefault(item.name, item)
+    return list(unique.values())
+
+
+def _is_named(word: str) -> bool:
+    """Return whether a word is the path of one file, there or not."""
+    return (
+        word != "-" and not word.startswith("@") and not (is_address(word) or os.path.isdir(word) or _is_pattern(word))
+    )
+
+
+def _is_pattern(word: str) -> bool:
+    return glob.has_magic(word) and not os.path.lexists(word)
+
+
+def _meant(word: str, places: dict[str, Path]) -> Iterator[Input]:
+    """Yield the inputs of a word that needs no standard input; `places` are those of files that are named."""
+    if is_address(word):
+        yield Input(word, word, _place_of_address(word))
+    elif os.path.isdir(word):
+        yield from _in_folder(word)
+    elif _is_pattern(word):
+        yield from _matching(word)
+    else:
+        yield Input(word, word, places[word])
+
+
+def _in_folder(folder: str) -> Iterator[Input]:
+    files: list[str] = []
+    for path, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        kept = (name for name in names if not name.startswith(".") and _suffix(name) in SUFFIXES)
+        files += (os.path.join(path, name) for name in kept)
+    if not files:
+        raise AudioError(f"folder {folder} holds no sound files ({', '.join(sorted(SUFFIXES))})")
+    for file in sorted(files, key=lambda file: file.split(os.sep)):
+        yield Input(file, file, Path(os.path.relpath(file, folder)))
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _matching(pattern: str) -> Iterator[Input]:
+    fixed = pattern
+    while glob.has_magic(fixed):
+        fixed = os.path.dirname(fixed)
+    files = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+    if not files:
+        raise AudioError(f"no file matches {pattern}")
+    for file in files:
+        yield Input(file, file, Path(os.path.relpath(file, fixed or os.curdir)))
+
+
+def _listed(word: str, stdin: BinaryIO | None) -> Iterator[Input]:
+    if word == "@-":
+        assert stdin is not None
+        text, name = stdin.read(), "standard input"
+    else:
+        name = word[1:]
+        try:
+            text = Path(name).read_bytes()
+        except OSError as error:
+            raise AudioError(f"cannot read the list {name}: {error.strerror}") from error
+    ends = b"\0" if b"\0" in text else b"\n"
+    words = [os.fsdecode(line.rstrip(b"\r")) for line in text.split(ends)]
+    words = [word for word in words if word.strip()]
+    if not words:
+        raise AudioError(f"the list {name} names no file")
+    files = [word for word in words if not is_address(word) and not os.path.isdir(word)]
+    places = _places(files)
+    for line in words:
+        if line in places:  # whatever characters it has: a list holds no patterns
+            yield Input(line, line, places[line])
+        else:
+            yield from _meant(line, places)
+
+
+def _places(files: Iterable[str]) -> dict[str, Path]:
+    """Return where each file lies in the deepest folder that holds them all."""
+    whole = {file: os.path.abspath(file) for file in files}
+    if not whole:
+        return {}
+    common = os.path.commonpath([os.path.dirname(path) for path in whole.values()])
+    return {file: Path(os.path.relpath(path, common)) for file, path in whole.items()}
+
+
+def _place_of_address(address: str) -> Path:
+    parts = urlsplit(address)
+    names = [name for name in PurePosixPath(parts.path).parts if name not in ("/", "..")]
+    if parts.query:
+        names = [*names[:-1], f"{names[-1] if names else ''}{quote('?' + parts.query, safe='=')}"]
+    return Path(parts.hostname or "", *(name.replace("\\", "_").replace(":", "_") for name in names or ["index"]))

@@ -1,0 +1,123 @@
+"""The journal of a run over many files: the settings, then the record of each file that is done, a line each.
+
+A run that was broken off goes on from it, and outputs are made of it. The first line is
+`{"format": 1, "settings": {...}}`, every other `{"name": ..., "stamp": [bytes, nanoseconds] or null, "record": {...}}`;
+of two lines with one name the later counts.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from ced.errors import ConfigError, StoreError
+from ced.tag.inputs import Input
+from ced.tag.records import FORMAT_VERSION as RECORD_FORMAT
+from ced.tag.records import Record
+
+FORMAT_VERSION = 1
+
+Stamp = tuple[int, int]  # size in bytes, time of the last change in ns since 1970
+
+
+def stamp_of(item: Input) -> Stamp | None:
+    """Return what tells whether a file has changed; None for what is no file here."""
+    if not isinstance(item.source, str | os.PathLike):
+        return None
+    try:
+        status = os.stat(item.source)
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+class Journal:
+    """A journal, open to be read and added to.
+
+    Args:
+        path: where it is, or is begun.
+        settings: what records depend on besides the sounds, as JSON has it.
+
+    Raises:
+        ConfigError: it was begun under other settings.
+        StoreError: it is no journal of this format.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self._lines: dict[str, tuple[int, Stamp | None]] = {}  # name -> where its line begins, stamp
+        self._file: BinaryIO = path.open("a+b")
+        try:
+            self._read(json.loads(json.dumps({**settings, "record format": RECORD_FORMAT})))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._file.close()
+
+    def _read(self, settings: dict[str, Any]) -> None:
+        """Check the first line, find the others, and drop a last one that was not written to its end."""
+        self._file.seek(0)
+        place = 0
+        for number, line in enumerate(self._file):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                values = json.loads(line)
+                if number == 0:
+                    self._check(values["format"], values["settings"], settings)
+                else:
+                    stamp = values["stamp"]
+                    self._lines[values["name"]] = place, None if stamp is None else (stamp[0], stamp[1])
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise StoreError(f"line {number + 1} of {self.path} is no line of a journal; {self._anew()}") from error
+            place += len(line)
+        self._file.truncate(place)
+        if not place:
+            self._append({"format": FORMAT_VERSION, "settings": settings})
+
+    def _check(self, version: int, before: dict[str, Any], now: dict[str, Any]) -> None:
+        if version != FORMAT_VERSION:
+            raise StoreError(f"{self.path} has format {version}; this program writes {FORMAT_VERSION}; {self._anew()}")
+        changed = [key for key in (before | now) if before.get(key) != now.get(key)]
+        if changed:
+            then = ", ".join(f"{key} {_short(before.get(key))}, now {_short(now.get(key))}" for key in changed)
+            raise ConfigError(f"{self.path} was begun with {then}; {self._anew()}")
+
+    def _anew(self) -> str:
+        return "choose another folder, or remove that file to start anew"
+
+    def _append(self, values: dict[str, Any]) -> int:
+        """Add a line and return where it begins; it is with the operating system when this returns."""
+        place = self._file.seek(0, os.SEEK_END)
+        self._file.write(json.dumps(values).encode() + b"\n")
+        self._file.flush()
+        return place
+
+    def holds(self, item: Input, stamp: Stamp | None) -> bool:
+        """Return whether a file is done and has not changed since; what is read from a stream never is."""
+        if not isinstance(item.source, str | os.PathLike) or item.name not in self._lines:
+            return False
+        return self._lines[item.name][1] == stamp
+
+    def add(self, item: Input, stamp: Stamp | None, record: Record) -> None:
+        """Write down that a file is done."""
+        place = self._append({"name": item.name, "stamp": stamp, "record": record.to_json()})
+        self._lines[item.name] = place, stamp
+
+    def record(self, item: Input) -> Record:
+        """Read the record of a file that is done."""
+        self._file.seek(self._lines[item.name][0])
+        return Record.from_json(json.loads(self._file.readline())["record"])
+
+
+def _short(value: Any) -> str:
+    """Return a setting as messages show it."""
+    shown = "unset" if value is None else json.dumps(value, ensure_ascii=False)
+    return shown if len(shown) <= 40 else f"{shown[:37]}..."

@@ -1,0 +1,116 @@
+import io
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from ced.errors import AudioError, ConfigError
+from ced.tag.inputs import Input, find_inputs
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of sounds, and of things that are none, as the working directory."""
+    names = ["in/b.wav", "in/a.FLAC", "in/a/z.mp3", "in/a.b/y.m4a", "in/notes.txt", "in/.hidden.wav", "in/.git/x.wav"]
+    for name in [*names, "in/._a.FLAC", "other/b.wav", "none/notes.txt", "odd [1].wav"]:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def found(*words: str, stdin: bytes | None = None) -> list[tuple[str, str]]:
+    inputs = find_inputs(words, None if stdin is None else io.BytesIO(stdin))
+    return [(item.name, item.relative.as_posix()) for item in inputs]
+
+
+def test_files_as_they_are_named(tree: Path) -> None:
+    assert find_inputs(["in/notes.txt"]) == [Input("in/notes.txt", "in/notes.txt", Path("notes.txt"))]
+    assert found("in/b.wav", "in/a.FLAC") == [("in/b.wav", "b.wav"), ("in/a.FLAC", "a.FLAC")]
+    assert found("in/b.wav", "./other/b.wav") == [("in/b.wav", "in/b.wav"), ("./other/b.wav", "other/b.wav")]
+    assert found(f"{tree}/in/b.wav", "odd [1].wav") == [
+        (f"{tree}/in/b.wav", "in/b.wav"),
+        ("odd [1].wav", "odd [1].wav"),
+    ]
+    assert found("missing.wav") == [("missing.wav", "missing.wav")]
+    assert found("../x/in/b.wav", "in/b.wav", "in/b.wav") == [
+        ("../x/in/b.wav", "x/in/b.wav"),
+        ("in/b.wav", f"{tree.name}/in/b.wav"),
+    ]
+
+
+def test_a_folder_with_its_folders(tree: Path) -> None:
+    inside = [("a/z.mp3"), ("a.FLAC"), ("a.b/y.m4a"), ("b.wav")]
+    assert found("in") == [(f"in/{name}", name) for name in inside]
+    assert found("in/")[0] == ("in/a/z.mp3", "a/z.mp3")
+    assert found(str(tree / "in")) == [(f"{tree}/in/{name}", name) for name in inside]
+    assert found("in/a", "in/a/z.mp3") == [("in/a/z.mp3", "z.mp3")]
+    with pytest.raises(AudioError, match=r"^folder none holds no sound files \(.*\.flac, .*\.m4a, "):
+        find_inputs(["in", "none"])
+
+
+def test_patterns(tree: Path) -> None:
+    assert found("*/b.wav") == [("in/b.wav", "in/b.wav"), ("other/b.wav", "other/b.wav")]
+    assert found("in/*.[wF]*") == [("in/a.FLAC", "a.FLAC"), ("in/b.wav", "b.wav")]
+    assert found("in/**/*.m??") == [("in/a.b/y.m4a", "a.b/y.m4a"), ("in/a/z.mp3", "a/z.mp3")]
+    with pytest.raises(AudioError, match=r"^no file matches in/\*\.aiff$"):
+        find_inputs(["in/b.wav", "in/*.aiff"])
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\0"])
+def test_a_list(tree: Path, ends: str) -> None:
+    text = ends.join(["in/b.wav", "", "odd [1].wav", "http://a.b/c.mp3", "other", "in/*.wav", ""]).encode()
+    expected = [
+        ("in/b.wav", "in/b.wav"),
+        ("odd [1].wav", "odd [1].wav"),
+        ("http://a.b/c.mp3", "a.b/c.mp3"),
+        ("other/b.wav", "b.wav"),
+        ("in/*.wav", "in/*.wav"),
+    ]
+    (tree / "list").write_bytes(text)
+    assert found("@list") == expected
+    assert found("@-", stdin=text) == expected
+    with pytest.raises(AudioError, match="the list standard input names no file"):
+        found("@-", stdin=b"\n \n")
+    with pytest.raises(AudioError, match="cannot read the list nothing: No such file"):
+        find_inputs(["@nothing"])
+
+
+def test_sound_on_standard_input(tree: Path) -> None:
+    stdin = io.BytesIO(b"RIFF")
+    assert find_inputs(["-"], stdin) == [Input("<stdin>", stdin, Path("stdin"))]
+    assert stdin.tell() == 0
+    for words in (["-", "@-"], ["-", "-"]):
+        with pytest.raises(ConfigError, match="standard input"):
+            find_inputs(words, stdin)
+    with pytest.raises(ConfigError, match="standard input"):
+        find_inputs(["-"])
+
+
+@pytest.mark.parametrize(
+    ("address", "place"),
+    [
+        ("http://a.b/c/d.mp3", "a.b/c/d.mp3"),
+        ("HTTPS://me:secret@a.b:80/d.mp3?id=1&x=/..", "a.b/d.mp3%3Fid=1%26x=%2F.."),
+        ("https://a.b/../../etc/d", "a.b/etc/d"),
+        ("http://a.b", "a.b/index"),
+    ],
+)
+def test_addresses(address: str, place: str) -> None:
+    assert find_inputs([address]) == [Input(address, address, Path(place))]
+
+
+def test_no_words() -> None:
+    with pytest.raises(ConfigError, match="nothing to tag"):
+        find_inputs([])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text here")
+def test_names_that_are_no_text(tree: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.wav")
+    (tree / "none" / name).touch()
+    assert found("none") == [(f"none/{name}", name)]
+    assert found("none/*.wav") == [(f"none/{name}", name)]
+    assert found("@-", stdin=b"none/caf\xe9.wav\n") == [(f"none/{name}", name)]
