@@ -157,7 +157,7 @@ def test_files_written_by_hand(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("index\tname\n0\tDog\n", "has no column 'threshold'"),
-        ("value\tthreshold\n1\t0.5\n", "a column index, mid or name is needed; got value, threshold"),
+        ("value\tthreshold\n1\t0.5\n", "have columns value, threshold; one of index, mid, name is needed"),
         ("index\tthreshold\n0\t0.5\n3\t0.5\n", "row 2: index '3' is none of the model's 3 classes (Dog, ... A"),
         ("name\tthreshold\nDogs\t0.5\n", "row 1: name 'Dogs' is none of the model's 3 classes"),
         ("index\tname\tthreshold\n1\tDog\t0.5\n", "row 1: index 1, name Dog are not one class of the model"),
