@@ -58,8 +58,11 @@ def _events(
     for span in _spans(scored):
         for event in tracks.ended(span.start - gap):
             heapq.heappush(waiting, event)
-        probs = span.scored.probs
-        tracks.add(span, selection.probs(probs), selection.reached(probs), selection.reached(probs, release))
+        if span.scored.silent:
+            tracks.pause()
+        else:
+            probs = span.scored.probs
+            tracks.add(span, selection.probs(probs), selection.reached(probs), selection.reached(probs, release))
         # An event that is not begun yet begins after all that have ended.
         while waiting and waiting[0] < tracks.first():
             yield from _long_enough(heapq.heappop(waiting), selection, shortest)
@@ -139,6 +142,10 @@ class _Tracks:
         self._there |= fresh
         self._offset[self._going] = span.end
         np.maximum(self._peak, probs, out=self._peak, where=self._going)
+
+    def pause(self) -> None:
+        """Let a span pass in which nothing is heard, whatever the thresholds."""
+        self._going[:] = False
 
     def first(self) -> _Event:
         """Return the earliest event that is still there; when there is none, one after all others."""

@@ -66,6 +66,14 @@ def test_windows_with_time_between_them_are_no_neighbours() -> None:
     assert heard(events(scored, selection, gap=19)) == [(0, 21, "class 0", 0.9)]
 
 
+def test_nothing_is_heard_in_silence() -> None:
+    scored = windows(end_to_end(3), [0.9, 0, 0.9])
+    scored[1] = Scored(1.0, 2.0, scored[1].probs, silent=True)
+    always = Selection(numbered(1), thresholds=0.0)
+    assert heard(events(scored, always)) == [(0, 1, "class 0", 0.9), (2, 3, "class 0", 0.9)]
+    assert heard(events(scored, always, gap=1.0)) == [(0, 3, "class 0", 0.9)]
+
+
 def test_rounding_of_times_parts_no_event() -> None:
     times = [(step * 0.1, step * 0.1 + 0.1) for step in range(50)]
     scored = windows(times, [0.9] + [0.3] * 49)

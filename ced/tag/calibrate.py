@@ -1,0 +1,124 @@
+"""The walk that fits thresholds: labelled clips -> scores -> the best threshold of each class -> a file."""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ced.errors import AudioError, ConfigError, TableError
+from ced.progress import Progress, silent
+from ced.sound.audio import Source
+from ced.sound.labelled import LabelledClip, read_labelled
+from ced.sound.labels import ClassTable
+from ced.tag.records import Scored
+from ced.tag.thresholds import Fit, fit_thresholds, measure, write_thresholds
+
+USUAL_THRESHOLD = 0.5  # what the fitted thresholds are compared with
+
+log = logging.getLogger(__name__)
+
+
+class ScoresSounds(Protocol):
+    """Anything that scores a sound window by window, as a `Tagger` does."""
+
+    @property
+    def labels(self) -> ClassTable:
+        """The classes, in the order of the scores."""
+
+    def score(self, source: Source, *, window: float = 10.0, hop: float | None = None) -> Iterator[Scored]:
+        """Yield the scores of each window."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What became of labelled clips; all figures are on the clips that the thresholds were fitted to."""
+
+    out: Path
+    clips: int  # that were scored
+    unreadable: tuple[str, ...]  # why each of the others was left out
+    classes: int  # with positives
+    unseen: tuple[str, ...]  # names of classes without positives, which got a threshold common to all
+    never: tuple[str, ...]  # names of classes that no threshold makes precise enough, and that are never tagged
+    f1_before: float  # mean over classes with positives, with `USUAL_THRESHOLD` for all
+    f1_after: float
+
+
+def calibrate(
+    tagger: ScoresSounds,
+    table: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    precision: float | None = None,
+    window: float = 10.0,
+    hop: float | None = None,
+    progress: Progress = silent,
+) -> Calibration:
+    """Fit a threshold for each class to labelled clips, and write them.
+
+    A clip's probability is the highest of its windows: a clip then has a tag exactly when one of its windows has it,
+    which is how thresholds are used. Clips that cannot be read are left out and named.
+
+    Args:
+        tagger: what scores.
+        table: as for `read_labelled`.
+        out: the file of thresholds.
+        precision: the least precision of each class; None: the best F1.
+        window: seconds.
+        hop: seconds from one window's start to the next; None: windows lie end to end.
+        progress: told of each clip.
+
+    Raises:
+        TableError: the table cannot be understood, or none of the clips can be read or has a label.
+        ConfigError: `precision` is out of range.
+    """
+    if precision is not None and not 0 < precision <= 1:
+        raise ConfigError(f"precision is {precision}; it must be above 0 and at most 1")
+    clips = read_labelled(table, tagger.labels)
+    rows, heard, unreadable = [], [], []
+    for done, clip in enumerate(clips, 1):
+        try:
+            probs.append(
+                np.maximum.reduce([scored.probs for scored in tagger.score(clip.path, window=window, hop=hop)])
+            )
+            heard.append(clip)
+        except AudioError as error:
+            unreadable.append(str(error))
+            log.warning("left out: %s", error)
+        progress("clips", done, len(clips))
+    if not heard:
+        raise TableError(f"none of {len(clips)} clips of {table} can be read; the first: {unreadable[0]}")
+    probs, targets = np.stack(rows), _targets(heard, len(tagger.labels))
+    fit = fit_thresholds(probs, targets, precision=precision)
+    before = measure(probs, targets, np.full(len(tagger.labels), USUAL_THRESHOLD, np.float32))
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    write_thresholds(out, fit, tagger.labels)
+    return _report(Path(out), fit, before, tagger.labels, len(heard), tuple(unreadable))
+
+
+def _targets(clips: list[LabelledClip], count: int) -> NDArray[np.bool_]:
+    """Return which clip has which class, (n, c)."""
+    targets = np.zeros((len(clips), count), np.bool_)
+    for row, clip in enumerate(clips):
+        targets[row, list(clip.labels)] = True
+    return targets
+
+
+def _report(
+    out: Path, fit: Fit, before: Fit, labels: ClassTable, clips: int, unreadable: tuple[str, ...]
+) -> Calibration:
+    seen = fit.positives > 0
+    return Calibration(
+        out=out,
+        clips=clips,
+        unreadable=unreadable,
+        classes=int(seen.sum()),
+        unseen=tuple(labels.names[index] for index in np.flatnonzero(~seen)),
+        never=tuple(labels.names[index] for index in np.flatnonzero(fit.thresholds > 1)),
+        f1_before=float(before.f1[seen].mean()),
+        f1_after=float(fit.f1[seen].mean()),
+    )
