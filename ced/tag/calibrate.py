@@ -82,9 +82,8 @@ def calibrate(
     rows, heard, unreadable = [], [], []
     for done, clip in enumerate(clips, 1):
         try:
-            probs.append(
-                np.maximum.reduce([scored.probs for scored in tagger.score(clip.path, window=window, hop=hop)])
-            )
+            windows = [scored.probs for scored in tagger.score(clip.path, window=window, hop=hop)]
+            rows.append(np.maximum.reduce(windows))
             heard.append(clip)
         except AudioError as error:
             unreadable.append(str(error))
