@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from ced.cli.console import reporting
+from ced.cli.tagging import Hop, Jobs, Model, Window
+from ced.machine import cores
 
 NAMES_SHOWN = 5  # of classes that are only mentioned
 
@@ -14,16 +16,15 @@ def calibrate(
     table: Annotated[
         Path, typer.Argument(help="Labelled clips: a table with filename and labels, or a folder with a meta.tsv.")
     ],
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A model name (see `ced models`), a checkpoint, or an experiment.")
-    ] = "ced_mini",
+    model: Model = "ced_mini",
     out: Annotated[Path, typer.Option("--out", "-o", help="The file of thresholds to write.")] = Path("thresholds.tsv"),
     precision: Annotated[
         float | None,
         typer.Option(help="The least precision of each class, above 0, at most 1.", show_default="the best F1"),
     ] = None,
-    window: Annotated[float, typer.Option("--window", "-w", help="Seconds of a window, above 0.")] = 10.0,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Windows scored at a time.")] = 1,
+    window: Window = 10.0,
+    hop: Hop = None,
+    jobs: Jobs = None,
 ) -> None:
     """Fit a threshold for each class to labelled clips, for `ced tag --threshold FILE`.
 
@@ -34,8 +35,9 @@ def calibrate(
     from ced.tag.tagger import Tagger
 
     with reporting() as progress:
+        jobs = jobs or cores()
         tagger = Tagger(model, jobs=jobs, progress=progress)
-        found = fit(tagger, table, out, precision=precision, window=window, progress=progress)
+        found = fit(tagger, table, out, precision=precision, window=window, hop=hop, jobs=jobs, progress=progress)
     print(f"{found.out}: thresholds fitted to {found.clips} clips, in which {found.classes} classes are heard")
     print(
         f"F1, mean over these classes, on the clips fitted to: {found.f1_after:.3f}"

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,11 +10,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ced.errors import AudioError, ConfigError, TableError
-from ced.progress import Progress, silent
+from ced.errors import ConfigError, TableError
+from ced.progress import NotedProgress, silent
 from ced.sound.audio import Source
-from ced.sound.labelled import LabelledClip, read_labelled
+from ced.sound.labelled import read_labelled
 from ced.sound.labels import ClassTable
+from ced.tag import batch
+from ced.tag.inputs import Input
 from ced.tag.records import Scored
 from ced.tag.thresholds import Fit, fit_thresholds, measure, write_thresholds
 
@@ -24,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class ScoresSounds(Protocol):
-    """Anything that scores a sound window by window, as a `Tagger` does."""
+    """Anything that scores sounds window by window, several at a time, as a `Tagger` does."""
 
     @property
     def labels(self) -> ClassTable:
@@ -48,6 +50,12 @@ class Calibration:
     f1_after: float
 
 
+@dataclass(frozen=True, eq=False)
+class _Heard:
+    probs: NDArray[np.float32]  # (c,)
+    seconds: float  # the length of the clip
+
+
 def calibrate(
     tagger: ScoresSounds,
     table: str | os.PathLike[str],
@@ -56,7 +64,8 @@ def calibrate(
     precision: float | None = None,
     window: float = 10.0,
     hop: float | None = None,
-    progress: Progress = silent,
+    jobs: int = 1,
+    progress: NotedProgress = silent,
 ) -> Calibration:
     """Fit a threshold for each class to labelled clips, and write them.
 
@@ -70,40 +79,45 @@ def calibrate(
         precision: the least precision of each class; None: the best F1.
         window: seconds.
         hop: seconds from one window's start to the next; None: windows lie end to end.
+        jobs: clips scored at a time, each in a thread.
         progress: told of each clip.
 
     Raises:
         TableError: the table cannot be understood, or none of the clips can be read or has a label.
-        ConfigError: `precision` is out of range.
+        ConfigError: `precision` or `jobs` is out of range.
     """
     if precision is not None and not 0 < precision <= 1:
         raise ConfigError(f"precision is {precision}; it must be above 0 and at most 1")
     clips = read_labelled(table, tagger.labels)
-    rows, heard, unreadable = [], [], []
-    for done, clip in enumerate(clips, 1):
-        try:
-            windows = [scored.probs for scored in tagger.score(clip.path, window=window, hop=hop)]
-            rows.append(np.maximum.reduce(windows))
-            heard.append(clip)
-        except AudioError as error:
-            unreadable.append(str(error))
-            log.warning("left out: %s", error)
-        progress("clips", done, len(clips))
-    if not heard:
+    inputs = [Input(str(clip.path), clip.path, Path(clip.path.name)) for clip in clips]
+
+    def score(clip: Input) -> _Heard:
+        windows = list(tagger.score(clip.source, window=window, hop=hop))
+        return _Heard(np.maximum.reduce([scored.probs for scored in windows]), windows[-1].end)
+
+    rows, labels, unreadable = [], [], []
+    for clip, outcome in zip(clips, batch.results(inputs, score, jobs=jobs, progress=progress), strict=True):
+        if outcome.result is None:
+            unreadable.append(outcome.error)
+            log.warning("left out: %s", outcome.error)
+        else:
+            rows.append(outcome.result.probs)
+            labels.append(clip.labels)
+    if not rows:
         raise TableError(f"none of {len(clips)} clips of {table} can be read; the first: {unreadable[0]}")
-    probs, targets = np.stack(rows), _targets(heard, len(tagger.labels))
+    probs, targets = np.stack(rows), _targets(labels, len(tagger.labels))
     fit = fit_thresholds(probs, targets, precision=precision)
     before = measure(probs, targets, np.full(len(tagger.labels), USUAL_THRESHOLD, np.float32))
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_thresholds(out, fit, tagger.labels)
-    return _report(Path(out), fit, before, tagger.labels, len(heard), tuple(unreadable))
+    return _report(Path(out), fit, before, tagger.labels, len(rows), tuple(unreadable))
 
 
-def _targets(clips: list[LabelledClip], count: int) -> NDArray[np.bool_]:
+def _targets(labels: Sequence[tuple[int, ...]], count: int) -> NDArray[np.bool_]:
     """Return which clip has which class, (n, c)."""
-    targets = np.zeros((len(clips), count), np.bool_)
-    for row, clip in enumerate(clips):
-        targets[row, list(clip.labels)] = True
+    targets = np.zeros((len(labels), count), np.bool_)
+    for row, indices in enumerate(labels):
+        targets[row, list(indices)] = True
     return targets
 
 

@@ -35,10 +35,14 @@ def table(tmp_path: Path) -> Path:
 
 
 def test_thresholds_are_fitted_to_the_highest_of_a_clips_windows(table: Path, tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
+    told: list[int] = []
     out = tmp_path / "new" / "thresholds.tsv"
     tagger = Tagger(Loudness())
-    found = calibrate(tagger, table, out, window=1.0, progress=lambda *report: told.append(report))
+
+    def progress(task: str, done: int, total: int, note: str = "") -> None:
+        told.append(done)
+
+    found = calibrate(tagger, table, out, window=1.0, jobs=2, progress=progress)
     # The clips' scores are 0.5, 0.25, 0.125 for loud, and 0.5, 0.375, 0.5 for quiet, which is right of the last only.
     thresholds = read_thresholds(out, tagger.labels)
     assert thresholds.tolist() == pytest.approx([0.1875, 0.4375, thresholds[2]])
@@ -47,7 +51,7 @@ def test_thresholds_are_fitted_to_the_highest_of_a_clips_windows(table: Path, tm
     assert found.f1_after == pytest.approx((1 + 2 / 3) / 2)
     assert len(found.unreadable) == 1
     assert "bad.wav" in found.unreadable[0]
-    assert told == [("clips", done, 4) for done in (1, 2, 3, 4)]
+    assert told == [1, 2, 3, 4]
     assert out.read_text(encoding="utf-8").splitlines()[2] == "0\tloud\t0.1875\t1.0000\t1.0000\t1.0000\t2"
 
 
