@@ -63,8 +63,8 @@ def _events(
         else:
             probs = span.scored.probs
             tracks.add(span, selection.probs(probs), selection.reached(probs), selection.reached(probs, release))
-        # An event that is not begun yet begins after all that have ended.
-        while waiting and waiting[0] < tracks.first():
+        first = tracks.first()  # what is not begun yet begins after all that have ended
+        while waiting and waiting[0] < first:
             yield from _long_enough(heapq.heappop(waiting), selection, shortest)
     for event in sorted((*waiting, *tracks.ended(np.inf))):
         yield from _long_enough(event, selection, shortest)
