@@ -16,6 +16,7 @@ from pathlib import Path
 from ced.distill.packfile import DType, Outcome, Part, Settings, outcomes_of, write
 from ced.errors import ConfigError, PackError
 from ced.files import claimed, written_aside
+from ced.machine import cores
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.tables import read_table, write_table
@@ -78,7 +79,7 @@ def pack(
         ConfigError: an option is out of range.
         BusyError: another process is making this pack.
     """
-    workers = _processors() if workers is None else workers
+    workers = cores() if workers is None else workers
     if size_per_file < 1 or workers < 1:
         raise ConfigError(f"size_per_file is {size_per_file}, workers {workers}; both must be at least 1")
     if dtype not in ("int16", "float32"):
@@ -144,11 +145,6 @@ def _write_index(
     packed = [row for row, outcome in enumerate(outcomes) if isinstance(outcome, int)]
     write_table(index, {name: [column[row] for row in packed] for name, column in columns.items()})
     return PackReport(index, failures if failed else None, len(packed), tuple(failed), parts, kept)
-
-
-def _processors() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_names(filenames: Sequence[str], settings: Settings, table: Path) -> None:

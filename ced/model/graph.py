@@ -166,10 +166,9 @@ class _Network:
     def _attention(self, name: str, layer: Attention, x: str) -> str:
         nodes, heads = self.nodes, layer.heads
         if self.fused:
-            product = nodes.add("MatMul", x, nodes.weight(f"{name}.qkv.weight", layer.qkv.weight.T))
-            query, key, value = nodes.split(product, -1, 3)
+            weight = nodes.weight(f"{name}.qkv.weight", layer.qkv.weight.T)
             bias = nodes.weight(f"{name}.qkv.bias", layer.qkv.bias)
-            mixed = nodes.add("MultiHeadAttention", query, key, value, bias, domain=RUNTIME, num_heads=heads)
+            mixed = nodes.add("Attention", x, weight, bias, domain=RUNTIME, num_heads=heads)
             return nodes.linear(f"{name}.proj", layer.proj, mixed)
         dim = self.config.embed_dim
         query, key, value = (

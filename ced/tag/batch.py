@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from ced.errors import AudioError, CedError, ConfigError
 from ced.files import claimed
@@ -21,16 +21,25 @@ from ced.tag.results import Format, formats, write
 JOURNAL_NAME, ERRORS_NAME, COMBINED_STEM = "journal.jsonl", "errors.jsonl", "tags"
 _AHEAD = 32  # files that may be done before the one whose turn it is
 
-Process = Callable[[Input], Record]  # called by several threads at once
+
+class Timed(Protocol):
+    """What is made of a sound, and knows how long that was."""
+
+    @property
+    def seconds(self) -> float:
+        """The length of the sound."""
+
+
+T = TypeVar("T", bound=Timed)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Generic[T]):
     """What became of an input."""
 
     input: Input
-    record: Record | None
-    error: str = ""  # why there is no record, in one line
+    result: T | None
+    error: str = ""  # why there is no result, in one line
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,8 @@ def _speed(seconds: float, elapsed: float) -> str:
 
 
 def results(
-    inputs: Sequence[Input], process: Process, *, jobs: int = 1, progress: NotedProgress = silent
-) -> Iterator[Outcome]:
+    inputs: Sequence[Input], process: Callable[[Input], T], *, jobs: int = 1, progress: NotedProgress = silent
+) -> Iterator[Outcome[T]]:
     """Process inputs side by side and yield what becomes of each, in the order of the inputs.
 
     What fails is an outcome, too. Memory is bounded: few inputs are ahead of the one whose turn it is.
@@ -76,19 +85,19 @@ def results(
     pool = ThreadPoolExecutor(jobs, "ced-file")
     try:
         ahead = (pool.submit(_attempt, process, item) for item in inputs)
-        waiting: deque[Future[Outcome]] = deque(islice(ahead, jobs + _AHEAD))
+        waiting: deque[Future[Outcome[T]]] = deque(islice(ahead, jobs + _AHEAD))
         for done in range(1, len(inputs) + 1):
             outcome = waiting.popleft().result()
             waiting.extend(islice(ahead, 1))
-            if outcome.record is not None:
-                seconds += outcome.record.seconds
+            if outcome.result is not None:
+                seconds += outcome.result.seconds
             progress("tagging", done, len(inputs), _speed(seconds, time.monotonic() - began))
             yield outcome
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _attempt(process: Process, item: Input) -> Outcome:
+def _attempt(process: Callable[[Input], T], item: Input) -> Outcome[T]:
     try:
         return Outcome(item, process(item))
     except AudioError as error:
@@ -105,7 +114,7 @@ def _line(message: str) -> str:
 
 def run(
     inputs: Sequence[Input],
-    process: Process,
+    process: Callable[[Input], Record],
     out: Path,
     *,
     settings: Mapping[str, Any],
@@ -113,7 +122,7 @@ def run(
     combined: bool = False,
     jobs: int = 1,
     progress: NotedProgress = silent,
-    failed: Callable[[Outcome], None] = lambda outcome: None,
+    failed: Callable[[Outcome[Record]], None] = lambda outcome: None,
 ) -> Summary:
     """Process inputs and write their records into a folder; what an earlier run has done there is not done again.
 
@@ -154,17 +163,17 @@ def run(
                 _write_outputs(journal.record(item), targets[item.name])
         for outcome in results(todo, process, jobs=jobs, progress=progress):
             item = outcome.input
-            if outcome.record is None:
+            if outcome.result is None:
                 failures += 1
                 _note_error(errors, outcome)
                 for _, path in targets.get(item.name, ()):
                     path.unlink(missing_ok=True)  # of what the file held before
                 failed(outcome)
                 continue
-            seconds += outcome.record.seconds
+            seconds += outcome.result.seconds
             # Outputs first: what the journal holds has its outputs, even after a kill between the two.
-            _write_outputs(outcome.record, targets.get(item.name, ()))
-            journal.add(item, stamps[item.name], outcome.record)
+            _write_outputs(outcome.result, targets.get(item.name, ()))
+            journal.add(item, stamps[item.name], outcome.result)
             done.add(item.name)
         if combined:
             for kind in chosen:
@@ -198,6 +207,6 @@ def _write_outputs(record: Record, targets: _Targets) -> None:
         write(kind, [record], path)
 
 
-def _note_error(errors: Path, outcome: Outcome) -> None:
+def _note_error(errors: Path, outcome: Outcome[Record]) -> None:
     with errors.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(json.dumps({"file": outcome.input.name, "error": outcome.error}, ensure_ascii=False) + "\n")

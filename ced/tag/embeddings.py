@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ced.errors import ConfigError
 from ced.files import written_aside
 from ced.sound.tables import write_table
+from ced.tag.tagger import Embedding
 
 FORMAT_VERSION = 1
 SUFFIXES = (".npy", ".parquet")
@@ -24,6 +25,15 @@ class Row:
     start: float  # seconds
     end: float
     vector: NDArray[np.float32]  # (d,)
+
+
+def rows_of(file: str, found: Embedding, *, windows: bool = False) -> Iterator[Row]:
+    """Yield the rows of a sound: one of the whole of it, or one a window."""
+    if not windows:
+        yield Row(file, 0.0, found.seconds, found.clip)
+        return
+    for start, end, vector in zip(found.starts, found.ends, found.vectors, strict=True):
+        yield Row(file, float(start), float(end), vector)
 
 
 def check_suffix(path: Path) -> None:

@@ -77,6 +77,11 @@ class Embedding:
     vectors: NDArray[np.float32]  # (w, d), one a window
 
     @property
+    def seconds(self) -> float:
+        """The length of the sound."""
+        return float(self.ends[-1])
+
+    @property
     def clip(self) -> NDArray[np.float32]:
         """The sound as a whole, (d,): the mean of its windows, each as heavy as it is long."""
         mean: NDArray[np.float32] = np.average(self.vectors, axis=0, weights=self.ends - self.starts).astype(np.float32)

@@ -91,8 +91,8 @@ def test_results_come_in_order_whoever_is_first(tree: Path) -> None:
         time.sleep(0.02 * (inputs.index(item) % 4 == 0))
         return loudness(item)
 
-    alone = [outcome.record for outcome in results(inputs, process)]
-    together = [outcome.record for outcome in results(inputs, process, jobs=5)]
+    alone = [outcome.result for outcome in results(inputs, process)]
+    together = [outcome.result for outcome in results(inputs, process, jobs=5)]
     assert alone == together
     assert [record.file for record in alone if record] == [item.name for item in inputs]
 
@@ -182,7 +182,7 @@ def test_a_bad_file_is_reported_and_tried_again(tree: Path) -> None:
     Path("in/0/03.wav").write_bytes(b"RIFF")
     Path("in/0/04.wav").write_text("no sound")
     inputs = [*find_inputs(["in"]), *find_inputs(["missing.wav"])]
-    failed: list[Outcome] = []
+    failed: list[Outcome[Record]] = []
     summary = run(inputs, loudness, Path("out"), settings=SETTINGS, jobs=2, failed=failed.append)
     assert (summary.files, summary.failed) == (14, 3)
     errors = lines(Path("out/errors.jsonl"))

@@ -1,0 +1,92 @@
+"""The core install, as someone gets it who only wants tags: a fresh environment, without torch."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from ced.model.export import export
+from ced.model.vit import CED, ModelConfig
+from ced.sound.labels import ClassTable
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "onnx", "h5py", "pyarrow", "safetensors", "matplotlib")
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of an environment with the core alone."""
+    folder = tmp_path_factory.mktemp("fresh")
+    subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
+    install = [
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "-c",
+        str(ROOT / "constraints.txt"),
+        str(ROOT),
+    ]
+    subprocess.run([folder / "env" / "bin" / "python", "-m", *install], check=True)
+    return folder / "env" / "bin"
+
+
+@pytest.fixture(scope="module")
+def network() -> CED:
+    torch.manual_seed(0)
+    config = ModelConfig(embed_dim=32, num_heads=2, depth=1, outputdim=3, target_length=112)
+    return CED(config, ClassTable(("bark", "bell", "rain"))).eval()
+
+
+@pytest.fixture(scope="module")
+def graph(network: CED, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("graph") / "small.onnx"
+    export(network, path)
+    return path
+
+
+def test_the_core_tags_without_torch(fresh: Path, network: CED, graph: Path, tmp_path: Path) -> None:
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, 16_000).astype(np.float32)
+    soundfile.write(tmp_path / "a.flac", wave, 16_000, subtype="PCM_24")
+    decoded, _ = soundfile.read(tmp_path / "a.flac", dtype="float32")
+    with torch.inference_mode():
+        probs = network.probs(torch.from_numpy(decoded)[None])[0]
+
+    missing = "import sys, importlib.util as u; sys.exit(any(u.find_spec(name) for name in sys.argv[1:]))"
+    subprocess.run([fresh / "python", "-c", missing, *HEAVY], check=True)
+    words = ["tag", "-m", str(graph), "-k", "1", str(tmp_path / "a.flac")]
+    done = subprocess.run([fresh / "ced", *words], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    best = int(probs.argmax())
+    heading, line, blank = done.stdout.split("\n")[:3]
+    assert heading == f"===== {tmp_path / 'a.flac'} ====="
+    assert line.startswith(f"[0.0s]-[1.0s] Topk-1 {network.labels.names[best]} 0.")
+    assert float(line.split()[-1]) == pytest.approx(float(probs[best]), abs=2e-4)
+    assert blank == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "extra"),
+    [
+        (["train", "a.yaml"], "ced[train]"),
+        (["export", "-m", "a.safetensors"], "ced[train]"),
+        (["tag", "-m", "a.safetensors", "a.flac"], "ced[train]"),
+        (["tag", "-m", "small.onnx", "-f", "parquet", "-o", "out", "a.flac"], "ced[parquet]"),
+        (["tag", "-m", "small.onnx", "a.m4a"], "ced[media]"),
+    ],
+)
+def test_what_the_core_lacks_is_named(fresh: Path, graph: Path, tmp_path: Path, words: list[str], extra: str) -> None:
+    (tmp_path / "a.yaml").write_text("seed: 1\n")
+    shutil.copy(graph, tmp_path)
+    for name in ("a.safetensors", "a.m4a", "a.flac"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
+    done = subprocess.run([fresh / "ced", *words], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert f"pip install '{extra}'" in line
