@@ -108,7 +108,6 @@ def calibrate(
     probs, targets = np.stack(rows), _targets(labels, len(tagger.labels))
     fit = fit_thresholds(probs, targets, precision=precision)
     before = measure(probs, targets, np.full(len(tagger.labels), USUAL_THRESHOLD, np.float32))
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_thresholds(out, fit, tagger.labels)
     return _report(Path(out), fit, before, tagger.labels, len(rows), tuple(unreadable))
 
