@@ -42,18 +42,34 @@ def export(
         typer.Option("--input", help="wave: the front end is inside; feats: as sherpa-onnx has it."),
     ] = Input.WAVE,
     int8: Annotated[bool, typer.Option("--int8/--no-int8", help="Write MODEL.int8.onnx, too.")] = False,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            help="Labelled clips (filename and labels or label; or a folder with meta.tsv) to compare int8 on."
+        ),
+    ] = None,
+    bound: Annotated[
+        float, typer.Option(help="Points of mAP that int8 may cost there; past it no file is left.")
+    ] = 0.3,
 ) -> None:
     """Export a model to one ONNX graph that gives probabilities, compared with the network on the spot."""
     from ced.model.export import export as write
+    from ced.model.export import largest_difference
     from ced.model.loading import load_model
-    from ced.model.quantize import quantize
+    from ced.model.quantize import int8_path, quantize
 
+    if check is not None and not int8:
+        raise typer.BadParameter("--check compares int8 with float: it needs --int8")
     path = out or Path(f"{Path(model).stem}.onnx")
     with reporting() as progress:
         network = load_model(model, progress=progress)
         report = write(network, path, source.value)
-    print(f"{report.path}: probabilities differ from the network's by {report.largest_difference:.1g} at most")
-    if report.labels_path is not None:
-        print(report.labels_path)
-    if int8:
-        print(quantize(path))
+        print(f"{report.path}: probabilities differ from the network's by {report.largest_difference:.1g} at most")
+        if report.labels_path is not None:
+            print(report.labels_path)
+        if not int8:
+            return
+        found = quantize(path, check=check, bound=bound, progress=progress)
+    if found is None:
+        change = f"by {largest_difference(network, int8_path(path)):.1g} at most on noise; --check tells what it costs"
+    print(f"{int8_path(path)}: {found.summary if found else change}")

@@ -17,7 +17,8 @@ from ced.distill.distributed import World
 from ced.distill.precision import autocast
 from ced.distill.targets import multi_hot
 from ced.distill.wavpack import WavPack
-from ced.errors import ConfigError, TableError, TrainingError
+from ced.errors import ConfigError, TableError
+from ced.model.metrics import average_precision
 from ced.model.vit import CED
 from ced.progress import Progress, silent
 from ced.sound.labels import ClassTable
@@ -41,37 +42,6 @@ class Evaluation:
         covered = len(self.labels) - len(self.missing)
         accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.4f}"
         return f"mAP {self.map:.4f}{accuracy} ({self.clips} clips, {covered} of {len(self.labels)} classes)"
-
-
-def average_precision(targets: NDArray[np.bool_], scores: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the average precision of each class, scikit-learn's definition: the sum over the distinct scores, from
-    the highest down, of the gain in recall times the precision there. Equal scores count as one step.
-
-    Args:
-        targets: (n, c), which clip has which class.
-        scores: (n, c).
-
-    Returns:
-        (c,); NaN for a class without a positive clip.
-
-    Raises:
-        TrainingError: a score is NaN.
-    """
-    if np.isnan(scores).any():
-        row, column = np.argwhere(np.isnan(scores))[0]
-        raise TrainingError(f"the score of clip {row} for class {column} is NaN; the network's weights are unusable")
-    found = np.full(targets.shape[1], np.nan)
-    for column in np.flatnonzero(targets.any(0)):
-        found[column] = _one_class(targets[:, column], scores[:, column])
-    return found
-
-
-def _one_class(hits: NDArray[np.bool_], scores: NDArray[np.floating]) -> float:
-    order = np.argsort(-scores)
-    hits, scores = hits[order], scores[order]
-    steps = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # the last clip of each distinct score
-    found = hits.cumsum()[steps]
-    return float(np.diff(found, prepend=0) @ (found / (steps + 1)) / found[-1])
 
 
 class Evaluator:

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 
-from ced.distill.evaluate import Evaluator, average_precision, evaluate
+from ced.distill.evaluate import Evaluator, evaluate
 from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, PackError, TableError, TrainingError
+from ced.model.metrics import average_precision
 from ced.model.vit import CED, ModelConfig
 from ced.sound.labels import ClassTable
 

@@ -1,0 +1,37 @@
+"""How good scores are: average precision, accuracy."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ced.errors import TrainingError
+
+
+def average_precision(targets: NDArray[np.bool_], scores: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return the average precision of each class, scikit-learn's definition: the sum over the distinct scores, from
+    the highest down, of the gain in recall times the precision there. Equal scores count as one step.
+
+    Args:
+        targets: (n, c), which clip has which class.
+        scores: (n, c).
+
+    Returns:
+        (c,); NaN for a class without a positive clip.
+
+    Raises:
+        TrainingError: a score is NaN.
+    """
+    if np.isnan(scores).any():
+        row, column = np.argwhere(np.isnan(scores))[0]
+        raise TrainingError(f"the score of clip {row} for class {column} is NaN; the network's weights are unusable")
+    found = np.full(targets.shape[1], np.nan)
+    for column in np.flatnonzero(targets.any(0)):
+        found[column] = _one_class(targets[:, column], scores[:, column])
+    return found
+
+
+def _one_class(hits: NDArray[np.bool_], scores: NDArray[np.floating]) -> float:
+    order = np.argsort(-scores)
+    hits, scores = hits[order], scores[order]
+    steps = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # the last clip of each distinct score
+    found = hits.cumsum()[steps]
+    return float(np.diff(found, prepend=0) @ (found / (steps + 1)) / found[-1])
