@@ -105,6 +105,8 @@ def _network_options() -> dict[str, str]:
 def _open_track(container: "InputContainer", name: str, cut: bool) -> Opened:
     if not container.streams.audio:
         raise AudioError(f"{name} has no sound track")
+    if container.streams.audio[0].codec_context is None:
+        raise AudioError(f"cannot decode {name}: the code of its sound track is not known here")
     frames = _frames(container, name, cut)
     first = next(frames, None)
     if first is None:
