@@ -5,9 +5,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
+import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -17,7 +19,7 @@ from ced.errors import ExportError
 from ced.files import written_aside
 from ced.model import graph
 from ced.model.graph import Input
-from ced.model.onnx import CLASSES, LABELS_FILE, OUTPUT, PROB, PROBABILITIES, open_session
+from ced.model.onnx import CLASSES, LABELS_FILE, OUTPUT, PROB, PROBABILITIES, open_session, session_options
 from ced.model.vit import CED, MIN_SAMPLES, PATCH
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable
@@ -60,6 +62,8 @@ def export(model: CED, path: Path, source: Input = "wave") -> ExportReport:
         )
     with written_aside(path) as aside:
         onnx.save(made, aside)
+        if source == "wave":
+            optimize(aside)
         difference = largest_difference(model, aside)
         if not difference <= LARGEST_DIFFERENCE:
             raise ExportError(
@@ -70,6 +74,25 @@ def export(model: CED, path: Path, source: Input = "wave") -> ExportReport:
         with written_aside(labels_path) as aside:
             aside.write_text(table, encoding="utf-8", newline="\n")
     return ExportReport(path, difference, labels_path)
+
+
+def optimize(path: Path) -> None:
+    """Do to a graph what ONNX Runtime does whenever it opens one, so that it opens in half the time."""
+    options = session_options(threads=1)
+    # Beyond this level are changes for the processor at hand.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    metadata = {each.key: each.value for each in onnx.load(path).metadata_props}
+    with TemporaryDirectory(dir=path.parent) as folder:
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        made = onnx.load(options.optimized_model_filepath)
+    # It lists all the operator sets that it knows; other versions of it may not know them.
+    used = {node.domain for node in made.graph.node}
+    opsets = [opset for opset in made.opset_import if opset.domain in used]
+    del made.opset_import[:]
+    made.opset_import.extend(opsets)
+    onnx.helper.set_model_props(made, metadata)
+    onnx.save(made, path)
 
 
 def metadata(model: CED, source: Input) -> dict[str, str]:

@@ -25,7 +25,7 @@ from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable, default_classes, named_by_config, read_classes
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+    from onnxruntime import InferenceSession, SessionOptions
 
 GRAPH_VERSION = 1  # raised when exported graphs change: those in the cache are then made anew
 MIN_SAMPLES = 2_400  # of one patch column; `vit.MIN_SAMPLES`, which needs torch
@@ -213,6 +213,17 @@ def _exported(checkpoint: Path) -> Path:
     return path
 
 
+def session_options(threads: int) -> "SessionOptions":
+    """Return how graphs are run: by so many threads, without a word but of errors."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    return options
+
+
 def open_session(path: Path, threads: int) -> "InferenceSession":
     """Open a graph in ONNX Runtime on the CPU, quietly.
 
@@ -223,12 +234,8 @@ def open_session(path: Path, threads: int) -> "InferenceSession":
 
     if not path.is_file():
         raise CheckpointError(f"no graph at {path}")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
     except Exception as error:  # a damaged file may make ONNX Runtime fail in any way
         raise CheckpointError(f"graph {path} is damaged or no ONNX file ({_line(error)})") from error
 

@@ -16,6 +16,8 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from ced.errors import ConfigError, ExportError
 from ced.files import written_aside
+from ced.model.export import optimize
+from ced.model.graph import RUNTIME
 from ced.model.metrics import average_precision
 from ced.model.onnx import OnnxModel
 from ced.progress import Progress, silent
@@ -54,9 +56,10 @@ class Comparison:
         accuracy = ""
         if self.exact.accuracy is not None and self.int8.accuracy is not None:
             accuracy = f", accuracy {self.exact.accuracy:.4f} -> {self.int8.accuracy:.4f}"
+        gain = round(-self.loss, 2) + 0.0  # not -0.0
         return (
-            f"mAP {self.exact.map:.4f} -> {self.int8.map:.4f} ({-self.loss:+.2f} points){accuracy}; probabilities change "
-            f"by {self.mean_change:.2g} in the mean, {self.largest_change:.2g} at most ({self.clips} clips)"
+            f"mAP {self.exact.map:.4f} -> {self.int8.map:.4f} ({gain:+.2f} points){accuracy}; probabilities change by "
+            f"{self.mean_change:.2g} in the mean, {self.largest_change:.2g} at most ({self.clips} clips)"
         )
 
 
@@ -93,6 +96,8 @@ def quantize(
     clips = None if check is None else read_labelled(check, OnnxModel(path).labels)
     with written_aside(int8_path(path)) as aside:
         _write(path, aside)
+        if any(node.domain == RUNTIME for node in onnx.load(path, load_external_data=False).graph.node):
+            optimize(aside)
         if clips is None:
             return None
         found = compare(path, aside, clips, progress)
