@@ -1,0 +1,194 @@
+"""`ced tag` and `ced embed` as a user meets them, on a small graph."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import torch
+
+from ced.model.export import export
+from ced.model.vit import CED, ModelConfig
+from ced.sound.labels import ClassTable
+from ced.tag.tagger import Tagger
+
+ROOT = Path(__file__).parents[1]
+RATE = 16_000
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network of three classes, as a graph; it is no judge of sounds, but sure of what it says."""
+    torch.manual_seed(0)
+    network = CED(
+        ModelConfig(embed_dim=32, num_heads=2, depth=1, outputdim=3, target_length=112),
+        ClassTable(("bark", "bell", "rain")),
+    ).eval()
+    path = tmp_path_factory.mktemp("graph") / "small.onnx"
+    export(network, path)
+    return path
+
+
+@pytest.fixture
+def sounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Eight sounds of several kinds, rates and lengths in a tree, which is the working directory's."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        rate, suffix = (RATE, 44_100, 8_000)[number % 3], ("wav", "flac", "ogg")[number % 3]
+        path = tmp_path / "in" / ("a" if number < 4 else "b") / f"{number}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, rng.uniform(-0.5, 0.5, ((number + 1) * rate // 2, 1 + number % 2)), rate)
+    return Path("in")
+
+
+def ced(*words: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Run `ced`; it must not show a traceback."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CED_OFFLINE": "1"}
+    command = [sys.executable, "-m", "ced", *words]
+    done = subprocess.run(command, input=stdin, capture_output=True, env=environment, timeout=120, check=False)
+    assert b"Traceback" not in done.stderr
+    return done
+
+
+def said(done: subprocess.CompletedProcess[bytes], code: int = 0) -> str:
+    """Return what was printed by a command with this exit code."""
+    assert done.returncode == code, done.stderr.decode()
+    return done.stdout.decode()
+
+
+def test_one_file_and_many_and_any_number_of_jobs_give_the_same(graph: Path, sounds: Path) -> None:
+    words = ["tag", "-m", str(graph), "-c", "0.8", "--hop", "0.4", "-f", "jsonl"]
+    together = said(ced(*words, "-j", "3", sounds)).splitlines()
+    assert said(ced(*words, "-j", "1", "in/**/*.*")).splitlines() == together
+    listed = "\n".join(json.loads(line)["file"] for line in together)
+    assert said(ced(*words, "@-", stdin=listed.encode())).splitlines() == together
+    assert [said(ced(*words, name)).rstrip("\n") for name in listed.splitlines()[:2]] == together[:2]
+    record = json.loads(together[0])
+    assert record["format"] == 1
+    assert record["model"] == str(graph)
+    expected = list(Tagger(graph).tag(record["file"], window=0.8, hop=0.4))
+    assert [(piece["start"], piece["end"]) for piece in record["pieces"]] == [(t.start, t.end) for t in expected]
+    assert [tag["prob"] for tag in record["pieces"][0]["tags"]] == [tag.prob for tag in expected[0].tags]
+
+
+def test_a_sound_on_standard_input(graph: Path, sounds: Path) -> None:
+    whole = said(ced("tag", "-m", graph, "in/a/0.wav", "-f", "csv"))
+    piped = said(ced("tag", "-m", graph, "-", "-f", "csv", stdin=Path("in/a/0.wav").read_bytes()))
+    assert piped == whole.replace("in/a/0.wav", "<stdin>")
+
+
+def test_outputs_in_a_tree_and_combined(graph: Path, sounds: Path) -> None:
+    words = ["tag", "-m", str(graph), str(sounds), "-c", "1"]
+    kinds = ["text", "jsonl", "csv", "audacity", "raven", "parquet"]
+    done = ced(*words, "-o", "tree", *(word for kind in kinds for word in ("-f", kind)))
+    assert said(done).startswith("8 files: 8 tagged, 0 failed; 0.01 h of sound")
+    found = {str(path.relative_to("tree")) for path in Path("tree").rglob("0.wav.*")}
+    suffixes = ("txt", "jsonl", "csv", "labels.txt", "selections.txt", "parquet")
+    assert found == {f"a/0.wav.{suffix}" for suffix in suffixes}
+    said(ced(*words, "-o", "one", "--combine", "-f", "csv", "-f", "parquet"))
+    with open("one/tags.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["file", "start", "end", "label", "mid", "prob"]
+    assert len(rows) == pq.read_table("one/tags.parquet").num_rows == 3 * sum(-(-n // 2) for n in range(1, 9))
+    assert said(ced(*words, "-f", "csv")) == Path("one/tags.csv").read_text()
+
+
+def test_a_run_goes_on_and_refuses_other_settings(graph: Path, sounds: Path) -> None:
+    words = ["tag", "-m", str(graph), str(sounds), "-o", "out", "-f", "csv"]
+    Path("in/a/broken.wav").write_bytes(b"RIFF")
+    done = ced(*words)
+    assert said(done, 1).startswith("9 files: 8 tagged, 1 failed")
+    assert "in/a/broken.wav" in done.stderr.decode()
+    assert json.loads(Path("out/errors.jsonl").read_text())["file"] == "in/a/broken.wav"
+    Path("in/a/broken.wav").unlink()
+    assert said(ced(*words)).startswith("8 files: 0 tagged, 0 failed, 8 done before")
+    done = ced(*words, "--topk", "1")
+    assert said(done, 1) == ""
+    assert "top_k 3, now 1" in done.stderr.decode()
+
+
+def test_thresholds_labels_and_events(graph: Path, sounds: Path) -> None:
+    sound = "in/b/7.flac"
+    first = next(Tagger(graph).tag(sound, top_k=1, window=1.0))
+    label, prob = first.tags[0].label, first.tags[0].prob
+    words = ["tag", "-m", str(graph), sound, "-c", "1", "-f", "csv"]
+    lines = said(ced(*words, "--threshold", "0", "--labels", label)).splitlines()[1:]
+    assert len(lines) == 4
+    assert all(f",{label},," in line for line in lines)
+    assert f",{label}," not in said(ced(*words, "--exclude", label))
+    assert said(ced(*words, "--threshold", "0.99")).count("\n") == 1
+    (event,) = said(ced(*words, "--threshold", str(prob / 2), "--labels", label, "--events")).splitlines()[1:]
+    assert event.split(",")[1:4] == ["0.000000", "4.000000", label]
+    Path("t.tsv").write_text(f"name\tthreshold\n{label}\tinf\n")
+    assert f",{label}," not in said(ced(*words, "--threshold", "t.tsv"))
+
+
+def test_columns_are_a_timeline_of_sixths_of_a_second(graph: Path, sounds: Path) -> None:
+    lines = said(ced("tag", "-m", graph, "in/a/3.wav", "--columns", "-k", "1", "-f", "csv", "-c", "1")).splitlines()[1:]
+    assert len(lines) == 2 * 6  # of 2 s, in windows of 101 frames
+    assert lines[1].split(",")[1:3] == ["0.160000", "0.320000"]
+
+
+def test_silence_has_no_tags(graph: Path, sounds: Path) -> None:
+    soundfile.write("in/quiet.wav", np.zeros(2 * RATE), RATE)
+    words = ["tag", "-m", str(graph), "in/quiet.wav", "-f", "csv"]
+    assert said(ced(*words, "--silence", "-60")) == "file,start,end,label,mid,prob\n"
+    assert said(ced(*words)).count("\n") == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["-c", "0"], "window is 0.0 s"),
+        (["--hop", "-1"], "hop is -1.0 s"),
+        (["--columns", "--hop", "1"], "twice"),
+        (["--threshold", "none.tsv"], "none.tsv"),
+        (["--threshold", "-1"], "-1"),
+        (["--labels", "barc"], "did you mean 'bark'?"),
+        (["--rollup"], "mids"),
+        (["--events", "--release", "2"], "release is 2.0"),
+        (["-f", "xml"], "text, jsonl, csv"),
+        (["-f", "csv", "-f", "jsonl"], "--out"),
+        (["-f", "parquet"], "folder"),
+        (["--combine"], "--out"),
+        (["-f", "audacity", "-o", "out", "--combine"], "audacity"),
+        (["nowhere/*.wav"], "nowhere/*.wav"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(graph: Path, sounds: Path, words: list[str], part: str) -> None:
+    done = ced("tag", "-m", graph, "in/a/0.wav", *words)
+    assert said(done, 1) == ""
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("ced: error: ")
+    assert part in line
+
+
+def test_embeddings_of_sounds_and_of_windows(graph: Path, sounds: Path) -> None:
+    assert "8 vectors of 8 sounds, 0 failed" in said(ced("embed", "-m", graph, sounds, "-o", "e.npy"))
+    assert np.load("e.npy").shape == (8, 32)
+    assert "vectors of 8 sounds" in said(ced("embed", "-m", graph, sounds, "-o", "w.parquet", "-c", "1", "--windows"))
+    assert pq.read_table("w.parquet").num_rows == sum(-(-n // 2) for n in range(1, 9))
+    Path("in/bad.wav").write_bytes(b"")
+    done = ced("embed", "-m", graph, sounds, "-o", "e.npy")
+    assert "8 vectors of 8 sounds, 1 failed" in said(done, 1)
+    assert "in/bad.wav is empty" in done.stderr.decode()
+
+
+def test_tagging_imports_no_torch(graph: Path, sounds: Path) -> None:
+    program = """if True:
+        import sys, ced.cli
+        try:
+            ced.cli.main()
+        finally:
+            assert not {"torch", "onnx", "pyarrow", "yaml"} & set(sys.modules)
+    """
+    command = [sys.executable, "-c", program, "tag", "-m", str(graph), "in/a/0.wav"]
+    done = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr.decode()
