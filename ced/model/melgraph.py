@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ced.errors import ExportError
 from ced.model.nodes import Nodes
-from ced.model.vit import MIN_SAMPLES
+from ced.model.vit import PATCH
 from ced.sound.frontend import POWER_FLOOR, TOP_DB, LogMel
 
 
@@ -53,7 +53,7 @@ def _frames(nodes: Nodes, front_end: LogMel, waves: str) -> tuple[str, str]:
     wave, whose frames are those of the wave in reverse order.
     """
     n_fft, hop = front_end.n_fft, front_end.hop_size
-    missing = nodes.add("Max", nodes.add("Sub", nodes.ints(MIN_SAMPLES), nodes.size(waves, 1)), nodes.ints(0))
+    missing = nodes.add("Max", nodes.add("Sub", nodes.ints((PATCH - 1) * hop), nodes.size(waves, 1)), nodes.ints(0))
     waves = nodes.add("Pad", waves, nodes.joined(0, 0, 0, missing))
     hops = nodes.add("Div", nodes.size(waves, 1), nodes.ints(hop))
     stop = nodes.add("Add", nodes.add("Mul", hops, nodes.ints(hop)), nodes.ints(n_fft))

@@ -43,8 +43,8 @@ Waves = NDArray[np.float32]
 class OnnxModel:
     """A tagger in ONNX Runtime: waves in, probabilities out. Several threads may call it at once.
 
-    Waves are scored one at a time, so that a clip's scores do not depend on its neighbours; on a CPU that is as fast
-    as a batch.
+    Waves are scored one at a time: a clip's scores must not depend on its neighbours, and in an int8 graph, which
+    quantises a batch by its largest value, they would.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int = 1) -> None:
@@ -66,8 +66,9 @@ class OnnxModel:
         self._scores = self._find_scores()
         meta = self._session.get_modelmeta().custom_metadata_map
         classes = self._outputs[self._scores].shape[-1]
+        self._shortest = MIN_SAMPLES
         if meta.get(OUTPUT) == PROBABILITIES:
-            self._logits = False
+            self._logits, self._shortest = False, 0  # these do their padding themselves
         else:
             probe = self._run(self._scores, _noise())
             classes, self._logits = probe.shape[-1], bool(probe.min() < 0 or probe.max() > 1)
@@ -132,7 +133,7 @@ class OnnxModel:
 
     def _run(self, output: str, waves: Waves) -> NDArray[np.float32]:
         """Return one output for waves, (b, t) -> (b, ...)."""
-        missing = MIN_SAMPLES - waves.shape[1]
+        missing = self._shortest - waves.shape[1]
         if missing > 0:
             waves = np.pad(waves, ((0, 0), (0, missing)))
         found = [self._run_one(output, waves[row : row + 1]) for row in range(len(waves))]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ced.errors import CheckpointError, DownloadError
-from ced.model.download import download
 from ced.progress import Progress, silent
 
 # Of a folder, the first one present is read: experiments, then Hugging Face folders.
@@ -159,6 +158,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _in_cache(name: str, url: str, path: Path, sha256: str | None, progress: Progress) -> Path:
+    if path.is_file():
+        return path
+    from ced.model.download import download  # brings an HTTP client
+
     try:
         download(url, path, sha256=sha256, progress=progress)
     except DownloadError as error:

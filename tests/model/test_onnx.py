@@ -1,168 +1,297 @@
-"""ONNX graphs, run by ONNX Runtime and compared with their networks."""
+"""The runtime, over graphs of ours and of others, and how a name or a path becomes one."""
 
-import csv
+import json
+import logging
 import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
-from ced import __version__
-from ced.errors import ExportError
-from ced.model.onnx import ExportReport, export_feats
+from ced.errors import CheckpointError, DownloadError
+from ced.model import checkpoints, download, vit, zoo
+from ced.model.export import export
+from ced.model.onnx import MIN_SAMPLES, OnnxModel, open_model
 from ced.model.vit import CED, ModelConfig
-from ced.sound.labels import ClassTable
+from ced.sound.audio import load
+from ced.sound.frontend import LogMel
+from ced.sound.labels import ClassTable, audioset
 
-SMALL = ModelConfig(embed_dim=64, num_heads=1, depth=1, outputdim=3, target_length=96)
-OWN = ClassTable(("dog", 'rain, "heavy"', "clock"))
+SMALL = ModelConfig(embed_dim=64, num_heads=1, depth=2, outputdim=3)
+OWN = ClassTable(("dog", "rain", "clock"), ("/m/1", "/m/2", "/m/3"))
+Waves = NDArray[np.float32]
 
 
-def network(config: ModelConfig, labels: ClassTable | None = None) -> CED:
-    """Make a network in eval mode with seeded random weights and statistics, and scores that are spread out."""
-    generator = torch.Generator().manual_seed(0)
-    model = CED(config, labels)
+def noise(clips: int, samples: int) -> Waves:
+    return np.random.default_rng(samples).normal(0.0, 0.1, (clips, samples)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def network() -> CED:
+    torch.manual_seed(0)
+    model = CED(SMALL, OWN).eval()
     with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if value.is_floating_point():
-                scales = name.endswith("running_var") or (name.endswith("weight") and value.dim() == 1)
-                value.copy_(0.1 * torch.randn(value.shape, generator=generator) + scales)
-        model.state_dict()["init_bn.1.running_var"].fill_(225.0)
-        model.state_dict()["init_bn.1.running_mean"].fill_(-30.0)
-    return model.eval()
-
-
-def mels(clips: int, frames: int) -> torch.Tensor:
-    return 15.0 * torch.randn(clips, 64, frames, generator=torch.Generator().manual_seed(frames)) - 30.0
-
-
-def run(path: Path, mel: torch.Tensor) -> NDArray[np.float32]:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (result,) = session.run(["prob"], {"feats": mel.numpy()})
-    return np.asarray(result)
-
-
-def assert_agree(path: Path, model: CED, shapes: list[tuple[int, int]], tolerance: float = 1e-5) -> None:
-    for clips, frames in shapes:
-        mel = mels(clips, frames)
-        with torch.inference_mode():
-            expected = model.as_probs(model.forward_mel(mel)).numpy()
-        assert expected.std() > 0.01
-        np.testing.assert_allclose(run(path, mel), expected, atol=tolerance, err_msg=f"{clips} clips, {frames} frames")
+        model.outputlayer[1].weight.mul_(30.0)  # type: ignore[operator]
+    return model
 
 
 @pytest.fixture(scope="module")
-def tagger() -> CED:
-    return network(ModelConfig(embed_dim=64, num_heads=1, depth=1))
+def graph(network: CED, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(network, tmp_path_factory.mktemp("graph") / "small.onnx").path
 
 
-@pytest.fixture(scope="module")
-def report(tagger: CED, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
-    return export_feats(tagger, tmp_path_factory.mktemp("onnx") / "new" / "ced_v0.1.onnx")
-
-
-def test_what_is_written(report: ExportReport) -> None:
-    folder = report.path.parent
-    assert sorted(os.listdir(folder)) == ["ced_v0.1.int8.onnx", "ced_v0.1.onnx", "class_labels_indices.csv"]
-    assert (report.int8_path, report.labels_path) == (
-        folder / "ced_v0.1.int8.onnx",
-        folder / "class_labels_indices.csv",
+def foreign(path: Path, kind: str, shape: list[int | str], classes: int = 3) -> Path:
+    """Write a graph that scores class i by i + the mean of its input, as "logits" or as "probabilities"."""
+    axes = numpy_helper.from_array(np.arange(1, len(shape)), "axes")
+    offsets = numpy_helper.from_array(np.arange(classes, dtype=np.float32)[None] - 1, "offsets")
+    nodes = [helper.make_node("ReduceMean", ["x", "axes"], ["mean"], keepdims=len(shape) == 2)]
+    if len(shape) == 3:
+        nodes.append(helper.make_node("Unsqueeze", ["mean", "one"], ["column"]))
+    logits = "column" if len(shape) == 3 else "mean"
+    nodes.append(helper.make_node("Add", [logits, "offsets"], ["y" if kind == "logits" else "z"]))
+    if kind == "probabilities":
+        nodes.append(helper.make_node("Sigmoid", ["z"], ["y"]))
+    made = helper.make_graph(
+        nodes,
+        "foreign",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", classes])],
+        [axes, offsets, numpy_helper.from_array(np.array([1]), "one")],
     )
-    assert report.largest_difference < 1e-5
-    assert report.int8_difference is not None
-    assert 0 < report.int8_difference < 0.1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+    return path
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_the_interface(report: ExportReport, int8: bool) -> None:
-    path = report.int8_path if int8 else report.path
-    assert path is not None
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (feats,), (prob,) = session.get_inputs(), session.get_outputs()
-    assert (feats.name, feats.type, feats.shape) == ("feats", "tensor(float)", ["batch", 64, "time"])
-    assert (prob.name, prob.type, prob.shape) == ("prob", "tensor(float)", ["batch", 527])
-    assert session.get_modelmeta().custom_metadata_map == {
-        "model_type": "CED",
-        "version": __version__,
-        "model_author": "ced",
-        "url": "https://arxiv.org/abs/2308.11957",
-    }
-    graph = onnx.load(path)
-    assert [(each.domain, each.version) for each in graph.opset_import] == [("", 18)]  # plain operators only
-    assert graph.ir_version == 8
-    assert os.getcwd().encode() not in path.read_bytes()  # the exporter's notes hold paths
+def sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 1.0 / (1.0 + np.exp(-x))
 
 
-def test_scores_are_those_of_the_network(report: ExportReport, tagger: CED) -> None:
-    assert_agree(report.path, tagger, [(1, 16), (2, 17), (5, 100), (1, 998), (3, 1001), (1, 1012)])
-    assert_agree(report.path, tagger, [(2, 1013), (1, 1500), (2, 2024), (1, 2025)])  # cut and joined
+class TestOurGraphs:
+    @pytest.mark.parametrize("samples", [1, 1_600, 2_400, 16_000, 160_000, 400_000])
+    def test_scores_are_those_of_the_network(self, network: CED, graph: Path, samples: int) -> None:
+        waves = noise(2, samples)
+        with torch.inference_mode():
+            expected = network.probs(torch.from_numpy(waves)).numpy()
+        np.testing.assert_allclose(OnnxModel(graph)(waves), expected, atol=1e-5)
+
+    def test_real_clips(self, network: CED, graph: Path) -> None:
+        if "CED_ESC10" not in os.environ:
+            pytest.skip("CED_ESC10 is not set")
+        model = OnnxModel(graph)
+        for path in sorted(Path(os.environ["CED_ESC10"], "audio").glob("*.ogg"))[::40]:
+            wave = load(path)[None]
+            with torch.inference_mode():
+                expected = network.probs(torch.from_numpy(wave)).numpy()
+            np.testing.assert_allclose(model(wave), expected, atol=1e-5)
+
+    def test_its_classes_travel_with_it(self, graph: Path) -> None:
+        assert OnnxModel(graph).labels == OWN
+
+    def test_batch_and_single_are_identical(self, graph: Path) -> None:
+        model, waves = OnnxModel(graph), noise(3, 20_000)
+        for answer in (model, model.embed, model.columns):
+            np.testing.assert_array_equal(answer(waves), np.concatenate([answer(wave[None]) for wave in waves]))
+
+    def test_embeddings_and_columns(self, graph: Path) -> None:
+        model, waves = OnnxModel(graph), noise(2, 20_000)
+        assert model.embed(waves).shape == (2, 64)
+        assert model.columns(waves).shape == (2, 7, 3)
+
+    def test_several_callers_at_once(self, graph: Path) -> None:
+        model = OnnxModel(graph, threads=2)
+        waves = [noise(1, samples) for samples in range(2_000, 34_000, 1_000)]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(model, waves))
+        for wave, scores in zip(waves, found, strict=True):
+            np.testing.assert_array_equal(scores, model(wave))
 
 
-def test_int8_has_the_products_but_the_last(report: ExportReport, tagger: CED) -> None:
-    assert report.int8_path is not None
-    assert_agree(report.int8_path, tagger, [(1, 16), (3, 1001), (1, 1500)], tolerance=0.1)
-    graph = onnx.load(report.int8_path).graph
-    assert sum(node.op_type == "MatMulInteger" for node in graph.node) == 4  # qkv, proj, fc1 and fc2
-    kinds = {tuple(each.dims): each.data_type for each in graph.initializer if len(each.dims) == 2}
-    assert kinds == {
-        (64, 192): onnx.TensorProto.INT8,
-        (64, 64): onnx.TensorProto.INT8,
-        (64, 256): onnx.TensorProto.INT8,
-        (256, 64): onnx.TensorProto.INT8,
-        (64, 527): onnx.TensorProto.FLOAT,
-    }
-    scales = [list(each.dims) for each in graph.initializer if "_scale" in each.name and each.dims]
-    assert [192] in scales  # one a channel, not one a tensor
+class TestForeignGraphs:
+    def test_logits_become_probabilities_and_probabilities_stay(self, tmp_path: Path) -> None:
+        waves = noise(2, 5_000)
+        expected = sigmoid(waves.mean(1, keepdims=True) + np.arange(3.0) - 1)
+        for kind in ("logits", "probabilities"):
+            model = OnnxModel(foreign(tmp_path / f"{kind}.onnx", kind, ["b", "t"]))
+            np.testing.assert_allclose(model(waves), expected, atol=1e-6)
+
+    def test_short_waves_are_padded_to_one_patch(self, tmp_path: Path) -> None:
+        assert vit.MIN_SAMPLES == MIN_SAMPLES
+        model = OnnxModel(foreign(tmp_path / "a.onnx", "logits", ["b", "t"]))
+        waves = noise(1, 600)
+        np.testing.assert_allclose(model(waves), sigmoid(waves.mean() / 4 + np.arange(3.0) - 1)[None], atol=1e-6)
+
+    def test_a_fixed_batch_gets_one_wave_at_a_time(self, tmp_path: Path) -> None:
+        model = OnnxModel(foreign(tmp_path / "a.onnx", "logits", [1, "t"]))
+        waves = noise(3, 5_000)
+        np.testing.assert_allclose(model(waves), sigmoid(waves.mean(1, keepdims=True) + np.arange(3.0) - 1), atol=1e-6)
+
+    def test_features_come_from_the_package(self, tmp_path: Path) -> None:
+        model = OnnxModel(foreign(tmp_path / "a.onnx", "logits", ["b", 64, "n"]))
+        waves = noise(2, 20_000)
+        mean = LogMel()(torch.from_numpy(waves)).numpy().mean((1, 2))[:, None]
+        np.testing.assert_allclose(model(waves), sigmoid(mean + np.arange(3.0) - 1), atol=1e-5)
+
+    def test_our_graph_of_features(self, network: CED, tmp_path: Path) -> None:
+        model = OnnxModel(export(network, tmp_path / "a.onnx", "feats").path)
+        waves = noise(2, 20_000)
+        with torch.inference_mode():
+            expected = network.probs(torch.from_numpy(waves)).numpy()
+        np.testing.assert_allclose(model(waves), expected, atol=1e-5)
+        assert model.labels.names == OWN.names
+
+    def test_class_tables_beside_it(self, tmp_path: Path) -> None:
+        path = foreign(tmp_path / "a.onnx", "logits", ["b", "t"])
+        assert OnnxModel(path).labels.names == ("class 0", "class 1", "class 2")
+        (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "a", "1": "b", "2": "c"}}))
+        assert OnnxModel(path).labels.names == ("a", "b", "c")
+        (tmp_path / "class_labels_indices.csv").write_text('index,mid,display_name\n0,x,"d, e"\n1,y,f\n2,z,g\n')
+        assert OnnxModel(path).labels == ClassTable(("d, e", "f", "g"), ("x", "y", "z"))
+        (tmp_path / "class_labels_indices.csv").write_text("index,mid,display_name\n0,x,d\n")
+        with pytest.raises(CheckpointError, match="gives 3 scores, but its class table has 1 classes"):
+            OnnxModel(path)
+
+    def test_527_scores_are_audioset(self, tmp_path: Path) -> None:
+        assert OnnxModel(foreign(tmp_path / "a.onnx", "logits", ["b", "t"], classes=527)).labels is audioset()
+
+    def test_no_embeddings(self, tmp_path: Path) -> None:
+        model = OnnxModel(foreign(tmp_path / "a.onnx", "logits", ["b", "t"]))
+        for answer in (model.embed, model.columns):
+            with pytest.raises(CheckpointError, match=r"a\.onnx has no output '(embedding|columns)', only y"):
+                answer(noise(1, 5_000))
+
+    @pytest.mark.parametrize("shape", [["b"], [1, 1, 1, 1], [4, "t"]], ids=str)
+    def test_other_inputs(self, shape: list[int | str], tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"a\.onnx takes "):
+            OnnxModel(identity(tmp_path / "a.onnx", shape))
+
+    def test_other_outputs(self, tmp_path: Path) -> None:
+        message = r"gives y \['b', 64, 't'\]; a tagger gives scores \(batch, classes\)"
+        with pytest.raises(CheckpointError, match=message):
+            OnnxModel(identity(tmp_path / "a.onnx", ["b", 64, "t"]))
 
 
-def test_the_class_table_beside_it(report: ExportReport) -> None:
-    lines = report.labels_path.read_bytes().decode().split("\n")
-    assert lines[:3] == [
-        "index,mid,display_name",
-        '0,/m/09x0r,"Speech"',
-        '1,/m/05zppz,"Male speech, man speaking"',
-    ]
-    assert len(lines) == 529
-    assert lines[-1] == ""
+def identity(path: Path, shape: list[int | str]) -> Path:
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
+    made = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "identity", ends[:1], ends[1:])
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+    return path
 
 
-def test_frequency_wise_pooling_and_own_classes(tmp_path: Path) -> None:
-    model = network(replace(SMALL, pooling="dm", eval_avg="max"), OWN).train()
-    report = export_feats(model, tmp_path / "student.onnx")
-    assert model.training
-    model.eval()
-    assert_agree(report.path, model, [(2, 96), (3, 40), (2, 250), (1, 192)])
-    assert report.int8_path is not None
-    graph = onnx.load(report.int8_path).graph  # here the output layer is a product over a sequence as well
-    assert sum(node.op_type == "MatMulInteger" for node in graph.node) == 4
-    with report.labels_path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))[1:]
-    assert rows == [["0", "", "dog"], ["1", "", 'rain, "heavy"'], ["2", "", "clock"]]
+@pytest.mark.parametrize("content", [b"", b"\x08", b"RIFF0000WAVEfmt ", bytes(range(256)) * 10])
+def test_what_is_no_graph(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"^graph .*a\.onnx is damaged or no ONNX file") as caught:
+        OnnxModel(tmp_path / "a.onnx")
+    assert "\n" not in str(caught.value)
 
 
-def test_logits_become_probabilities(tmp_path: Path) -> None:
-    model = network(replace(SMALL, pooling="logit", activation="softmax"), OWN)
-    report = export_feats(model, tmp_path / "a.onnx", int8=False)
-    assert sorted(os.listdir(tmp_path)) == ["a.onnx", "class_labels_indices.csv"]
-    assert (report.int8_path, report.int8_difference) == (None, None)
-    assert_agree(report.path, model, [(2, 96), (3, 40), (2, 250)])
-    np.testing.assert_allclose(run(report.path, mels(2, 40)).sum(1), 1.0, atol=1e-5)
+def test_a_graph_cut_short(graph: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(graph.read_bytes()[:50_000])
+    with pytest.raises(CheckpointError, match="is damaged or no ONNX file"):
+        OnnxModel(tmp_path / "a.onnx")
 
 
-def test_a_class_token_and_no_filling(tmp_path: Path) -> None:
-    model = network(replace(SMALL, pooling="token", pad_last=False), OWN)
-    report = export_feats(model, tmp_path / "a.onnx", int8=False)
-    assert_agree(report.path, model, [(2, 96), (3, 40), (1, 16)])
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep the output of the tests clean."""
 
 
-def test_a_graph_that_answers_otherwise_is_not_handed_out(tmp_path: Path) -> None:
-    model = network(SMALL, OWN)
-    with torch.no_grad():
-        model.norm.bias[0] = torch.nan
-    with pytest.raises(ExportError, match=r"a\.onnx differs from the network by nan in probability; at most 0\.0001"):
-        export_feats(model, tmp_path / "a.onnx")
-    assert os.listdir(tmp_path) == []
+class TestOpen:
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("CED_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("CED_OFFLINE", "1")
+        monkeypatch.setattr(download, "PAUSE", 0.01)
+        return tmp_path / "cache"
+
+    @pytest.fixture
+    def hub(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+        """The folder that a server of this machine shows in place of the hub."""
+        folder = tmp_path / "hub"
+        folder.mkdir()
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(folder)))
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setenv("CED_OFFLINE", "0")
+        yield folder
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+    def test_a_name_is_downloaded_once(self, hub: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        foreign(hub / "mispeech" / "ced-mini" / "resolve" / "main" / "model.onnx", "logits", ["b", "t"], 527)
+        model = open_model("ced_mini")
+        assert (model.path, model.labels) == (cache / "ced_mini.onnx", audioset())
+        monkeypatch.setenv("CED_OFFLINE", "1")
+        assert open_model("ced_mini").path == model.path
+
+    def test_weights_in_the_cache_stand_in_for_the_hub(
+        self, cache: Path, network: CED, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with pytest.raises(DownloadError, match="ced_tiny is not in the cache"):
+            open_model("ced_tiny")
+        cache.mkdir()
+        weights = cache / zoo.MODELS["ced_tiny"].file
+        torch.save(CED(replace(SMALL, outputdim=527)).state_dict(), weights)
+        with caplog.at_level(logging.INFO, "ced"):
+            model = open_model("ced_tiny")
+        assert model.path.parent == cache / "exported"
+        assert caplog.messages == [f"exporting {weights} to ONNX, once: {model.path}"]
+
+    def test_a_checkpoint_is_exported_once(
+        self, cache: Path, network: CED, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        checkpoints.save(tmp_path / "run" / "averaged.safetensors", network)
+        model = open_model(tmp_path / "run")
+        assert model.labels == OWN
+        with caplog.at_level(logging.INFO, "ced"):
+            assert open_model(str(tmp_path / "run" / "averaged.safetensors")).path == model.path
+        assert caplog.messages == []
+        other = CED(SMALL, OWN)
+        checkpoints.save(tmp_path / "run" / "averaged.safetensors", other)
+        assert open_model(tmp_path / "run").path != model.path
+        assert len(list((cache / "exported").glob("*.onnx"))) == 2
+
+    def test_an_onnx_file(self, graph: Path) -> None:
+        assert open_model(graph, threads=2).labels == OWN
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ("ced_tinny", "no model and no file is called 'ced_tinny'; did you mean ced_tiny"),
+            ("nowhere.onnx", r"no graph at nowhere\.onnx"),
+            ("nowhere.pt", r"no checkpoint at nowhere\.pt"),
+            ("nowhere/ced_tiny", "no checkpoint at nowhere/ced_tiny"),
+        ],
+    )
+    def test_neither_a_name_nor_a_path(self, given: str, message: str) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            open_model(given)
+
+    def test_a_checkpoint_without_torch(self, network: CED, tmp_path: Path) -> None:
+        checkpoints.save(tmp_path / "a.safetensors", network)
+        program = (
+            "import sys; sys.modules['torch'] = None\n"
+            "from ced.errors import CheckpointError\n"
+            "from ced.model.onnx import open_model\n"
+            "try: open_model(sys.argv[1])\n"
+            "except CheckpointError as error: print(error)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, tmp_path / "a.safetensors"], capture_output=True, text=True, check=True
+        )
+        assert "must be exported once, which needs the package torch: pip install 'ced[train]'" in done.stdout
