@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from ced.errors import BusyError
 
 
@@ -35,6 +33,8 @@ def claimed(path: Path) -> Iterator[None]:
     Raises:
         BusyError: another process is writing it.
     """
+    from filelock import FileLock, Timeout  # takes longer to import than most commands need it
+
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
     try:

@@ -19,6 +19,8 @@ def is_cut(file: BinaryIO) -> bool:
     try:
         file.seek(0)
         head = file.read(12)
+        if len(head) < 12:  # no format is as short
+            return True
         if head[:4] == b"RIFF":
             return _chunks_are_cut(file, "<4sI", b"data") if head[8:] == b"WAVE" else _riff_is_cut(file, head)
         if head[:4] == b"FORM":
