@@ -5,6 +5,7 @@ import logging
 import struct
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,15 @@ def read(source: Any) -> int | None:
     return found[0]
 
 
+def read_as_file_and_bytes(folder: Path, data: bytes) -> int | None:
+    """Read a file by its path, which some kinds have a way of their own for, and its bytes: they must agree."""
+    path = folder / "sound"
+    path.write_bytes(data)
+    found = read(path)
+    assert read(data) == found
+    return found
+
+
 def joined(source: Any) -> NDArray[np.float32]:
     pieces = list(windows(source, 0.5))
     assert all(len(piece.wave) for piece in pieces)
@@ -115,14 +125,16 @@ def joined(source: Any) -> NDArray[np.float32]:
     channels=st.sampled_from([1, 2, 3, 6, 8, 64]),
     frames=st.sampled_from([0, 1, 2, 3, 100, 1_000, 20_000]),
 )
-def test_kinds_rates_channels_and_lengths(kind: tuple[str, str], rate: int, channels: int, frames: int) -> None:
+def test_kinds_rates_channels_and_lengths(
+    tmp_path: Path, kind: tuple[str, str], rate: int, channels: int, frames: int
+) -> None:
     if frames / rate > 20:
         return
     try:
         data = encoded(*kind, rate, channels, frames)
     except soundfile.LibsndfileError:
         return
-    found = read(data)
+    found = read_as_file_and_bytes(tmp_path, data)
     expected = frames * SAMPLE_RATE / rate
     if found is None:
         assert expected < 2
@@ -135,7 +147,7 @@ def test_kinds_rates_channels_and_lengths(kind: tuple[str, str], rate: int, chan
     kind=st.sampled_from(LOSSY),
     rate=st.sampled_from([8_000, 16_000, 24_000, 48_000]),
     channels=st.integers(1, 2),
-    frames=st.sampled_from([2_000, 20_000, 150_000]),
+    frames=st.sampled_from([2_000, 20_000, 60_000]),
 )
 def test_lossy_kinds(kind: tuple[str, str], rate: int, channels: int, frames: int) -> None:
     found = read(encoded(*kind, rate, channels, frames))
@@ -157,8 +169,8 @@ flipped = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7
 
 @fuzzed
 @given(kind=st.sampled_from(KINDS + LOSSY), cut=cuts, flips=flipped)
-def test_damaged_files(kind: tuple[str, str], cut: float, flips: list[tuple[float, int]]) -> None:
-    read(damaged(encoded(*kind), cut, flips))
+def test_damaged_files(tmp_path: Path, kind: tuple[str, str], cut: float, flips: list[tuple[float, int]]) -> None:
+    read_as_file_and_bytes(tmp_path, damaged(encoded(*kind), cut, flips))
 
 
 @fuzzed
@@ -177,10 +189,12 @@ def test_damaged_media(kind: tuple[str, str], cut: float, flips: list[tuple[floa
     size=st.integers(0, 2**32 - 1) | st.integers(0, 2_000),
     data=st.binary(max_size=2_000),
 )
-def test_wav_headers(kind: int, channels: int, rate: int, frame: int, bits: int, size: int, data: bytes) -> None:
+def test_wav_headers(
+    tmp_path: Path, kind: int, channels: int, rate: int, frame: int, bits: int, size: int, data: bytes
+) -> None:
     form = struct.pack("<4sIHHIIHH", b"fmt ", 16, kind, channels, rate, (rate * frame) % 2**32, frame, bits)
     chunks = form + struct.pack("<4sI", b"data", size) + data
-    read(b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks)
+    read_as_file_and_bytes(tmp_path, b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks)
 
 
 STARTS = [
@@ -202,8 +216,8 @@ STARTS = [
 
 @fuzzed
 @given(start=st.sampled_from(STARTS), garbage=st.binary(min_size=1, max_size=4_000))
-def test_garbage(start: bytes, garbage: bytes) -> None:
-    read(start + garbage)
+def test_garbage(tmp_path: Path, start: bytes, garbage: bytes) -> None:
+    read_as_file_and_bytes(tmp_path, start + garbage)
 
 
 @fuzzed

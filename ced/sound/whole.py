@@ -75,7 +75,10 @@ def _segment_is_cut(file: BinaryIO) -> bool:
     header = _ebml_size(file)
     if header is None:
         return False
-    file.seek(header, os.SEEK_CUR)
+    segment = file.tell() + header
+    if segment > end:
+        return True
+    file.seek(segment)
     if file.read(4) != _SEGMENT:
         return True
     size = _ebml_size(file)
