@@ -331,5 +331,5 @@ def test_progress_without_a_terminal_is_sparse_lines(capsys: pytest.CaptureFixtu
     lines("pack", 1, 3)  # too early
     lines("pack", 2, 3)
     lines("pack", 3, 3)
-    lines("train", 1, 2)
-    assert capsys.readouterr().err.splitlines() == ["pack: 2 of 3", "train: 1 of 2"]
+    lines("tag", 1, 2, "0.1 h of sound")
+    assert capsys.readouterr().err.splitlines() == ["pack: 2 of 3", "tag: 1 of 2, 0.1 h of sound"]

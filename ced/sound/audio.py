@@ -41,8 +41,8 @@ def load(source: Source) -> NDArray[np.float32]:
     Integers are divided by their full scale, floats kept as they are; channels are averaged, then resampled (soxr HQ).
 
     Args:
-        source: a path, the bytes of a file, a binary file object, or (samples, rate) with samples (t,) or
-            (t, channels) of any integer or float type.
+        source: a path, an http(s) address, the bytes of a file, a binary file object, or (samples, rate) with samples
+            (t,) or (t, channels) of any integer or float type.
 
     Returns:
         (t,) float32 at 16 kHz, nominally in [-1, 1], at least one sample.

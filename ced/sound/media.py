@@ -22,9 +22,8 @@ MEDIA_SUFFIXES = frozenset(
 )
 MEDIA_KINDS = "M4A, MP4, AAC, WebM, MKV, WMA, AVI"
 EXTRA = "`pip install 'ced[media]'`"
-Opened = tuple[
-    int, int, Callable[[int], Iterator[NDArray[Any]]]
-]  # rate, channels, and what reads so many frames a block
+# Rate, channels, and what reads so many frames a block.
+Opened = tuple[int, int, Callable[[int], Iterator[NDArray[Any]]]]
 
 _PATIENCE = 30.0  # seconds for a server to answer, and for each read
 _SCHEMES = ("http://", "https://")
