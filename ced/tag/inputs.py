@@ -106,8 +106,9 @@ def _matching(pattern: str) -> Iterator[Input]:
     files = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
     if not files:
         raise AudioError(f"no file matches {pattern}")
+    places = _places(files, fixed)
     for file in files:
-        yield Input(file, file, Path(os.path.relpath(file, fixed or os.curdir)))
+        yield Input(file, file, places[file])
 
 
 def _listed(word: str, stdin: BinaryIO | None) -> Iterator[Input]:
@@ -134,12 +135,12 @@ def _listed(word: str, stdin: BinaryIO | None) -> Iterator[Input]:
             yield from _meant(line, places)
 
 
-def _places(files: Iterable[str]) -> dict[str, Path]:
-    """Return where each file lies in the deepest folder that holds them all."""
+def _places(files: Iterable[str], *folders: str) -> dict[str, Path]:
+    """Return where each file lies in the deepest folder that holds them all, and `folders` as well."""
     whole = {file: os.path.abspath(file) for file in files}
     if not whole:
         return {}
-    common = os.path.commonpath([os.path.dirname(path) for path in whole.values()])
+    common = os.path.commonpath([*map(os.path.abspath, folders), *map(os.path.dirname, whole.values())])
     return {file: Path(os.path.relpath(path, common)) for file, path in whole.items()}
 
 

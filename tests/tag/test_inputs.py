@@ -55,6 +55,8 @@ def test_patterns(tree: Path) -> None:
     assert found("*/b.wav") == [("in/b.wav", "in/b.wav"), ("other/b.wav", "other/b.wav")]
     assert found("in/*.[wF]*") == [("in/a.FLAC", "a.FLAC"), ("in/b.wav", "b.wav")]
     assert found("in/**/*.m??") == [("in/a.b/y.m4a", "a.b/y.m4a"), ("in/a/z.mp3", "a/z.mp3")]
+    (tree / "in/a/deep").mkdir()
+    assert found("in/*/*/../../../other/b.wav") == [("in/a/deep/../../../other/b.wav", "other/b.wav")]  # never "../"
     with pytest.raises(AudioError, match=r"^no file matches in/\*\.aiff$"):
         find_inputs(["in/b.wav", "in/*.aiff"])
 
