@@ -266,7 +266,7 @@ def test_models_are_listed(ced: Command, tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "audiotransformer_tiny_mAP_4814.pt").write_bytes(b"")
     rows = {line.split("  ")[0]: line for line in ced("models").stdout.splitlines() if line}
     assert "48.1" in rows["ced_tiny"]
-    assert " yes " in rows["ced_tiny"]
+    assert " weights " in rows["ced_tiny"]
     assert " no " in rows["ced_base"]
 
 
