@@ -60,7 +60,10 @@ def open_address(address: str, stack: ExitStack) -> Opened:
     import av
 
     try:
-        container = stack.enter_context(av.open(address, "r", options=_network_options(), timeout=_PATIENCE))
+        options = _network_options()
+        container = stack.enter_context(
+            av.open(address, "r", options=options, metadata_errors="replace", timeout=_PATIENCE)
+        )
     except av.FFmpegError as error:
         raise AudioError(f"cannot read {address}: {_reason(error)}") from error
     return _open_track(container, address, False)
@@ -87,7 +90,8 @@ def open_media(file: BinaryIO, name: str, cut: bool, stack: ExitStack) -> Opened
 
     file.seek(0)
     try:  # without any protocol, a playlist cannot lead to other files or into the network
-        container = stack.enter_context(av.open(file, "r", options={"protocol_whitelist": "none"}))
+        options = {"protocol_whitelist": "none"}
+        container = stack.enter_context(av.open(file, "r", options=options, metadata_errors="replace"))
     except av.FFmpegError:
         return None
     return _open_track(container, name, cut)

@@ -115,6 +115,12 @@ def test_a_picture_has_no_sound(tmp_path: Path) -> None:
         load(path)
 
 
+def test_a_title_that_is_no_text(files: dict[str, Path]) -> None:
+    data = files[".m4a"].read_bytes()
+    assert b"Lavf" in data
+    np.testing.assert_array_equal(load(data.replace(b"Lavf", b"\xb2avf")), load(data))
+
+
 @pytest.mark.parametrize(
     "playlist",
     ["#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:3,\n{}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile {}\n"],
