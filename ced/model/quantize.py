@@ -94,6 +94,7 @@ def quantize(
     if not bound >= 0:
         raise ConfigError(f"bound is {bound}; it must be 0 or more")
     clips = None if check is None else read_labelled(check, OnnxModel(path).labels)
+    int8_path(path).unlink(missing_ok=True)  # of an earlier export: when this one is refused, none is left
     with written_aside(int8_path(path)) as aside:
         _write(path, aside)
         if any(node.domain == RUNTIME for node in onnx.load(path, load_external_data=False).graph.node):

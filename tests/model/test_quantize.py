@@ -87,6 +87,7 @@ def test_compared_on_clips(network: CED, clips: Path, tmp_path: Path) -> None:
 
 def test_refused_past_the_bound(network: CED, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = export(network, tmp_path / "a.onnx")
+    (tmp_path / "a.int8.onnx").write_bytes(b"of an earlier export")
     bad = Comparison(6, Figures(0.9, 1.0), Figures(0.89, 1.0), 0.01, 0.1)
     monkeypatch.setattr(quantize_module, "compare", lambda *_: bad)
     with pytest.raises(ExportError, match=r"int8 costs .*a\.onnx 1\.00 points of mAP; at most 0\.3 are allowed"):

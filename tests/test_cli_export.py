@@ -1,0 +1,92 @@
+"""`ced export` and `ced models` as a user meets them."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from typer.testing import CliRunner, Result
+
+from ced.cli import app
+from ced.model import checkpoints
+from ced.model.vit import CED, ModelConfig
+from ced.sound.labels import ClassTable
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with a student and labelled clips, an empty cache, no network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CED_OFFLINE", "1")
+    monkeypatch.setenv("CED_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    config = ModelConfig(embed_dim=64, num_heads=1, depth=1, outputdim=2)
+    checkpoints.save(tmp_path / "student.safetensors", CED(config, ClassTable(("low", "high"))))
+    (tmp_path / "clips").mkdir()
+    lines = ["filename\tlabel"]
+    for number in range(4):
+        tone = 0.3 * np.sin(2 * np.pi * (200 + 900 * number) / 16_000 * np.arange(8_000))
+        soundfile.write(tmp_path / "clips" / f"{number}.wav", tone, 16_000)
+        lines.append(f"{number}.wav\t{number // 2}")
+    (tmp_path / "clips" / "meta.tsv").write_text("\n".join(lines) + "\n")
+
+
+def ced(*words: str) -> Result:
+    return CliRunner().invoke(app, words)
+
+
+def graphs() -> list[str]:
+    return sorted(name for name in os.listdir() if name.endswith((".onnx", ".csv")))
+
+
+def test_a_graph_from_waveform_to_probabilities() -> None:
+    done = ced("export", "-m", "student.safetensors")
+    assert (done.exit_code, graphs()) == (0, ["student.onnx"])
+    assert re.fullmatch(r"student\.onnx: probabilities differ from the network's by \de-\d\d at most\n", done.stdout)
+
+
+def test_a_graph_of_features_and_int8() -> None:
+    done = ced("export", "-m", "student.safetensors", "-o", "new/a.onnx", "--input", "feats", "--int8")
+    assert done.exit_code == 0
+    assert sorted(os.listdir("new")) == ["a.int8.onnx", "a.onnx", "class_labels_indices.csv"]
+    heading, labels, int8 = done.stdout.splitlines()
+    assert heading.startswith("new/a.onnx: probabilities differ")
+    assert labels == "new/class_labels_indices.csv"
+    assert re.fullmatch(r"new/a\.int8\.onnx: by [\d.e-]+ at most on noise; --check tells what it costs", int8)
+
+
+def test_int8_compared_on_labelled_clips() -> None:
+    done = ced("export", "-m", "student.safetensors", "--int8", "--check", "clips", "--bound", "100")
+    assert (done.exit_code, graphs()) == (0, ["student.int8.onnx", "student.onnx"])
+    assert re.search(
+        r"student\.int8\.onnx: mAP [\d.]+ -> [\d.]+ \([+-][\d.]+ points\), accuracy .* \(4 clips\)\n", done.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--check", "clips"], 2, "it needs --int8"),
+        (["--input", "mel"], 2, "'mel' is not one of"),
+        (["--int8", "--check", "nowhere"], 1, "nowhere"),
+        (["--int8", "--bound", "-1"], 1, "bound is -1.0; it must be 0 or more"),
+    ],
+)
+def test_what_is_wrong(words: list[str], code: int, message: str) -> None:
+    done = ced("export", "-m", "student.safetensors", *words)
+    assert done.exit_code == code
+    assert message in " ".join(done.stderr.split())
+
+
+def test_which_graphs_are_cached(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    for name in ("ced_tiny.onnx", "audiotransformer_tiny_mAP_4814.pt", "ced_mini.onnx"):
+        (tmp_path / "cache" / name).write_bytes(b"")
+    rows = [re.split("  +", line) for line in ced("models").stdout.splitlines()]
+    cached = {row[0]: row[4] for row in rows if len(row) == 6}
+    assert cached["ced_tiny"] == "onnx + weights"
+    assert cached["ced_mini"] == "onnx"
+    assert cached["ced_base"] == "no"
