@@ -18,6 +18,7 @@ from ced.tag.records import FORMAT_VERSION as RECORD_FORMAT
 from ced.tag.records import Record
 
 FORMAT_VERSION = 1
+_ANEW = "choose another folder, or remove that file to start anew"
 
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns since 1970
 
@@ -76,7 +77,7 @@ class Journal:
                     stamp = values["stamp"]
                     self._lines[values["name"]] = place, None if stamp is None else (stamp[0], stamp[1])
             except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise StoreError(f"line {number + 1} of {self.path} is no line of a journal; {self._anew()}") from error
+                raise StoreError(f"line {number + 1} of {self.path} is no line of a journal; {_ANEW}") from error
             place += len(line)
         self._file.truncate(place)
         if not place:
@@ -84,14 +85,11 @@ class Journal:
 
     def _check(self, version: int, before: dict[str, Any], now: dict[str, Any]) -> None:
         if version != FORMAT_VERSION:
-            raise StoreError(f"{self.path} has format {version}; this program writes {FORMAT_VERSION}; {self._anew()}")
+            raise StoreError(f"{self.path} has format {version}; this program writes {FORMAT_VERSION}; {_ANEW}")
         changed = [key for key in (before | now) if before.get(key) != now.get(key)]
         if changed:
             then = ", ".join(f"{key} {_short(before.get(key))}, now {_short(now.get(key))}" for key in changed)
-            raise ConfigError(f"{self.path} was begun with {then}; {self._anew()}")
-
-    def _anew(self) -> str:
-        return "choose another folder, or remove that file to start anew"
+            raise ConfigError(f"{self.path} was begun with {then}; {_ANEW}")
 
     def _append(self, values: dict[str, Any]) -> int:
         """Add a line and return where it begins; it is with the operating system when this returns."""
