@@ -20,7 +20,7 @@ from ced.files import written_aside
 from ced.model import graph
 from ced.model.graph import Input
 from ced.model.onnx import CLASSES, LABELS_FILE, OUTPUT, PROB, PROBABILITIES, open_session, session_options
-from ced.model.vit import CED, MIN_SAMPLES, PATCH
+from ced.model.vit import CED, MIN_SAMPLES, PATCH, foreign_feature
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable
 
@@ -48,8 +48,11 @@ def export(model: CED, path: Path, source: Input = "wave") -> ExportReport:
 
     Raises:
         ExportError: the graph differs from the network by more than `LARGEST_DIFFERENCE`, or the class table of
-            another model is in the way; nothing is written then.
+            another model is in the way, or a graph of features would need others than the published ones; nothing is
+            written then.
     """
+    if source == "feats" and (foreign := foreign_feature(model.config)):
+        raise ExportError(f"graphs of features are fed the published ones, this network hears others: {foreign}")
     model = copy.deepcopy(model).cpu().float().eval()
     made = graph.wave_graph(model) if source == "wave" else graph.feats_graph(model)
     onnx.helper.set_model_props(made, metadata(model, source))
@@ -81,7 +84,7 @@ def optimize(path: Path) -> None:
     options = session_options(threads=1)
     # Beyond this level are changes for the processor at hand.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    metadata = {each.key: each.value for each in onnx.load(path).metadata_props}
+    said = {each.key: each.value for each in onnx.load(path).metadata_props}
     with TemporaryDirectory(dir=path.parent) as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -91,7 +94,7 @@ def optimize(path: Path) -> None:
     opsets = [opset for opset in made.opset_import if opset.domain in used]
     del made.opset_import[:]
     made.opset_import.extend(opsets)
-    onnx.helper.set_model_props(made, metadata)
+    onnx.helper.set_model_props(made, said)
     onnx.save(made, path)
 
 

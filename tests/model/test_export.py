@@ -265,6 +265,10 @@ class TestFeats:
         found = export(model, tmp_path / "a.onnx", "feats")
         assert_agree(found.path, model, [mels(2, 96), mels(3, 40), mels(2, 250), mels(1, 192)])
 
+    def test_features_of_another_kind(self, tmp_path: Path) -> None:
+        with pytest.raises(ExportError, match="this network hears others: hop_size 128 instead of 160"):
+            export(network(replace(SMALL, hop_size=128), OWN), tmp_path / "a.onnx", "feats")
+
     def test_no_filling(self, tmp_path: Path) -> None:
         model = network(replace(SMALL, pad_last=False), OWN)
         found = export(model, tmp_path / "a.onnx", "feats")
