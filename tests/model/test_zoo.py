@@ -1,62 +1,18 @@
-"""Names, the cache, and networks made from names and files; the published addresses are never asked."""
+"""The table of models, the cache, and what a name or a path stands for."""
 
-import threading
-from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from ced.errors import CheckpointError, ConfigError, DownloadError
-from ced.model import checkpoints, download, loading, zoo
-from ced.model.vit import CED, ModelConfig
-from ced.sound.labels import ClassTable, audioset
-
-SMALL = ModelConfig(embed_dim=64, num_heads=1, depth=1)
-OWN = ClassTable(("dog", "rain", "clock"))
-
-
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
-        """Keep the output of the tests clean."""
+from ced.errors import CheckpointError, DownloadError
+from ced.model import zoo
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CED_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CED_OFFLINE", "1")
-    monkeypatch.setattr(download, "PAUSE", 0.01)
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CED]:
-    """Publish small networks under the names of the zoo, on a server of this machine; gives the one of "ced_tiny"."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    tagger = CED(SMALL).eval()
-    torch.save(tagger.state_dict(), folder / "tagger.pt")
-    pretrained = {name: value + 1 for name, value in tagger.state_dict().items() if not name.startswith("outputlayer.")}
-    torch.save(pretrained | {"mask_token": torch.zeros(1, 1, 64)}, folder / "mae.pt")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    entries = {
-        name: replace(zoo.MODELS[name], width=64, heads=1, url=f"{address}/{file}", file=file)
-        for name, file in (("ced_tiny", "tagger.pt"), ("audiotransformer_tiny", "mae.pt"), ("ced_mini", "missing.pt"))
-    }
-    monkeypatch.setattr(zoo, "MODELS", entries)
-    monkeypatch.setenv("CED_OFFLINE", "0")
-    yield tagger
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
 
 
 def test_the_published_names_sizes_and_addresses() -> None:
@@ -89,135 +45,42 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert zoo.cache_dir() == tmp_path / "home" / ".cache" / "ced"
 
 
-def test_a_name_is_downloaded_once(served: CED, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reports: list[tuple[str, int, int]] = []
-    model = loading.load_model("ced_tiny", progress=lambda *report: reports.append(report))
-    assert (cache / "tagger.pt").stat().st_size == reports[-1][1] == reports[-1][2]
-    assert not model.training
-    assert model.labels is audioset()
-    wave = torch.rand(1, 4_000)
-    assert torch.equal(model(wave), served(wave))
-    monkeypatch.setenv("CED_OFFLINE", "1")
-    other = loading.load_model("ced_tiny", pooling="logit", target_length=320)
-    assert other.config == replace(SMALL, pooling="logit", target_length=320)
+def test_where_graphs_are_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = zoo.MODELS["ced_mini"]
+    assert entry.onnx_url == "https://huggingface.co/mispeech/ced-mini/resolve/main/model.onnx"
+    assert entry.onnx_file == "ced_mini.onnx"
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
+    assert entry.onnx_url == "https://mirror.example/mispeech/ced-mini/resolve/main/model.onnx"
+    published = [name for name, each in zoo.MODELS.items() if each.onnx_url]
+    assert published == ["ced_tiny", "ced_mini", "ced_small", "ced_base"]
+    with pytest.raises(CheckpointError, match="no ONNX graph of audiotransformer_base_4740 is published"):
+        zoo.fetch_onnx("audiotransformer_base_4740")
 
 
-def test_offline_says_what_is_missing_and_what_to_do(cache: Path) -> None:
-    with pytest.raises(DownloadError) as caught:
-        loading.load_model("ced_base")
-    assert str(caught.value) == (
-        f"ced_base is not in the cache ({cache}/audiotransformer_base_mAP_4999.pt) and not to be had: cannot fetch "
-        "https://zenodo.org/records/8275347/files/audiotransformer_base_mAP_4999.pt?download=1: CED_OFFLINE is set; "
-        "put the file there by hand, or pass the path of a local file instead of the name"
+def test_a_graph_that_is_not_to_be_had(tmp_path: Path) -> None:
+    message = (
+        r"ced_tiny is not in the cache \(.*/cache/ced_tiny\.onnx\) and not to be had: cannot fetch https://hugging"
     )
+    with pytest.raises(DownloadError, match=message):
+        zoo.fetch_onnx("ced_tiny")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "ced_tiny.onnx").write_bytes(b"put there by hand")
+    assert zoo.fetch_onnx("ced_tiny") == tmp_path / "cache" / "ced_tiny.onnx"
 
 
-def test_a_file_put_into_the_cache_by_hand(served: CED, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CED_OFFLINE", "1")
-    cache.mkdir()
-    torch.save(served.state_dict(), cache / "missing.pt")
-    assert zoo.fetch("ced_mini") == cache / "missing.pt"
-    assert loading.load_model("ced_mini").config == SMALL
+def test_the_checkpoint_of_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint; it needs one of averaged\.safetensors, last"):
+        zoo.checkpoint_file(tmp_path)
+    for name in ("model.safetensors", "last.safetensors", "averaged.safetensors"):
+        (tmp_path / name).write_bytes(b"weights")
+        assert zoo.checkpoint_file(tmp_path) == tmp_path / name
+    (tmp_path / "averaged.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"averaged\.safetensors is empty"):
+        zoo.checkpoint_file(tmp_path)
 
 
-def test_a_file_the_server_does_not_have(served: CED) -> None:
-    with pytest.raises(DownloadError, match=r"ced_mini is not in the cache .*missing\.pt: 404 "):
-        zoo.fetch("ced_mini")
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (
-            "ced_tinny",
-            r"^no model and no file is called 'ced_tinny'; did you mean ced_tiny.*; published models: ",
-        ),
-        ("zebra", r"'zebra'; published models: .*audiotransformer_base_4740$"),
-        ("runs/ced_tiny", "no checkpoint at runs/ced_tiny$"),
-        ("student.pt", r"no checkpoint at student\.pt$"),
-        (Path("ced_tiny"), "no checkpoint at ced_tiny$"),
-    ],
-)
-def test_neither_a_name_nor_a_path(given: str | Path, message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        loading.load_model(given)
-
-
-def test_a_path(tmp_path: Path) -> None:
-    student = CED(replace(SMALL, outputdim=3), OWN)
-    checkpoints.save(tmp_path / "run" / "averaged.safetensors", student)
-    for path in (tmp_path / "run", str(tmp_path / "run" / "averaged.safetensors")):
-        assert loading.load_model(path).labels == OWN
-
-
-class TestCreate:
-    def state(self, model: CED, name: str) -> Tensor:
-        value: Tensor = model.state_dict()[name]
-        return value
-
-    def test_fresh(self) -> None:
-        args = {"depth": 1, "pooling": "logit", "target_length": 320}
-        model = loading.create("ced_tiny", model_args=args, pretrained=False, labels=OWN)
-        assert model.config == replace(
-            ModelConfig(embed_dim=192, num_heads=3), depth=1, pooling="logit", target_length=320, outputdim=3
-        )
-        assert model.labels == OWN
-        assert model.training
-
-    def test_from_masked_pre_training(self, served: CED) -> None:
-        args = {"depth": 1, "pooling": "logit", "target_length": 512}
-        model = loading.create("audiotransformer_tiny", model_args=args, pretrained=True, labels=audioset())
-        assert torch.equal(self.state(model, "norm.bias"), self.state(served, "norm.bias") + 1)
-        assert torch.equal(self.state(model, "time_pos_embed"), self.state(served, "time_pos_embed")[..., :32] + 1)
-        assert self.state(model, "outputlayer.1.bias").abs().max() == 0
-
-    def test_from_a_tagger_of_the_same_classes(self, served: CED) -> None:
-        model = loading.create("ced_tiny", model_args={"depth": 1}, pretrained=True, labels=audioset())
-        assert all(torch.equal(value, self.state(model, name)) for name, value in served.state_dict().items())
-
-    def test_from_a_tagger_of_other_classes(self, served: CED) -> None:
-        model = loading.create("ced_tiny", model_args={"depth": 1}, pretrained=True, labels=OWN)
-        assert torch.equal(
-            self.state(model, "blocks.0.attn.qkv.weight"), self.state(served, "blocks.0.attn.qkv.weight")
-        )
-        assert self.state(model, "outputlayer.1.weight").shape == (3, 64)
-
-    def test_classes_must_agree_by_name_not_by_number(self, tmp_path: Path) -> None:
-        student = CED(replace(SMALL, outputdim=3), OWN)
-        checkpoints.save(tmp_path / "a.safetensors", student)
-        args = {"embed_dim": 64, "num_heads": 1, "depth": 1}
-        for names, kept in ((OWN.names, True), (("dog", "clock", "rain"), False)):
-            model = loading.create(
-                "ced_tiny", model_args=args, pretrained=str(tmp_path / "a.safetensors"), labels=ClassTable(names)
-            )
-            head = self.state(model, "outputlayer.1.weight")
-            assert torch.equal(head, self.state(student, "outputlayer.1.weight")) is kept
-            assert torch.equal(self.state(model, "norm.bias"), self.state(student, "norm.bias"))
-
-    @pytest.mark.parametrize(
-        ("args", "message"),
-        [
-            ({"target_lenght": 1}, "unknown model setting 'target_lenght'; did you mean target_length"),
-            ({"depth": "deep"}, "model setting depth is 'deep'"),
-            ({"embed_dim": 100}, "embed_dim 100 is not a multiple of num_heads 3"),
-            ({"outputdim": 527}, "outputdim is 527, but there are 3 classes"),
-        ],
-    )
-    def test_wrong_arguments(self, args: dict[str, Any], message: str) -> None:
-        with pytest.raises(ConfigError, match=message):
-            loading.create("ced_tiny", model_args=args, pretrained=False, labels=OWN)
-
-    def test_a_checkpoint_of_another_size(self, served: CED) -> None:
-        with pytest.raises(CheckpointError, match=r"tagger\.pt does not fit the network: it lacks blocks\.1\.norm1"):
-            loading.create("ced_mini", model_args={"depth": 2}, pretrained="ced_tiny", labels=audioset())
-
-    def test_a_checkpoint_gives_the_size_and_where_to_start(self, tmp_path: Path) -> None:
-        student = CED(replace(SMALL, outputdim=3, activation="softmax"), OWN)
-        checkpoints.save(tmp_path / "run" / "averaged.safetensors", student)
-        model = loading.create(str(tmp_path / "run"), model_args={"pooling": "logit"}, pretrained=True, labels=OWN)
-        assert model.config == replace(student.config, pooling="logit")
-        assert all(torch.equal(value, self.state(model, name)) for name, value in student.state_dict().items())
-
-    def test_an_unknown_name(self) -> None:
-        with pytest.raises(CheckpointError, match="'ced_huge'"):
-            loading.create("ced_huge", model_args={}, pretrained=False, labels=OWN)
+def test_what_looks_like_a_name_is_taken_for_one(tmp_path: Path) -> None:
+    assert zoo.local_path("runs/ced_tiny") == Path("runs/ced_tiny")
+    assert zoo.local_path("student.pt") == Path("student.pt")
+    with pytest.raises(CheckpointError, match="'ced_tinny'; did you mean ced_tiny"):
+        zoo.local_path("ced_tinny")
