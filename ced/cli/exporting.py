@@ -71,5 +71,7 @@ def export(
             return
         found = quantize(path, check=check, bound=bound, progress=progress)
     if found is None:
-        change = f"by {largest_difference(network, int8_path(path)):.1g} at most on noise; --check tells what it costs"
-    print(f"{int8_path(path)}: {found.summary if found else change}")
+        change = largest_difference(network, int8_path(path))
+        print(f"{int8_path(path)}: by {change:.1g} at most on noise; --check tells what it costs")
+    else:
+        print(f"{int8_path(path)}: {found.summary}")
