@@ -81,7 +81,7 @@ def load_stored(source: Source, stereo: bool = False) -> NDArray[np.int16] | NDA
     return samples
 
 
-def stream(source: Source, block_seconds: float = 30.0) -> Iterator[NDArray[np.float32]]:
+def stream(source: Source, block_seconds: float = 10.0) -> Iterator[NDArray[np.float32]]:
     """Read a sound block by block, in memory bounded by the block: the samples of `load`, bit for bit.
 
     Args:
