@@ -107,7 +107,17 @@ def _seekable(source: bytes | BinaryIO, name: str) -> BinaryIO:
         source = source.read()
     if not source:
         raise AudioError(f"{name} is empty (0 bytes)")
-    return io.BytesIO(source)
+    return _Bytes(source)
+
+
+class _Bytes(io.BytesIO):
+    """The bytes of a file, without an error where libsndfile seeks to an impossible place: it would only be printed."""
+
+    def seek(self, place: int, whence: int = os.SEEK_SET, /) -> int:
+        try:
+            return super().seek(place, whence)
+        except (ValueError, OverflowError):
+            return self.tell()
 
 
 def _open_file(file: BinaryIO, name: str, stack: ExitStack, path: str | bytes | None = None) -> Opened:

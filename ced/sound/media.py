@@ -25,6 +25,7 @@ EXTRA = "`pip install 'ced[media]'`"
 # Rate, channels, and what reads so many frames a block.
 Opened = tuple[int, int, Callable[[int], Iterator[NDArray[Any]]]]
 
+_TYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}  # FFmpeg's names, numpy's
 _PATIENCE = 30.0  # seconds for a server to answer, and for each read
 _SCHEMES = ("http://", "https://")
 
@@ -174,9 +175,17 @@ def _blocks(first: "AudioFrame", frames: Iterator["AudioFrame"], name: str, size
 
 
 def _samples(frame: "AudioFrame") -> NDArray[Any]:
-    """Return the samples of a frame, (t, channels), whichever way they lie in it."""
-    samples: NDArray[Any] = frame.to_ndarray()
-    return samples.T if frame.format.is_planar else samples.reshape(-1, frame.layout.nb_channels)
+    """Return the samples of a frame, (t, channels), whichever way they lie in it.
+
+    PyAV's own `to_ndarray` must not do this: it takes whatever follows a frame's planes in memory for more of them,
+    where there are eight or more.
+    """
+    channels, kind = frame.layout.nb_channels, _TYPES[frame.format.packed.name]
+    if not frame.format.is_planar:
+        return np.frombuffer(memoryview(frame.planes[0]), kind, frame.samples * channels).reshape(-1, channels)
+    return np.stack(
+        [np.frombuffer(memoryview(plane), kind, frame.samples) for plane in frame.planes[:channels]], axis=1
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -115,6 +115,29 @@ def test_a_picture_has_no_sound(tmp_path: Path) -> None:
         load(path)
 
 
+@pytest.mark.parametrize("codec", ["pcm_s16le", "flac", "aac"])
+def test_many_channels(codec: str) -> None:
+    """Frames of eight channels and more are more than PyAV's own arrays can hold."""
+    tone = 0.4 * np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000)
+    samples = np.stack([tone, *np.zeros((7, 48_000))]).astype(np.float32)
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as out:
+        track = out.add_stream(codec, rate=48_000)
+        track.layout = "7.1"
+        resampler = av.AudioResampler(track.codec_context.format.name, "7.1", 48_000)
+        for start in range(0, 48_000, 960):
+            part = np.ascontiguousarray(samples[:, start : start + 960].T.reshape(1, -1))
+            frame = av.AudioFrame.from_ndarray(part, "flt", "7.1")
+            frame.rate, frame.pts = 48_000, start
+            for converted in resampler.resample(frame):
+                out.mux(track.encode(converted))
+        out.mux(track.encode(None))
+    wave = load(file.getvalue())
+    middle = wave[4_000:12_000]
+    assert pytest.approx(float(np.sqrt(np.mean(middle**2))), rel=0.05) == 0.4 / 8 / 2**0.5
+    assert load_stored(file.getvalue(), stereo=True).ndim == 1
+
+
 def test_a_title_that_is_no_text(files: dict[str, Path]) -> None:
     data = files[".m4a"].read_bytes()
     assert b"Lavf" in data
