@@ -5,16 +5,13 @@ for sherpa-onnx take features) are asked once, when they are opened.
 """
 
 import csv
-import hashlib
 import json
 import logging
 import os
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
 import ced
@@ -112,8 +109,7 @@ class OnnxModel:
             raise CheckpointError(f"graph {self.path} takes batches of {batch} only; a tagger takes 1, or any number")
         if len(inputs[0].shape) == 2:
             return inputs[0], None
-        with resources.as_file(resources.files("ced.model") / "frontend.onnx") as path:
-            return inputs[0], open_session(path, threads)
+        return inputs[0], open_session(Path(__file__).with_name("frontend.onnx"), threads)
 
     def _find_scores(self) -> str:
         if PROB in self._outputs:
@@ -190,6 +186,11 @@ def _graph_file(name_or_path: str | os.PathLike[str], progress: Progress) -> Pat
 
 def _exported(checkpoint: Path) -> Path:
     """Return the graph of a checkpoint, made by the first who asks for it."""
+    # Here, as importing them takes longer than tagging a second of sound, and names do without them.
+    import hashlib
+
+    from filelock import FileLock
+
     digest = hashlib.sha256(f"ced {ced.__version__} {GRAPH_VERSION}".encode())
     for part in (checkpoint, checkpoint.with_name("config.json")):
         if part.is_file():

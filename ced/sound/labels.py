@@ -4,7 +4,6 @@ import csv
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from pathlib import Path
 
 from ced.errors import TableError
@@ -43,8 +42,7 @@ def default_classes(count: int) -> ClassTable:
 @cache
 def audioset() -> ClassTable:
     """Return AudioSet's 527 classes (Google, CC BY 4.0)."""
-    with resources.as_file(resources.files("ced.sound") / "audioset_classes.tsv") as path:
-        return read_classes(path)
+    return read_classes(Path(__file__).with_name("audioset_classes.tsv"))
 
 
 def named_by_config(settings: object) -> ClassTable | None:
