@@ -19,7 +19,17 @@ from ced.errors import ExportError
 from ced.files import written_aside
 from ced.model import graph
 from ced.model.graph import Input
-from ced.model.onnx import CLASSES, LABELS_FILE, OUTPUT, PROB, PROBABILITIES, open_session, session_options
+from ced.model.onnx import (
+    CLASSES,
+    FLOAT,
+    LABELS_FILE,
+    OUTPUT,
+    PRECISION,
+    PROB,
+    PROBABILITIES,
+    open_session,
+    session_options,
+)
 from ced.model.vit import CED, MIN_SAMPLES, PATCH, foreign_feature
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable
@@ -113,6 +123,7 @@ def metadata(model: CED, source: Input) -> dict[str, str]:
     return published | {
         CLASSES: json.dumps(asdict(model.labels), ensure_ascii=False),
         OUTPUT: PROBABILITIES,
+        PRECISION: FLOAT,
         "sample_rate": str(SAMPLE_RATE),
         "hop": str(config.hop_size),
         "preprocessing": json.dumps({name: getattr(config, name) for name in front_end}),

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper
 from torch import nn
 
 from ced.model.melgraph import log_mel
@@ -193,7 +193,12 @@ class _Network:
         """Return what the output layer reads of a piece, (pieces, tokens, d) -> (pieces, d)."""
         if self.config.pooling == "token":
             return self.nodes.add("Gather", tokens, self.nodes.indices(np.int64(0)), axis=1)
-        return self.nodes.add("ReduceMean", tokens, self.nodes.ints(1), keepdims=0)
+        # A matrix product, as ReduceMean adds up a clip alone in another order than one of a batch: the last bits of
+        # its scores would depend on its neighbours.
+        nodes, count = self.nodes, self.nodes.size(tokens, 1)
+        ones = nodes.add("Expand", nodes.number(1.0), nodes.joined(1, count))
+        sums = nodes.add("Squeeze", nodes.add("MatMul", ones, tokens), nodes.ints(1))
+        return nodes.add("Div", sums, nodes.add("Cast", count, to=int(TensorProto.FLOAT)))
 
     def _by_column(self, tokens: str) -> str:
         """Return the mean over frequency, (pieces, tokens, d) -> (pieces, columns, d)."""

@@ -30,6 +30,9 @@ LABELS_FILE = "class_labels_indices.csv"
 CLASSES = "classes"  # metadata of our graphs: the class table as JSON
 OUTPUT = "output"  # metadata of our graphs: what `prob` holds
 PROBABILITIES = "probabilities"
+PRECISION = "precision"  # metadata of our graphs
+FLOAT = "float32"
+AT_ONCE = 10 * SAMPLE_RATE  # samples: shorter waves are scored together up to this, longer ones gain nothing by it
 PROB, EMBEDDING, COLUMNS = "prob", "embedding", "columns"  # outputs of our graphs
 
 logger = logging.getLogger(__name__)
@@ -40,8 +43,8 @@ Waves = NDArray[np.float32]
 class OnnxModel:
     """A tagger in ONNX Runtime: waves in, probabilities out. Several threads may call it at once.
 
-    Waves are scored one at a time: a clip's scores must not depend on its neighbours, and in an int8 graph, which
-    quantises a batch by its largest value, they would.
+    A clip's scores never depend on its neighbours: only our graphs in float score several short waves together; those
+    in int8 quantise a batch by its largest value, and of others nothing is known.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int = 1) -> None:
@@ -64,6 +67,7 @@ class OnnxModel:
         meta = self._session.get_modelmeta().custom_metadata_map
         classes = self._outputs[self._scores].shape[-1]
         self._shortest = MIN_SAMPLES
+        self._at_once = AT_ONCE if meta.get(PRECISION) == FLOAT else 0
         if meta.get(OUTPUT) == PROBABILITIES:
             self._logits, self._shortest = False, 0  # these do their padding themselves
         else:
@@ -132,18 +136,19 @@ class OnnxModel:
         missing = self._shortest - waves.shape[1]
         if missing > 0:
             waves = np.pad(waves, ((0, 0), (0, missing)))
-        found = [self._run_one(output, waves[row : row + 1]) for row in range(len(waves))]
+        step = max(1, self._at_once // waves.shape[1])
+        found = [self._run_some(output, waves[row : row + step]) for row in range(0, len(waves), step)]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
-    def _run_one(self, output: str, wave: Waves) -> NDArray[np.float32]:
-        wave = np.ascontiguousarray(wave, np.float32)
+    def _run_some(self, output: str, waves: Waves) -> NDArray[np.float32]:
+        waves = np.ascontiguousarray(waves, np.float32)
         if self._front_end is not None:
-            (wave,) = self._front_end.run(None, {"waves": wave})
+            (waves,) = self._front_end.run(None, {"waves": waves})
         try:
-            (result,) = self._session.run([output], {self._input.name: wave})
+            (result,) = self._session.run([output], {self._input.name: waves})
         except Exception as error:  # ONNX Runtime has no common class of its errors
             raise CheckpointError(
-                f"graph {self.path} does not take an input of shape {wave.shape}: {_line(error)}"
+                f"graph {self.path} does not take an input of shape {waves.shape}: {_line(error)}"
             ) from error
         return np.asarray(result)
 

@@ -19,7 +19,7 @@ from ced.files import written_aside
 from ced.model.export import optimize
 from ced.model.graph import RUNTIME
 from ced.model.metrics import average_precision
-from ced.model.onnx import OnnxModel
+from ced.model.onnx import PRECISION, OnnxModel
 from ced.progress import Progress, silent
 from ced.sound import audio
 from ced.sound.labelled import LabelledClip, read_labelled
@@ -139,6 +139,8 @@ def _figures(targets: NDArray[np.bool_], probs: NDArray[np.float32]) -> Figures:
 def _write(path: Path, out: Path) -> None:
     graph = onnx.load(path)
     metadata = {each.key: each.value for each in graph.metadata_props}
+    if PRECISION in metadata:
+        metadata[PRECISION] = "int8"
     # The graph is as simple as it gets: the quantizer need not prepare it.
     onnx.helper.set_model_props(graph, {**metadata, "onnx.quant.pre_process": "onnxruntime.quant"})
     with _quiet():

@@ -106,6 +106,7 @@ class TestWave:
         front_end = '{"n_mels": 64, "n_fft": 512, "win_size": 512, "hop_size": 160, "f_min": 0.0, "f_max": 8000.0}'
         assert said == PUBLISHED | {
             "output": "probabilities",
+            "precision": "float32",
             "sample_rate": "16000",
             "hop": "160",
             "preprocessing": front_end,

@@ -100,8 +100,9 @@ class TestOurGraphs:
     def test_its_classes_travel_with_it(self, graph: Path) -> None:
         assert OnnxModel(graph).labels == OWN
 
-    def test_batch_and_single_are_identical(self, graph: Path) -> None:
-        model, waves = OnnxModel(graph), noise(3, 20_000)
+    @pytest.mark.parametrize("samples", [1_000, 20_000, 70_000])  # 160, 8 and 2 of them are scored together
+    def test_batch_and_single_are_identical(self, graph: Path, samples: int) -> None:
+        model, waves = OnnxModel(graph), noise(11, samples)
         for answer in (model, model.embed, model.columns):
             np.testing.assert_array_equal(answer(waves), np.concatenate([answer(wave[None]) for wave in waves]))
 
