@@ -93,12 +93,9 @@ class _Network:
 
     def probabilities(self, tokens: str, pieces: str) -> str:
         """Pool the tokens of each piece, score and join them, -> (b, c)."""
-        nodes, pooling = self.nodes, self.config.pooling
+        pooling = self.config.pooling
         if pooling == "dm":
-            scores = nodes.add(
-                "ReduceMean", self._activated(self._scored(self._by_column(tokens))), nodes.ints(1), keepdims=0
-            )
-            return self._joined(scores, pieces)
+            return self._joined(self._mean(self._activated(self._scored(self._by_column(tokens)))), pieces)
         logits = self._scored(self._pooled(tokens))
         if pooling == "logit":
             return self._activated(self._joined(logits, pieces))
@@ -108,7 +105,7 @@ class _Network:
         """Pool the tokens of each piece and take the mean of the pieces, -> (b, d)."""
         nodes = self.nodes
         by_piece = nodes.add("Reshape", self._pooled(tokens), nodes.joined(-1, pieces, self.config.embed_dim))
-        return nodes.add("ReduceMean", by_piece, nodes.ints(1), keepdims=0)
+        return self._mean(by_piece)
 
     def columns(self, tokens: str, pieces: str, mel: str) -> str:
         """Score each column of patches, of all pieces in order and without the padding, -> (b, columns, c)."""
@@ -193,11 +190,17 @@ class _Network:
         """Return what the output layer reads of a piece, (pieces, tokens, d) -> (pieces, d)."""
         if self.config.pooling == "token":
             return self.nodes.add("Gather", tokens, self.nodes.indices(np.int64(0)), axis=1)
-        # A matrix product, as ReduceMean adds up a clip alone in another order than one of a batch: the last bits of
-        # its scores would depend on its neighbours.
-        nodes, count = self.nodes, self.nodes.size(tokens, 1)
+        return self._mean(tokens)
+
+    def _mean(self, x: str) -> str:
+        """Return the mean over the middle axis.
+
+        By a matrix product, as ReduceMean adds up a clip alone in another order than one of a batch: the last bits of
+        its scores would depend on its neighbours.
+        """
+        nodes, count = self.nodes, self.nodes.size(x, 1)
         ones = nodes.add("Expand", nodes.number(1.0), nodes.joined(1, count))
-        sums = nodes.add("Squeeze", nodes.add("MatMul", ones, tokens), nodes.ints(1))
+        sums = nodes.add("Squeeze", nodes.add("MatMul", ones, x), nodes.ints(1))
         return nodes.add("Div", sums, nodes.add("Cast", count, to=int(TensorProto.FLOAT)))
 
     def _by_column(self, tokens: str) -> str:
@@ -221,5 +224,6 @@ class _Network:
         """Join the scores of the pieces of a long clip, (b pieces, c) -> (b, c)."""
         nodes = self.nodes
         by_piece = nodes.add("Reshape", scores, nodes.joined(-1, pieces, self.config.outputdim))
-        kind = "ReduceMean" if self.config.eval_avg == "mean" else "ReduceMax"
-        return nodes.add(kind, by_piece, nodes.ints(1), keepdims=0)
+        if self.config.eval_avg == "mean":
+            return self._mean(by_piece)
+        return nodes.add("ReduceMax", by_piece, nodes.ints(1), keepdims=0)

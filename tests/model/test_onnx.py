@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -118,6 +119,13 @@ class TestOurGraphs:
             found = list(pool.map(model, waves))
         for wave, scores in zip(waves, found, strict=True):
             np.testing.assert_array_equal(scores, model(wave))
+
+    @pytest.mark.parametrize("changes", [{"pooling": "dm"}, {"pooling": "token"}, {"eval_avg": "max"}], ids=str)
+    def test_batch_and_single_are_identical_in_pieces(self, changes: dict[str, Any], tmp_path: Path) -> None:
+        network = CED(replace(SMALL, depth=1, target_length=96, **changes), OWN)
+        model, waves = OnnxModel(export(network, tmp_path / "a.onnx").path), noise(3, 50_000)
+        for answer in (model, model.embed, model.columns):
+            np.testing.assert_array_equal(answer(waves), np.concatenate([answer(wave[None]) for wave in waves]))
 
 
 class TestForeignGraphs:
