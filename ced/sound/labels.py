@@ -59,8 +59,8 @@ def named_by_config(settings: object) -> ClassTable | None:
 def read_classes(path: Path) -> ClassTable:
     """Read a class table: tab-separated, or comma-separated when named .csv.
 
-    Its columns are `index` (0, 1, 2, ... in order), `name` or `display_name`, and maybe `mid`; lines that begin with
-    "#" are comments.
+    Its columns are `index` (0, 1, 2, ... in order), `name` or `display_name`, and maybe `mid`, which is
+    empty where classes have none; lines that begin with "#" are comments.
 
     Raises:
         TableError: a column is missing, the indices are not 0, 1, 2, ..., or a name is given twice.
@@ -82,5 +82,5 @@ def read_classes(path: Path) -> ClassTable:
             raise TableError(f"class table {path}: row {number + 1} has another number of fields than the header")
         if row["index"] != str(number):
             raise TableError(f"class table {path}: row {number + 1} has index {row['index']!r}; expected {number}")
-    mids = tuple(row["mid"] for row in rows) if "mid" in columns else None
-    return ClassTable(tuple(row[name_column] for row in rows), mids)
+    mids = tuple(row.get("mid", "") for row in rows)
+    return ClassTable(tuple(row[name_column] for row in rows), mids if any(mids) else None)

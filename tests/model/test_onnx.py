@@ -159,7 +159,12 @@ class TestForeignGraphs:
         with torch.inference_mode():
             expected = network.probs(torch.from_numpy(waves)).numpy()
         np.testing.assert_allclose(model(waves), expected, atol=1e-5)
-        assert model.labels.names == OWN.names
+        assert model.labels == OWN
+
+    def test_our_graph_of_features_of_own_classes(self, tmp_path: Path) -> None:
+        own = ClassTable(("dog", "rain", "clock"))  # without mids, so the file beside it has none
+        path = export(CED(replace(SMALL, depth=1), own), tmp_path / "a.onnx", "feats").path
+        assert OnnxModel(path).labels == own
 
     def test_class_tables_beside_it(self, tmp_path: Path) -> None:
         path = foreign(tmp_path / "a.onnx", "logits", ["b", "t"])
