@@ -130,18 +130,17 @@ def measure(case: Case, exported: Exported, engines: Sequence[str], rounds: int,
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def table(results: dict[Case, dict[str, float]], engines: Sequence[str]) -> str:
-    """Return the results as a Markdown table: milliseconds a clip and, in brackets, how many times as fast as eager."""
-    heading = ["model", "clip", "batch", "threads", *engines]
-    lines = [f"| {' | '.join(heading)} |", "|" + "---|" * len(heading)]
-    for case, times in results.items():
-        cells = [
-            f"{times[name]:.1f}" + (f" ({times[BASELINE] / times[name]:.2f})" if name != BASELINE else "")
-            for name in engines
-        ]
-        fixed = [case.model, f"{case.seconds} s", str(case.batch), str(case.threads)]
-        lines.append(f"| {' | '.join([*fixed, *cells])} |")
-    return "\n".join(lines)
+def row(cells: Sequence[str]) -> str:
+    """Return a row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def describe(case: Case, times: dict[str, float]) -> str:
+    """Return a case as a row: milliseconds a clip and, in brackets, how many times as fast as the baseline."""
+    cells = [case.model, f"{case.seconds} s", str(case.batch), str(case.threads)]
+    for name, each in times.items():
+        cells.append(f"{each:.1f}" + (f" ({times[BASELINE] / each:.2f})" if name != BASELINE else ""))
+    return row(cells)
 
 
 def available(engines: Sequence[str]) -> list[str]:
@@ -168,14 +167,13 @@ def main() -> None:
     clock = time.perf_counter if given.clock == "wall" else time.process_time
     engines = available(given.engines)
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {given.clock} time, ms a clip\n")
-    results: dict[Case, dict[str, float]] = {}
+    print(row(["model", "clip", "batch", "threads", *engines]), row(["---"] * (4 + len(engines))), sep="\n", flush=True)
     for model in given.models:
         with tempfile.TemporaryDirectory() as folder:
             exported = Exported(model, Path(folder))
             for seconds, batch, threads in itertools.product(given.seconds, given.batches, given.threads):
                 case = Case(model, seconds, batch, threads)
-                results[case] = measure(case, exported, engines, given.rounds, clock)
-    print(table(results, engines))
+                print(describe(case, measure(case, exported, engines, given.rounds, clock)), flush=True)
 
 
 if __name__ == "__main__":
