@@ -186,12 +186,6 @@ class FinetuneConfig(LoopConfig):
     wavtransforms: Wav = Field(ALL_WAV, description="Shift: {min_shift, max_shift}")
     spectransforms: Spec = Field(ALL_SPEC, description="TimeMasking: {time_mask_param}, FrequencyMasking: {...}")
 
-    @model_validator(mode="after")
-    def _head_on_something(self) -> Self:
-        if self.trainable == "head" and self.pretrained is False:
-            raise ValueError("trainable is head and pretrained false: a head on random weights learns little")
-        return self
-
 
 C = TypeVar("C", bound=Section)
 

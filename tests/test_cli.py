@@ -146,7 +146,7 @@ def test_without_network_a_name_says_what_is_missing(
 ) -> None:
     monkeypatch.setenv("CED_CACHE", str(tmp_path / "cache"))
     message = error_of(ced(noise(tmp_path / "a.wav"), script="inference.py"))
-    for word in ("ced_mini", str(tmp_path / "cache"), "zenodo.org", "path"):
+    for word in ("ced_mini", str(tmp_path / "cache"), "huggingface.co", "path"):
         assert word in message
 
 
