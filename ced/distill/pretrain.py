@@ -97,7 +97,7 @@ def show_reconstruction(config: PretrainConfig, autoencoder: MaskedAutoencoder, 
         seen = cut.masked_fill(hidden.unsqueeze(-1), torch.nan)
         columns = {"input": cut, f"{config.mask_ratio:.0%} hidden": seen}
         pictures = {title: picture(column, autoencoder.rows) for title, column in columns.items()} | {
-            "filled in": filled
+            "filled in, level and contrast given": filled
         }
     autoencoder.train()
     draw_pictures({title: column.cpu().numpy() for title, column in pictures.items()}, path)

@@ -16,12 +16,14 @@ def patches(mel: Tensor) -> Tensor:
     """Cut a picture into patches, frequency slowest: (b, f, n) -> (b, f // 16 * n // 16, 256); a rest is left out."""
     rows, columns = (size // PATCH for size in mel.shape[1:])
     cut = mel[:, : rows * PATCH, : columns * PATCH].unflatten(2, (columns, PATCH)).unflatten(1, (rows, PATCH))
-    return cut.transpose(2, 3).flatten(3).flatten(1, 2)
+    out: Tensor = cut.transpose(2, 3).flatten(3).flatten(1, 2)
+    return out
 
 
 def picture(cut: Tensor, rows: int) -> Tensor:
     """Put patches back together, the inverse of `patches`: (b, rows * columns, 256) -> (b, rows * 16, columns * 16)."""
-    return cut.unflatten(2, (PATCH, PATCH)).unflatten(1, (rows, -1)).transpose(2, 3).flatten(3).flatten(1, 2)
+    out: Tensor = cut.unflatten(2, (PATCH, PATCH)).unflatten(1, (rows, -1)).transpose(2, 3).flatten(3).flatten(1, 2)
+    return out
 
 
 def normalised(cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +119,7 @@ class MaskedAutoencoder(nn.Module):
 
     def _places(self, hidden: Tensor) -> Tensor:
         """Return where the visible patches are, int64 (b, visible), rising."""
-        return hidden.int().argsort(1, stable=True)[:, : self.visible]
+        return hidden.int().argsort(dim=1, stable=True)[:, : self.visible]
 
     def _encode(self, mel: Tensor, places: Tensor) -> Tensor:
         tokens = self.encoder.embed(self.encoder.init_bn(mel))

@@ -241,7 +241,8 @@ class CED(nn.Module):
         """Make tokens of patches and their places: normalised (b, f, n), n <= target_length -> (b, tokens, d)."""
         x = self.patch_embed(mel)
         x = x + self.time_pos_embed[..., : x.shape[-1]] + self.freq_pos_embed
-        return x.flatten(2).transpose(1, 2)  # frequency slowest
+        out: Tensor = x.flatten(2).transpose(1, 2)  # frequency slowest
+        return out
 
     def relate(self, x: Tensor) -> Tensor:
         """Pass tokens through the blocks, (b, tokens, d) -> the same, behind a class token if there is one."""
