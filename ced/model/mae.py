@@ -113,22 +113,22 @@ class MaskedAutoencoder(nn.Module):
         filled = self._predict(mel, hidden).float() * deviation + mean
         return picture(torch.where(hidden.unsqueeze(-1), filled, cut), self.rows)
 
-    def encode(self, mel: Tensor, hidden: Tensor) -> Tensor:
-        """Return the encoder's tokens of the visible patches, (b, 1 + visible, d), the class token first."""
-        return self._encode(mel, self._places(hidden))
-
-    def _places(self, hidden: Tensor) -> Tensor:
+    def places(self, hidden: Tensor) -> Tensor:
         """Return where the visible patches are, int64 (b, visible), rising."""
         return hidden.int().argsort(dim=1, stable=True)[:, : self.visible]
 
-    def _encode(self, mel: Tensor, places: Tensor) -> Tensor:
+    def encode(self, mel: Tensor, places: Tensor) -> Tensor:
+        """Return the encoder's tokens of the patches at `places`, (b, 1 + visible, d), the class token first.
+
+        Nothing of the other patches is in them, but for the statistics that the BatchNorm takes of a batch in training.
+        """
         tokens = self.encoder.embed(self.encoder.init_bn(mel))
         return self.encoder.relate(tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[2])))
 
     def _predict(self, mel: Tensor, hidden: Tensor) -> Tensor:
         """Predict every normalised patch, (b, tokens, 256), from the visible ones."""
-        places = self._places(hidden)
-        seen = self.decoder_embed(self._encode(mel, places))  # (b, 1 + visible, width)
+        places = self.places(hidden)
+        seen = self.decoder_embed(self.encode(mel, places))  # (b, 1 + visible, width)
         batch, _, width = seen.shape
         x = self.mask_token.to(seen.dtype).expand(batch, self.tokens, width)
         x = x.scatter(1, places.unsqueeze(-1).expand(-1, -1, width), seen[:, 1:])

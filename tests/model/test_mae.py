@@ -56,16 +56,22 @@ def test_every_picture_hides_the_same_number_of_patches(ratio: float, hidden: in
 
 
 def test_the_encoder_sees_the_visible_patches_only() -> None:
-    autoencoder, mel = autoencoder_of(), mel_of()
+    autoencoder, cut = autoencoder_of(), patches(mel_of())
     hidden = hidden_of(autoencoder)
-    with torch.no_grad():
-        tokens = autoencoder.encode(mel, hidden)
-        assert tokens.shape == (2, 1 + 3, 32)
-        cut = patches(mel)
-        noise = torch.randn(cut.shape, generator=torch.Generator().manual_seed(2)) * 30
-        for seen, others in ((hidden, hidden), (~hidden, torch.zeros_like(hidden))):
-            changed = picture(torch.where(seen.unsqueeze(-1), noise, cut), 4)
-            assert torch.equal(autoencoder.encode(changed, hidden), tokens) == bool(others.any())
+    noise = torch.randn(cut.shape, generator=torch.Generator().manual_seed(2)) * 30
+
+    def tokens(replaced: Tensor) -> Tensor:
+        """Encode the pictures with other patches in some places."""
+        mel = picture(torch.where(replaced.unsqueeze(-1), noise, cut), 4)
+        with torch.no_grad():
+            return autoencoder.encode(mel, autoencoder.places(hidden))
+
+    as_is = tokens(torch.zeros_like(hidden))
+    assert as_is.shape == (2, 1 + 3, 32)
+    assert torch.equal(tokens(hidden), as_is)
+    one_seen = torch.zeros_like(hidden)
+    one_seen[0, int((~hidden[0]).nonzero()[0])] = True
+    assert not torch.equal(tokens(one_seen)[0], as_is[0])
 
 
 def test_a_visible_patch_keeps_its_place() -> None:
@@ -77,7 +83,7 @@ def test_a_visible_patch_keeps_its_place() -> None:
     with torch.no_grad():
         every = encoder.embed(encoder.init_bn(mel))
         expected = encoder.relate(every[:, [1, 5, 10]])
-        torch.testing.assert_close(autoencoder.encode(mel, hidden), expected)
+        torch.testing.assert_close(autoencoder.encode(mel, autoencoder.places(hidden)), expected)
 
 
 def test_the_loss_is_that_of_a_plain_computation() -> None:
