@@ -61,7 +61,7 @@ class Task:
     validation: Validation | None = None
     mixup: float | None = None  # alpha of Beta(alpha, alpha)
     learner: nn.Module | None = None  # what learns if that is more than the network, see `Stepper`
-    behind_epoch: Callable[[int, Path], None] | None = None  # told of its number and the folder, in the first process
+    after_epoch: Callable[[int, Path], None] | None = None  # told of its number and the folder, in the first process
 
 
 def run(
@@ -153,8 +153,8 @@ class Trainer:
             self.state.epoch = epoch
             self.state.history.append(line)
             if recorder is not None:
-                if self.task.behind_epoch is not None:
-                    self.task.behind_epoch(epoch, self.folder)
+                if self.task.after_epoch is not None:
+                    self.task.after_epoch(epoch, self.folder)
                 self._save()
                 recorder.epoch()
                 said = ", ".join(f"{key} {value:.5g}" for key, value in line.items() if key != "epoch")

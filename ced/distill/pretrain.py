@@ -48,7 +48,7 @@ def _task(config: PretrainConfig, progress: Progress) -> Task:
         if number % config.picture_every == 0 or number == config.epochs:
             show_reconstruction(config, autoencoder, clips, folder / PICTURE_NAME)
 
-    return Task(network, len(clips.pack), epoch, error_of_hidden, learner=autoencoder, behind_epoch=show)
+    return Task(network, len(clips.pack), epoch, error_of_hidden, learner=autoencoder, after_epoch=show)
 
 
 def make_autoencoder(config: PretrainConfig, network: CED, samples: int) -> MaskedAutoencoder:
