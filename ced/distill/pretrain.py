@@ -93,11 +93,8 @@ def show_reconstruction(config: PretrainConfig, autoencoder: MaskedAutoencoder, 
         mel = autoencoder.encoder.front_end(waves)
         with autocast(config.mode, device):
             filled = autoencoder.fill(mel, hidden)
-        cut = patches(mel)
-        seen = cut.masked_fill(hidden.unsqueeze(-1), torch.nan)
-        columns = {"input": cut, f"{config.mask_ratio:.0%} hidden": seen}
-        pictures = {title: picture(column, autoencoder.rows) for title, column in columns.items()} | {
-            "filled in, level and contrast given": filled
-        }
+        seen = picture(patches(mel).masked_fill(hidden.unsqueeze(-1), torch.nan), autoencoder.rows)
     autoencoder.train()
-    draw_pictures({title: column.cpu().numpy() for title, column in pictures.items()}, path)
+    hiding = f"{config.mask_ratio:.0%} hidden"
+    columns = {"input": mel, hiding: seen, "filled in, level and contrast given": filled}
+    draw_pictures({title: column.cpu().numpy() for title, column in columns.items()}, path)
