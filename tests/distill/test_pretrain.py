@@ -207,8 +207,8 @@ def run_elsewhere(path: Path, **environment: str) -> subprocess.Popen[bytes]:
 
 
 def test_a_run_cut_short_in_an_epoch_resumes_to_the_same_bytes(sounds: Path, tmp_path: Path) -> None:
-    def kill(task: str, step: int, steps: int) -> None:
-        if (task, step) == ("epoch 3 of 4", 2):
+    def kill(task: str, done: int, total: int) -> None:
+        if (task, done) == ("epoch 3 of 4", 2):
             raise KeyboardInterrupt
 
     config = config_of(sounds, tmp_path / "killed", epochs=4, picture_every=1)
