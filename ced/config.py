@@ -6,7 +6,7 @@ The keys are those of the published configurations. Everything wrong with a file
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -21,6 +21,7 @@ Fill = Annotated[
     Literal["zero", "last_mean", "last_half", "last_random", "527"],
     BeforeValidator(lambda value: str(value) if value == 527 else value),
 ]
+Optimizer = Literal["Adam8bit", "Adam", "AdamW"]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Positive = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -31,6 +32,7 @@ class Section(BaseModel):
     """A part of a configuration that knows its keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    refused: ClassVar[Mapping[str, str]] = {}  # keys that other commands know, and why this one does not
 
 
 class ShiftArgs(Section):
@@ -125,7 +127,6 @@ class LoopConfig(Section):
     """Keys that every training command has."""
 
     train_data: UserPath = Field(description="table of the audio pack to train on")
-    eval_data: UserPath | None = Field(None, description="labelled table to validate on; null: none")
     outputpath: UserPath = Field(Path("experiments"), description="folder for experiments")
     model: str = Field(description="the network: a model name or a checkpoint")
     model_args: dict[str, Any] = Field({}, description="changes to the network: target_length, depth, ...")
@@ -133,26 +134,18 @@ class LoopConfig(Section):
         True, description="first weights: true (those of the model), false (fresh), or a name or file"
     )
     batch_size: Positive = Field(32, description="items a step, all processes together")
-    eval_batch_size: Positive = Field(32, description="clips an evaluation step")
     epochs: Positive = Field(300, description="epochs to train")
     epoch_length: Positive | None = Field(None, description="steps an epoch; null: all of the data once")
-    valid_every: Positive = Field(1, description="epochs from one validation to the next")
-    early_stop: Positive | None = Field(10, description="stop after so many validations without gain; null: never")
-    n_saved: Positive = Field(4, description="best checkpoints kept")
-    average: bool = Field(True, description="the result is the mean of the kept checkpoints; false: the best of them")
-    optimizer: Literal["Adam8bit", "Adam", "AdamW"] = Field(
-        "Adam8bit", description="Adam8bit becomes Adam without CUDA and bitsandbytes"
-    )
+    optimizer: Optimizer = Field("Adam8bit", description="Adam8bit becomes Adam without CUDA and bitsandbytes")
     optimizer_args: OptimizerArgs = Field(OptimizerArgs(), description="lr, weight_decay, betas, eps")
     warmup_iters: int | None = Field(None, ge=0, description="steps of linear warm-up")
     warmup_epochs: float | None = Field(None, ge=0, description="the same in epochs; give one of the two")
     use_scheduler: bool = Field(True, description="cosine decay after the warm-up; false: constant")
     decay_frac: float = Field(0.1, ge=0, le=1, description="last learning rate as a part of the first")
-    mixup: Annotated[float, Field(gt=0)] | None = Field(None, description="alpha of Beta(alpha, alpha); null: none")
     mode: Mode = Field("amp", description="precision: amp (fp16, GPU only), amp_bf16 or off (fp32)")
     num_workers: int = Field(4, ge=0, description="threads that read audio")
     compile: bool = Field(False, description="compile the network with torch.compile")
-    seed: Seed = Field(42, description="where order, views and mixup come from")
+    seed: Seed = Field(42, description="where every random choice comes from")
     logfile: str = Field("train.log", description="name of the log in the experiment folder")
 
     @model_validator(mode="after")
@@ -162,7 +155,19 @@ class LoopConfig(Section):
         return self
 
 
-class TrainConfig(LoopConfig):
+class TaggerConfig(LoopConfig):
+    """Keys of the commands that train a tagger, which labels can say how good it is."""
+
+    eval_data: UserPath | None = Field(None, description="labelled table to validate on; null: none")
+    eval_batch_size: Positive = Field(32, description="clips an evaluation step")
+    valid_every: Positive = Field(1, description="epochs from one validation to the next")
+    early_stop: Positive | None = Field(10, description="stop after so many validations without gain; null: never")
+    n_saved: Positive = Field(4, description="best checkpoints kept")
+    average: bool = Field(True, description="the result is the mean of the kept checkpoints; false: the best of them")
+    mixup: Annotated[float, Field(gt=0)] | None = Field(None, description="alpha of Beta(alpha, alpha); null: none")
+
+
+class TrainConfig(TaggerConfig):
     """Keys of `ced train`: distil a student from a view store."""
 
     logitspath: UserPath = Field(description="the view store: folder with logits_ep<e>_<rank>.h5")
@@ -174,7 +179,7 @@ class TrainConfig(LoopConfig):
     loss_args: LossArgs = Field(LossArgs(), description="reduction: none or mean")
 
 
-class FinetuneConfig(LoopConfig):
+class FinetuneConfig(TaggerConfig):
     """Keys of `ced finetune`: learn a labelled table."""
 
     classes: UserPath | None = Field(None, description="class table (index, name); null: AudioSet's 527")
@@ -185,6 +190,59 @@ class FinetuneConfig(LoopConfig):
     )
     wavtransforms: Wav = Field(ALL_WAV, description="Shift: {min_shift, max_shift}")
     spectransforms: Spec = Field(ALL_SPEC, description="TimeMasking: {time_mask_param}, FrequencyMasking: {...}")
+
+
+class DecoderArgs(Section):
+    """The network that fills in what a masked autoencoder does not see."""
+
+    embed_dim: Positive = 512
+    num_heads: Positive = 8
+    depth: Positive = 8
+
+    @model_validator(mode="after")
+    def _even_heads(self) -> Self:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        return self
+
+
+class PretrainOptimizerArgs(OptimizerArgs):
+    """Arguments of the optimiser, with the published values of pre-training."""
+
+    lr: float = Field(2e-4, gt=0)
+    weight_decay: float = Field(5e-7, ge=0)
+
+
+class PretrainConfig(LoopConfig):
+    """Keys of `ced pretrain`: a masked autoencoder learns to fill in hidden patches; the defaults are as published."""
+
+    refused = dict.fromkeys(
+        TaggerConfig.model_fields.keys() - LoopConfig.model_fields.keys(),
+        "pre-training knows no labels: nothing is validated or mixed, and last.safetensors is the result",
+    )
+
+    pretrained: bool | str = Field(
+        False, description="first weights: false (fresh), true (those of the model), or a name or file"
+    )
+    mask_ratio: float = Field(0.75, gt=0, lt=1, description="part of the patches that is hidden")
+    decoder_args: DecoderArgs = Field(DecoderArgs(), description="embed_dim, num_heads, depth of the decoder")
+    chunk_length: float = Field(
+        10, gt=0, le=3600, description="seconds of the random crop of each clip; shorter clips are filled up"
+    )
+    picture_every: Positive = Field(5, description="epochs from one reconstruction.png to the next")
+    epochs: Positive = Field(40, description="epochs to train")
+    optimizer: Optimizer = Field("Adam", description="Adam8bit becomes Adam without CUDA and bitsandbytes")
+    optimizer_args: PretrainOptimizerArgs = Field(PretrainOptimizerArgs(), description="lr, weight_decay, betas, eps")
+    warmup_epochs: float | None = Field(3, ge=0, description="epochs of warm-up, unless warmup_iters is given")
+    decay_frac: float = Field(0.01, ge=0, le=1, description="last learning rate as a part of the first")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_warmup(cls, values: Any) -> Any:
+        """Let steps of warm-up replace the default epochs of it."""
+        if isinstance(values, Mapping) and values.get("warmup_iters") is not None:
+            return {"warmup_epochs": None} | dict(values)
+        return values
 
 
 C = TypeVar("C", bound=Section)
@@ -288,7 +346,10 @@ def _explain(kind: type[Section], problem: Any) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         *outer, key = problem["loc"]
-        known = list(_section_at(kind, outer).model_fields)
+        section = _section_at(kind, outer)
+        if key in section.refused:
+            return f"  {place}: {section.refused[key]}"
+        known = list(section.model_fields)
         near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
         return f"  {place}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
     if problem["type"] == "missing":

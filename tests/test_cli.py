@@ -160,7 +160,7 @@ def test_wrong_words_exit_with_2(ced: Command, words: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-COMMANDS = ("tag", "models", "export", "pack", "labels", "store", "train", "finetune", "evaluate", "demo")
+COMMANDS = ("tag", "models", "export", "pack", "labels", "store", "train", "finetune", "pretrain", "evaluate", "demo")
 
 
 def test_every_command_is_listed(ced: Command) -> None:
@@ -230,6 +230,8 @@ def test_a_wrong_configuration_is_told_in_full(ced: Command, tmp_path: Path) -> 
         (["train", "no-such.yaml"], "no-such.yaml"),
         (["train", "--epochs", "3", "config.yaml"], "config.yaml"),
         (["finetune", "--resume", "nowhere"], "nowhere"),
+        (["pretrain", "--resume", "nowhere"], "nowhere"),
+        (["pretrain", "--model", "ced_tiny", "--train_data", "missing.tsv"], "missing.tsv"),
         (["evaluate", "nowhere"], "nowhere"),
         (["pack", "missing.tsv", "out"], "missing.tsv"),
         (["labels", "missing.csv", "audio"], "missing.csv"),
@@ -302,6 +304,30 @@ def test_train_evaluate_and_export_from_the_command_line(ced: Command, tmp_path:
     assert exported.returncode == 0, exported.stderr
     assert (tmp_path / "student.onnx").exists()
     assert (tmp_path / "student.int8.onnx").exists()
+
+
+def test_pre_train_and_start_from_it_from_the_command_line(ced: Command, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        noise(tmp_path / f"{name}.wav", 0.6)
+    (tmp_path / "list.tsv").write_text("filename\na.wav\nb.wav\n")
+    assert ced("pack", "list.tsv", "pack").returncode == 0
+    network = ["--model_args.embed_dim", "32", "--model_args.num_heads=2", "--model_args.depth", "1"]
+    learning = ["--train_data", "pack/labels/list.tsv", "--epochs", "1", "--batch_size", "2", "--chunk_length", "0.6"]
+    words = [*network, *learning, "--mode", "off", "--decoder_args", "{embed_dim: 16, num_heads: 2, depth: 1}"]
+    done = ced("pretrain", ROOT / "pretrainconfig/audiotransformer_tiny.yaml", *words)
+    assert done.returncode == 0, done.stderr
+    experiment = done.stdout.strip()
+    assert experiment.startswith("experiments/audiotransformer_tiny/")
+    assert (tmp_path / experiment / "reconstruction.png").exists()
+    assert ced("pretrain", "--resume", experiment).stdout.strip() == experiment
+    assert f"goes on with `ced pretrain --resume {experiment}`" in error_of(ced("train", "--resume", experiment))
+    rows = (tmp_path / "pack/labels/list.tsv").read_text().splitlines()
+    (tmp_path / "labelled.tsv").write_text(f"labels\t{rows[0]}\n0\t{rows[1]}\n1\t{rows[2]}\n")
+    (tmp_path / "classes.tsv").write_text("index\tname\n0\tbark\n1\tbell\n")
+    words = ["--model", "ced_tiny", "--pretrained", experiment, "--classes", "classes.tsv", "--mode", "off", *network]
+    taught = ced("finetune", *words, *learning, "--train_data", "labelled.tsv")
+    assert taught.returncode == 0, taught.stderr
+    assert "masked" not in taught.stderr
 
 
 def test_whoever_reads_only_the_beginning_sees_no_complaint(model: Path, tmp_path: Path) -> None:

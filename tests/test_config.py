@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from ced.config import FinetuneConfig, Section, StoreConfig, TrainConfig, check, dump, load
+from ced.config import FinetuneConfig, PretrainConfig, Section, StoreConfig, TrainConfig, check, dump, load
 from ced.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +48,37 @@ def test_published_logit_configs_load_with_the_published_values(kind: str) -> No
     assert config.spectransforms.FrequencyMasking.freq_mask_param == 24
 
 
+@pytest.mark.parametrize("size", ["tiny", "mini", "small", "base"])
+def test_pre_training_configs_load_with_the_published_values(size: str) -> None:
+    config = load(PretrainConfig, ROOT / f"pretrainconfig/audiotransformer_{size}.yaml")
+    assert (config.model, config.pretrained) == (f"audiotransformer_{size}", False)
+    assert config.decoder_args.depth == (4 if size == "tiny" else 8)
+    assert (config.decoder_args.embed_dim, config.decoder_args.num_heads) == (512, 8)
+    assert (config.optimizer, config.optimizer_args.lr, config.optimizer_args.weight_decay) == ("Adam", 2e-4, 5e-7)
+    assert (config.warmup_epochs, config.decay_frac, config.epochs, config.batch_size) == (3, 0.01, 40, 32)
+    assert (config.mask_ratio, config.chunk_length, config.epoch_length) == (0.75, 10, None)
+    defaults = load(PretrainConfig, None, ["--train_data", "data/full.tsv", "--model", config.model])
+    assert config.model_copy(update={"decoder_args": defaults.decoder_args}) == defaults
+
+
+def test_steps_of_warm_up_replace_the_default_epochs(tmp_path: Path) -> None:
+    config = load(PretrainConfig, None, [*MINIMAL, "--warmup_iters", "7"])
+    assert (config.warmup_iters, config.warmup_epochs) == (7, None)
+    path = tmp_path / "c.yaml"
+    path.write_text(dump(config))
+    assert load(PretrainConfig, path) == config
+    lines = errors_of(PretrainConfig, [*MINIMAL, "--warmup_iters", "7", "--warmup_epochs", "1"])
+    assert lines[1:] == ["  warmup_iters and warmup_epochs are both given; give one"]
+
+
+def test_what_pre_training_has_no_use_for_is_refused_with_the_reason() -> None:
+    lines = errors_of(PretrainConfig, [*MINIMAL, "--eval_data", "e.tsv", "--decoder_args.num_heads", "3"])
+    assert lines[0] == "the command line: 2 error(s)"
+    assert "  decoder_args: embed_dim 512 is not a multiple of num_heads 3" in lines[1] + lines[2]
+    reason = "pre-training knows no labels: nothing is validated or mixed, and last.safetensors is the result"
+    assert f"  eval_data: {reason}" in lines
+
+
 def test_every_shipped_config_is_one_of_the_ten() -> None:
     assert len(list((ROOT / "trainconfig").iterdir())) == 8
     assert len(list((ROOT / "logitconfig").iterdir())) == 2
@@ -71,10 +102,11 @@ def test_an_override_beside_a_file_keeps_the_rest_of_the_file(tmp_path: Path) ->
     assert config.model_args == {"depth": 2, "pooling": "logit"}
 
 
-@pytest.mark.parametrize("kind", [StoreConfig, TrainConfig, FinetuneConfig])
+@pytest.mark.parametrize("kind", [StoreConfig, TrainConfig, FinetuneConfig, PretrainConfig])
 def test_dump_reads_back_equal(kind: type[Section], tmp_path: Path) -> None:
     words = [*MINIMAL, "--batch_size", "7"]
-    words += ["--logitspath", "s"] if kind is TrainConfig else ["--spectransforms", "null"]
+    extra = {TrainConfig: ["--logitspath", "s"], PretrainConfig: ["--mask_ratio", "0.5"]}
+    words += extra.get(kind, ["--spectransforms", "null"])
     config = load(kind, None, words)
     path = tmp_path / "c.yaml"
     path.write_text(dump(config))

@@ -6,7 +6,7 @@ import typer
 
 from ced.cli import calibrating, distilling, exporting, tagging
 from ced.cli.console import Commands, set_up_logging, set_up_streams
-from ced.cli.keys import FinetuneCommand, StoreCommand, TrainCommand
+from ced.cli.keys import FinetuneCommand, PretrainCommand, StoreCommand, TrainCommand
 
 app = typer.Typer(
     cls=Commands,
@@ -30,6 +30,7 @@ app.command()(distilling.labels)
 app.command(cls=StoreCommand, context_settings=_ANY_KEY)(distilling.store)
 app.command(cls=TrainCommand, context_settings=_ANY_KEY)(distilling.train)
 app.command(cls=FinetuneCommand, context_settings=_ANY_KEY)(distilling.finetune)
+app.command(cls=PretrainCommand, context_settings=_ANY_KEY)(distilling.pretrain)
 app.command()(distilling.evaluate)
 app.command()(distilling.demo)
 

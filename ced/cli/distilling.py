@@ -1,4 +1,4 @@
-"""Commands that make a student: pack, labels, store, train, finetune, evaluate, demo."""
+"""Commands that make a student: pack, labels, store, train, finetune, pretrain, evaluate, demo."""
 
 import sys
 from functools import partial
@@ -14,6 +14,7 @@ Resume = Annotated[
     Path | None,
     typer.Option(metavar="EXPERIMENT", help="Go on with an interrupted run; CONFIG is then read from its folder."),
 ]
+_KEY_OF = {"logitspath": "train", "mask_ratio": "pretrain"}  # what only one command's configuration has
 SHOWN = 5  # failures that are named before the rest is counted
 Words = Annotated[
     list[str] | None, typer.Argument(metavar="CONFIG --key value", help="A YAML file, and keys to set over it.")
@@ -133,6 +134,21 @@ def finetune(words: Words = None, resume: Resume = None) -> None:
         _result(finetune.finetune(config, name=_name(path, config.model), resume=resume, progress=progress))
 
 
+def pretrain(words: Words = None, resume: Resume = None) -> None:
+    """Pre-train a network on any audio, without labels: first weights for train and finetune.
+
+    It learns to fill in hidden patches of the spectrogram; reconstruction.png shows how well. Set `pretrained` of a
+    training to the experiment to start from it. Runs alone or under torchrun.
+    """
+    from ced.config import PretrainConfig, load
+    from ced.distill import pretrain
+
+    path, overrides = _split(words, resume, "pretrain")
+    with reporting() as progress:
+        config = load(PretrainConfig, path, overrides)
+        _result(pretrain.pretrain(config, name=_name(path, config.model), resume=resume, progress=progress))
+
+
 def evaluate(
     experiments: Annotated[
         list[Path],
@@ -214,7 +230,8 @@ def _split(words: list[str] | None, resume: Path | None = None, command: str = "
     path = resume / CONFIG_NAME
     if not path.is_file():
         raise ConfigError(f"{resume} is no experiment: it has no {CONFIG_NAME}")
-    began = "train" if "logitspath:" in path.read_text(encoding="utf-8", errors="replace") else "finetune"
+    text = path.read_text(encoding="utf-8", errors="replace")
+    began = next((command for key, command in _KEY_OF.items() if f"{key}:" in text), "finetune")
     if began != command:
         raise ConfigError(f"{resume} was begun with `ced {began}`, and goes on with `ced {began} --resume {resume}`")
     return path, words or []

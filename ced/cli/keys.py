@@ -36,6 +36,12 @@ class FinetuneCommand(_ConfigCommand):
     config = "FinetuneConfig"
 
 
+class PretrainCommand(_ConfigCommand):
+    """`ced pretrain`."""
+
+    config = "PretrainConfig"
+
+
 def _describe(config: str) -> str:
     """Return a line for each key of a configuration: its name, what it is, and its default."""
     import ced.config

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ced.config import LoopConfig, Mode
+from ced.config import Mode, TaggerConfig
 from ced.distill.datasets import ViewDataset, in_order, prefetch, whole
 from ced.distill.distributed import World
 from ced.distill.precision import autocast
@@ -156,14 +156,23 @@ def evaluate(
     return evaluator(models, world=world, progress=progress)
 
 
-def validation(config: LoopConfig, labels: ClassTable) -> Evaluator | None:
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """How a training run is validated, and what follows from it."""
+
+    evaluator: Evaluator
+    config: TaggerConfig
+
+
+def validation(config: TaggerConfig, labels: ClassTable) -> Validation | None:
     """Open the table that a training run is validated on, if it has one."""
     if config.eval_data is None:
         return None
-    return Evaluator(
+    evaluator = Evaluator(
         config.eval_data,
         labels,
         batch_size=config.eval_batch_size,
         num_workers=config.num_workers,
         mode=config.mode,
     )
+    return Validation(evaluator, config)

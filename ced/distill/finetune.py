@@ -43,7 +43,7 @@ def _task(config: FinetuneConfig, progress: Progress) -> Task:
     if config.trainable == "head":
         learn_head(network)
     loss: Loss = F.cross_entropy if single else F.binary_cross_entropy_with_logits
-    return Task(network, len(clips.pack), clips.epoch, loss, validation(config, labels))
+    return Task(network, len(clips.pack), clips.epoch, loss, validation(config, labels), config.mixup)
 
 
 def learn_head(network: CED) -> None:

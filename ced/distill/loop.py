@@ -1,4 +1,4 @@
-"""The training loop that distilling and fine-tuning share.
+"""The training loop that distilling, fine-tuning and pre-training share.
 
 The data order, every random draw and the learning rate are functions of (seed, epoch, step), and an epoch is the
 unit of resuming: so an interrupted run that goes on ends with the weights of an unbroken one. Under torchrun each
@@ -18,13 +18,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ced.config import LoopConfig
 from ced.distill import experiment
 from ced.distill.datasets import ViewDataset, prefetch, shuffled
 from ced.distill.distributed import World, join
-from ced.distill.evaluate import Evaluation, Evaluator
+from ced.distill.evaluate import Evaluation, Validation
 from ced.distill.experiment import LAST_NAME, RESULT_NAME, State
 from ced.distill.precision import half_type
 from ced.distill.recorder import Recorder
@@ -38,7 +38,7 @@ from ced.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
-ORDER, VIEWS, MIXUP, FILL = range(4)  # streams of random numbers, one for each purpose
+ORDER, VIEWS, MIXUP, FILL, DECODER = range(5)  # streams of random numbers, one for each purpose
 CHECK_EVERY = 100  # steps between looks at the loss; each makes a GPU wait
 
 
@@ -47,18 +47,21 @@ class EpochData:
     """What one epoch is trained on."""
 
     dataset: ViewDataset
-    targets: Callable[[NDArray[np.int64], torch.Generator], Tensor]  # items (b,), for random fills -> (b, c)
+    targets: Callable[[NDArray[np.int64], torch.Generator], Tensor]  # items (b,), for what is random -> (b, c)
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What is to be learned: here distilling and fine-tuning differ."""
+    """What is to be learned: here distilling, fine-tuning and pre-training differ."""
 
-    network: CED  # of pooling "logit"; parameters that require gradients learn
+    network: CED  # the result; parameters that require gradients learn
     items: int  # chunks or clips that one pass over the data has
     epoch: Callable[[int], EpochData]  # epochs count from 1
     loss: Loss
-    evaluator: Evaluator | None
+    validation: Validation | None = None
+    mixup: float | None = None  # alpha of Beta(alpha, alpha)
+    learner: nn.Module | None = None  # what learns if that is more than the network, see `Stepper`
+    after_epoch: Callable[[int, Path], None] | None = None  # told of its number and the folder, in the first process
 
 
 def run(
@@ -106,10 +109,6 @@ def run(
     return folder
 
 
-def _is_trained(config: LoopConfig, state: State) -> bool:
-    return state.epoch >= config.epochs or (config.early_stop is not None and state.stale >= config.early_stop)
-
-
 def share(rank: int, size: int, batch_size: int) -> NDArray[np.int64]:
     """Return the places of a batch that are a process's own: a run from its front and the same from its back.
 
@@ -139,22 +138,23 @@ class Trainer:
         self.steps = config.epoch_length or math.ceil(task.items / config.batch_size)  # an epoch
         self.warmup = config.warmup_iters or round((config.warmup_epochs or 0) * self.steps)
         self.network = task.network
-        self.stepper = Stepper(config, task.network, task.loss, world)
+        self.stepper = Stepper(config, task.network, task.loss, world, task.learner)
 
     def run(self) -> None:
         """Train the epochs that are left, and make the result."""
         self._begin()
         recorder = Recorder(self.folder, self.state) if self.world.is_main else None
-        while not _is_trained(self.config, self.state):
+        while not self._is_trained:
             epoch, began = self.state.epoch + 1, time.monotonic()
             loss = self._train(self.task.epoch(epoch), epoch)
             line = {"epoch": epoch, "loss": loss, "lr": self._rate(epoch * self.steps - 1)}
-            if epoch % self.config.valid_every == 0 or epoch == self.config.epochs:
-                line |= self._validate(epoch)
+            line |= self._validate(epoch)
             line["seconds"] = round(time.monotonic() - began, 3)
             self.state.epoch = epoch
             self.state.history.append(line)
             if recorder is not None:
+                if self.task.after_epoch is not None:
+                    self.task.after_epoch(epoch, self.folder)
                 self._save()
                 recorder.epoch()
                 said = ", ".join(f"{key} {value:.5g}" for key, value in line.items() if key != "epoch")
@@ -162,6 +162,11 @@ class Trainer:
         if recorder is not None:
             recorder.close()
         self._finish()
+
+    @property
+    def _is_trained(self) -> bool:
+        early_stop = self.task.validation.config.early_stop if self.task.validation else None
+        return self.state.epoch >= self.config.epochs or (early_stop is not None and self.state.stale >= early_stop)
 
     def _begin(self) -> None:
         """Take up the state of an interrupted run, and say what is about to happen."""
@@ -183,14 +188,15 @@ class Trainer:
             logger.warning(
                 "the warm-up of %d steps is as long as the run of %d", self.warmup, config.epochs * self.steps
             )
-        parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        parameters = sum(parameter.numel() for parameter in (self.task.learner or self.network).parameters())
         logger.info(
             "%s: %s parameters, %d items, %d epochs of %d steps, %d process(es) on %s",
             *(config.model, f"{parameters:,}", self.task.items, config.epochs, self.steps),
             *(self.world.size, self.world.device),
         )
-        if (evaluator := self.task.evaluator) and evaluator.missing:
-            logger.info("no clip of %s has: %s (left out of mAP)", config.eval_data, ", ".join(evaluator.missing))
+        if (validation := self.task.validation) and (missing := validation.evaluator.missing):
+            table = validation.config.eval_data
+            logger.info("no clip of %s has: %s (left out of mAP)", table, ", ".join(missing))
 
     def _rate(self, step: int) -> float:
         config = self.config
@@ -215,8 +221,8 @@ class Trainer:
             generator = torch.Generator().manual_seed(int(_rng(FILL, draws).integers(2**63)))
             targets = data.targets(items[step], generator)[self.mine]
             weights = None
-            if config.mixup is not None:
-                weights = mixup_weights(config.batch_size, config.mixup, _rng(MIXUP, draws))[self.mine]
+            if self.task.mixup is not None:
+                weights = mixup_weights(config.batch_size, self.task.mixup, _rng(MIXUP, draws))[self.mine]
             rate = self._rate((epoch - 1) * self.steps + step)
             losses[step] = self.stepper.step(batch, data.dataset.recipe, targets, weights, rate)
             if (step + 1) % CHECK_EVERY == 0 or step + 1 == self.steps:
@@ -237,22 +243,21 @@ class Trainer:
         )
 
     def _validate(self, epoch: int) -> dict[str, float]:
-        """Evaluate the network, keep it if it is among the best, and return what to record."""
-        found = self._evaluate(self.network)
-        if found is None:
+        """Evaluate the network if it is time to, keep it if it is among the best, and return what to record."""
+        validation = self.task.validation
+        if validation is None or (epoch % validation.config.valid_every and epoch != self.config.epochs):
             return {}
-        file = self.state.rank(found.map, epoch, self.config.n_saved)
+        found = self._evaluate(validation, self.network)
+        file = self.state.rank(found.map, epoch, validation.config.n_saved)
         if file is not None and self.world.is_main:
             experiment.save_network(self.folder / file, self.network)
         return {"mAP": found.map} | ({} if found.accuracy is None else {"accuracy": found.accuracy})
 
-    def _evaluate(self, network: CED) -> Evaluation | None:
-        if self.task.evaluator is None:
-            return None
+    def _evaluate(self, validation: Validation, network: CED) -> Evaluation:
         if self.world.size > 1:  # BatchNorm's statistics are each process's own
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
-        return self.task.evaluator(experiment.as_tagger(network), world=self.world, progress=self.progress)
+        return validation.evaluator(experiment.as_tagger(network), world=self.world, progress=self.progress)
 
     def _save(self) -> None:
         """Write the end of an epoch; networks that are no longer kept go once nothing needs them."""
@@ -264,21 +269,23 @@ class Trainer:
 
     def _finish(self) -> None:
         """Make the result, if networks were kept, and note that nothing is left to do."""
-        if self.state.kept:
-            self._make_result()
+        if self.task.validation is not None and self.state.kept:
+            self._make_result(self.task.validation)
         self.state.finished = True
         if self.world.is_main:
             experiment.save_state(self.folder, self.state)
 
-    def _make_result(self) -> None:
+    def _make_result(self, validation: Validation) -> None:
         """Make the result of the kept networks, and say how good it is."""
+        average = validation.config.average
         if self.world.is_main:
-            experiment.make_result(self.folder, self.state, self.config.average)
+            experiment.make_result(self.folder, self.state, average)
         self.world.barrier()
         network = checkpoints.build(checkpoints.read(self.folder / RESULT_NAME)).to(self.world.device)
-        if (found := self._evaluate(network)) and self.world.is_main:
+        found = self._evaluate(validation, network)
+        if self.world.is_main:
             kept = len(self.state.kept)
-            what = f"the mean of the best {kept}" if self.config.average and kept > 1 else "the best"
+            what = f"the mean of the best {kept}" if average and kept > 1 else "the best"
             logger.info("%s is %s: %s", RESULT_NAME, what, found.summary)
 
 

@@ -1,12 +1,14 @@
-"""What a training run measured, for people to look at: metrics.jsonl, TensorBoard events and curves.png."""
+"""What a training run measured, for people to look at: metrics.jsonl, TensorBoard events, curves.png, pictures."""
 
 import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from ced.distill.experiment import State
@@ -56,14 +58,33 @@ class Recorder:
 
 
 def draw_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw loss, learning rate and mAP over the epochs, one above the other."""
-    figure = Figure(figsize=(7, 7), layout="constrained")
+    """Draw loss, learning rate and, if it was measured, mAP over the epochs, one above the other."""
+    keys = ("loss", "lr", "mAP") if any("mAP" in line for line in history) else ("loss", "lr")
+    figure = Figure(figsize=(7, 1 + 2 * len(keys)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(3, 1, sharex=True)
-    for axis, key in zip(axes, ("loss", "lr", "mAP"), strict=True):
+    axes = figure.subplots(len(keys), 1, sharex=True)
+    for axis, key in zip(axes, keys, strict=True):
         points = [(line["epoch"], line[key]) for line in history if key in line]
         axis.plot([epoch for epoch, _ in points], [value for _, value in points], marker=".")
         axis.set_ylabel(key)
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel("epoch")
     figure.savefig(path, dpi=100)
+
+
+def draw_pictures(columns: Mapping[str, NDArray[np.floating]], path: Path) -> None:
+    """Draw log-mel pictures side by side: each column, (rows, f, n), under its title; NaN is white.
+
+    The colours of a row are those of its first picture.
+    """
+    first = next(iter(columns.values()))
+    figure = Figure(figsize=(4 * len(columns), 1.6 * len(first) + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(first), len(columns), squeeze=False)
+    for place, (title, column) in enumerate(columns.items()):
+        axes[0, place].set_title(title)
+        for axis, picture, shown in zip(axes[:, place], column, first, strict=True):
+            axis.imshow(picture, origin="lower", aspect="auto", vmin=np.nanmin(shown), vmax=np.nanmax(shown))
+            axis.set_axis_off()
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=100, format="png")

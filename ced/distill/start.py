@@ -1,6 +1,7 @@
 """The network that a training run starts from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -29,8 +30,7 @@ def start_network(config: LoopConfig, labels: ClassTable, needs: Mapping[str, st
     for key, needed in needs.items():
         if (given := config.model_args.get(key, needed)) != needed:
             raise ConfigError(f"model_args.{key} is {given!r}; this training needs {needed!r}")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
+    with seeded(config.seed):
         return create(
             config.model,
             model_args={**config.model_args, **needs},
@@ -38,3 +38,11 @@ def start_network(config: LoopConfig, labels: ClassTable, needs: Mapping[str, st
             labels=labels,
             progress=progress,
         )
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let fresh weights come from a seed; torch's global generator, which draws them, is put back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

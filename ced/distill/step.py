@@ -19,7 +19,7 @@ from ced.distill.views import ViewRecipe, mask
 from ced.errors import TrainingError
 from ced.model.vit import CED
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # logits (b, c), targets (b, c) -> scalar
+Loss = Callable[[Tensor, Tensor], Tensor]  # what the learner answers, targets -> scalar
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int, decay_frac: float, cosine: bool) -> float:
@@ -65,27 +65,33 @@ def calibrate(network: CED, mel: Tensor) -> None:
 class Stepper:
     """A network with what it takes to train it, in one process of a run.
 
+    What learns is a module of mel (b, f, n) and targets (b, ...) whose answers the loss holds against the targets: the
+    network itself, or a larger one around it, whose targets may say what to leave out.
     Parameters that do not require gradients stay as they are; if there are any, so do the statistics of the BatchNorm.
     """
 
-    def __init__(self, config: LoopConfig, network: CED, loss: Loss, world: World) -> None:
+    def __init__(
+        self, config: LoopConfig, network: CED, loss: Loss, world: World, learner: nn.Module | None = None
+    ) -> None:
         """Set up training.
 
         Args:
             config: optimiser, precision, and whether to compile.
-            network: of pooling "logit"; it is moved to the device.
-            loss: linear in its targets.
+            network: makes the mel; as its own learner it is of pooling "logit". It is moved to the device.
+            loss: linear in its targets, if they are mixed.
             world: processes that average their gradients.
+            learner: the module around the network that learns; None: the network.
         """
-        self.network, self.loss, self.mode, self.device = network.to(world.device), loss, config.mode, world.device
-        learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        network.train(len(learning) == len(list(network.parameters())))
-        self._scores: nn.Module = _FromMel(network)
+        self.network, self.loss, self.mode, self.device = network, loss, config.mode, world.device
+        self._whole = (learner or network).to(world.device)  # all that is saved to go on from
+        learning = [parameter for parameter in self._whole.parameters() if parameter.requires_grad]
+        self._whole.train(len(learning) == len(list(self._whole.parameters())))
+        self._learner: nn.Module = learner or _Scores(network)
         if world.size > 1:
             devices = [self.device] if self.device.type == "cuda" else None
-            self._scores = DistributedDataParallel(self._scores, device_ids=devices)
+            self._learner = DistributedDataParallel(self._learner, device_ids=devices)
         if config.compile:
-            self._scores.compile()
+            self._learner.compile()
         self.optimizer = make_optimizer(config, learning, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half_type(self.mode, self.device) is torch.float16)
         self._fresh = self.network.training  # its statistics may be those of no sound yet
@@ -96,7 +102,7 @@ class Stepper:
         Args:
             batch: chunks, shifted already.
             recipe: how wide their masks may be.
-            targets: (b, c).
+            targets: (b, c), or whatever the learner takes.
             weights: (b,) for mixup; None: none.
             rate: the learning rate.
 
@@ -113,8 +119,8 @@ class Stepper:
         with _memory_for(len(targets)):
             mel, targets = self._inputs(batch, recipe, targets.to(self.device), weights)
             with autocast(self.mode, self.device):
-                logits = self._scores(mel)
-            loss = self.loss(logits.float(), targets)
+                answers = self._learner(mel, targets)
+            loss = self.loss(answers.float(), targets)
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -123,7 +129,7 @@ class Stepper:
     def _inputs(
         self, batch: Batch, recipe: ViewRecipe, targets: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return what to hear, masked and mixed mel (b, f, n), and what to answer, (b, c)."""
+        """Return what to hear, masked and mixed mel (b, f, n), and the targets, mixed as well."""
         waves, uniforms = batch.to_device(self.device)
         with torch.no_grad():
             mel = mask(self.network.front_end(waves), uniforms, recipe)
@@ -145,7 +151,7 @@ class Stepper:
         """Return all that the next step depends on; the next step changes it in place."""
         return {
             "kind": self._kind,
-            "network": self.network.state_dict(),
+            "network": self._whole.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
@@ -159,7 +165,7 @@ class Stepper:
         if (before := state["kind"]) != self._kind:
             was, now = (f"{kind['optimizer']} in {kind['precision']}" for kind in (before, self._kind))
             raise TrainingError(f"begun with {was}, but here it would be {now}; resume on hardware like the first")
-        self.network.load_state_dict(state["network"])
+        self._whole.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
@@ -174,13 +180,13 @@ def _memory_for(items: int) -> Iterator[None]:
         ) from error
 
 
-class _FromMel(nn.Module):
-    """A network whose forward takes mel: what is distributed and compiled is a module's forward."""
+class _Scores(nn.Module):
+    """A tagger as a learner, whose forward is what is distributed and compiled: it answers mel without its targets."""
 
     def __init__(self, network: CED) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, mel: Tensor) -> Tensor:
+    def forward(self, mel: Tensor, targets: Tensor) -> Tensor:
         """Score (b, f, n) -> (b, c)."""
         return self.network.forward_mel(mel)

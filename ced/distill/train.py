@@ -54,7 +54,8 @@ def _task(config: TrainConfig, progress: Progress) -> Task:
     network = start_network(config, labels, {"pooling": "logit", "activation": "sigmoid"}, progress)
     if foreign := foreign_feature(network.config):
         raise ConfigError(f"the student would hear with {foreign}; it has to see the mel that its teachers saw")
-    return Task(network, views.items, views.epoch, F.binary_cross_entropy_with_logits, validation(config, labels))
+    loss = F.binary_cross_entropy_with_logits
+    return Task(network, views.items, views.epoch, loss, validation(config, labels), config.mixup)
 
 
 class StoredViews:

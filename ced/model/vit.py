@@ -235,9 +235,17 @@ class CED(nn.Module):
 
     def _encode(self, mel: Tensor) -> Tensor:
         """Normalised (b, f, n), n <= target_length -> tokens (b, f // 16 * n // 16, d), behind a class token if any."""
+        return self.relate(self.embed(mel))
+
+    def embed(self, mel: Tensor) -> Tensor:
+        """Make tokens of patches and their places: normalised (b, f, n), n <= target_length -> (b, tokens, d)."""
         x = self.patch_embed(mel)
         x = x + self.time_pos_embed[..., : x.shape[-1]] + self.freq_pos_embed
-        x = x.flatten(2).transpose(1, 2)  # frequency slowest
+        out: Tensor = x.flatten(2).transpose(1, 2)  # frequency slowest
+        return out
+
+    def relate(self, x: Tensor) -> Tensor:
+        """Pass tokens through the blocks, (b, tokens, d) -> the same, behind a class token if there is one."""
         if self.config.pooling == "token":
             token = (self.cls_token + self.token_pos_embed).expand(x.shape[0], -1, -1)
             x = torch.cat([token, x], dim=1)
