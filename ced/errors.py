@@ -47,3 +47,7 @@ class ProcessError(CedError):
 
 class BusyError(CedError):
     """A place that another process is writing to."""
+
+
+class ClosedError(CedError):
+    """Work that was still going on when whoever does it was closed."""

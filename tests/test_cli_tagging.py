@@ -114,6 +114,31 @@ def test_a_run_goes_on_and_refuses_other_settings(graph: Path, sounds: Path) -> 
     assert "top_k 3, now 1" in done.stderr.decode()
 
 
+def test_outputs_never_belong_to_another_sound(graph: Path, sounds: Path) -> None:
+    for folder, source in (("p", "in/a/0.wav"), ("q", "in/a/3.wav")):
+        Path(folder).mkdir()
+        Path(folder, "a.wav").write_bytes(Path(source).read_bytes())
+    words = ["tag", "-m", str(graph), "-o", "out", "-k", "1"]
+    said(ced(*words, "p", "-f", "csv", "-f", "jsonl"))
+    done = ced(*words, "q", "-f", "csv")
+    assert said(done, 1) == ""
+    assert "q/a.wav would be written to out/a.wav, where an earlier run wrote p/a.wav" in done.stderr.decode()
+    Path("p/a.wav").write_bytes(Path("in/a/3.wav").read_bytes())
+    said(ced(*words, "p", "-f", "csv"))
+    assert not Path("out/a.wav.jsonl").exists()  # it was of what the file held before
+    said(ced(*words, "p", "-f", "jsonl"))
+    assert json.loads(Path("out/a.wav.jsonl").read_text())["seconds"] == 2.0
+
+
+def test_a_foreign_journal_is_left_alone(graph: Path, sounds: Path) -> None:
+    Path("out").mkdir()
+    Path("out/journal.jsonl").write_text("my diary")
+    done = ced("tag", "-m", graph, sounds, "-o", "out")
+    assert said(done, 1) == ""
+    assert "out/journal.jsonl is no journal" in done.stderr.decode()
+    assert Path("out/journal.jsonl").read_text() == "my diary"
+
+
 def test_thresholds_labels_and_events(graph: Path, sounds: Path) -> None:
     sound = "in/b/7.flac"
     first = next(Tagger(graph).tag(sound, top_k=1, window=1.0))
@@ -148,6 +173,11 @@ def test_silence_has_no_tags(graph: Path, sounds: Path) -> None:
     [
         (["-c", "0"], "window is 0.0 s"),
         (["--hop", "-1"], "hop is -1.0 s"),
+        (["--hop", "20"], "would not be heard"),
+        (["--silence", "3"], "below 0"),
+        (["--threshold", "40"], "0 to 1"),
+        (["--gap", "1"], "of events"),
+        (["--events", "-k", "1"], "--topk"),
         (["--columns", "--hop", "1"], "twice"),
         (["--threshold", "none.tsv"], "none.tsv"),
         (["--threshold", "-1"], "-1"),
@@ -176,6 +206,8 @@ def test_embeddings_of_sounds_and_of_windows(graph: Path, sounds: Path) -> None:
     assert "vectors of 8 sounds" in said(ced("embed", "-m", graph, sounds, "-o", "w.parquet", "-c", "1", "--windows"))
     assert pq.read_table("w.parquet").num_rows == sum(-(-n // 2) for n in range(1, 9))
     Path("in/bad.wav").write_bytes(b"")
+    assert "0 vectors of 0 sounds, 1 failed" in said(ced("embed", "-m", graph, "in/bad.wav", "-o", "none.npy"), 1)
+    assert not Path("none.npy").exists()
     done = ced("embed", "-m", graph, sounds, "-o", "e.npy")
     assert "8 vectors of 8 sounds, 1 failed" in said(done, 1)
     assert "in/bad.wav is empty" in done.stderr.decode()

@@ -100,10 +100,11 @@ def tag(
     (printed, *_) = formats(format or ["text"], shared=combine, lines=out is None)
     inputs = find_inputs(sounds, sys.stdin.buffer)
     jobs = jobs or cores()
+    if events and topk is not None:
+        raise ConfigError(f"--topk {topk} says nothing of --events, which have one class each; leave it out")
     if events and threshold is None:
         threshold = str(EVENT_THRESHOLD)
-    with reporting() as progress:
-        tagger = Tagger(model, jobs=jobs, progress=progress)
+    with reporting() as progress, Tagger(model, jobs=jobs, progress=progress) as tagger:
         recipe = Recipe(
             window=window,
             hop=hop,
@@ -133,7 +134,7 @@ def tag(
                 inputs,
                 process,
                 out,
-                settings={"model": model, "weights": _fingerprint(tagger), **recipe.settings()},
+                settings={"model": _fingerprint(tagger), **recipe.settings()},
                 output=format or ["text"],
                 combined=combine,
                 jobs=jobs,
@@ -147,7 +148,7 @@ def tag(
 
 def embed(
     sounds: Sounds,
-    out: Annotated[Path, typer.Option("--out", "-o", help="NAME.npy (with NAME.tsv beside it) or NAME.parquet.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="NAME.npy (with NAME.npy.tsv beside it) or NAME.parquet.")],
     model: Model = "ced_mini",
     window: Window = 10.0,
     hop: Hop = None,
@@ -166,8 +167,7 @@ def embed(
     check_suffix(out)
     inputs = find_inputs(sounds, sys.stdin.buffer)
     jobs = jobs or cores()
-    with reporting() as progress:
-        tagger = Tagger(model, jobs=jobs, progress=progress)
+    with reporting() as progress, Tagger(model, jobs=jobs, progress=progress) as tagger:
 
         def process(sound: Input) -> Embedding:
             return tagger.embed(sound.source, window=window, hop=hop)
@@ -175,7 +175,7 @@ def embed(
         failed = _Failures()
 
         def rows() -> Iterator[Row]:
-            for outcome in batch.results(inputs, process, jobs=jobs, progress=progress):
+            for outcome in batch.results(inputs, process, jobs=jobs, task="embedding", progress=progress):
                 if outcome.result is None:
                     failed(outcome)
                 else:
@@ -210,11 +210,14 @@ class _Failures:
 def _thresholds(text: str, labels: "ClassTable") -> float | tuple[float, ...]:
     """Return the threshold of all classes, or those of a file."""
     try:
-        return float(text)
+        threshold = float(text)
     except ValueError:
         from ced.tag.thresholds import read_thresholds
 
         return tuple(read_thresholds(Path(text), labels).tolist())
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"the threshold is {text}; it must be a probability, 0 to 1, or a file")
+    return threshold
 
 
 def _fingerprint(tagger: "Tagger") -> str:

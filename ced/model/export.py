@@ -24,6 +24,7 @@ from ced.model.onnx import (
     FLOAT,
     LABELS_FILE,
     OUTPUT,
+    PIECE,
     PRECISION,
     PROB,
     PROBABILITIES,
@@ -126,6 +127,7 @@ def metadata(model: CED, source: Input) -> dict[str, str]:
         PRECISION: FLOAT,
         "sample_rate": str(SAMPLE_RATE),
         "hop": str(config.hop_size),
+        PIECE: str(config.target_length),
         "preprocessing": json.dumps({name: getattr(config, name) for name in front_end}),
     }
 

@@ -30,8 +30,8 @@ def read_labelled(table: str | os.PathLike[str], classes: ClassTable) -> list[La
         classes: the classes that labels are indices of.
 
     Raises:
-        TableError: the table cannot be understood, a label is no class (with its row), or files are not there
-            (how many, and the first).
+        TableError: the table cannot be understood, a label is no class or not the one that the table's column `name`
+            says (with its row), or files are not there (how many, and the first).
     """
     path = Path(table)
     if path.is_dir():
@@ -40,6 +40,7 @@ def read_labelled(table: str | os.PathLike[str], classes: ClassTable) -> list[La
     if "labels" not in rows.columns and "label" in rows.columns:
         rows = Table({**rows.columns, "labels": rows.columns["label"]}, path)
     labels = parse_labels(rows, len(classes))
+    _check_names(rows, labels, classes)
     names = rows.column("filename")
     found = [_find(name, path.parent) for name in names]
     if missing := [name for name, file in zip(names, found, strict=True) if file is None]:
@@ -48,6 +49,16 @@ def read_labelled(table: str | os.PathLike[str], classes: ClassTable) -> list[La
             f" they are looked for in {path.parent}, in {path.parent / 'audio'}, and as given"
         )
     return [LabelledClip(file, heard) for file, heard in zip(found, labels, strict=True) if file is not None]
+
+
+def _check_names(rows: Table, labels: list[tuple[int, ...]], classes: ClassTable) -> None:
+    """Refuse labels that go by another class table, where a column says what they are called."""
+    for row, (name, heard) in enumerate(zip(rows.columns.get("name", ()), labels, strict=False), start=1):
+        if len(heard) == 1 and name.casefold() != classes.names[heard[0]].casefold():
+            raise TableError(
+                f"table {rows.path}, row {row}: label {heard[0]} is called {name!r} there, but"
+                f" {classes.names[heard[0]]!r} by the model; labels are indices of the model's classes"
+            )
 
 
 def _find(name: str, folder: Path) -> Path | None:

@@ -16,7 +16,7 @@ from ced.progress import NotedProgress, silent
 from ced.tag.inputs import Input
 from ced.tag.journal import Journal, stamp_of
 from ced.tag.records import Record
-from ced.tag.results import Format, formats, write
+from ced.tag.results import FORMATS, Format, formats, write
 
 JOURNAL_NAME, ERRORS_NAME, COMBINED_STEM = "journal.jsonl", "errors.jsonl", "tags"
 _AHEAD = 32  # files that may be done before the one whose turn it is
@@ -63,7 +63,12 @@ def _speed(seconds: float, elapsed: float) -> str:
 
 
 def results(
-    inputs: Sequence[Input], process: Callable[[Input], T], *, jobs: int = 1, progress: NotedProgress = silent
+    inputs: Sequence[Input],
+    process: Callable[[Input], T],
+    *,
+    jobs: int = 1,
+    task: str = "tagging",
+    progress: NotedProgress = silent,
 ) -> Iterator[Outcome[T]]:
     """Process inputs side by side and yield what becomes of each, in the order of the inputs.
 
@@ -73,6 +78,7 @@ def results(
         inputs: what to do.
         process: what to do with each; it is called by `jobs` threads.
         jobs: inputs that are worked on at once.
+        task: what progress calls it.
         progress: told of each that is done, with the hours of sound and the speed.
 
     Raises:
@@ -91,7 +97,7 @@ def results(
             waiting.extend(islice(ahead, 1))
             if outcome.result is not None:
                 seconds += outcome.result.seconds
-            progress("tagging", done, len(inputs), _speed(seconds, time.monotonic() - began))
+            progress(task, done, len(inputs), _speed(seconds, time.monotonic() - began))
             yield outcome
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -135,7 +141,7 @@ def run(
         out: the folder, which is made if need be.
         settings: what records depend on besides the sounds, as JSON has it; a later run must have the same.
         output: formats (`results.FORMATS`); they may differ from an earlier run's.
-        combined: write one output for all inputs, `tags` with the format's suffix, at the end, instead of one
+        combined: write one output for all of these inputs, `tags` with the format's suffix, at the end, instead of one
             for each in a tree like the inputs' (`Input.relative` with the format's suffix behind it).
         jobs: inputs that are worked on at once.
         progress: told of each that is done.
@@ -154,6 +160,8 @@ def run(
     began = time.monotonic()
     failures, seconds = 0, 0.0
     with claimed(out / JOURNAL_NAME), Journal(out / JOURNAL_NAME, settings) as journal:
+        if not combined:
+            _check_owners(inputs, journal, out)
         stamps = {item.name: stamp_of(item) for item in inputs}
         todo = [item for item in inputs if not journal.holds(item, stamps[item.name])]
         done = {item.name for item in inputs} - {item.name for item in todo}
@@ -163,11 +171,11 @@ def run(
                 _write_outputs(journal.record(item), targets[item.name])
         for outcome in results(todo, process, jobs=jobs, progress=progress):
             item = outcome.input
+            if not combined and journal.owner(item) == item.name:
+                _remove_outputs(item, out)  # of what the file held before, in whatever format
             if outcome.result is None:
                 failures += 1
                 _note_error(errors, outcome)
-                for _, path in targets.get(item.name, ()):
-                    path.unlink(missing_ok=True)  # of what the file held before
                 failed(outcome)
                 continue
             seconds += outcome.result.seconds
@@ -199,6 +207,20 @@ def _targets(inputs: Sequence[Input], chosen: Sequence[Format], out: Path) -> di
                     " or write one combined output"
                 )
     return targets
+
+
+def _check_owners(inputs: Sequence[Input], journal: Journal, out: Path) -> None:
+    for item in inputs:
+        if (owner := journal.owner(item) or item.name) != item.name:
+            raise ConfigError(
+                f"{item.name} would be written to {out / item.relative}, where an earlier run wrote {owner}; choose"
+                " another folder"
+            )
+
+
+def _remove_outputs(item: Input, out: Path) -> None:
+    for kind in FORMATS.values():
+        (out / f"{item.relative}{kind.suffix}").unlink(missing_ok=True)
 
 
 def _write_outputs(record: Record, targets: _Targets) -> None:

@@ -96,7 +96,8 @@ def calibrate(
         return _Heard(np.maximum.reduce([scored.probs for scored in windows]), windows[-1].end)
 
     rows, labels, unreadable = [], [], []
-    for clip, outcome in zip(clips, batch.results(inputs, score, jobs=jobs, progress=progress), strict=True):
+    outcomes = batch.results(inputs, score, jobs=jobs, task="calibrating", progress=progress)
+    for clip, outcome in zip(clips, outcomes, strict=True):
         if outcome.result is None:
             unreadable.append(outcome.error)
             log.warning("left out: %s", outcome.error)

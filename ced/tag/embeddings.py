@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -37,42 +39,47 @@ def rows_of(file: str, found: Embedding, *, windows: bool = False) -> Iterator[R
 
 
 def check_suffix(path: Path) -> None:
-    """Make sure that a path names a format.
+    """Make sure that a path names a format, and one that can be written here.
 
     Raises:
         ConfigError: it does not.
     """
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"embeddings go to a file named {' or '.join(SUFFIXES)}; got {path}")
+    if path.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise ConfigError(f"{path} needs the package pyarrow, which `pip install 'ced[parquet]'` brings")
 
 
 def write_embeddings(path: Path, rows: Iterable[Row]) -> int:
-    """Write vectors in order; return how many.
+    """Write vectors in order, unless there are none; return how many.
 
-    `.npy`: (rows, d) float32, and beside it `<stem>.tsv` with the columns file, start, end. `.parquet`: these columns
+    `.npy`: (rows, d) float32, and beside it `<name>.tsv` with the columns file, start, end. `.parquet`: these columns
     and `vector`. No file is left half-written.
 
     Raises:
         ConfigError: the suffix is neither.
     """
     check_suffix(path)
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
+        return 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _write_parquet(path, rows) if path.suffix == ".parquet" else _write_npy(path, rows)
+    return (_write_parquet if path.suffix == ".parquet" else _write_npy)(path, chain([first], rows))
 
 
 def _write_npy(path: Path, rows: Iterable[Row]) -> int:
     held = list(rows)
+    with written_aside(path) as aside, aside.open("wb") as file:
+        np.save(file, np.stack([row.vector for row in held]))
     write_table(
-        path.with_suffix(".tsv"),
+        path.with_name(f"{path.name}.tsv"),
         {
             "file": [row.file for row in held],
             "start": [f"{row.start:.3f}" for row in held],
             "end": [f"{row.end:.3f}" for row in held],
         },
     )
-    vectors = np.stack([row.vector for row in held]) if held else np.zeros((0, 0), np.float32)
-    with written_aside(path) as aside, aside.open("wb") as file:
-        np.save(file, vectors)
     return len(held)
 
 

@@ -1,8 +1,9 @@
 """The journal of a run over many files: the settings, then the record of each file that is done, a line each.
 
 A run that was broken off goes on from it, and outputs are made of it. The first line is
-`{"format": 1, "settings": {...}}`, every other `{"name": ..., "stamp": [bytes, nanoseconds] or null, "record": {...}}`;
-of two lines with one name the later counts.
+`{"format": 1, "settings": {...}}`, every other `{"name": ..., "place": ..., "stamp": [bytes, nanoseconds] or null,
+"record": {...}}`, the place being where its outputs lie without their suffixes; of two lines with one name the later
+counts.
 """
 
 import json
@@ -49,6 +50,7 @@ class Journal:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self._lines: dict[str, tuple[int, Stamp | None]] = {}  # name -> where its line begins, stamp
+        self._owners: dict[str, str] = {}  # place of outputs -> name
         self._file: BinaryIO = path.open("a+b")
         try:
             self._read(json.loads(json.dumps({**settings, "record format": RECORD_FORMAT})))
@@ -68,6 +70,8 @@ class Journal:
         place = 0
         for number, line in enumerate(self._file):
             if not line.endswith(b"\n"):
+                if number == 0 and not line.startswith(b'{"format"'[: len(line)]):
+                    raise StoreError(f"{self.path} is no journal; {_ANEW}")
                 break
             try:
                 values = json.loads(line)
@@ -75,6 +79,7 @@ class Journal:
                     self._check(values["format"], values["settings"], settings)
                 else:
                     stamp = values["stamp"]
+                    self._owners[values["place"]] = values["name"]
                     self._lines[values["name"]] = place, None if stamp is None else (stamp[0], stamp[1])
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 raise StoreError(f"line {number + 1} of {self.path} is no line of a journal; {_ANEW}") from error
@@ -106,8 +111,14 @@ class Journal:
 
     def add(self, item: Input, stamp: Stamp | None, record: Record) -> None:
         """Write down that a file is done."""
-        place = self._append({"name": item.name, "stamp": stamp, "record": record.to_json()})
+        outputs = str(item.relative)
+        place = self._append({"name": item.name, "place": outputs, "stamp": stamp, "record": record.to_json()})
         self._lines[item.name] = place, stamp
+        self._owners[outputs] = item.name
+
+    def owner(self, item: Input) -> str | None:
+        """Return the name of the input whose outputs lie where those of `item` would; None if there is none."""
+        return self._owners.get(str(item.relative))
 
     def record(self, item: Input) -> Record:
         """Read the record of a file that is done."""

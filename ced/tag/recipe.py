@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ced.errors import ConfigError
 from ced.sound import audio
 from ced.tag.events import events
 from ced.tag.inputs import Input
@@ -52,6 +53,9 @@ def recording(tagger: Tagger, recipe: Recipe, model: str) -> Callable[[Input], R
         CheckpointError: the model cannot score columns.
         AudioError: by what is returned: the sound cannot be read.
     """
+    merging = (recipe.release, recipe.gap, recipe.shortest)
+    if not recipe.events and merging != (Recipe.release, Recipe.gap, Recipe.shortest):
+        raise ConfigError("release, gap and shortest are of events, which are not asked for")
     given = recipe.thresholds
     thresholds = np.array(given, np.float32) if isinstance(given, tuple) else given
     selection = Selection(

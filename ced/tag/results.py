@@ -38,7 +38,7 @@ def text(name: str, timeline: Iterable[Tags]) -> Iterator[str]:
     The heading comes with the first window, so a sound that cannot be read leaves none behind.
     """
     for number, window in enumerate(timeline):
-        yield "" if number else f"===== {name} ====="
+        yield "" if number else f"===== {_plain(name)} ====="
         for rank, tag in enumerate(window.tags, start=1):
             yield f"[{window.start:.1f}s]-[{window.end:.1f}s] Topk-{rank} {tag.label} {tag.prob:.4f}"
 

@@ -8,13 +8,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from threading import Semaphore
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ced.errors import AudioError, CheckpointError, ConfigError
+from ced.errors import AudioError, CheckpointError, ClosedError, ConfigError
 from ced.progress import Progress, silent
 from ced.sound import audio
 from ced.sound.audio import Window
@@ -116,9 +117,24 @@ class Tagger:
             model = open_model(model, progress=progress)
         # A torch network is known by its method `probs`: torch itself need not be there to ask.
         self.scorer: Scorer = TorchScorer(cast("CED", model)) if hasattr(model, "probs") else model
+        if jobs < 1:
+            raise ConfigError(f"jobs is {jobs}; it must be 1 or more")
         self._jobs = jobs
+        self._closed = False
         self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="scorer") if jobs > 1 else None
         self._room = Semaphore(_AHEAD * jobs)  # bounds the waves in memory, however many sounds are read at once
+
+    def __enter__(self) -> Tagger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the threads; what is being scored ends with its window, in an error."""
+        self._closed = True
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     @property
     def labels(self) -> ClassTable:
@@ -166,9 +182,12 @@ class Tagger:
         Raises:
             AudioError: the sound cannot be read; raised when the iteration comes to the place.
             CheckpointError: the model cannot score columns.
-            ConfigError: `window` or `hop` is not positive, or `hop` is given with `columns`.
+            ConfigError: `window` or `hop` is not positive, `hop` is longer than `window` or given with `columns`, or
+                `silence` is not below 0.
         """
         _check_lengths(window, hop)
+        if silence is not None and not silence < 0:
+            raise ConfigError(f"silence is {silence} dB of full scale; it must be below 0, as -60")
         if columns and hop is not None:
             raise ConfigError(f"hop is {hop}; the columns of overlapping windows would be scored twice")
         answer = self._answerer("columns" if columns else "__call__", (1, len(self.labels)))
@@ -178,7 +197,9 @@ class Tagger:
             if silence is not None and _level(piece.wave) < silence:
                 return [Scored(piece.start, piece.end, nothing, silent=True)]
             (probs,) = answer(piece.wave)
-            return list(_columns(piece, probs)) if columns else [Scored(piece.start, piece.end, probs)]
+            if not columns:
+                return [Scored(piece.start, piece.end, probs)]
+            return list(_columns(piece, probs, self._column_starts(len(probs))))
 
         scored = self._ahead(audio.windows(source, window, hop), score)
         return (one for several in scored for one in several)
@@ -204,6 +225,15 @@ class Tagger:
         starts, ends, vectors = zip(*found, strict=True)
         return Embedding(np.array(starts), np.array(ends), np.concatenate(vectors))
 
+    def _column_starts(self, count: int) -> NDArray[np.float64]:
+        known = getattr(self.scorer, "column_starts", None)
+        starts: NDArray[np.float64] = known(count) if known else np.arange(count, dtype=np.float64) * COLUMN_SECONDS
+        return starts
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the tagger is closed")
+
     def _answerer(self, method: str, shape: tuple[int, ...]) -> Callable[[Waves], NDArray[np.float32]]:
         """Return what asks the scorer about one wave, (t,), and checks that the answer fits the class table."""
         ask = getattr(self.scorer, method, None)
@@ -228,7 +258,9 @@ class Tagger:
         If reading fails, the windows before the fault come out first.
         """
         if self._pool is None:
-            yield from map(work, pieces)
+            for each in pieces:
+                self._check_open()
+                yield work(each)
             return
         waiting: deque[Future[T]] = deque()
         pieces = iter(pieces)
@@ -241,6 +273,7 @@ class Tagger:
                 break
             if piece is None:
                 break
+            self._check_open()
             self._room.acquire()
             future = self._pool.submit(work, piece)
             future.add_done_callback(lambda _: self._room.release())
@@ -254,6 +287,8 @@ class Tagger:
 
 
 def _check_lengths(window: float, hop: float | None) -> None:
+    if hop is not None and hop > window:
+        raise ConfigError(f"the hop is {hop} s, the window {window} s; what lies between would not be heard")
     for name, value in (("window", window), ("hop", hop)):
         if value is not None and not value > 0:
             raise ConfigError(f"the {name} is {value} s; it must be above 0")
@@ -265,9 +300,8 @@ def _level(wave: Waves) -> float:
     return 10.0 * math.log10(power) if power > 0 else -math.inf
 
 
-def _columns(piece: Window, probs: NDArray[np.float32]) -> Iterator[Scored]:
-    """Yield the columns of a window, (columns, c); a rest of the sound that fills no column is part of the last."""
-    for number, row in enumerate(probs):
-        start = piece.start + number * COLUMN_SECONDS
-        last = number + 1 == len(probs)
-        yield Scored(start, piece.end if last else start + COLUMN_SECONDS, row)
+def _columns(piece: Window, probs: NDArray[np.float32], starts: NDArray[np.float64]) -> Iterator[Scored]:
+    """Yield the columns of a window, (columns, c); what no column hears is part of the one before."""
+    times = [*(piece.start + starts).tolist(), piece.end]
+    for row, (start, end) in zip(probs, pairwise(times), strict=True):
+        yield Scored(start, end, row)

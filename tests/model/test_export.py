@@ -109,6 +109,7 @@ class TestWave:
             "precision": "float32",
             "sample_rate": "16000",
             "hop": "160",
+            "piece": "1012",
             "preprocessing": front_end,
         }
         assert os.getcwd().encode() not in report.path.read_bytes()

@@ -82,3 +82,9 @@ def test_esc10() -> None:
     clips = read_labelled(os.environ["CED_ESC10"], numbered(10))
     assert len(clips) == 400
     assert [sum(clip.labels == (label,) for clip in clips) for label in range(10)] == [40] * 10
+
+
+def test_labels_of_another_class_table_are_refused(tmp_path: Path) -> None:
+    path = table(tmp_path, "filename\tlabel\tname\na.wav\t1\tCat\nb.wav\t0\tSpeech\n", ("a.wav", "b.wav"))
+    with pytest.raises(TableError, match=r"row 2: label 0 is called 'Speech' there, but 'dog' by the model"):
+        read_labelled(path, CLASSES)

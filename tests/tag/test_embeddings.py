@@ -19,7 +19,7 @@ def test_an_array_with_a_table_of_its_rows(tmp_path: Path) -> None:
     found = np.load(tmp_path / "new" / "e.npy")
     assert found.dtype == np.float32
     assert found.tolist() == [[1, 2, 3], [4, 5, 6]]
-    table = read_table(tmp_path / "new" / "e.tsv")
+    table = read_table(tmp_path / "new" / "e.npy.tsv")
     assert table.columns == {"file": ["a.wav", "a.wav"], "start": ["0.000", "10.000"], "end": ["10.000", "12.500"]}
 
 

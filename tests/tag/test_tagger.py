@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,9 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from ced.errors import AudioError, CheckpointError, ConfigError
+from ced.errors import AudioError, CheckpointError, ClosedError, ConfigError
 from ced.model import checkpoints
+from ced.model.export import export
 from ced.model.vit import CED, ModelConfig
 from ced.sound.labels import ClassTable
 from ced.tag.records import Tag, Tags
@@ -111,6 +113,27 @@ def test_a_file_sounds_the_same_as_its_bytes_and_samples(tmp_path: Path) -> None
         list(tagger.tag(source)) for source in (tmp_path / "a.wav", (tmp_path / "a.wav").read_bytes(), (wave, RATE))
     )
     assert by_path == by_bytes == by_samples
+
+
+def test_columns_of_a_window_of_several_pieces_keep_time(tmp_path: Path) -> None:
+    """A network that hears 112 frames at once has 7 columns of each 1.12 s; one of 120 leaves 0.08 s to none."""
+    export(CED(replace(small_network().config, target_length=120)).eval(), tmp_path / "a.onnx")
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, 5 * RATE).astype(np.float32)
+    starts = [one.start for one in Tagger(tmp_path / "a.onnx").score((wave, RATE), window=10.0, columns=True)]
+    expected = [piece * 1.2 + column * 0.16 for piece in range(5) for column in range(7)]
+    assert starts == pytest.approx(expected[: len(starts)])
+    assert len(starts) == 4 * 7 + 1  # and what is left of 501 frames has one whole column
+
+
+def test_a_closed_tagger_stops() -> None:
+    for jobs in (1, 2):
+        with Tagger(Levels(), jobs=jobs) as tagger:
+            timeline = tagger.tag((np.zeros(100 * RATE, np.float32), RATE), window=1.0)
+            next(timeline)
+        with pytest.raises(ClosedError, match="closed"):
+            list(timeline)
+    with pytest.raises(ConfigError, match="jobs is 0"):
+        Tagger(Levels(), jobs=0)
 
 
 @pytest.mark.parametrize("wrong", [{"window": 0.0}, {"window": float("nan")}, {"hop": -1.0}])
