@@ -34,9 +34,8 @@ def calibrate(
     from ced.tag.calibrate import calibrate as fit
     from ced.tag.tagger import Tagger
 
-    with reporting() as progress:
-        jobs = jobs or cores()
-        tagger = Tagger(model, jobs=jobs, progress=progress)
+    jobs = jobs or cores()
+    with reporting() as progress, Tagger(model, jobs=jobs, progress=progress) as tagger:
         found = fit(tagger, table, out, precision=precision, window=window, hop=hop, jobs=jobs, progress=progress)
     print(f"{found.out}: thresholds fitted to {found.clips} clips, in which {found.classes} classes are heard")
     print(
