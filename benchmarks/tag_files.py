@@ -107,9 +107,9 @@ def compare(
             results[side].append(run(command(side, model, sounds)))
     seconds = {side: statistics.median(took for took, _ in values) for side, values in results.items()}
     for side, values in results.items():
-        ratio = seconds["plain"] / seconds[side] if "plain" in seconds else float("nan")
+        ratio = f"{seconds['plain'] / seconds[side]:.2f}" if "plain" in seconds else "-"
         memory = statistics.median(memory for _, memory in values)
-        print(f"| {what} | {side} | {figure(seconds[side]):.3g} {unit} | {ratio:.2f} | {memory:.0f} MB |", flush=True)
+        print(f"| {what} | {side} | {figure(seconds[side]):.3g} {unit} | {ratio} | {memory:.0f} MB |", flush=True)
 
 
 def main() -> None:
