@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ced.errors import TableError
-from ced.sound.labels import ClassTable
+from ced.sound.labels import ClassTable, numbered
 from ced.sound.tables import Table, parse_labels, read_table
 
 TABLE_OF_A_FOLDER = "meta.tsv"
@@ -53,6 +53,8 @@ def read_labelled(table: str | os.PathLike[str], classes: ClassTable) -> list[La
 
 def _check_names(rows: Table, labels: list[tuple[int, ...]], classes: ClassTable) -> None:
     """Refuse labels that go by another class table, where a column says what they are called."""
+    if classes.names == numbered(len(classes)).names:  # they have no names of their own
+        return
     for row, (name, heard) in enumerate(zip(rows.columns.get("name", ()), labels, strict=False), start=1):
         if len(heard) == 1 and name.casefold() != classes.names[heard[0]].casefold():
             raise TableError(
