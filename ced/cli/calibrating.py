@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ced.cli.console import reporting
-from ced.cli.tagging import Hop, Jobs, Model, Window
+from ced.cli.options import Hop, Jobs, Model, Window
 from ced.machine import cores
 
 NAMES_SHOWN = 5  # of classes that are only mentioned

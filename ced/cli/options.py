@@ -1,0 +1,69 @@
+"""Options of the commands that hear sounds: what they are called, and what --help says of them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+TOP_K = 3  # classes of a window, where no threshold is given
+EVENT_THRESHOLD = 0.5  # of events, which need one
+
+Sounds = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SOUND...",
+        help="Files, folders, patterns, http(s) addresses, @LIST (a path a line; @-: on standard input), or - (a sound "
+        "on standard input).",
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="A model name (see `ced models`), an ONNX file, a checkpoint or an experiment."),
+]
+Jobs = Annotated[
+    int | None, typer.Option("--jobs", "-j", min=1, help="Windows scored at a time, a thread each; default: all cores.")
+]
+
+# Windows
+Window = Annotated[float, typer.Option("--chunk", "-c", "--window", help="Seconds of a window, above 0.")]
+Hop = Annotated[
+    float | None, typer.Option(help="Seconds from one window to the next; default: windows lie end to end.")
+]
+Columns = Annotated[bool, typer.Option("--columns", help="Score every 0.16 s instead of whole windows.")]
+Silence = Annotated[
+    float | None, typer.Option(help="Windows below this level are not scored, in dB of full scale, as -60.")
+]
+
+# What is kept of their scores
+TopK = Annotated[
+    int | None,
+    typer.Option("--topk", "-k", min=1, help=f"Most classes of a window; default: {TOP_K}, with --threshold all."),
+]
+Threshold = Annotated[
+    str | None, typer.Option(help="Least probability, or a file with one a class (see `ced calibrate`).")
+]
+Labels = Annotated[list[str] | None, typer.Option(help="Only this class, or all below this heading; may be repeated.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Not this class or heading; may be repeated.")]
+Rollup = Annotated[
+    bool, typer.Option("--rollup", help="Give classes the highest probability of their kinds, and add headings.")
+]
+
+# Events
+Events = Annotated[
+    bool, typer.Option("--events", help=f"Merge windows into events; threshold {EVENT_THRESHOLD} unless given.")
+]
+Release = Annotated[float, typer.Option(help="With --events: part of the threshold that keeps one going.")]
+Gap = Annotated[float, typer.Option(help="With --events: those so many seconds apart become one.")]
+Shortest = Annotated[float, typer.Option(help="With --events: shorter ones are dropped, in seconds.")]
+
+# Outputs
+Formats = Annotated[
+    list[str] | None,
+    typer.Option("--format", "-f", help="text, jsonl, csv, audacity, raven, parquet; with --out several."),
+]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for outputs; an interrupted run goes on there.")]
+Combine = Annotated[bool, typer.Option("--combine", help="With --out: one output of all sounds.")]
+EmbeddingsOut = Annotated[
+    Path, typer.Option("--out", "-o", help="NAME.npy (with NAME.npy.tsv beside it) or NAME.parquet.")
+]
+EachWindow = Annotated[bool, typer.Option("--windows", help="A vector a window, not one a sound.")]
