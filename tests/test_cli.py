@@ -332,10 +332,11 @@ def test_pre_train_and_start_from_it_from_the_command_line(ced: Command, tmp_pat
 
 def test_whoever_reads_only_the_beginning_sees_no_complaint(model: Path, tmp_path: Path) -> None:
     sound = noise(tmp_path / "long.wav", 3)
+    assert ced_process("tag", "-m", model, sound).returncode == 0  # the first use says that it exports
     command = f"{sys.executable} {ROOT}/run.py tag -m {model} -c 0.01 {sound} | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == f"===== {sound} =====\n"
-    assert [line for line in done.stderr.splitlines() if "export" not in line] == []
+    assert done.stderr == ""
 
 
 def test_an_interrupt_is_one_line(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_silence_has_no_tags(graph: Path, sounds: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["-c", "0"], "window is 0.0 s"),
+        (["-c", "0"], "window length is 0.0 s"),
         (["--hop", "-1"], "hop is -1.0 s"),
         (["--hop", "20"], "would not be heard"),
         (["--silence", "3"], "below 0"),

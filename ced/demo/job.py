@@ -63,6 +63,18 @@ class Report:
             yield f"{what:<14}{path}"
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute in one thread: on networks this small a second one costs more than it brings, twice the time here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def run(
     out: Path,
     *,
@@ -86,11 +98,6 @@ def run(
         TableError: meta.tsv lacks a column, or has no clip inside or outside the fold.
     """
     settings = settings or (GENERATED if data is None else RECORDED)
-    with _one_thread():
-        return _run(out, data, fold, settings, say, progress)
-
-
-def _run(out: Path, data: Path | None, fold: int, settings: Settings, say: Say, progress: Progress) -> Report:
     folder = out / f"{'generated' if data is None else data.resolve().name}_fold{fold}"
     stages = _Stages(say)
     with stages.time("sounds", "Making sounds" if data is None else f"Reading {data}"):
@@ -118,17 +125,6 @@ def _run(out: Path, data: Path | None, fold: int, settings: Settings, say: Say, 
         tagged = tag_some(student, read_table(test_list).column("filename"))
     written = {"pack": train_data, **teachers, "view store": logits, "student": student}
     return Report(scores, parameters, tagged, *_cost(logits), stages.seconds, written)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute in one thread: on networks this small a second one costs more than it brings, twice the time here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def generated_set(folder: Path, settings: Settings) -> Path:

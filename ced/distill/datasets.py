@@ -20,9 +20,9 @@ from ced.distill.views import NO_VIEW, View, ViewRecipe, draw, mask_uniforms, sh
 from ced.distill.viewstore import Rows
 from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, PackError
-from ced.model.vit import MIN_SAMPLES
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.decode import FULL_SCALE
+from ced.sound.grid import MIN_SAMPLES
 
 _INT16_STEP = 1 / FULL_SCALE
 

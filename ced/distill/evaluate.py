@@ -15,14 +15,13 @@ from ced.config import Mode, TaggerConfig
 from ced.distill.datasets import ViewDataset, in_order, prefetch, whole
 from ced.distill.distributed import World
 from ced.distill.precision import autocast
-from ced.distill.targets import multi_hot
 from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, TableError
-from ced.model.metrics import average_precision
+from ced.model.metrics import accuracy, average_precision
 from ced.model.vit import CED
 from ced.progress import Progress, silent
 from ced.sound.labels import ClassTable
-from ced.sound.tables import parse_labels
+from ced.sound.tables import multi_hot, parse_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,15 +93,13 @@ class Evaluator:
                 raise ConfigError("the tagger's classes are not those of the table")
         scores = self.scores(members, world=world, progress=progress)
         per_class = average_precision(self.targets, scores)
-        one_each = bool((self.targets.sum(1) == 1).all())
-        right = self.targets[np.arange(len(scores)), scores.argmax(1)]
         return Evaluation(
             map=float(np.nanmean(per_class)),
             per_class=per_class,
             missing=self.missing,
             clips=len(scores),
             labels=self.labels,
-            accuracy=float(right.mean()) if one_each else None,
+            accuracy=accuracy(self.targets, scores),
         )
 
     def scores(

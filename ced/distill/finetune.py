@@ -14,14 +14,13 @@ from ced.distill.evaluate import validation
 from ced.distill.loop import VIEWS, EpochData, Task, run
 from ced.distill.start import start_network
 from ced.distill.step import Loss
-from ced.distill.targets import multi_hot
 from ced.distill.views import recipe_of
 from ced.distill.wavpack import WavPack
 from ced.errors import TableError
 from ced.model.vit import CED
 from ced.progress import Progress, silent
 from ced.sound.labels import ClassTable, audioset, read_classes
-from ced.sound.tables import parse_labels
+from ced.sound.tables import multi_hot, parse_labels
 
 
 def finetune(config: FinetuneConfig, *, name: str, resume: Path | None = None, progress: Progress = silent) -> Path:

@@ -18,8 +18,9 @@ from ced.distill.recorder import draw_pictures
 from ced.distill.start import seeded, start_network
 from ced.distill.wavpack import WavPack
 from ced.model.mae import MaskedAutoencoder, error_of_hidden, patches, picture
-from ced.model.vit import CED, PATCH
+from ced.model.vit import CED
 from ced.progress import Progress, silent
+from ced.sound.grid import PATCH
 from ced.sound.labels import ClassTable
 
 PICTURE_NAME = "reconstruction.png"

@@ -1,10 +1,7 @@
 """Training vectors: stored top-k scores spread over all classes, labels as vectors, and mixup."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ced.config import Fill
@@ -42,14 +39,6 @@ def spread(
     else:
         rest = torch.full_like(last, 1 / num_classes)
     return rest.expand(rows, num_classes).clone().scatter_(1, indexes.long(), values)
-
-
-def multi_hot(labels: Sequence[Sequence[int]], num_classes: int) -> NDArray[np.bool_]:
-    """Turn the class indices of n clips into rows of zeros and ones, (n, c)."""
-    rows = np.zeros((len(labels), num_classes), np.bool_)
-    for row, classes in zip(rows, labels, strict=True):
-        row[list(classes)] = True
-    return rows
 
 
 def mixup_weights(count: int, alpha: float, rng: np.random.Generator) -> Tensor:

@@ -31,8 +31,9 @@ from ced.model.onnx import (
     open_session,
     session_options,
 )
-from ced.model.vit import CED, MIN_SAMPLES, PATCH, foreign_feature
+from ced.model.vit import CED, foreign_feature
 from ced.sound.audio import SAMPLE_RATE
+from ced.sound.grid import MIN_SAMPLES, PATCH
 from ced.sound.labels import ClassTable
 
 LARGEST_DIFFERENCE = 1e-4  # in probability, between the float graph and the network

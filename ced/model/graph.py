@@ -14,8 +14,9 @@ from torch import nn
 from ced.model.melgraph import log_mel
 from ced.model.nodes import Nodes
 from ced.model.onnx import COLUMNS, EMBEDDING, PROB
-from ced.model.vit import CED, PATCH, Attention, Block
+from ced.model.vit import CED, Attention, Block
 from ced.sound.frontend import LogMel
+from ced.sound.grid import PATCH
 
 Input = Literal["wave", "feats"]
 Shape = list[str | int]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ced.errors import ConfigError
-from ced.model.vit import CED, PATCH, Block
+from ced.model.vit import CED, Block
+from ced.sound.grid import PATCH
 
 EPSILON = 1e-6  # dB^2, added to a patch's variance: a patch of digital silence has none
 

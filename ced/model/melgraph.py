@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from ced.errors import ExportError
 from ced.model.nodes import Nodes
-from ced.model.vit import PATCH
 from ced.sound.frontend import POWER_FLOOR, TOP_DB, LogMel
+from ced.sound.grid import PATCH
 
 
 def log_mel(nodes: Nodes, front_end: LogMel, waves: str) -> str:

@@ -29,6 +29,13 @@ def average_precision(targets: NDArray[np.bool_], scores: NDArray[np.floating]) 
     return found
 
 
+def accuracy(targets: NDArray[np.bool_], scores: NDArray[np.floating]) -> float | None:
+    """Return the part of the clips whose one class scores highest, (n, c) both; None unless each has exactly one."""
+    if not (targets.sum(1) == 1).all():
+        return None
+    return float(targets[np.arange(len(scores)), scores.argmax(1)].mean())
+
+
 def _one_class(hits: NDArray[np.bool_], scores: NDArray[np.floating]) -> float:
     order = np.argsort(-scores)
     hits, scores = hits[order], scores[order]

@@ -19,20 +19,19 @@ from ced.errors import CheckpointError, DownloadError, TableError
 from ced.model import zoo
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
+from ced.sound.grid import HOP_SECONDS, MIN_SAMPLES, PATCH
 from ced.sound.labels import ClassTable, default_classes, named_by_config, read_classes
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
 
 GRAPH_VERSION = 2  # raised when exported graphs change: those in the cache are then made anew
-MIN_SAMPLES = 2_400  # of one patch column; `vit.MIN_SAMPLES`, which needs torch
 LABELS_FILE = "class_labels_indices.csv"
 CLASSES = "classes"  # metadata of our graphs: the class table as JSON
 OUTPUT = "output"  # metadata of our graphs: what `prob` holds
 PROBABILITIES = "probabilities"
 PRECISION = "precision"  # metadata of our graphs
 PIECE = "piece"  # metadata of our graphs: frames that are heard at once; longer waves are cut
-PATCH, HOP_SECONDS = 16, 0.01  # frames of a patch column, and from one to the next; `vit.PATCH`, which needs torch
 FLOAT = "float32"
 AT_ONCE = 10 * SAMPLE_RATE  # samples: shorter waves are scored together up to this, longer ones gain nothing by it
 PROB, EMBEDDING, COLUMNS = "prob", "embedding", "columns"  # outputs of our graphs
@@ -69,7 +68,7 @@ class OnnxModel:
         meta = self._session.get_modelmeta().custom_metadata_map
         classes = self._outputs[self._scores].shape[-1]
         self._shortest = MIN_SAMPLES
-        self._piece = int(meta.get(PIECE, 0))
+        self._piece = int(meta.get(PIECE, PATCH))  # of others there are no columns to place
         self._at_once = AT_ONCE if meta.get(PRECISION) == FLOAT else 0
         if meta.get(OUTPUT) == PROBABILITIES:
             self._logits, self._shortest = False, 0  # these do their padding themselves
@@ -107,10 +106,7 @@ class OnnxModel:
 
         A piece of a long wave that is no whole number of patches long leaves a few frames to no column.
         """
-        numbers = np.arange(count, dtype=np.float64)
-        if not self._piece:
-            return numbers * (PATCH * HOP_SECONDS)
-        pieces, places = np.divmod(numbers, self._piece // PATCH)
+        pieces, places = np.divmod(np.arange(count, dtype=np.float64), self._piece // PATCH)
         starts: NDArray[np.float64] = (pieces * self._piece + places * PATCH) * HOP_SECONDS
         return starts
 

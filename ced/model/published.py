@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from ced.errors import CheckpointError, ConfigError
-from ced.model.vit import PATCH, ModelConfig
+from ced.model.vit import ModelConfig
+from ced.sound.grid import PATCH
 from ced.sound.labels import ClassTable, named_by_config
 
 HEAD = "outputlayer."

@@ -18,11 +18,12 @@ from ced.errors import ConfigError, ExportError
 from ced.files import written_aside
 from ced.model.export import optimize
 from ced.model.graph import RUNTIME
-from ced.model.metrics import average_precision
+from ced.model.metrics import accuracy, average_precision
 from ced.model.onnx import PRECISION, OnnxModel
 from ced.progress import Progress, silent
 from ced.sound import audio
 from ced.sound.labelled import LabelledClip, read_labelled
+from ced.sound.tables import multi_hot
 
 BOUND = 0.3  # points of mAP
 
@@ -112,13 +113,12 @@ def quantize(
 def compare(exact: Path, int8: Path, clips: list[LabelledClip], progress: Progress = silent) -> Comparison:
     """Score labelled clips with a float graph and with its int8 one."""
     models = OnnxModel(exact), OnnxModel(int8)
-    targets = np.zeros((len(clips), len(models[0].labels)), bool)
+    targets = multi_hot([clip.labels for clip in clips], len(models[0].labels))
     probs: list[list[NDArray[np.float32]]] = []
-    for row, clip in enumerate(clips):
-        targets[row, list(clip.labels)] = True
+    for done, clip in enumerate(clips, start=1):
         wave = audio.load(clip.path)[None]
         probs.append([model(wave)[0] for model in models])
-        progress("compare int8 with float", row + 1, len(clips))
+        progress("compare int8 with float", done, len(clips))
     both = np.array(probs)  # (clips, 2, c)
     change = np.abs(both[:, 0] - both[:, 1])
     return Comparison(
@@ -131,9 +131,7 @@ def compare(exact: Path, int8: Path, clips: list[LabelledClip], progress: Progre
 
 
 def _figures(targets: NDArray[np.bool_], probs: NDArray[np.float32]) -> Figures:
-    one_each = bool((targets.sum(1) == 1).all())
-    right = targets[np.arange(len(probs)), probs.argmax(1)]
-    return Figures(float(np.nanmean(average_precision(targets, probs))), float(right.mean()) if one_each else None)
+    return Figures(float(np.nanmean(average_precision(targets, probs))), accuracy(targets, probs))
 
 
 def _write(path: Path, out: Path) -> None:

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from ced.errors import ConfigError
 from ced.sound.audio import SAMPLE_RATE
-from ced.sound.frontend import F_MAX, F_MIN, HOP, N_FFT, N_MELS, LogMel
+from ced.sound.frontend import F_MAX, F_MIN, N_FFT, N_MELS, LogMel
+from ced.sound.grid import HOP, PATCH
 from ced.sound.labels import ClassTable, default_classes
-
-PATCH = 16  # frames and mel bins a patch is wide and high; patches do not overlap
-MIN_SAMPLES = (PATCH - 1) * HOP  # 2,400: the shortest wave with one patch column
 
 Pooling = Literal["mean", "logit", "token", "dm"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "logit", "token", "dm")

@@ -127,13 +127,16 @@ def windows(source: Source, length: float, hop: float | None = None) -> Iterator
 
     Raises:
         AudioError: as for `load`.
-        ConfigError: `length` or `hop` is shorter than one sample.
+        ConfigError: `length` or `hop` is shorter than one sample; raised at once.
     """
     hop = length if hop is None else hop
     for what, seconds in (("length", length), ("hop", hop)):
         if not 1 <= seconds * SAMPLE_RATE < 2**62:
-            raise ConfigError(f"the window {what} is {seconds} s; it must be a number of seconds above 1/{SAMPLE_RATE}")
-    size, step = round(length * SAMPLE_RATE), round(hop * SAMPLE_RATE)
+            raise ConfigError(f"the window {what} is {seconds} s; it must be above 0, at least 1/{SAMPLE_RATE}")
+    return _windows(source, round(length * SAMPLE_RATE), round(hop * SAMPLE_RATE))
+
+
+def _windows(source: Source, size: int, step: int) -> Iterator[Window]:
     buffer = np.zeros(0, np.float32)
     held = 0  # the sample that the buffer begins with
     start = 0  # the sample that the next window begins with

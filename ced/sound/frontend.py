@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ced.sound.audio import SAMPLE_RATE
+from ced.sound.grid import HOP
 
 N_FFT = 512
-HOP = 160
 N_MELS = 64
 F_MIN = 0.0
 F_MAX = SAMPLE_RATE / 2

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ced.errors import TableError
 from ced.files import written_aside
 from ced.sound.audio import AUDIO_SUFFIXES
@@ -94,6 +97,14 @@ def parse_labels(table: Table, num_classes: int) -> list[tuple[int, ...]]:
             parsed[field] = tuple(_label(part, num_classes, table, number) for part in field.split(LABEL_SEPARATOR))
         labels.append(parsed[field])
     return labels
+
+
+def multi_hot(labels: Sequence[Sequence[int]], num_classes: int) -> NDArray[np.bool_]:
+    """Turn the class indices of n clips into rows that say which clip has which class, (n, c)."""
+    rows = np.zeros((len(labels), num_classes), np.bool_)
+    for row, classes in zip(rows, labels, strict=True):
+        row[list(classes)] = True
+    return rows
 
 
 def _label(text: str, num_classes: int, table: Table, number: int) -> int:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +15,7 @@ from ced.progress import NotedProgress, silent
 from ced.sound.audio import Source
 from ced.sound.labelled import read_labelled
 from ced.sound.labels import ClassTable
+from ced.sound.tables import multi_hot
 from ced.tag import batch
 from ced.tag.inputs import Input
 from ced.tag.records import Scored
@@ -106,19 +107,11 @@ def calibrate(
             labels.append(clip.labels)
     if not rows:
         raise TableError(f"none of {len(clips)} clips of {table} can be read; the first: {unreadable[0]}")
-    probs, targets = np.stack(rows), _targets(labels, len(tagger.labels))
+    probs, targets = np.stack(rows), multi_hot(labels, len(tagger.labels))
     fit = fit_thresholds(probs, targets, precision=precision)
     before = measure(probs, targets, np.full(len(tagger.labels), USUAL_THRESHOLD, np.float32))
     write_thresholds(out, fit, tagger.labels)
     return _report(Path(out), fit, before, tagger.labels, len(rows), tuple(unreadable))
-
-
-def _targets(labels: Sequence[tuple[int, ...]], count: int) -> NDArray[np.bool_]:
-    """Return which clip has which class, (n, c)."""
-    targets = np.zeros((len(labels), count), np.bool_)
-    for row, indices in enumerate(labels):
-        targets[row, list(indices)] = True
-    return targets
 
 
 def _report(

@@ -24,10 +24,10 @@ from ced.tag.records import Scored, Tags
 from ced.tag.select import Selection
 
 if TYPE_CHECKING:
+    from ced.model.onnx import OnnxModel
     from ced.model.vit import CED
 
 DEFAULT_MODEL = "ced_mini"
-COLUMN_SECONDS = 0.16  # what one column of patches hears: 16 frames of 10 ms
 _AHEAD = 2  # windows that wait for each thread
 
 Waves = NDArray[np.float32]
@@ -37,7 +37,8 @@ T = TypeVar("T")
 class Scorer(Protocol):
     """Anything that scores waves: a graph, a network behind an adapter, a function with a class table.
 
-    What also has `embed` and `columns`, as `ced.model.onnx.OnnxModel` does, gives embeddings and fine timelines too.
+    What also has `embed`, or `columns` and `column_starts`, as `ced.model.onnx.OnnxModel` has all of them, gives
+    embeddings or fine timelines too.
     """
 
     @property
@@ -185,7 +186,6 @@ class Tagger:
             ConfigError: `window` or `hop` is not positive, `hop` is longer than `window` or given with `columns`, or
                 `silence` is not below 0.
         """
-        _check_lengths(window, hop)
         if silence is not None and not silence < 0:
             raise ConfigError(f"silence is {silence} dB of full scale; it must be below 0, as -60")
         if columns and hop is not None:
@@ -199,9 +199,9 @@ class Tagger:
             (probs,) = answer(piece.wave)
             if not columns:
                 return [Scored(piece.start, piece.end, probs)]
-            return list(_columns(piece, probs, self._column_starts(len(probs))))
+            return list(_columns(piece, probs, cast("OnnxModel", self.scorer).column_starts(len(probs))))
 
-        scored = self._ahead(audio.windows(source, window, hop), score)
+        scored = self._ahead(_windows(source, window, hop), score)
         return (one for several in scored for one in several)
 
     def embed(self, source: audio.Source, *, window: float = 10.0, hop: float | None = None) -> Embedding:
@@ -217,18 +217,12 @@ class Tagger:
             CheckpointError: the model gives no embeddings.
             ConfigError: `window` or `hop` is not positive.
         """
-        _check_lengths(window, hop)
         answer = self._answerer("embed", (1,))
         found = list(
-            self._ahead(audio.windows(source, window, hop), lambda piece: (piece.start, piece.end, answer(piece.wave)))
+            self._ahead(_windows(source, window, hop), lambda piece: (piece.start, piece.end, answer(piece.wave)))
         )
         starts, ends, vectors = zip(*found, strict=True)
         return Embedding(np.array(starts), np.array(ends), np.concatenate(vectors))
-
-    def _column_starts(self, count: int) -> NDArray[np.float64]:
-        known = getattr(self.scorer, "column_starts", None)
-        starts: NDArray[np.float64] = known(count) if known else np.arange(count, dtype=np.float64) * COLUMN_SECONDS
-        return starts
 
     def _check_open(self) -> None:
         if self._closed:
@@ -286,12 +280,11 @@ class Tagger:
             raise fault
 
 
-def _check_lengths(window: float, hop: float | None) -> None:
+def _windows(source: audio.Source, window: float, hop: float | None) -> Iterator[Window]:
+    """Cut a sound into windows that leave nothing of it out."""
     if hop is not None and hop > window:
-        raise ConfigError(f"the hop is {hop} s, the window {window} s; what lies between would not be heard")
-    for name, value in (("window", window), ("hop", hop)):
-        if value is not None and not value > 0:
-            raise ConfigError(f"the {name} is {value} s; it must be above 0")
+        raise ConfigError(f"the window hop is {hop} s, the length {window} s; what lies between would not be heard")
+    return audio.windows(source, window, hop)
 
 
 def _level(wave: Waves) -> float:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ced.config import Fill
-from ced.distill.targets import mixup, mixup_weights, multi_hot, spread
+from ced.distill.targets import mixup, mixup_weights, spread
 
 # Exact in float16, so that expected values can be written out.
 VALUES = torch.tensor([[0.75, 0.5], [0.25, 0.125]], dtype=torch.float16)
@@ -46,10 +46,6 @@ def test_spread_of_all_classes_leaves_nothing_to_fill() -> None:
     values = torch.tensor([[0.5, 0.25]])
     for fill in ("zero", "last_mean", "last_half", "last_random", "527"):
         assert torch.equal(spread(values, torch.tensor([[1, 0]]), 2, fill), torch.tensor([[0.25, 0.5]]))
-
-
-def test_multi_hot_marks_the_labels() -> None:
-    assert multi_hot([(0, 2), (), (1,)], 3).tolist() == [[True, False, True], [False] * 3, [False, True, False]]
 
 
 def test_mixup_partner_is_the_reversed_batch() -> None:

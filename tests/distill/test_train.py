@@ -89,6 +89,7 @@ def test_an_experiment_holds_what_was_asked_and_measured(sounds: Path, tmp_path:
     assert "epoch 2 of 2: loss" in said
     assert "averaged.safetensors is the mean of the best 2: mAP" in said
     assert (logger.level, logger.handlers) == before
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1  # two may be read in the wrong order
     events = EventAccumulator(str(folder)).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
     assert [event.value for event in events.Scalars("mAP")] == pytest.approx([line["mAP"] for line in lines(folder)])
@@ -247,6 +248,7 @@ def test_a_killed_run_resumes_to_the_same_weights(sounds: Path, tmp_path: Path) 
     for before, after in zip(lines(unbroken), lines(folder), strict=True):
         assert before | {"seconds": 0} == after | {"seconds": 0}
     assert not list(folder.glob("*.partial"))
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1  # two may be read in the wrong order
     events = EventAccumulator(str(folder)).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 

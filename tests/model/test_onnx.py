@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from ced.errors import CheckpointError, DownloadError
-from ced.model import checkpoints, download, vit, zoo
+from ced.model import checkpoints, download, zoo
 from ced.model.export import export
-from ced.model.onnx import MIN_SAMPLES, OnnxModel, open_model
+from ced.model.onnx import OnnxModel, open_model
 from ced.model.vit import CED, ModelConfig
 from ced.sound.audio import load
 from ced.sound.frontend import LogMel
@@ -137,7 +137,6 @@ class TestForeignGraphs:
             np.testing.assert_allclose(model(waves), expected, atol=1e-6)
 
     def test_short_waves_are_padded_to_one_patch(self, tmp_path: Path) -> None:
-        assert vit.MIN_SAMPLES == MIN_SAMPLES
         model = OnnxModel(foreign(tmp_path / "a.onnx", "logits", ["b", "t"]))
         waves = noise(1, 600)
         np.testing.assert_allclose(model(waves), sigmoid(waves.mean() / 4 + np.arange(3.0) - 1)[None], atol=1e-6)

@@ -4,7 +4,7 @@ import pytest
 
 from ced.errors import TableError
 from ced.sound.labels import ClassTable, numbered
-from ced.sound.tables import LabelsReport, Table, parse_labels, read_table, segments_to_labels, write_table
+from ced.sound.tables import LabelsReport, Table, multi_hot, parse_labels, read_table, segments_to_labels, write_table
 
 CLASSES = ClassTable(("dog", "cat", "rain"), ("/m/dog", "/m/cat", "/t/rain"))
 
@@ -185,3 +185,7 @@ def test_segments_that_are_refused(tmp_path: Path) -> None:
     assert "line 2: segment aaaaaaaaaaa stands there twice" in refused('aaaaaaaaaaa, 0, 1, "/m/dog"\n' * 2)
     assert "has no segments" in refused("# nothing\n")
     assert "no mids" in refused(SEGMENTS, numbered(3))
+
+
+def test_multi_hot_marks_the_labels() -> None:
+    assert multi_hot([(0, 2), (), (1,)], 3).tolist() == [[True, False, True], [False] * 3, [False, True, False]]

@@ -41,6 +41,9 @@ class Fine(Levels):
         whole = waves[:, : waves.shape[1] // 2560 * 2560].reshape(len(waves), -1, 2560)
         return np.stack([self(column) for column in whole])
 
+    def column_starts(self, count: int) -> NDArray[np.float64]:
+        return 0.16 * np.arange(count, dtype=np.float64)
+
     def embed(self, waves: NDArray[np.float32], /) -> NDArray[np.float32]:
         return np.stack([np.full(len(waves), waves.shape[1]), waves.mean(1)], axis=1).astype(np.float32)
 
