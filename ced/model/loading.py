@@ -1,9 +1,12 @@
 """How a name or a path becomes a torch network; the names themselves are in `zoo`, which needs no torch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from ced.errors import ConfigError
 from ced.model import checkpoints, zoo
@@ -66,6 +69,9 @@ def create(
     """
     config = config_of(zoo.MODELS[name]) if name in zoo.MODELS else _read(name, progress).config
     model = CED(_adapted(config, model_args, labels), labels)
+    # Where nothing is known yet, one class of all is likely. From even odds, the first steps would go into saying no to
+    # every class, at the cost of what pre-training taught. After a softmax it makes no difference.
+    nn.init.constant_(model.outputlayer[-1].bias, -math.log(max(len(labels) - 1, 1)))
     if pretrained is not False:
         checkpoint = _read(name if pretrained is True else pretrained, progress)
         theirs = checkpoint.labels or default_classes(checkpoint.config.outputdim)
