@@ -1,0 +1,173 @@
+"""Everything that is trained on one fold, as a list of jobs: a command, its configuration, and what it waits for.
+
+All students are one network. They start from one masked pre-training, take as many steps of as many chunks, and have
+their checkpoints chosen alike. The arms differ in where targets come from and in what the student hears. Jobs run in
+the folder of their fold, and all paths are relative to it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.esc10 import teachers
+from ced.config import FinetuneConfig, LoopConfig, PretrainConfig, Section, StoreConfig, TrainConfig, check
+from ced.distill.teacher import store_folder
+from ced.sound.audio import SAMPLE_RATE
+from ced.sound.frontend import frames_of
+from ced.sound.grid import PATCH
+
+MODELS = Path("models")  # what has been trained, by the name of its job
+SECONDS = 5.0  # of every clip
+CLASSES = 10
+FRAMES = frames_of(round(SECONDS * SAMPLE_RATE)) // PATCH * PATCH
+EPOCHS = 40  # of students, and of stored views
+BOX_EPOCHS = 120
+TEACHERS = {"pictures": 80, "series": 100, "recurrent": 60}  # epochs
+
+_LEARN: Mapping[str, Any] = {"train_data": "pack/labels/learn.tsv"}
+_NETWORK: Mapping[str, Any] = {
+    "model": "ced_tiny",
+    "model_args": {"embed_dim": 128, "num_heads": 4, "depth": 4, "target_length": FRAMES},
+    "mode": "off",
+    "num_workers": 0,
+}
+_VIEWS: Mapping[str, Any] = {
+    "chunk_length": SECONDS,
+    "wavtransforms": {"Shift": {}},
+    "spectransforms": {"TimeMasking": {"time_mask_param": 64}, "FrequencyMasking": {"freq_mask_param": 12}},
+}
+_NO_VIEWS: Mapping[str, Any] = {"chunk_length": SECONDS, "wavtransforms": {}, "spectransforms": {}}
+_MIXUP: Mapping[str, Any] = {"mixup": 0.3}
+_STUDENT: Mapping[str, Any] = {
+    **_LEARN,
+    **_NETWORK,
+    "pretrained": str(MODELS / "mae"),
+    "eval_data": "pack/labels/choose.tsv",
+    "epochs": EPOCHS,
+    "batch_size": 32,
+    "optimizer": "Adam",
+    "optimizer_args": {"lr": 1e-3},
+    "warmup_epochs": 3,
+    "decay_frac": 0.01,
+    "valid_every": 2,
+    "early_stop": None,
+}
+_TEACHER: Mapping[str, Any] = {
+    **_LEARN,
+    **_VIEWS,
+    **_MIXUP,
+    "model": "ced_tiny",  # not looked at: a teacher brings its own network
+    "classes": "classes.tsv",
+    "task": "single",
+    "batch_size": 16,
+    "optimizer": "AdamW",
+    "optimizer_args": {"lr": 3e-3, "weight_decay": 1e-3},
+    "decay_frac": 0,
+    "seed": 1,
+}
+_PRETRAINING: Mapping[str, Any] = {
+    **_LEARN,
+    **_NETWORK,
+    "decoder_args": {"embed_dim": 128, "num_heads": 4, "depth": 2},
+    "chunk_length": SECONDS,
+    "epochs": 80,
+    "warmup_epochs": 5,
+    "optimizer_args": {"lr": 1e-3},
+    "picture_every": 80,
+}
+
+LABELS: Mapping[str, Mapping[str, Any]] = {
+    "labels": _NO_VIEWS,
+    "labels_views": _VIEWS,
+    "labels_mixup": {**_VIEWS, **_MIXUP},
+}
+DISTILLED: Mapping[str, Mapping[str, Any]] = {
+    "own_views": {"disable_consistency": True},
+    "ced": {},
+    "ced_mixup": _MIXUP,
+}
+FILLS = ("last_mean", "last_half", "last_random", "527")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to train or to store."""
+
+    name: str  # of its configuration, its log, and what it makes
+    command: str  # of `ced`, or "teacher"
+    config: Section
+    needs: tuple[str, ...] = ()  # other jobs of the fold
+    arm: str | None = None  # what the held-out fold judges it as
+    seed: int = 1
+
+
+def groundwork() -> list[Job]:
+    """Return what all students of a fold stand on: three teachers, their views, and first weights."""
+    teaching = [
+        Job(name, "teacher", check(FinetuneConfig, {**_TEACHER, "epochs": epochs}, name))
+        for name, epochs in TEACHERS.items()
+    ]
+    return [*teaching, Job("mae", "pretrain", check(PretrainConfig, _PRETRAINING, "mae")), _stored("views")]
+
+
+def main(seed: int) -> list[Job]:
+    """Return the arms that every fold has."""
+    return [
+        *(_labelled(arm, seed, changes) for arm, changes in LABELS.items()),
+        *(_distilled(arm, seed, changes) for arm, changes in DISTILLED.items()),
+    ]
+
+
+def extra(seed: int) -> list[Job]:
+    """Return the arms that one fold has: each departs from `ced` in one thing, or two."""
+    jobs = [_labelled("cross_entropy", seed, {**_VIEWS, **_MIXUP, "task": "single"})]
+    jobs.append(_distilled("scratch", seed, {"pretrained": False}))
+    jobs += [_distilled(f"stored_{epochs}", seed, {"max_aug_epochs": epochs}) for epochs in (1, 5, 20)]
+    for topk in (3, 1):
+        views = _stored(f"views_top{topk}", topk=topk)
+        jobs += [views, _distilled(f"top_{topk}", seed, {}, views)]
+        jobs += [_distilled(f"top_{topk}_{fill}", seed, {"label_type": fill}, views) for fill in FILLS if topk == 3]
+    for name in TEACHERS:
+        views = _stored(f"views_{name}", [name])
+        jobs += [views, _distilled(f"only_{name}", seed, {}, views)]
+    return jobs
+
+
+def box() -> list[Job]:
+    """Return the student that ships: as `ced_mixup`, for longer and from more views."""
+    views = _stored("views_box", epochs=BOX_EPOCHS)
+    return [views, _distilled("box", 1, {**_MIXUP, "epochs": BOX_EPOCHS}, views)]
+
+
+def _stored(name: str, who: Sequence[str] = tuple(TEACHERS), *, epochs: int = EPOCHS, topk: int = CLASSES) -> Job:
+    values = {
+        **_LEARN,
+        **_VIEWS,
+        "outputpath": name,
+        "model": [f"{teachers.__name__}:{teacher}" for teacher in who],
+        "epochs": epochs,
+        "topk": topk,
+        "batch_size": 16,
+        "mode": "off",
+        "num_workers": 0,
+    }
+    return Job(name, "store", check(StoreConfig, values, name), tuple(who))
+
+
+def _labelled(arm: str, seed: int, changes: Mapping[str, Any]) -> Job:
+    values = {**_STUDENT, "classes": "classes.tsv", **changes, "seed": seed}
+    return _student(arm, "finetune", check(FinetuneConfig, values, arm), ())
+
+
+def _distilled(arm: str, seed: int, changes: Mapping[str, Any], views: Job | None = None) -> Job:
+    views = views or _stored("views")
+    assert isinstance(views.config, StoreConfig)
+    logits = store_folder(views.config)
+    values = {**_STUDENT, "logitspath": str(logits), "num_classes": CLASSES, **changes, "seed": seed}
+    return _student(arm, "train", check(TrainConfig, values, arm), (views.name,))
+
+
+def _student(arm: str, command: str, config: LoopConfig, needs: tuple[str, ...]) -> Job:
+    first = ("mae",) if config.pretrained else ()
+    return Job(f"{arm}-{config.seed}", command, config, (*needs, *first), arm, config.seed)
