@@ -71,7 +71,7 @@ def create(
     model = CED(_adapted(config, model_args, labels), labels)
     # Where nothing is known yet, one class of all is likely. From even odds, the first steps would go into saying no to
     # every class, at the cost of what pre-training taught. After a softmax it makes no difference.
-    nn.init.constant_(model.outputlayer[-1].bias, -math.log(max(len(labels) - 1, 1)))
+    nn.init.constant_(model.outputlayer.get_parameter("1.bias"), -math.log(max(len(labels) - 1, 1)))
     if pretrained is not False:
         checkpoint = _read(name if pretrained is True else pretrained, progress)
         theirs = checkpoint.labels or default_classes(checkpoint.config.outputdim)
