@@ -1,4 +1,4 @@
-"""`python -m ced`, and `torchrun -m ced`: the command `ced`."""
+"""`python -m ced` is `ced`."""
 
 from ced.cli import main
 

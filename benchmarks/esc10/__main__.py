@@ -64,7 +64,7 @@ def words(task: Task) -> list[str]:
         return [sys.executable, "-m", "benchmarks.esc10.teachers", job.name, file]
     begun = [] if job.command == "store" else sorted(task.folder.glob(f"experiments/{job.name}/*/config.yaml"))
     resume = ["--resume", str(begun[-1].parent.relative_to(task.folder))] if begun else []
-    return [sys.executable, "-m", "ced.cli", job.command, file, *resume]
+    return [sys.executable, "-m", "ced", job.command, file, *resume]
 
 
 def perform(task: Task) -> None:

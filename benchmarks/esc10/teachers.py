@@ -183,9 +183,7 @@ def main() -> None:
     """Train one network as the command line says."""
     parser = argparse.ArgumentParser(description="train a teacher on the labels of the pack in this folder")
     parser.add_argument("name", choices=BODIES)
-    parser.add_argument(
-        "config", type=Path, help="a configuration of `ced finetune`; its model is not looked at"
-    )
+    parser.add_argument("config", type=Path, help="a configuration of `ced finetune`; its model is not looked at")
     args = parser.parse_args()
     config = load(FinetuneConfig, args.config)
     network = train(args.name, config)
