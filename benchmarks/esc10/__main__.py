@@ -21,7 +21,6 @@ from ced.files import claimed
 
 ROOT = Path(__file__).parents[2]
 FOLDS = (5, 1, 2, 3, 4)
-EXTRA_FOLD = 5  # the one of the extra arms and of the boxed model
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,11 @@ def tasks(work: Path, parts: list[str], folds: list[int], seeds: int) -> list[Ta
         jobs = plan.groundwork()
         if "main" in parts:
             jobs += [job for seed in range(1, seeds + 1) for job in plan.main(seed)]
-        if fold == EXTRA_FOLD and "box" in parts:
+        if fold == report.EXTRA_FOLD and "box" in parts:
             jobs += plan.box()
         found += [Task(fold, work / f"fold{fold}", job) for job in jobs]
-    if EXTRA_FOLD in folds and "extra" in parts:
-        found += [Task(EXTRA_FOLD, work / f"fold{EXTRA_FOLD}", job) for job in plan.extra(1)]
+    if report.EXTRA_FOLD in folds and "extra" in parts:
+        found += [Task(report.EXTRA_FOLD, work / f"fold{report.EXTRA_FOLD}", job) for job in plan.extra(1)]
     return found
 
 
@@ -138,9 +137,9 @@ def _ready(task: Task, todo: list[Task]) -> bool:
 def verdicts(task: Task, results: report.Results) -> None:
     """Judge what a task has made, unless that was done."""
     if task.job.arm is not None:
-        if not results.has(task.job.arm, task.fold, task.job.seed):
+        if not results.of(task.job.arm, task.fold, task.job.seed):
             results.add(judge.student(task.folder, task.job, task.fold))
-    elif task.job.name == "views" and not results.has(judge.ENSEMBLE, task.fold, 1):
+    elif task.job.name == "views" and not results.of(judge.ENSEMBLE, task.fold):
         for verdict in judge.ensemble(task.folder, task.fold):
             results.add(verdict)
 
@@ -157,7 +156,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = report.Results(args.out / "results.json")
+    results = report.Results(args.out / report.RESULTS)
     todo = tasks(args.work.resolve(), args.parts, list(args.folds), args.seeds)
     with claimed(args.work / "run"):
         for fold in args.folds:

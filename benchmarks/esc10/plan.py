@@ -23,7 +23,7 @@ CLASSES = 10
 FRAMES = frames_of(round(SECONDS * SAMPLE_RATE)) // PATCH * PATCH
 EPOCHS = 40  # of students, and of stored views
 BOX_EPOCHS = 120
-TEACHERS = {"pictures": 80, "series": 100, "recurrent": 60}  # epochs
+TEACHERS = {"pictures": 60, "series": 80, "recurrent": 40}  # epochs
 
 _LEARN: Mapping[str, Any] = {"train_data": "pack/labels/learn.tsv"}
 _NETWORK: Mapping[str, Any] = {
