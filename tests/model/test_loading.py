@@ -139,7 +139,7 @@ class TestCreate:
         model = loading.create("audiotransformer_tiny", model_args=args, pretrained=True, labels=audioset())
         assert torch.equal(self.state(model, "norm.bias"), self.state(served, "norm.bias") + 1)
         assert torch.equal(self.state(model, "time_pos_embed"), self.state(served, "time_pos_embed")[..., :32] + 1)
-        assert self.state(model, "outputlayer.1.bias").abs().max() == 0
+        assert self.state(model, "outputlayer.1.bias").sigmoid() == pytest.approx(1 / 527)  # one class of all
 
     def test_from_a_tagger_of_the_same_classes(self, served: CED) -> None:
         model = loading.create("ced_tiny", model_args={"depth": 1}, pretrained=True, labels=audioset())
