@@ -84,7 +84,7 @@ def draw(axes: Axes, what: str, label: str) -> None:
 
 def main() -> None:
     """Draw the picture."""
-    matplotlib.rcParams["svg.hashsalt"] = "ced"  # the same figures give the same file
+    matplotlib.rcParams.update({"svg.hashsalt": "ced", "svg.fonttype": "none"})  # the same figures give the same file
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     draw(left, "parameters", "parameters, millions")
     draw(right, "multiply_adds", "multiply-adds for ten seconds, billions")

@@ -162,7 +162,7 @@ def _draw(results: Results, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "ced"  # the same numbers give the same file
+    matplotlib.rcParams.update({"svg.hashsalt": "ced", "svg.fonttype": "none"})  # the same figures give the same file
     from matplotlib import pyplot
 
     rows = [(arm, what) for arm, what in {**ARMS, ENSEMBLE: "the teachers together"}.items() if results.of(arm)]

@@ -189,7 +189,7 @@ def main() -> None:
     network = train(args.name, config)
     _weights(args.name).parent.mkdir(exist_ok=True)
     with written_aside(_weights(args.name)) as aside:
-        save_file(network.state_dict(), aside)
+        save_file({key: value.contiguous() for key, value in network.state_dict().items()}, aside)
 
 
 if __name__ == "__main__":
