@@ -1,0 +1,118 @@
+"""The experiment on ESC-10, in small: 10 classes of hums, one epoch of everything."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from benchmarks.esc10 import __main__ as esc10
+from benchmarks.esc10 import plan, report, split
+from benchmarks.esc10.judge import ENSEMBLE, Verdict
+from ced.config import FinetuneConfig, TrainConfig
+from ced.sound.tables import read_table, write_table
+
+FOLDS = (1, 5)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folds of ten classes; in each two clips of one source, and one of another."""
+    folder = tmp_path_factory.mktemp("hums")
+    (folder / "audio").mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for fold in FOLDS:
+        for label in range(plan.CLASSES):
+            for source, take in ((1000 * fold + label, "A"), (1000 * fold + label, "B"), (2000 * fold + label, "A")):
+                filename = f"{fold}-{source}-{take}-{label}.wav"
+                hum = np.sin(2 * np.pi * 100 * (label + 1) * np.arange(5 * 8000) / 8000)
+                soundfile.write(folder / "audio" / filename, 0.1 * hum + 0.01 * rng.standard_normal(len(hum)), 8000)
+                rows.append((filename, str(fold), str(label), f"hum {label}"))
+    write_table(
+        folder / "meta.tsv", dict(zip(("filename", "fold", "label", "name"), zip(*rows, strict=True), strict=True))
+    )
+    licences = ["CC0"] * (len(rows) - 1) + ["CC-Sampling+"]
+    write_table(folder / "credits.tsv", {"filename": [row[0] for row in rows], "license": licences})
+    return folder
+
+
+def test_what_chooses_never_judges_and_sources_stay_together(data: Path) -> None:
+    clips, names = split.read_clips(data)
+    parts = split.split(clips, 5)
+    assert names == [f"hum {label}" for label in range(10)]
+    assert [len(parts[table]) for table in split.TABLES] == [20, 10, 30]
+    assert {clip.fold for clip in parts["judge"]} == {5}
+    assert not {clip.source for clip in parts["choose"]} & {clip.source for clip in parts["learn"]}
+    assert {clip.label for clip in parts["choose"]} == set(range(10))
+
+
+def test_nothing_learns_from_what_may_not_be_given_away(data: Path, tmp_path: Path) -> None:
+    (last,) = set(read_table(data / "credits.tsv").column("filename")) - split.shippable(data)
+    for fold in FOLDS:
+        split.prepare(data, tmp_path / str(fold), fold)
+    heard = {
+        (fold, table): {
+            Path(name).name for name in read_table(tmp_path / str(fold) / f"{table}.tsv").column("filename")
+        }
+        for fold in FOLDS
+        for table in split.TABLES
+    }
+    assert [place for place, names in heard.items() if last in names] == [(5, "judge")]
+
+
+def test_all_arms_of_a_table_take_the_same_steps() -> None:
+    students = [job.config for job in plan.main(1) + plan.extra(1) if job.arm]
+    assert all(isinstance(config, FinetuneConfig | TrainConfig) for config in students)
+    same = ("train_data", "eval_data", "model", "model_args", "epochs", "batch_size", "optimizer_args", "seed", "mode")
+    for key in same:
+        assert len({str(getattr(config, key)) for config in students}) == 1
+    assert {job.name for job in plan.main(1)}.isdisjoint(job.name for job in plan.main(2))
+
+
+def test_the_whole_run_resumes_and_is_judged(data: Path, tmp_path: Path) -> None:
+    fold = tmp_path / "fold5"
+    split.prepare(data, fold, 5)
+    jobs = [*plan.groundwork(), *(job for job in plan.main(1) if job.arm in ("labels_mixup", "ced"))]
+    short = [replace(job, config=job.config.model_copy(update={"epochs": 1})) for job in jobs]
+    todo = [esc10.Task(5, fold, job) for job in short]
+    results = report.Results(tmp_path / report.RESULTS)
+    assert esc10.run(todo, 2, results) == []
+    assert {one.arm for one in results.verdicts} == {*plan.TEACHERS, ENSEMBLE, "labels_mixup", "ced"}
+    assert all(0 <= one.accuracy <= 1 and len(one.per_class) == 10 for one in results.verdicts)
+    written = {path: path.stat().st_mtime_ns for path in fold.rglob("*") if path.is_file()}
+    again = report.Results(tmp_path / report.RESULTS)
+    assert esc10.run(todo, 2, again) == []
+    assert again.verdicts == results.verdicts
+    assert {path: path.stat().st_mtime_ns for path in fold.rglob("*") if path.is_file()} == written
+
+
+def test_a_failure_is_told_and_the_rest_goes_on(data: Path, tmp_path: Path) -> None:
+    fold = tmp_path / "fold5"
+    split.prepare(data, fold, 5)
+    series, views = plan.groundwork()[1], plan.groundwork()[-1]
+    broken = replace(series, name="no_such_teacher")
+    kept = replace(series, config=series.config.model_copy(update={"epochs": 1}))
+    todo = [esc10.Task(5, fold, job) for job in (broken, kept, replace(views, needs=("no_such_teacher",)))]
+    (failure,) = esc10.run(todo, 1, report.Results(tmp_path / report.RESULTS))
+    assert "fold 5: no_such_teacher failed with 2" in failure
+    assert (fold / "models/series.safetensors").exists()
+    assert not (fold / "models/views").exists()
+
+
+def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
+    results = report.Results(tmp_path / report.RESULTS)
+    for place, arm in enumerate((*report.TAUGHT, *report.ARMS)):
+        for fold in (1, 2):
+            results.add(Verdict(arm, fold, 1, 0.5 + 0.04 * place + 0.02 * fold, 0.7, {"dog": 0.7}, 1000))
+    results.add(Verdict("scratch", 5, 1, 0.4, 0.3, {"dog": 0.3}, 1000))
+    report.write(results, tmp_path)
+    page = (tmp_path / report.PAGE).read_text()
+    assert "| `labels` | labels | 69.0 ± 1.4 | 0.700 ± 0.000 | 68.0 | 70.0 |  |" in page
+    assert "- `ced_mixup` against `labels_mixup`: +12.0 ± 0.0 points of accuracy." in page
+    assert "- `ced_mixup` against `ensemble`: +24.0 ± 0.0 points of accuracy." in page
+    assert "| fresh weights instead of pre-trained ones | 40.0 | 0.300 |" in page
+    assert "<svg" in (tmp_path / report.PLOT).read_text()
+    assert len(json.loads((tmp_path / report.RESULTS).read_text())) == 21
