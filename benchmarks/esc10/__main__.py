@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.esc10 import judge, plan, report, split
+from benchmarks.esc10 import box, judge, plan, report, split
 from ced.config import StoreConfig, dump
 from ced.distill.teacher import store_folder
 from ced.files import claimed
@@ -163,6 +163,8 @@ def main() -> None:
             split.prepare(args.data, args.work / f"fold{fold}", fold)
         failures = run(todo, args.jobs, results)
     report.write(results, args.out)
+    if report.EXTRA_FOLD in args.folds and "box" in args.parts and not failures:
+        box.ship(args.work, args.data)
     sys.exit(f"{len(failures)} of {len(todo)} failed" if failures else 0)
 
 

@@ -17,8 +17,8 @@ class Input(StrEnum):
 
 
 def models() -> None:
-    """List the published models, and what of them lies in the cache."""
-    from ced.model.zoo import MODELS, cache_dir
+    """List the models: the published ones, what of them lies in the cache, and those that come with the package."""
+    from ced.model.zoo import BOXED, MODELS, cache_dir
 
     rows = [("name", "params", "mAP", "licence", "cached", "")]
     for entry in MODELS.values():
@@ -30,6 +30,8 @@ def models() -> None:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(f"\nmAP is the published one on AudioSet's evaluation set, percent. The cache is {cache_dir()}.")
+    for name, graph in BOXED.items():
+        print(f"{name} is in the package and needs no network; what it is and is not: {graph.with_suffix('.md')}")
 
 
 def export(

@@ -185,6 +185,8 @@ def open_model(name_or_path: str | os.PathLike[str], *, threads: int = 1, progre
 
 
 def _graph_file(name_or_path: str | os.PathLike[str], progress: Progress) -> Path:
+    if isinstance(name_or_path, str) and name_or_path in zoo.BOXED:
+        return zoo.BOXED[name_or_path]
     if not isinstance(name_or_path, str) or name_or_path not in zoo.MODELS:
         path = zoo.local_path(name_or_path)
         return path if path.suffix == ".onnx" else _exported(zoo.checkpoint_file(path))

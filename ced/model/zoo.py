@@ -72,9 +72,14 @@ MODELS: Mapping[str, Entry] = {
 }
 
 
+BOXED: Mapping[str, Path] = {  # graphs that come with the package, for tagging; a card lies beside each
+    "esc10": Path(__file__).parent / "boxed" / "esc10.onnx",
+}
+
+
 def list_models() -> list[str]:
-    """Return the names of the published models."""
-    return list(MODELS)
+    """Return the names of the models: the published ones, and those that come with the package."""
+    return [*MODELS, *BOXED]
 
 
 def cache_dir() -> Path:
@@ -144,9 +149,12 @@ def entry_of(name: str) -> Entry:
     Raises:
         CheckpointError: no such name; the message says which there are.
     """
+    if name in BOXED:
+        raise CheckpointError(f"{name} comes as a graph, without the weights that this needs; it can tag and embed")
     if name not in MODELS:
+        known = list_models()
         raise CheckpointError(
-            f"no model and no file is called {name!r}{nearest(name, MODELS)}; published models: {', '.join(MODELS)}"
+            f"no model and no file is called {name!r}{nearest(name, known)}; known: {', '.join(known)}"
         )
     return MODELS[name]
 
@@ -166,7 +174,7 @@ def _in_cache(name: str, url: str, path: Path, sha256: str | None, progress: Pro
         download(url, path, sha256=sha256, progress=progress)
     except DownloadError as error:
         raise DownloadError(
-            f"{name} is not in the cache ({path}) and not to be had: {error}; put the file there by hand, or pass the "
-            "path of a local file instead of the name"
+            f"{name} is not in the cache ({path}) and not to be had: {error}; put the file there by hand, pass the "
+            f"path of a local file instead of the name, or tag with what needs no network: -m {', '.join(BOXED)}"
         ) from error
     return path
