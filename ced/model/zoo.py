@@ -110,7 +110,8 @@ def fetch_onnx(name: str, progress: Progress = silent) -> Path:
     entry = entry_of(name)
     if entry.onnx_url is None:
         raise CheckpointError(f"no ONNX graph of {name} is published")
-    return _in_cache(name, entry.onnx_url, cache_dir() / entry.onnx_file, None, progress)
+    boxed = f"; without network there is what comes with the package: -m {', '.join(BOXED)}"
+    return _in_cache(name, entry.onnx_url, cache_dir() / entry.onnx_file, None, progress, instead=boxed)
 
 
 def checkpoint_file(path: Path) -> Path:
@@ -165,7 +166,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
-def _in_cache(name: str, url: str, path: Path, sha256: str | None, progress: Progress) -> Path:
+def _in_cache(name: str, url: str, path: Path, sha256: str | None, progress: Progress, *, instead: str = "") -> Path:
     if path.is_file():
         return path
     from ced.model.download import download  # brings an HTTP client
@@ -174,7 +175,7 @@ def _in_cache(name: str, url: str, path: Path, sha256: str | None, progress: Pro
         download(url, path, sha256=sha256, progress=progress)
     except DownloadError as error:
         raise DownloadError(
-            f"{name} is not in the cache ({path}) and not to be had: {error}; put the file there by hand, pass the "
-            f"path of a local file instead of the name, or tag with what needs no network: -m {', '.join(BOXED)}"
+            f"{name} is not in the cache ({path}) and not to be had: {error}; put the file there by hand, or pass the "
+            f"path of a local file instead of the name{instead}"
         ) from error
     return path

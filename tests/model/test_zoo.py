@@ -31,7 +31,7 @@ def test_the_published_names_sizes_and_addresses() -> None:
     found = {name: (each.width, each.heads, each.url) for name, each in zoo.MODELS.items()}
     assert found == expected
     assert [entry.name for entry in zoo.MODELS.values()] == list(expected)
-    assert zoo.list_models() == list(zoo.MODELS)
+    assert zoo.list_models() == [*zoo.MODELS, "esc10"]
     assert all(entry.file in entry.url for entry in zoo.MODELS.values())
 
 
@@ -60,6 +60,7 @@ def test_where_graphs_are_published(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_graph_that_is_not_to_be_had(tmp_path: Path) -> None:
     message = (
         r"ced_tiny is not in the cache \(.*/cache/ced_tiny\.onnx\) and not to be had: cannot fetch https://hugging"
+        r".*; without network there is what comes with the package: -m esc10$"
     )
     with pytest.raises(DownloadError, match=message):
         zoo.fetch_onnx("ced_tiny")
