@@ -29,4 +29,5 @@ def _encoded(network: CED, piece: Tensor, rows: int) -> Tensor:
     """Encode a normalised piece (b, f, n) of whole patches -> (b, rows, columns, d)."""
     columns = piece.shape[-1] // PATCH
     tokens = network.relate(network.embed(piece))
-    return tokens[:, -rows * columns :].unflatten(1, (rows, columns))
+    patches: Tensor = tokens[:, -rows * columns :].unflatten(1, (rows, columns))
+    return patches

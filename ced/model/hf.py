@@ -80,9 +80,9 @@ class CedConfig(PreTrainedConfig):
     f_min: float | int = _DEFAULT.f_min
     f_max: float | int = _DEFAULT.f_max
     center: bool = _DEFAULT.center
-    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = (
-        MULTI_LABEL
-    )
+    id2label: dict[int, str] | dict[str, str] | None = None
+    label2id: dict[str, int] | dict[str, str] | None = None
+    problem_type: Problem | None = MULTI_LABEL
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("auto_map", None)  # names code of the published folder, which is not run and not written again
@@ -111,12 +111,12 @@ class CedConfig(PreTrainedConfig):
     @property
     def outputdim(self) -> int:
         """The number of classes."""
-        return len(self.id2label)
+        return len(self.id2label or ())
 
     @property
     def labels(self) -> ClassTable:
         """The classes; AudioSet's with their identifiers."""
-        names = tuple(self.id2label[index] for index in range(self.outputdim))
+        names = tuple(name for _, name in sorted((self.id2label or {}).items()))
         return audioset() if names == audioset().names else ClassTable(names)
 
     @property
