@@ -22,6 +22,7 @@ from ced.sound.frontend import LogMel
 from ced.sound.labels import ClassTable, audioset, default_classes
 
 try:
+    import transformers
     from transformers import (
         AutoConfig,
         AutoFeatureExtractor,
@@ -37,8 +38,12 @@ try:
     from transformers.utils import can_return_tuple
 except ImportError as error:
     raise ConfigError(
-        f"ced.model.hf needs transformers 5 ({error.name or error} is missing): `pip install 'ced[hf]'` brings it"
+        f"ced.model.hf needs Transformers 5.23 or newer ({error.name} is missing): `pip install 'ced[hf]'` brings it"
     ) from error
+
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23):
+    # Older audio pipelines apply a softmax to everything, so that probabilities would be wrong without a word.
+    raise ConfigError(f"ced.model.hf needs Transformers 5.23 or newer; {transformers.__version__} is installed")
 
 from ced.model.hf_features import CedFeatureExtractor
 

@@ -452,7 +452,13 @@ def test_without_transformers_one_line_names_the_extra(monkeypatch: pytest.Monke
     monkeypatch.delitem(sys.modules, "ced.model.hf")
     with pytest.raises(ConfigError) as caught:
         importlib.import_module("ced.model.hf")
-    assert (
-        str(caught.value)
-        == "ced.model.hf needs transformers 5 (transformers is missing): `pip install 'ced[hf]'` brings it"
+    assert str(caught.value) == (
+        "ced.model.hf needs Transformers 5.23 or newer (transformers is missing): `pip install 'ced[hf]'` brings it"
     )
+
+
+def test_a_version_whose_pipeline_gives_other_probabilities_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", "5.22.2")
+    monkeypatch.delitem(sys.modules, "ced.model.hf")
+    with pytest.raises(ConfigError, match=r"needs Transformers 5\.23 or newer; 5\.22\.2 is installed"):
+        importlib.import_module("ced.model.hf")
