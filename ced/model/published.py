@@ -85,6 +85,8 @@ def read_hugging_face(state: Mapping[str, Tensor], path: Path) -> Contents:
             raise CheckpointError(f"{beside} is damaged or no JSON ({error})") from error
         if not isinstance(settings, dict):
             raise CheckpointError(f"{beside} holds no configuration but a {type(settings).__name__}")
+        if settings.get("problem_type") == "single_label_classification":
+            settings = {"activation": "softmax"} | settings
     return _contents(state, settings, named_by_config(settings), path)
 
 

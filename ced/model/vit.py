@@ -1,6 +1,8 @@
 """The network: a vision transformer over a log-mel picture, and the configuration that fixes its shape."""
 
+import math
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,6 +74,13 @@ def foreign_feature(config: ModelConfig) -> str | None:
         if has != published:
             return f"{name} {has} instead of {published}"
     return None
+
+
+def front_end(config: ModelConfig) -> LogMel:
+    """Return the front end that a network of this configuration hears through."""
+    return LogMel(
+        config.n_mels, config.n_fft, config.win_size, config.hop_size, config.f_min, config.f_max, config.center
+    )
 
 
 class Attention(nn.Module):
@@ -150,15 +159,7 @@ class CED(nn.Module):
         if len(self.labels) != config.outputdim:
             raise ConfigError(f"the class table has {len(self.labels)} classes, the network {config.outputdim} outputs")
         dim = config.embed_dim
-        self.front_end = LogMel(
-            config.n_mels,
-            config.n_fft,
-            config.win_size,
-            config.hop_size,
-            config.f_min,
-            config.f_max,
-            config.center,
-        )
+        self.front_end = front_end(config)
         # Every mel bin is a channel; published state dicts know the layer as "init_bn.1".
         layers = {"1": nn.BatchNorm1d(config.n_mels, momentum=0.01)} if config.init_bn else {}
         self.init_bn = nn.Sequential(OrderedDict(layers))
@@ -204,17 +205,35 @@ class CED(nn.Module):
         Returns:
             (b, c) probabilities; with pooling "logit", logits.
         """
+        return self._join(self._in_pieces(mel, self._head))
+
+    def logits_mel(self, mel: Tensor) -> Tensor:
+        """Score mel features before the activation, making `as_probs(forward_mel(mel))` of it, (b, f, n) -> (b, c).
+
+        Where probabilities are averaged, over pieces or with pooling "dm" over columns, these are the log-odds of
+        that average. The largest of several softmax scores is the one thing that comes out renormalised.
+        """
+        if self.config.pooling == "logit":
+            return self.forward_mel(mel)
+        pieces = self._in_pieces(mel, self._piece_logits)
+        if self.config.eval_avg == "mean":
+            return self._mean_odds(pieces)
+        return (pieces if self.config.activation == "sigmoid" else pieces.log_softmax(-1)).amax(1)
+
+    def _in_pieces(self, mel: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+        """Score the tokens of each piece of `target_length` frames, (b, f, n) -> (b, pieces, c)."""
         mel = self.init_bn(mel)
         (batch, _, frames), limit = mel.shape, self.config.target_length
         if frames > limit and not self.config.pad_last:
             pieces = [piece for piece in mel.split(limit, dim=-1) if piece.shape[-1] >= PATCH]
-            return self._join(torch.stack([self._head(self._encode(piece)) for piece in pieces], dim=1))
+            return torch.stack([score(self._encode(piece)) for piece in pieces], dim=1)
         # One path for every length, and an explicit copy, so that an exported graph holds for every length too.
         length = torch.sym_min(frames, limit)
         count = (frames + length - 1) // length
         mel = F.pad(mel, (0, count * length - frames)).unflatten(-1, (count, length))
         mel = mel.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(0, 1)
-        return self._join(self._head(self._encode(mel)).unflatten(0, (batch, count)))
+        scored: Tensor = score(self._encode(mel)).unflatten(0, (batch, count))
+        return scored
 
     def _join(self, scores: Tensor) -> Tensor:
         """Join the scores of the pieces of a long input, (b, pieces, c) -> (b, c)."""
@@ -254,11 +273,27 @@ class CED(nn.Module):
 
     def _head(self, tokens: Tensor) -> Tensor:
         """Pool tokens (b, tokens, d) and score them, (b, c)."""
-        pooling = self.config.pooling
-        if pooling == "token":
-            return self._activate(self.outputlayer(tokens[:, 0]))
-        if pooling == "dm":
-            columns = tokens.unflatten(1, (self.config.n_mels // PATCH, -1)).mean(1)  # (b, columns, d)
-            return self._activate(self.outputlayer(columns)).mean(1)
-        logits: Tensor = self.outputlayer(tokens.mean(1))
-        return logits if pooling == "logit" else self._activate(logits)
+        logits = self._scored(tokens)
+        if self.config.pooling == "dm":
+            return self._activate(logits).mean(1)
+        return logits if self.config.pooling == "logit" else self._activate(logits)
+
+    def _piece_logits(self, tokens: Tensor) -> Tensor:
+        """Do as `_head` but for the activation."""
+        logits = self._scored(tokens)
+        return self._mean_odds(logits) if self.config.pooling == "dm" else logits
+
+    def _scored(self, tokens: Tensor) -> Tensor:
+        """Pool tokens (b, tokens, d) for the output layer, -> (b, c); with pooling "dm" (b, columns, c)."""
+        if self.config.pooling == "dm":
+            tokens = tokens.unflatten(1, (self.config.n_mels // PATCH, -1))
+        logits: Tensor = self.outputlayer(tokens[:, 0] if self.config.pooling == "token" else tokens.mean(1))
+        return logits
+
+    def _mean_odds(self, logits: Tensor) -> Tensor:
+        """Return the logits of the mean probability of several parts, (b, parts, c) -> (b, c)."""
+        if logits.shape[1] == 1:
+            return logits[:, 0]
+        if self.config.activation == "softmax":
+            return logits.log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
+        return F.logsigmoid(logits).logsumexp(1) - F.logsigmoid(-logits).logsumexp(1)

@@ -42,6 +42,8 @@ class Entry:
         return None if self.hub is None else f"{endpoint}/{self.hub}/resolve/main/model.onnx"
 
 
+DEFAULT_MODEL = "ced_mini"
+
 _TINY, _MINI, _SMALL, _BASE = (192, 3, 5.5), (256, 4, 9.6), (384, 6, 22.0), (768, 12, 86.0)  # width, heads, params
 
 _DISTILLED = "distilled from an ensemble of five teachers"

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, CheckpointError, ClosedError, ConfigError
+from ced.model.zoo import DEFAULT_MODEL
 from ced.progress import Progress, silent
 from ced.sound import audio
 from ced.sound.audio import Window
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from ced.model.onnx import OnnxModel
     from ced.model.vit import CED
 
-DEFAULT_MODEL = "ced_mini"
 _AHEAD = 2  # windows that wait for each thread
 
 Waves = NDArray[np.float32]

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -251,3 +251,36 @@ def test_class_tables() -> None:
 def test_wrong_configurations(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(SMALL, **wrong)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("frames", [60, 150, 170])  # one piece of 64; three, the last of 22; three, the last of 42
+@pytest.mark.parametrize("pad_last", [True, False])
+def test_activated_logits_are_the_probabilities(
+    pooling: Pooling, activation: Literal["sigmoid", "softmax"], frames: int, pad_last: bool
+) -> None:
+    torch.manual_seed(0)
+    model = CED(replace(SMALL, pooling=pooling, activation=activation, pad_last=pad_last)).eval()
+    mel = 10 * torch.randn(2, 64, frames)
+    with torch.inference_mode():
+        model.outputlayer.get_parameter("1.weight").mul_(100)  # scores far apart
+        logits = model.logits_mel(mel)
+        probs = logits.sigmoid() if activation == "sigmoid" else logits.softmax(-1)
+        torch.testing.assert_close(probs, model.as_probs(model.forward_mel(mel)), atol=1e-6, rtol=1e-5)
+
+
+def test_logits_of_one_piece_are_those_of_the_output_layer() -> None:
+    torch.manual_seed(0)
+    sure = CED(SMALL).eval()
+    mel = torch.randn(1, 64, 32)
+    with torch.inference_mode():
+        sure.outputlayer.get_parameter("1.bias").fill_(
+            60.0
+        )  # a probability of 1 in float32, whose log-odds are infinite
+        assert float((sure.logits_mel(mel) - 60).abs().max()) < 1
+        assert torch.equal(sure.forward_mel(mel), torch.ones(1, 5))
+        assert torch.isfinite(sure.logits_mel(torch.randn(1, 64, 100))).all()  # two pieces
+        largest = CED(replace(SMALL, eval_avg="max")).eval()
+        long = torch.randn(1, 64, 128)
+        torch.testing.assert_close(largest.logits_mel(long).sigmoid(), largest.forward_mel(long))

@@ -1,0 +1,81 @@
+"""Embeddings as benchmarks of audio representations ask for them: the common API of HEAR, and an X-ARES encoder.
+
+HEAR wants a module: `hear-validator ced.model.hear --model ced_tiny`, where the model is a published name, a
+checkpoint or an experiment. X-ARES wants a class: `CedEncoder`.
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ced.model import loading, zoo
+from ced.model.embedding import grid
+from ced.model.vit import CED
+from ced.sound.audio import SAMPLE_RATE
+from ced.sound.grid import PATCH
+
+AT_ONCE = 16  # clips encoded together
+
+
+class CedEncoder(nn.Module):
+    """A network without its output layer: an embedding for each column of patches, which is 0.16 s.
+
+    Its attributes are those that HEAR (`sample_rate`, `scene_embedding_size`, `timestamp_embedding_size`) and X-ARES
+    (`sampling_rate`, `output_dim`, `hop_size_in_ms`) look for.
+    """
+
+    sample_rate = sampling_rate = SAMPLE_RATE
+
+    def __init__(self, model: str | os.PathLike[str] | CED = zoo.DEFAULT_MODEL) -> None:
+        """Take a network, by published name, from a checkpoint or experiment, or as it is.
+
+        Raises:
+            CheckpointError, DownloadError: the name or file is not known, not readable or not to be had.
+        """
+        super().__init__()
+        network = model if isinstance(model, CED) else loading.load_model(os.fspath(model))
+        self.network = network
+        self.output_dim = self.scene_embedding_size = self.timestamp_embedding_size = network.config.embed_dim
+        self.hop_size_in_ms = 1000 * network.config.hop_size * PATCH / SAMPLE_RATE
+
+    @torch.no_grad()
+    def forward(self, audio: Tensor) -> Tensor:
+        """Embed waves, (b, t) or (t,) 16 kHz in [-1, 1] -> (b, columns, d); those under 2,400 samples are padded."""
+        self.network.eval()  # frozen, whatever mode the benchmark sets
+        audio = torch.atleast_2d(audio)
+        missing = (PATCH - 1) * self.network.config.hop_size - audio.shape[-1]
+        waves = F.pad(audio, (0, max(missing, 0)))
+        return torch.cat([self._columns(some) for some in waves.split(AT_ONCE)])
+
+    def _columns(self, waves: Tensor) -> Tensor:
+        return grid(self.network, self.network.front_end(waves)).mean(1)
+
+
+def load_model(model_file_path: str = "") -> CedEncoder:
+    """Return a network to be embedded with; without a path or name the default of `ced tag`."""
+    return CedEncoder(model_file_path or zoo.DEFAULT_MODEL)
+
+
+def get_timestamp_embeddings(audio: Tensor, model: CedEncoder) -> tuple[Tensor, Tensor]:
+    """Return embeddings along time, and when they are.
+
+    Args:
+        audio: (b, t) 16 kHz in [-1, 1], on the device of the model.
+        model: what `load_model` returned.
+
+    Returns:
+        (b, columns, d), and (b, columns) milliseconds: the middle of the frames that a column covers.
+    """
+    embeddings = model(audio)
+    # Frames are centred on their samples, so the middle of 16 of them lies 7.5 hops behind the first.
+    middle = (PATCH - 1) / 2 / PATCH
+    times = (torch.arange(embeddings.shape[1], device=embeddings.device) + middle) * model.hop_size_in_ms
+    return embeddings, times.expand(embeddings.shape[0], -1)
+
+
+def get_scene_embeddings(audio: Tensor, model: CedEncoder) -> Tensor:
+    """Return one embedding a clip, the mean over its patches as `ced embed` gives it, (b, t) -> (b, d)."""
+    embeddings: Tensor = model(audio).mean(1)
+    return embeddings

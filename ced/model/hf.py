@@ -1,0 +1,266 @@
+"""CED in Hugging Face Transformers. Importing this registers it with the Auto classes; no remote code is ever run.
+
+Folders are laid out as `mispeech/ced-*` are: `config.json`, `preprocessor_config.json` and `model.safetensors`, whose
+keys are `encoder.*` and `outputlayer.*`. The network and its features are those of this package: what is here gives
+them the names and the habits that Transformers knows.
+"""
+
+from dataclasses import asdict, fields
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ced.errors import ConfigError
+from ced.model import zoo
+from ced.model.embedding import grid
+from ced.model.loading import config_of
+from ced.model.published import checked_config
+from ced.model.vit import CED, ModelConfig, front_end
+from ced.sound.frontend import LogMel
+from ced.sound.labels import ClassTable, audioset, default_classes
+
+try:
+    import transformers
+    from transformers import (
+        AutoConfig,
+        AutoFeatureExtractor,
+        AutoModel,
+        AutoModelForAudioClassification,
+        PreTrainedConfig,
+        PreTrainedModel,
+        initialization,
+    )
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+    from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
+    from transformers.utils import can_return_tuple
+except ImportError as error:
+    raise ConfigError(
+        f"ced.model.hf needs Transformers 5.23 or newer ({error.name} is missing): `pip install 'ced[hf]'` brings it"
+    ) from error
+
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23):
+    # Older audio pipelines apply a softmax to everything, so that probabilities would be wrong without a word.
+    raise ConfigError(f"ced.model.hf needs Transformers 5.23 or newer; {transformers.__version__} is installed")
+
+from ced.model.hf_features import CedFeatureExtractor
+
+__all__ = ["CedConfig", "CedFeatureExtractor", "CedForAudioClassification", "CedModel"]
+
+Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
+MULTI_LABEL: Problem = "multi_label_classification"
+SINGLE_LABEL: Problem = "single_label_classification"
+_DEFAULT = config_of(zoo.MODELS[zoo.DEFAULT_MODEL])
+
+
+class CedConfig(PreTrainedConfig):
+    """The shape of a network, its classes and what kind of problem they are, under the published names.
+
+    Classes are `id2label`, from which `outputdim` follows; without them 527 are AudioSet's. Several of them may hold at
+    once (sigmoid) unless `problem_type` is "single_label_classification" (softmax).
+    """
+
+    model_type = "ced"
+    attribute_map = {  # noqa: RUF012 (a class variable of Transformers)
+        "hidden_size": "embed_dim",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "depth",
+    }
+
+    embed_dim: int = _DEFAULT.embed_dim
+    num_heads: int = _DEFAULT.num_heads
+    depth: int = _DEFAULT.depth
+    mlp_ratio: float = _DEFAULT.mlp_ratio
+    target_length: int = _DEFAULT.target_length
+    pooling: str = _DEFAULT.pooling
+    eval_avg: str = _DEFAULT.eval_avg
+    pad_last: bool = _DEFAULT.pad_last
+    init_bn: bool = _DEFAULT.init_bn
+    n_mels: int = _DEFAULT.n_mels
+    n_fft: int = _DEFAULT.n_fft
+    win_size: int = _DEFAULT.win_size
+    hop_size: int = _DEFAULT.hop_size
+    f_min: float | int = _DEFAULT.f_min
+    f_max: float | int = _DEFAULT.f_max
+    center: bool = _DEFAULT.center
+    id2label: dict[int, str] | dict[str, str] | None = None
+    label2id: dict[str, int] | dict[str, str] | None = None
+    problem_type: Problem | None = MULTI_LABEL
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("auto_map", None)  # names code of the published folder, which is not run and not written again
+        written, asked = kwargs.pop("outputdim", None), kwargs.pop("num_labels", None)
+        count = asked or written
+        if self.id2label is None or count not in (None, len(self.id2label)):
+            names = default_classes(count or _DEFAULT.outputdim).names
+            self.id2label = dict(enumerate(names))
+            self.label2id = {name: index for index, name in enumerate(names)}
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_network(cls, network: CED) -> Self:
+        """Describe a network of this package."""
+        settings = asdict(network.config)
+        del settings["outputdim"]
+        softmax = settings.pop("activation") == "softmax"
+        names = network.labels.names
+        return cls(
+            **settings,
+            id2label=dict(enumerate(names)),
+            label2id={name: index for index, name in enumerate(names)},
+            problem_type=SINGLE_LABEL if softmax else MULTI_LABEL,
+        )
+
+    @property
+    def outputdim(self) -> int:
+        """The number of classes."""
+        return len(self.id2label or ())
+
+    @property
+    def labels(self) -> ClassTable:
+        """The classes; AudioSet's with their identifiers."""
+        names = tuple(name for _, name in sorted((self.id2label or {}).items()))
+        return audioset() if names == audioset().names else ClassTable(names)
+
+    @property
+    def network(self) -> ModelConfig:
+        """The configuration of the network.
+
+        Raises:
+            ConfigError: a value is out of its limits, or the problem is a regression.
+        """
+        if self.problem_type not in (MULTI_LABEL, SINGLE_LABEL):
+            raise ConfigError(f"problem_type is {self.problem_type!r}; allowed: {MULTI_LABEL}, {SINGLE_LABEL}")
+        settings = {
+            field.name: getattr(self, field.name) for field in fields(ModelConfig) if field.name != "activation"
+        }
+        return checked_config(settings | {"activation": "sigmoid" if self.problem_type == MULTI_LABEL else "softmax"})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything that `config.json` holds."""
+        found: dict[str, Any] = super().to_dict()
+        return found | {"outputdim": self.outputdim}
+
+
+class CedPreTrainedModel(PreTrainedModel):
+    """What both models share: a network of this package as `.network`, and how it is filled with weights."""
+
+    config_class = CedConfig
+    base_model_prefix = "network"
+    main_input_name = "input_values"
+    supports_gradient_checkpointing = False
+    _supports_sdpa = True
+    _no_split_modules = ["Block"]  # noqa: RUF012 (a class variable of Transformers)
+
+    config: CedConfig
+
+    def __init__(self, config: CedConfig) -> None:
+        super().__init__(config)
+        self.network = CED(config.network, config.labels)
+
+    @classmethod
+    def from_network(cls, network: CED) -> Self:
+        """Return a model with a copy of the weights of a network: `from_network(ced.load_model("experiments/mine"))`.
+
+        The way back is `.network`, which `ced.model.checkpoints.save` writes.
+        """
+        model = cls(CedConfig.from_network(network))
+        wanted = model.network.state_dict().keys()
+        model.network.load_state_dict({key: value for key, value in network.state_dict().items() if key in wanted})
+        model.train(network.training)
+        return model
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fill a module that was not loaded; while this runs, `torch.nn.init` leaves loaded tensors alone."""
+        if isinstance(module, LogMel):  # made of constants, which no file holds
+            for name, value in front_end(self.config.network).named_buffers():
+                initialization.copy_(getattr(module, name), value)
+        elif isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, (CED, nn.Conv2d)):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+
+class CedModel(CedPreTrainedModel):
+    """The network without its output layer: log-mel features in, an embedding of each patch out."""
+
+    _keys_to_ignore_on_load_unexpected = [r"outputlayer\."]  # noqa: RUF012 (a class variable of Transformers)
+
+    def __init__(self, config: CedConfig) -> None:
+        super().__init__(config)
+        del self.network.outputlayer
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_values: Tensor) -> BaseModelOutputWithPooling:
+        """Embed features.
+
+        Args:
+            input_values: (b, f, n) dB, as `CedFeatureExtractor` gives them.
+
+        Returns:
+            `last_hidden_state` (b, patches, d), frequency slowest, and `pooler_output` (b, d), their mean.
+        """
+        tokens = grid(self.network, input_values.to(self.dtype)).flatten(1, 2)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens.mean(1))
+
+
+class CedForAudioClassification(CedPreTrainedModel):
+    """A tagger: log-mel features in, one logit a class out."""
+
+    def __init__(self, config: CedConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_values: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+        """Score features, and compare the scores with labels if there are any.
+
+        Args:
+            input_values: (b, f, n) dB, as `CedFeatureExtractor` gives them.
+            labels: (b,) the class of each clip for single-label problems (cross-entropy), (b, c) one number in [0, 1] a
+                class for multi-label ones (binary cross-entropy).
+
+        Returns:
+            `loss` if there are labels, and `logits` (b, c): no sigmoid or softmax has been applied.
+
+        Raises:
+            ConfigError: the labels have another shape.
+        """
+        logits = self.network.logits_mel(input_values.to(self.dtype))
+        loss = None if labels is None else self._loss(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        single = self.config.problem_type == SINGLE_LABEL
+        expected = logits.shape[:1] if single else logits.shape
+        if labels.shape != expected:
+            raise ConfigError(
+                f"labels of a {self.config.problem_type} are {tuple(expected)}; these are {tuple(labels.shape)}"
+            )
+        if single:
+            return F.cross_entropy(logits, labels)
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+# From the names in the file to ours, applied in this order; saving goes through them backwards.
+register_checkpoint_conversion_mapping(
+    CedConfig.model_type,
+    [
+        WeightRenaming(r"^encoder\.", "^network."),
+        WeightRenaming(r"^outputlayer\.", "^network.outputlayer."),
+        WeightRenaming(r"^network\.init_bn\.", "^network.init_bn.1."),
+    ],
+    overwrite=True,
+)
+AutoConfig.register(CedConfig.model_type, CedConfig, exist_ok=True)
+AutoFeatureExtractor.register(CedConfig, CedFeatureExtractor, exist_ok=True)
+AutoModel.register(CedConfig, CedModel, exist_ok=True)
+AutoModelForAudioClassification.register(CedConfig, CedForAudioClassification, exist_ok=True)
