@@ -49,6 +49,8 @@ class RefusedError(CedError):
         super().__init__(message)
         self.status = status
         self.headers = {} if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
+        if status == 408:  # what comes yet is not waited for
+            self.headers["Connection"] = "close"
 
 
 class Room:

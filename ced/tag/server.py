@@ -30,7 +30,6 @@ from starlette.requests import ClientDisconnect
 
 import ced
 from ced.errors import AudioError, CedError, CheckpointError, ConfigError
-from ced.model.onnx import OnnxModel
 from ced.sound.audio import SAMPLE_RATE
 from ced.tag import intake
 from ced.tag.api import BODY, PATH, REFUSALS, Answer, Health, Options, page
@@ -38,7 +37,7 @@ from ced.tag.embeddings import rows_of
 from ced.tag.inputs import Input
 from ced.tag.intake import Allowance, Limits, RefusedError, Room, Upload
 from ced.tag.recipe import Recipe, recording
-from ced.tag.tagger import Tagger
+from ced.tag.tagger import Scorer, Tagger
 from ced.tag.together import Asker, SharedModel
 
 BUSY = "as many requests as can be are waiting; try again soon"
@@ -71,7 +70,7 @@ class Meters:
 class Service:
     """What the server does with a sound, in threads, within its limits."""
 
-    def __init__(self, model: OnnxModel, name: str, jobs: int, limits: Limits) -> None:
+    def __init__(self, model: Scorer, name: str, jobs: int, limits: Limits) -> None:
         self.name, self.limits = name, limits
         self.room = Room(jobs + limits.waiting)
         self.meters = Meters(name, self.room)
@@ -127,7 +126,7 @@ class Service:
         return json.dumps(answer, ensure_ascii=False, allow_nan=False).encode()
 
 
-def application(model: OnnxModel, name: str, *, jobs: int = 1, limits: Limits | None = None) -> FastAPI:
+def application(model: Scorer, name: str, *, jobs: int = 1, limits: Limits | None = None) -> FastAPI:
     """Return the server as an ASGI application.
 
     Args:
@@ -205,7 +204,7 @@ def _add_refusals(app: FastAPI, meters: Meters) -> None:
             case ConfigError() | AudioError():
                 return refusal(422, str(error))
             case RequestValidationError():
-                return refusal(422, "; ".join(map(_fault, error.errors())))
+                return refusal(422, _faults(error))
             case HTTPException():
                 return refusal(error.status_code, str(error.detail), error.headers)
             case ClientDisconnect():
@@ -217,10 +216,16 @@ def _add_refusals(app: FastAPI, meters: Meters) -> None:
         app.add_exception_handler(kind, refused)
 
 
-def _fault(error: Mapping[str, Any]) -> str:
-    """Return what is wrong with an option."""
-    name = ".".join(str(part) for part in error["loc"][1:])[:100]
-    return f"there is no option {name}" if error["type"] == "extra_forbidden" else f"{name}: {error['msg']}"
+def _faults(error: RequestValidationError) -> str:
+    """Return what is wrong with options, in one line."""
+    faults = []
+    for fault in error.errors():
+        name = str(fault["loc"][1])[:100]  # behind the "query" that it is a part of
+        if fault["type"] == "extra_forbidden":
+            faults.append(f"there is no option {name}")
+        elif fault["type"] != "none_required":  # the other half of an option that may be left out
+            faults.append(f"{name}: {fault['msg']}")
+    return "; ".join(faults)
 
 
 async def _outcome(job: Future[bytes], request: Request, gone: Event) -> bytes:
@@ -244,12 +249,13 @@ async def _left(request: Request) -> None:
         pass
 
 
-def _warm_up(model: OnnxModel) -> bool:
+def _warm_up(model: Scorer) -> bool:
     """Let a model answer once, so that the first request need not wait; return whether it gives embeddings."""
-    wave = np.zeros((1, SAMPLE_RATE), np.float32)
-    model(wave)
+    wave = np.zeros(SAMPLE_RATE, np.float32)
+    tagger = Tagger(model)
+    next(tagger.score((wave, SAMPLE_RATE)))
     try:
-        model.embed(wave)
+        tagger.embed((wave, SAMPLE_RATE))
     except CheckpointError:
         return False
     return True

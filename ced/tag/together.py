@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import ClosedError
-from ced.model.onnx import AT_ONCE, OnnxModel
+from ced.model.onnx import AT_ONCE
 from ced.sound.labels import ClassTable
+from ced.tag.tagger import Scorer
 
 Waves = NDArray[np.float32]
 
@@ -40,7 +41,7 @@ class SharedModel:
         observe: told how many waves each call had.
     """
 
-    def __init__(self, model: OnnxModel, jobs: int, observe: Callable[[int], None] = lambda count: None) -> None:
+    def __init__(self, model: Scorer, jobs: int, observe: Callable[[int], None] = lambda count: None) -> None:
         self.labels = model.labels
         self._model, self._free, self._observe = model, jobs, observe
         self._waiting: deque[_Question] = deque()
