@@ -1,4 +1,4 @@
-"""The server as its clients meet it: a real one on a loopback port, with a small graph or a model made for the purpose."""
+"""The server as clients meet it: a real one on a loopback port, with a small graph or a model made for the purpose."""
 
 import io
 import os
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -18,8 +19,9 @@ import soundfile
 import torch
 import uvicorn
 from fastapi import FastAPI
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from numpy.typing import NDArray
+from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from ced.model.export import export
@@ -35,7 +37,9 @@ from ced.tag.server import application
 from ced.tag.tagger import Tagger
 
 RATE = 16_000
+EXAMPLES = int(os.environ.get("CED_FUZZ_EXAMPLES", "25"))  # that are tried of each kind of request
 WAV = {"content-type": "audio/wav"}
+ODD_FORM = b'--x\r\nContent-Disposition: form-data; name="\xff.."\r\n\r\n\r\n--x--'
 
 
 class Mean:
@@ -131,15 +135,15 @@ def test_a_file_has_the_record_that_the_tagger_gives(client: httpx.Client, graph
 
 def test_a_raw_body_and_samples_are_heard_as_a_form_is(client: httpx.Client) -> None:
     stereo = np.round(np.stack([wave(1.2), wave(1.2, 1)], axis=1) * 32_767).astype(np.int16)
-    wav = file(stereo.astype(np.float32) / 32_768)
+    scaled = (stereo / 32_768).astype(np.float32)
+    wav = file(scaled)
     expected = client.post(PATH, files={"file": ("x", wav)}).json()["pieces"]
-    floats = (stereo.astype(np.float32) / 32_768).astype("<f4").tobytes()
     for kind, body in (
         ("audio/wav", wav),
         ("application/octet-stream", wav),
         ("audio/L16; rate=16000; channels=2", stereo.astype(">i2").tobytes()),
         ("audio/pcm; rate=16000; channels=2", stereo.astype("<i2").tobytes()),
-        ('audio/pcm;format=f32le; rate="16000";channels=2', floats),
+        ('audio/pcm;format=f32le; rate="16000";channels=2', scaled.astype("<f4").tobytes()),
     ):
         answer = client.post(PATH, content=body, headers={"content-type": kind})
         assert answer.status_code == 200, answer.text
@@ -161,7 +165,7 @@ def test_thresholds_labels_events_and_embeddings(client: httpx.Client, graph: Pa
     scores = list(tagger.score((sound, RATE), window=1.0))
     middle = float(np.median([scored.probs for scored in scores]))
     kept = Selection(tagger.labels, top_k=None, thresholds=middle, exclude=["bell"])
-    found = Record.from_json(ask(threshold=middle, window=1, exclude="bell"))  # type: ignore[arg-type]
+    found = Record.from_json(ask(threshold=middle, window=1, exclude="bell"))
     assert found.pieces == tuple(map(kept.tags, scores))
     only = Selection(tagger.labels, thresholds=middle, only=["rain", "bark"])
     merged = ask(threshold=middle, window=1, labels=["rain", "bark"], events=True, gap=0.5)
@@ -226,11 +230,11 @@ def wav_header(rate: int, channels: int, size: int) -> bytes:
         ("audio/pcm; rate=768000", bytes(2), 422, "too short"),
         ("multipart/form-data", b"abc", 422, "boundary"),
         ("multipart/form-data; boundary=x", b"abc", 422, "a form has one field, 'file'"),
-        ("multipart/form-data; boundary=x; charset=idna", b'--x\r\nContent-Disposition: form-data; name="\xff.."\r\n\r\n\r\n--x--', 422, "a form"),
+        ("multipart/form-data; boundary=x; charset=idna", ODD_FORM, 422, "a form"),
         ("audio/wav", bytes(1_000_001), 413, "the body is larger than 1 MB"),
         ("multipart/form-data; boundary=x", bytes(1_000_001), 413, "the body is larger than 1 MB"),
     ],
-)  # fmt: skip
+)
 def test_bodies_that_are_no_sound(client: httpx.Client, kind: str, body: bytes, status: int, said: str) -> None:
     assert said in error(client.post(PATH, content=body, headers={"content-type": kind} if kind else {}), status)
 
@@ -413,18 +417,23 @@ def test_stopping_ends_what_was_begun() -> None:
         httpx.get(f"{url}/healthz/live")
 
 
-@pytest.fixture(scope="module")
-def api(address: str) -> schemathesis.BaseSchema:
-    return schemathesis.openapi.from_url(f"{address}/openapi.json")
-
-
-contract = schemathesis.pytest.from_fixture("api")
-
-
-@contract.parametrize()
-@settings(
-    max_examples=int(os.environ.get("CED_FUZZ_EXAMPLES", "25")), deadline=None, suppress_health_check=list(HealthCheck)
+@pytest.mark.parametrize(
+    ("path", "mode"),
+    [
+        (PATH, GenerationMode.POSITIVE),
+        (PATH, GenerationMode.NEGATIVE),
+        ("/healthz/live", GenerationMode.POSITIVE),
+        ("/healthz/ready", GenerationMode.POSITIVE),
+    ],
 )
-def test_the_server_keeps_to_its_own_description(case: schemathesis.Case) -> None:
-    # What the schema allows may be refused: it cannot say which bytes are a sound, or which options go together.
-    case.call_and_validate(excluded_checks=[positive_data_acceptance])
+def test_the_server_keeps_to_its_own_description(address: str, path: str, mode: GenerationMode) -> None:
+    schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
+    operation = schema[path]["get" if path != PATH else "post"]
+
+    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(operation.as_strategy(generation_mode=mode))
+    def check(case: schemathesis.Case[Any]) -> None:
+        # What the schema allows may be refused: it cannot say which bytes are a sound, or which options go together.
+        case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+    check()
