@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -51,9 +52,11 @@ def serving(graph: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], s
         assert process.stderr is not None
         line = process.stderr.readline()
         try:
-            said = re.fullmatch(r"ced: serving small.onnx at (http://127.0.0.1:\d+), described at .*/docs\n", line)
+            said = re.fullmatch(
+                r"ced: serving .*small.onnx at http://(127.0.0.1|0.0.0.0)(:\d+), described at .*/docs\n", line
+            )
             assert said, line
-            yield process, said[1]
+            yield process, f"http://127.0.0.1{said[2]}"
         finally:
             process.kill()
 
@@ -77,7 +80,7 @@ class Clients:
     def _ask(self, url: str, body: bytes, pieces: object) -> None:
         while not self._stop.is_set():
             try:
-                answer = httpx.post(f"{url}{PATH}?window=1", content=body, headers={"content-type": "audio/wav"})
+                answer = httpx.post(f"{url}{PATH}?window=1", content=body, timeout=60)
             except httpx.TransportError:
                 self.broken += 1
                 time.sleep(0.05)
@@ -89,7 +92,7 @@ class Clients:
 
     def wait_for(self, more: int) -> None:
         """Wait until so many more answers have come."""
-        goal, end = self.right + more, time.monotonic() + 60
+        goal, end = self.right + more, time.monotonic() + 120
         while self.right < goal:
             assert not self.wrong
             assert time.monotonic() < end
@@ -125,12 +128,36 @@ def test_killed_and_begun_again_under_load_it_never_gives_a_wrong_answer(graph: 
     assert clients.broken > 0  # the kill was noticed
 
 
+def test_the_commands_of_its_page_work(graph: Path, tmp_path: Path) -> None:
+    lines = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8").splitlines()
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, 3 * RATE)
+    for kind in ("wav", "flac"):
+        soundfile.write(tmp_path / f"a.{kind}", wave, RATE)
+    (wave * 32_767).astype("<i2").tofile(tmp_path / "a.s16")
+    servers = [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("ced serve")]
+    for words in servers:
+        assert len(words) >= 2
+        if "-m" in words:
+            del words[words.index("-m") : words.index("-m") + 2]
+        with serving(graph, *words, "--port", "0") as (_, url):
+            assert httpx.get(f"{url}/healthz/live").status_code == 200
+    curls = [line for line in lines if line.startswith("curl ")]
+    assert len(curls) == 7
+    with serving(graph, "--port", "0") as (_, url):
+        for line in curls:
+            words = shlex.split(line.replace("http://127.0.0.1:8000", url), comments=True)
+            done = subprocess.run([*words, "-sS", "--fail"], capture_output=True, cwd=tmp_path, check=False)
+            assert done.returncode == 0, (line, done.stderr)
+            if "classification" in line:
+                assert json.loads(done.stdout)["seconds"] == 3.0
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
 def test_a_stop_is_quiet(graph: Path, number: signal.Signals, code: int) -> None:
     with serving(graph, "--port", "0") as (process, url):
         assert httpx.get(f"{url}/healthz/ready").status_code == 200
         process.send_signal(number)
-        assert process.wait(30) == code
+        assert process.wait(60) == code
         assert process.stderr is not None
         assert process.stderr.read() in ("", "ced: interrupted\n")
 
@@ -140,12 +167,12 @@ def test_what_cannot_be_served_is_said_in_a_line(graph: Path) -> None:
         port = str(taken.getsockname()[1])
         for words, said in (
             (("-m", str(graph), "--port", port), f"cannot listen at 127.0.0.1, port {port}: Address already in use"),
-            (("-m", str(graph), "--host", "256.0.0.1", "--port", "0"), "cannot listen at 256.0.0.1, port 0: "),
+            (("-m", str(graph), "--host", "203.0.113.1", "--port", "0"), "cannot listen at 203.0.113.1, port 0: "),
             (("-m", "nothing.onnx", "--port", "0"), "nothing.onnx"),
             (("-m", str(graph), "--port", "0", "--max-seconds", "0"), "sizes and times must be above 0"),
         ):
             command = [sys.executable, "-m", "ced", "serve", *words]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
             assert done.returncode == 1
             (line,) = done.stderr.splitlines()
             assert line.startswith("ced: error: ")

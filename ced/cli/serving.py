@@ -68,9 +68,9 @@ def serve(
             timeout_graceful_shutdown=_GRACE,
         )
         address = _address(listener)
+        print(f"ced: serving {model} at {address}, described at {address}/docs", file=sys.stderr, flush=True)
         if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             _log.warning("%s may be reached from other machines, and asks nobody for a password", address)
-        print(f"ced: serving {model} at {address}, described at {address}/docs", file=sys.stderr, flush=True)
         uvicorn.Server(config).run([listener])
 
 

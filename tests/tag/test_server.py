@@ -54,7 +54,7 @@ class Mean:
 
     def __call__(self, waves: NDArray[np.float32], /) -> NDArray[np.float32]:
         self.calls.append(len(waves))
-        assert self.go.wait(20)
+        assert self.go.wait(60)
         mean = waves.mean(1)
         return np.stack([mean, mean / 2], axis=1)
 
@@ -63,7 +63,7 @@ class Mean:
 def running(app: FastAPI) -> Iterator[str]:
     """Run a server in a thread, and give its address."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=20))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=60))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
@@ -95,7 +95,7 @@ def address(graph: Path) -> Iterator[str]:
 
 @pytest.fixture
 def client(address: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=address, timeout=30) as client:
+    with httpx.Client(base_url=address, timeout=60) as client:
         yield client
 
 
@@ -288,7 +288,7 @@ def metrics(client: httpx.Client) -> dict[str, float]:
 
 def until(true: Callable[[], bool]) -> None:
     """Wait for something that happens soon."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not true():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -306,7 +306,7 @@ class Senders:
             thread.start()
 
     def _send(self, url: str, place: int, body: bytes) -> None:
-        self._answers[place] = httpx.post(url + PATH, content=body, headers=WAV, timeout=30)
+        self._answers[place] = httpx.post(url + PATH, content=body, headers=WAV, timeout=60)
 
     def answers(self) -> list[httpx.Response]:
         for thread in self._threads:
@@ -316,7 +316,7 @@ class Senders:
 
 def test_waves_that_wait_are_scored_together_and_each_gets_its_own() -> None:
     model = Mean()
-    with running(application(model, "mean")) as url, httpx.Client(base_url=url) as client:
+    with running(application(model, "mean")) as url, httpx.Client(base_url=url, timeout=60) as client:
         assert metrics(client)["ced_call_windows_count"] == 0  # the one that warms up is nobody's
         model.calls.clear()
         model.go.clear()
@@ -339,7 +339,10 @@ def test_waves_that_wait_are_scored_together_and_each_gets_its_own() -> None:
 
 def test_a_full_queue_says_when_to_come_back() -> None:
     model = Mean()
-    with running(application(model, "mean", limits=Limits(waiting=1))) as url, httpx.Client(base_url=url) as client:
+    with (
+        running(application(model, "mean", limits=Limits(waiting=1))) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
         model.go.clear()
         senders = Senders(url, [level(0.5), level(0.5)])
         until(lambda: metrics(client)["ced_pending_requests"] == 2)
@@ -356,7 +359,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
 
 def test_a_client_that_asks_too_often_is_told_when_to_come_back() -> None:
     limits = Limits(a_minute=2)
-    with running(application(Mean(), "mean", limits=limits)) as url, httpx.Client(base_url=url) as client:
+    with running(application(Mean(), "mean", limits=limits)) as url, httpx.Client(base_url=url, timeout=60) as client:
         answers = [client.post(PATH, content=level(0.5), headers=WAV) for _ in range(3)]
         assert [answer.status_code for answer in answers] == [200, 200, 429]
         assert "2 requests a minute" in error(answers[2], 429)
@@ -378,7 +381,7 @@ def test_a_body_that_does_not_come_gives_its_place_back() -> None:
 
 def test_what_nobody_waits_for_is_not_scored() -> None:
     model = Mean()
-    with running(application(model, "mean")) as url, httpx.Client(base_url=url) as client:
+    with running(application(model, "mean")) as url, httpx.Client(base_url=url, timeout=60) as client:
         model.calls.clear()
         model.go.clear()
         with pytest.raises(httpx.ReadTimeout):
