@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import ClosedError
-from ced.model.onnx import AT_ONCE
 from ced.sound.labels import ClassTable
 from ced.tag.tagger import Scorer
 
@@ -31,9 +30,9 @@ class _Question:
 class SharedModel:
     """Lets any number of threads ask a model, each about one wave at a time.
 
-    Nobody waits for company: only waves that wait while the model is busy, and are of one length, go together, up to
-    the `AT_ONCE` samples beyond which nothing is gained. The one who has waited longest goes first, so a long sound,
-    which asks window by window, does not hold up a short one.
+    Nobody waits for company: only waves that wait while the model is busy, and are of one length, go together, as far
+    as the model gains by it (`OnnxModel.at_once`). The one who has waited longest goes first, so a long sound, which
+    asks window by window, does not hold up a short one.
 
     Args:
         model: what is asked.
@@ -44,6 +43,7 @@ class SharedModel:
     def __init__(self, model: Scorer, jobs: int, observe: Callable[[int], None] = lambda count: None) -> None:
         self.labels = model.labels
         self._model, self._free, self._observe = model, jobs, observe
+        self._at_once: int = getattr(model, "at_once", 0)
         self._waiting: deque[_Question] = deque()
         self._changed = Condition()
 
@@ -67,8 +67,9 @@ class SharedModel:
     def _take(self) -> list[_Question]:
         """Take the first who waits and all that can go along."""
         first = self._waiting[0]
-        kind, most = (first.method, first.wave.shape), max(1, AT_ONCE // first.wave.shape[1])
-        group = [each for each in self._waiting if (each.method, each.wave.shape) == kind][:most]
+        alike = [each for each in self._waiting if (each.method, each.wave.shape) == (first.method, first.wave.shape)]
+        share = -(-len(alike) // self._free)  # what is left is for the others who are free
+        group = alike[: max(1, min(share, self._at_once // first.wave.shape[1]))]
         self._waiting = deque(each for each in self._waiting if each not in group)
         self._free -= 1
         self._changed.notify_all()  # another may be the first now

@@ -46,6 +46,7 @@ class Mean:
     """Scores a wave by its mean and half of it; it can be held up, and then has so many waves in it at once."""
 
     labels = ClassTable(("loud", "half"))
+    at_once = 10 * RATE
 
     def __init__(self) -> None:
         self.go = threading.Event()
