@@ -22,6 +22,7 @@ PCM = {"audio/l16": {"s16be": ">i2"}, "audio/pcm": {"s16le": "<i2", "f32le": "<f
 RATES = (1_000, 768_000)  # hertz
 LEAST_COST = 1.0  # seconds that a window counts, be it as short as it may
 _BLOCK = 1.0  # seconds decoded at a time, so that a header which lies about its rate costs little
+_LONGEST_NAME = 255
 _KNOWN_CLIENTS = 10_000  # those who may ask again are forgotten when there are more
 
 
@@ -201,7 +202,8 @@ async def _file_of_form(request: Request, limits: Limits) -> Upload:
     file = form.get(FIELD)
     if not isinstance(file, UploadFile):
         raise RefusedError(422, wanted)
-    name = file.filename or FIELD
+    # What a client calls its file comes to logs and terminals, too.
+    name = "".join(filter(str.isprintable, file.filename or ""))[:_LONGEST_NAME] or FIELD
     return Upload(name, audio.SoundBytes(await file.read(), name))
 
 

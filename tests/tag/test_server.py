@@ -4,6 +4,7 @@ import io
 import os
 import socket
 import struct
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
@@ -249,6 +251,20 @@ def test_forms_have_one_file(client: httpx.Client) -> None:
         assert "a form has one field, 'file'" in error(client.post(PATH, files=files, data=fields), 422)
 
 
+def test_names_are_fit_for_logs(client: httpx.Client) -> None:
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a\x1b[1m\tb.wav"\r\n\r\n'
+    form = head + level(0.5) + b"\r\n--x--"
+    answer = client.post(PATH, content=form, headers={"content-type": "multipart/form-data; boundary=x"})
+    assert answer.json()["file"] == "a[1mb.wav"
+
+
+def test_uploads_are_never_written_to_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")  # where a form of more than a megabyte would go
+    with running(application(Mean(), "mean")) as url:
+        answer = httpx.post(url + PATH, files={"file": level(0.5, 60)}, timeout=60)
+    assert answer.json()["seconds"] == 60
+
+
 def test_a_body_without_a_length_is_bounded_too(client: httpx.Client) -> None:
     parts = (bytes(100_000) for _ in range(50))
     assert "larger than 1 MB" in error(client.post(PATH, content=parts, headers=WAV), 413)
@@ -419,6 +435,9 @@ def test_stopping_ends_what_was_begun() -> None:
     assert answer.json()["pieces"][0]["tags"][0] == {"label": "loud", "index": 0, "mid": None, "prob": 0.25}
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/healthz/live")
+
+
+schemathesis.openapi.media_type("audio/*", st.sampled_from([level(0.5), file(wave(1.5), "OGG", "VORBIS"), b"RIFF"]))
 
 
 @pytest.mark.parametrize(
