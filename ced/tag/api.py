@@ -135,7 +135,6 @@ _PAGE = """<!doctype html>
 <style>
 body {{ font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }}
 td, th {{ text-align: left; vertical-align: top; padding: .2em 1em .2em 0 }}
-pre {{ background: #f0f0f0; color: #000; padding: 1em; overflow-x: auto }}
 </style>
 <h1>{title}</h1>
 <p>{description} The same for machines: <a href="openapi.json">openapi.json</a>.</p>
