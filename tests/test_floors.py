@@ -80,7 +80,8 @@ def run_python(program: str) -> str:
         ("ced.model.zoo", ["torch", "onnx", "onnxruntime"]),
         ("ced.tag.results", ["torch"]),
         ("ced.config", ["torch"]),
-        ("ced.cli", ["torch", "numpy", "pydantic", "rich.progress"]),
+        ("ced.tag.server", ["torch", "onnx", "pyarrow"]),
+        ("ced.cli", ["torch", "numpy", "pydantic", "rich.progress", "fastapi", "uvicorn"]),
     ],
 )
 def test_an_import_brings_no_more_than_it_needs(module: str, absent: list[str]) -> None:

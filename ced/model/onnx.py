@@ -46,6 +46,10 @@ class OnnxModel:
 
     A clip's scores never depend on its neighbours: only our graphs in float score several short waves together; those
     in int8 quantise a batch by its largest value, and of others nothing is known.
+
+    Attributes:
+        labels: the classes, in the order of the scores.
+        at_once: samples of several waves that are scored together; 0: each wave by itself.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int = 1) -> None:
@@ -69,7 +73,7 @@ class OnnxModel:
         classes = self._outputs[self._scores].shape[-1]
         self._shortest = MIN_SAMPLES
         self._piece = int(meta.get(PIECE, PATCH))  # of others there are no columns to place
-        self._at_once = AT_ONCE if meta.get(PRECISION) == FLOAT else 0
+        self.at_once = AT_ONCE if meta.get(PRECISION) == FLOAT else 0
         if meta.get(OUTPUT) == PROBABILITIES:
             self._logits, self._shortest = False, 0  # these do their padding themselves
         else:
@@ -147,7 +151,7 @@ class OnnxModel:
         missing = self._shortest - waves.shape[1]
         if missing > 0:
             waves = np.pad(waves, ((0, 0), (0, missing)))
-        step = max(1, self._at_once // waves.shape[1])
+        step = max(1, self.at_once // waves.shape[1])
         found = [self._run_some(output, waves[row : row + step]) for row in range(0, len(waves), step)]
         return found[0] if len(found) == 1 else np.concatenate(found)
 

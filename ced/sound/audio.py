@@ -8,11 +8,12 @@ import soxr
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError
-from ced.sound.decode import AUDIO_SUFFIXES, Source, join, name_of, opened, to_float
+from ced.sound.decode import AUDIO_SUFFIXES, SoundBytes, Source, join, name_of, opened, to_float
 
 __all__ = [
     "AUDIO_SUFFIXES",
     "SAMPLE_RATE",
+    "SoundBytes",
     "Source",
     "Window",
     "load",

@@ -107,13 +107,21 @@ def _seekable(source: bytes | BinaryIO, name: str) -> BinaryIO:
         source = source.read()
     if not source:
         raise AudioError(f"{name} is empty (0 bytes)")
-    return _Bytes(source)
+    return SoundBytes(source)
 
 
-class _Bytes(io.BytesIO):
-    """The bytes of a file, without an error where libsndfile seeks to an impossible place: it would only be printed."""
+class SoundBytes(io.BytesIO):
+    """The bytes of a file under a name of its own.
+
+    Seeking to an impossible place, as libsndfile does in damaged files, is no error: it would only be printed.
+    """
+
+    def __init__(self, held: bytes, name: str = "<bytes>") -> None:
+        super().__init__(held)
+        self.name = name
 
     def seek(self, place: int, whence: int = os.SEEK_SET, /) -> int:
+        """Go to a place, or stay where it is impossible."""
         try:
             return super().seek(place, whence)
         except (ValueError, OverflowError):

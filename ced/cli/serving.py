@@ -1,0 +1,88 @@
+"""The command that answers requests: serve."""
+
+import ipaddress
+import logging
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ced.cli.console import reporting
+from ced.cli.options import Jobs, Model
+from ced.errors import ConfigError
+from ced.machine import cores
+
+_GRACE = 30  # seconds in which requests may end when the server is stopped
+
+_log = logging.getLogger(__name__)
+
+
+def serve(
+    model: Model = "ced_mini",
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 or :: lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any that is free.")] = 8000,
+    jobs: Jobs = None,
+    max_megabytes: Annotated[float, typer.Option(help="The most in the body of a request.")] = 50.0,
+    max_seconds: Annotated[
+        float, typer.Option(help="The most sound in a request, counted as often as windows hear it.")
+    ] = 600.0,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; further ones are told to come back.")] = 16,
+    rate: Annotated[
+        int | None, typer.Option(min=1, help="Requests of one client in a minute.", show_default="no limit")
+    ] = None,
+    proxy: Annotated[
+        list[str] | None,
+        typer.Option(help="Address of a proxy whose X-Forwarded-For is believed; may be repeated."),
+    ] = None,
+) -> None:
+    """Serve a model over HTTP: POST a sound to /v1/audio/classification, see /docs for the rest.
+
+    There are no passwords: put it behind a proxy that has them before other machines may reach it.
+    """
+    try:
+        import uvicorn
+
+        from ced.tag.intake import Limits
+        from ced.tag.server import application
+    except ModuleNotFoundError as error:
+        if (error.name or "ced").partition(".")[0] == "ced":
+            raise
+        raise ConfigError(f"serving needs the package {error.name}, which `pip install 'ced[app]'` brings") from error
+    from ced.model.onnx import open_model
+
+    limits = Limits(max_megabytes, max_seconds, queue, rate)
+    with _listening(host, port) as listener:
+        with reporting() as progress:
+            graph = open_model(model, progress=progress)
+        app = application(graph, Path(model).name, jobs=jobs or cores(), limits=limits)
+        config = uvicorn.Config(
+            app,
+            log_config=None,  # its warnings go where all of them go, on standard error
+            access_log=False,
+            ws="none",
+            server_header=False,
+            proxy_headers=bool(proxy),
+            forwarded_allow_ips=proxy or [],
+            timeout_graceful_shutdown=_GRACE,
+        )
+        address = _address(listener)
+        print(f"ced: serving {model} at {address}, described at {address}/docs", file=sys.stderr, flush=True)
+        if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+            _log.warning("%s may be reached from other machines, and asks nobody for a password", address)
+        uvicorn.Server(config).run([listener])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Take an address before anything is loaded for it."""
+    try:
+        family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server((where[0], where[1]), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(f"cannot listen at {host}, port {port}: {error.strerror or error}") from error
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
