@@ -3,7 +3,8 @@ BIN := .venv/bin
 
 .PHONY: demo test clean
 
-demo: .venv/train.stamp  ## teach a student on generated sounds, from files to tags
+demo: .venv/train.stamp  ## tag a few sounds, then teach a student on generated ones, from files to tags
+	$(BIN)/ced tag -m esc10 resources/*
 	$(BIN)/ced demo
 
 test: .venv/dev.stamp  ## format, lint, types, tests

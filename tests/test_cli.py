@@ -146,8 +146,30 @@ def test_without_network_a_name_says_what_is_missing(
 ) -> None:
     monkeypatch.setenv("CED_CACHE", str(tmp_path / "cache"))
     message = error_of(ced(noise(tmp_path / "a.wav"), script="inference.py"))
-    for word in ("ced_mini", str(tmp_path / "cache"), "huggingface.co", "path"):
+    for word in ("ced_mini", str(tmp_path / "cache"), "huggingface.co", "path", "-m esc10"):
         assert word in message
+
+
+@pytest.mark.parametrize("words", [("tag", "-k", "1"), ("embed", "-o", "out.npy")])
+def test_the_model_in_the_package_is_there_without_network(
+    ced: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("CED_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "esc10").mkdir()  # a folder of that name, of the data set for instance, is not meant
+    done = ced(*words, "-m", "esc10", noise(tmp_path / "a.wav"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("export", "-m", "esc10"),
+        ("evaluate", "esc10", "--test_data", "labelled.tsv"),
+    ],
+)
+def test_the_model_in_the_package_has_no_weights(ced: Command, tmp_path: Path, words: tuple[str, ...]) -> None:
+    assert "esc10 comes as a graph, without the weights that this needs" in error_of(ced(*words))
 
 
 @pytest.mark.parametrize(

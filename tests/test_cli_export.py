@@ -90,3 +90,10 @@ def test_which_graphs_are_cached(tmp_path: Path) -> None:
     assert cached["ced_tiny"] == "onnx + weights"
     assert cached["ced_mini"] == "onnx"
     assert cached["ced_base"] == "no"
+
+
+def test_what_comes_with_the_package_is_listed_with_its_card() -> None:
+    *_, line = ced("models").stdout.splitlines()
+    name, card = line.split()[0], Path(line.split(": ")[1])
+    assert name == "esc10"
+    assert card.read_text(encoding="utf-8").startswith("# esc10")

@@ -213,7 +213,8 @@ def test_embeddings_of_sounds_and_of_windows(graph: Path, sounds: Path) -> None:
     assert "in/bad.wav is empty" in done.stderr.decode()
 
 
-def test_tagging_imports_no_torch(graph: Path, sounds: Path) -> None:
+@pytest.mark.parametrize("model", ["a graph", "esc10"])
+def test_tagging_imports_no_torch(graph: Path, sounds: Path, model: str) -> None:
     program = """if True:
         import sys, ced.cli
         try:
@@ -221,6 +222,6 @@ def test_tagging_imports_no_torch(graph: Path, sounds: Path) -> None:
         finally:
             assert not {"torch", "onnx", "pyarrow", "yaml"} & set(sys.modules)
     """
-    command = [sys.executable, "-c", program, "tag", "-m", str(graph), "in/a/0.wav"]
+    command = [sys.executable, "-c", program, "tag", "-m", str(graph) if model == "a graph" else model, "in/a/0.wav"]
     done = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr.decode()

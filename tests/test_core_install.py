@@ -1,5 +1,6 @@
 """The core install, as someone gets it who only wants tags: a fresh environment, without torch."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,21 @@ def test_the_core_tags_without_torch(fresh: Path, network: CED, graph: Path, tmp
     assert line.startswith(f"[0.0s]-[1.0s] Topk-1 {network.labels.names[best]} 0.")
     assert float(line.split()[-1]) == pytest.approx(float(probs[best]), abs=2e-4)
     assert blank == ""
+
+
+def test_the_model_in_the_package_needs_no_network(fresh: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "CED_CACHE": str(tmp_path / "cache"), "CED_OFFLINE": "1"}
+    sound = ROOT / "resources" / "bark_mono_16k.flac"
+    words = [str(fresh / "ced"), "tag", "-m", "esc10", "-k", "10", str(sound)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"===== {sound} =====\n[0.0s]-[2.0s] Topk-1 ")
+    assert done.stdout.count("Topk-") == 10
+    assert not (tmp_path / "cache").exists()
+
+    find = "from ced.model import zoo; print(*zoo.BOXED['esc10'].parent.iterdir())"
+    found = subprocess.run([fresh / "python", "-c", find], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert {Path(path).name for path in found.stdout.split()} >= {"esc10.onnx", "esc10.md", "esc10_credits.tsv"}
 
 
 @pytest.mark.parametrize(

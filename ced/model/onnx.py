@@ -169,9 +169,10 @@ class OnnxModel:
 
 
 def open_model(name_or_path: str | os.PathLike[str], *, threads: int = 1, progress: Progress = silent) -> OnnxModel:
-    """Open a tagger by published name, from an ONNX file, or from a checkpoint (file or folder).
+    """Open a tagger by name, from an ONNX file, or from a checkpoint (file or folder).
 
-    The graph of a name is downloaded into the cache on first use. Checkpoints, and names that have no published graph,
+    The graph of a published name is downloaded into the cache on first use; those of `zoo.BOXED` are in the package and
+    never need a network. Checkpoints, and names that have no published graph,
     are exported into the cache once, which needs torch; the file goes by the content of the checkpoint. Where the hub
     is out of reach, weights that are in the cache are exported likewise.
 
