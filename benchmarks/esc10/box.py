@@ -56,7 +56,7 @@ def examine(graph: Path, table: Path) -> Figures:
 def ship(work: Path, data: Path, graph: Path = GRAPH) -> None:
     """Export the boxed student, and write its card and its credits beside it."""
     folder = work / f"fold{EXTRA_FOLD}"
-    views, box = plan.box()
+    (box,) = plan.box()
     network = load_model(folder / plan.MODELS / box.name)
     with TemporaryDirectory() as scratch:
         exact = Path(scratch) / "exact.onnx"
@@ -74,7 +74,7 @@ def ship(work: Path, data: Path, graph: Path = GRAPH) -> None:
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "megabytes": graph.stat().st_size / 1e6,
         "clips": len(learned),
-        "views": views.config.model_dump()["epochs"],
+        "views": plan.EPOCHS,
         "chosen": len(_names(folder / "choose.tsv")),
         "fold": EXTRA_FOLD,
         "commands": "\n".join(f"  `{line}`  " for line in _commands()),
@@ -97,7 +97,7 @@ def _names(table: Path) -> list[str]:
 def _commands() -> list[str]:
     """Return what was run, in its order."""
     lines = []
-    for job in (*plan.groundwork()[:-1], *plan.box()):
+    for job in (*plan.groundwork(), *plan.box()):
         command = (
             f"python -m benchmarks.esc10.teachers {job.name}" if job.command == "teacher" else f"ced {job.command}"
         )

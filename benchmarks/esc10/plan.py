@@ -15,14 +15,13 @@ from ced.config import FinetuneConfig, LoopConfig, PretrainConfig, Section, Stor
 from ced.distill.teacher import store_folder
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.frontend import frames_of
-from ced.sound.grid import PATCH
 
 MODELS = Path("models")  # what has been trained, by the name of its job
 SECONDS = 5.0  # of every clip
 CLASSES = 10
-FRAMES = frames_of(round(SECONDS * SAMPLE_RATE)) // PATCH * PATCH
-EPOCHS = 40  # of students, and of stored views
-BOX_EPOCHS = 120
+FRAMES = frames_of(round(SECONDS * SAMPLE_RATE))
+EPOCHS = 80  # of students, and of stored views
+BOX_EPOCHS = 160
 TEACHERS = {"pictures": 60, "series": 80, "recurrent": 40}  # epochs
 
 _LEARN: Mapping[str, Any] = {"train_data": "pack/labels/learn.tsv"}
@@ -135,9 +134,8 @@ def extra(seed: int) -> list[Job]:
 
 
 def box() -> list[Job]:
-    """Return the student that ships: as `ced_mixup`, for longer and from more views."""
-    views = _stored("views_box", epochs=BOX_EPOCHS)
-    return [views, _distilled("box", 1, {**_MIXUP, "epochs": BOX_EPOCHS}, views)]
+    """Return the student that ships: as `ced_mixup`, for longer."""
+    return [_distilled("box", 1, {**_MIXUP, "epochs": BOX_EPOCHS})]
 
 
 def _stored(name: str, who: Sequence[str] = tuple(TEACHERS), *, epochs: int = EPOCHS, topk: int = CLASSES) -> Job:

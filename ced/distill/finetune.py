@@ -12,7 +12,7 @@ from ced.config import FinetuneConfig
 from ced.distill.datasets import ViewDataset, chunk_samples, crop
 from ced.distill.evaluate import validation
 from ced.distill.loop import VIEWS, EpochData, Task, run
-from ced.distill.start import start_network
+from ced.distill.start import start_network, warn_of_cuts
 from ced.distill.step import Loss
 from ced.distill.views import recipe_of
 from ced.distill.wavpack import WavPack
@@ -39,6 +39,7 @@ def _task(config: FinetuneConfig, progress: Progress) -> Task:
     single = config.task == "single"
     needs = {"pooling": "logit", "activation": "softmax" if single else "sigmoid"}
     network = start_network(config, labels, needs, progress)
+    warn_of_cuts(network, clips.samples)
     if config.trainable == "head":
         learn_head(network)
     loss: Loss = F.cross_entropy if single else F.binary_cross_entropy_with_logits

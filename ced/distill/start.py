@@ -1,5 +1,6 @@
 """The network that a training run starts from."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -10,7 +11,10 @@ from ced.errors import ConfigError
 from ced.model.loading import create
 from ced.model.vit import CED
 from ced.progress import Progress
+from ced.sound.frontend import frames_of
 from ced.sound.labels import ClassTable
+
+logger = logging.getLogger(__name__)
 
 
 def start_network(config: LoopConfig, labels: ClassTable, needs: Mapping[str, str], progress: Progress) -> CED:
@@ -37,6 +41,17 @@ def start_network(config: LoopConfig, labels: ClassTable, needs: Mapping[str, st
             pretrained=config.pretrained,
             labels=labels,
             progress=progress,
+        )
+
+
+def warn_of_cuts(network: CED, samples: int) -> None:
+    """Warn when each item of a training is cut: of a little more than a piece, half of the work is on padding."""
+    frames, piece = frames_of(samples, network.config.hop_size), network.config.target_length
+    if frames > piece:
+        logger.warning(
+            "items of %d frames are cut into pieces of %d, which the network hears one by one; model_args.target_length "
+            "%d would hear them whole",
+            *(frames, piece, frames),
         )
 
 

@@ -18,7 +18,7 @@ from ced.config import TrainConfig
 from ced.distill.datasets import Chunks, ViewDataset, stored
 from ced.distill.evaluate import validation
 from ced.distill.loop import VIEWS, EpochData, Task, run
-from ced.distill.start import start_network
+from ced.distill.start import start_network, warn_of_cuts
 from ced.distill.targets import spread
 from ced.distill.viewstore import Rows, ViewStore
 from ced.distill.wavpack import WavPack
@@ -54,6 +54,7 @@ def _task(config: TrainConfig, progress: Progress) -> Task:
     network = start_network(config, labels, {"pooling": "logit", "activation": "sigmoid"}, progress)
     if foreign := foreign_feature(network.config):
         raise ConfigError(f"the student would hear with {foreign}; it has to see the mel that its teachers saw")
+    warn_of_cuts(network, views.samples)
     loss = F.binary_cross_entropy_with_logits
     return Task(network, views.items, views.epoch, loss, validation(config, labels), config.mixup)
 
