@@ -49,8 +49,8 @@ def warn_of_cuts(network: CED, samples: int) -> None:
     frames, piece = frames_of(samples, network.config.hop_size), network.config.target_length
     if frames > piece:
         logger.warning(
-            "items of %d frames are cut into pieces of %d, which the network hears one by one; model_args.target_length "
-            "%d would hear them whole",
+            "items of %d frames are cut into pieces of %d, which the network hears one by one; with "
+            "model_args.target_length %d it hears them whole",
             *(frames, piece, frames),
         )
 
