@@ -1,0 +1,199 @@
+"""The commands of README and docs/, run as they stand where a user would, with weights and sounds made here.
+
+Trainings and stores are cut to one epoch; nothing else is changed.
+"""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from ced.cli import main
+from ced.model import checkpoints, zoo
+from ced.model.export import export
+from ced.model.loading import config_of
+from ced.model.vit import CED, ModelConfig
+from ced.sound.audio import load
+from ced.sound.labels import ClassTable
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+SMALL = ModelConfig(embed_dim=64, num_heads=1, depth=1)
+SHORT = {
+    "store": "--epochs 1 --batch_size 2",
+    "train": "--epochs 1 --warmup_iters 0 --batch_size 2",
+    "finetune": "--epochs 1 --warmup_epochs 0 --batch_size 2",
+    "pretrain": "--epochs 1 --warmup_epochs 0 --batch_size 2",
+}
+GIVEN = ("resources", "trainconfig", "logitconfig", "pretrainconfig", "scripts")
+PROGRAMS = ("inference.py", "run.py", "save_logits.py", "export_onnx.py")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Return what stands between fences of a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def shortened(block: str) -> str:
+    """Return commands with their trainings cut short."""
+    lines = block.replace("\\\n", " ").splitlines()
+    for place, line in enumerate(lines):
+        if found := re.match(
+            r"(?:ced|python3 run\.py) (store|train|finetune|pretrain) |python3 (save_logits)\.py ", line
+        ):
+            lines[place] = f"{line} {SHORT[found[1] or 'store']}"
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights and graphs under the names of published ones."""
+    folder = tmp_path_factory.mktemp("cache")
+    torch.manual_seed(0)
+    for name in ("ced_tiny", "audiotransformer_tiny", "audiotransformer_base_4740"):
+        entry = zoo.MODELS[name]
+        torch.save(CED(config_of(entry)).state_dict(), folder / entry.file)
+    small = CED(SMALL).eval()
+    for name in ("ced_tiny", "ced_mini"):
+        export(small, folder / zoo.MODELS[name].onnx_file)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path, cache: Path) -> Iterator[Path]:
+    """A checkout with a user's sounds and tables beside it, and a server of sounds."""
+    for name in (*GIVEN, *PROGRAMS):
+        (tmp_path / name).symlink_to(ROOT / name)
+    rng = np.random.default_rng(0)
+    for folder in ("my_sounds", "recordings/deep", "calls/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+    for number, name in enumerate(("my_sounds/a.wav", "my_sounds/b.wav", "recordings/deep/a.wav", "a.wav", "a.mp3")):
+        wave = np.sin(np.arange(6 * 16_000) * 0.05 * (number + 1)) + 0.1 * rng.standard_normal(6 * 16_000)
+        soundfile.write(tmp_path / name, 0.3 * wave, 16_000)
+    soundfile.write(tmp_path / "calls/deep/b.flac", 0.3 * wave, 16_000)
+    (tmp_path / "more.txt").write_text("my_sounds/b.wav\n")
+    (tmp_path / "classes.tsv").write_text("index\tname\n0\tdog\n1\train\n")
+    for table in ("train", "eval"):
+        (tmp_path / f"{table}.tsv").write_text("filename\tlabels\nmy_sounds/a.wav\t0\nmy_sounds/b.wav\t0;1\n")
+    shutil.copy(cache / zoo.MODELS["ced_tiny"].onnx_file, tmp_path / "student.onnx")
+    serve = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        (tmp_path / "address").write_text(f"http://127.0.0.1:{server.server_port}")
+        yield tmp_path
+        server.shutdown()
+
+
+def run(words: list[str], place: Path, cache: Path) -> str:
+    """Run a command as a user would, and return what it printed."""
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "CED_CACHE": str(cache),
+        "CED_OFFLINE": "1",
+    }
+    done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{words[-1]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tag.md", "docs/distil.md", "docs/finetune.md", "docs/deploy.md"])
+def test_the_commands_of_a_page(page: str, place: Path, cache: Path) -> None:
+    commands = [block for block in blocks(ROOT / page, "sh") if "make " not in block]
+    assert commands
+    for block in commands:
+        block = block.replace("https://example.org", (place / "address").read_text())
+        run(["bash", "-euo", "pipefail", "-c", shortened(block)], place, cache)
+    for block in blocks(ROOT / page, "python"):
+        run([sys.executable, "-c", block], place, cache)
+
+
+def test_every_page_is_linked_and_every_link_leads_somewhere() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    linked = set()
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+                linked.add((page.parent / target).resolve())
+    assert {page.resolve() for page in pages[1:]} <= linked
+
+
+@pytest.mark.skipif("CED_ESC10" not in os.environ, reason="CED_ESC10 names no copy of ESC-10")
+def test_a_linear_probe_on_esc10(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = Path(os.environ["CED_ESC10"])
+    header, *rows = (whole / "meta.tsv").read_text().splitlines()
+    chosen = [
+        row for row in rows if row.split("\t")[1] in "12" and row.split("\t")[3] in ("Rain", "Dog bark", "Rooster")
+    ]
+    (tmp_path / "esc10" / "audio").mkdir(parents=True)
+    (tmp_path / "esc10" / "meta.tsv").write_text("\n".join([header, *chosen]) + "\n")
+    for row in chosen:
+        name = row.split("\t")[0]
+        (tmp_path / "esc10" / "audio" / name).symlink_to(whole / "audio" / name)
+    torch.manual_seed(0)
+    network = CED(SMALL)
+    network.init_bn.train()  # random weights, but statistics of sounds, without which they see nothing
+    statistics = network.init_bn.get_submodule("1")
+    assert isinstance(statistics, torch.nn.BatchNorm1d)
+    statistics.momentum = 0.5
+    for row in chosen[::4]:
+        network.init_bn(network.front_end(torch.from_numpy(load(whole / "audio" / row.split("\t")[0]))[None]))
+    checkpoints.save(tmp_path / "made.safetensors", network)
+    monkeypatch.chdir(tmp_path)
+    (command,) = blocks(DOCS / "probe.md", "")[:1]
+    monkeypatch.setattr(sys, "argv", command.replace("ced_tiny", "made.safetensors").split())
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert np.load("vectors.npy").shape == (48, 64)
+    capsys.readouterr()
+    probe, encoder = blocks(DOCS / "probe.md", "python")
+    exec(probe, {})
+    accuracy = re.match(r"accuracy (0\.\d+), folds \[0\.\d+, 0\.\d+\]\n$", capsys.readouterr().out)
+    assert accuracy
+    assert float(accuracy[1]) > 0.6  # chance is a third
+    names: dict[str, Any] = {}
+    exec(encoder.replace("ced_tiny", "made.safetensors"), names)
+    assert names["encoder"](torch.zeros(1, 16_000)).shape == (1, 6, 64)
+
+
+def test_transformers_from_the_pipeline_to_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from ced.model.hf import CedFeatureExtractor, CedForAudioClassification
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    network = CED(SMALL).eval()
+    CedForAudioClassification.from_network(network).save_pretrained("published")
+    CedFeatureExtractor().save_pretrained("published")
+    checkpoints.save(Path("experiments/mine/averaged.safetensors"), network)
+    rng = np.random.default_rng(0)
+    clips = [
+        {"wave": rng.uniform(-loud, loud, 8_000 + 800 * loud).astype(np.float32), "label": int(loud > 1)}
+        for loud in (1, 2, 1, 2)
+    ]
+    names: dict[str, Any] = {"clips": clips}
+    for block in blocks(DOCS / "hf.md", "python"):
+        code = block.replace("mispeech/ced-mini", "published").replace('"run",', '"run", use_cpu=True,')
+        code = code.replace('classify("a.wav"', 'found = classify(clips[0]["wave"]')
+        exec(code, names)
+    assert len(names["found"]) == 3
+    again = checkpoints.build(checkpoints.read(Path("mine.safetensors")))
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in again.state_dict().items())
+    tuned = checkpoints.read(Path("dog_or_rain"))
+    assert (tuned.labels, tuned.config.activation) == (ClassTable(("dog", "rain")), "softmax")
