@@ -21,7 +21,7 @@ SECONDS = 5.0  # of every clip
 CLASSES = 10
 FRAMES = frames_of(round(SECONDS * SAMPLE_RATE))
 EPOCHS = 80  # of students, and of stored views
-BOX_EPOCHS = 160
+BOX_EPOCHS = EPOCHS
 TEACHERS = {"pictures": 60, "series": 80, "recurrent": 40}  # epochs
 
 _LEARN: Mapping[str, Any] = {"train_data": "pack/labels/learn.tsv"}
