@@ -109,4 +109,4 @@ def _write_credits(data: Path, names: list[str], out: Path) -> None:
     credit = read_table(data / "credits.tsv", required=("filename", "author", "license", "source"))
     rows = [row for row, name in enumerate(credit.column("filename")) if name in set(names)]
     columns = {name: [credit.column(name)[row] for row in rows] for name in ("filename", "author", "license", "source")}
-    write_table(out, columns, comment="Recordings of ESC-10 that the model esc10 learned from.")
+    write_table(out, columns)
