@@ -22,7 +22,7 @@ CLASSES = 10
 FRAMES = frames_of(round(SECONDS * SAMPLE_RATE))
 EPOCHS = 80  # of students, and of stored views
 BOX_EPOCHS = EPOCHS
-TEACHERS = {"pictures": 60, "series": 80, "recurrent": 40}  # epochs
+TEACHERS = {"pictures": 60, "series": 80, "recurrent": 60}  # epochs
 
 _LEARN: Mapping[str, Any] = {"train_data": "pack/labels/learn.tsv"}
 _NETWORK: Mapping[str, Any] = {
@@ -34,7 +34,7 @@ _NETWORK: Mapping[str, Any] = {
 _VIEWS: Mapping[str, Any] = {
     "chunk_length": SECONDS,
     "wavtransforms": {"Shift": {}},
-    "spectransforms": {"TimeMasking": {"time_mask_param": 64}, "FrequencyMasking": {"freq_mask_param": 12}},
+    "spectransforms": {"TimeMasking": {"time_mask_param": 160}, "FrequencyMasking": {"freq_mask_param": 24}},
 }
 _NO_VIEWS: Mapping[str, Any] = {"chunk_length": SECONDS, "wavtransforms": {}, "spectransforms": {}}
 _MIXUP: Mapping[str, Any] = {"mixup": 0.3}

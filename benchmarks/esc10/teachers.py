@@ -105,8 +105,8 @@ class Recurrent(nn.Module):
         super().__init__()
         w = width
         self.layers = nn.Sequential(
-            *(conv(1, w, kernel=7, stride=4), conv(w, 2 * w), nn.AvgPool2d((2, 1))),
-            *(conv(2 * w, 2 * w), nn.AvgPool2d(2)),
+            *(conv(1, w, kernel=7, stride=4), conv(w, 2 * w), nn.AvgPool2d(2)),
+            *(conv(2 * w, 2 * w), nn.AvgPool2d((2, 1))),
         )
         self.memory = nn.GRU(2 * w * N_MELS // 16, 2 * w, batch_first=True, bidirectional=True)
 
@@ -117,7 +117,7 @@ class Recurrent(nn.Module):
         return out
 
 
-BODIES = {"pictures": (Pictures, 32, 128), "series": (Series, 128, 128), "recurrent": (Recurrent, 32, 128)}
+BODIES = {"pictures": (Pictures, 32, 128), "series": (Series, 128, 128), "recurrent": (Recurrent, 24, 96)}
 
 
 def make(name: str, folder: Path = Path()) -> Network:
