@@ -5,6 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from ced.errors import AudioError, ConfigError
 from ced.sound import audio
 from ced.sound.audio import SAMPLE_RATE, Window
-from ced.sound.media import is_address
+from ced.sound.media import is_address, open_address
 
 BLOCK = 0.1  # seconds that are read at a time
 _DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before each further attempt to open a source; the last is kept
@@ -54,7 +55,7 @@ def address(url: str) -> LiveSource:
     """
     if not is_address(url):
         raise ConfigError(f"{url} is no http(s) address; sounds in files are for `ced tag`")
-    return LiveSource(url, lambda: _paced(audio.stream(url, BLOCK)))
+    return LiveSource(url, lambda: _paced(_received(url)))
 
 
 def blocks(found: Iterable[NDArray[Any]], rate: int, name: str = "<blocks>") -> LiveSource:
@@ -93,7 +94,7 @@ class Listening:
         audio.cut((), length, hop)  # refuses now what would be refused in the thread
         self.left_out = 0
         self._source, self._length, self._hop = source, length, hop
-        self._waiting: deque[Arrival] = deque(maxlen=max(1, round(_WAITING / hop)))
+        self._waiting: deque[Arrival] = deque(maxlen=max(2, round(_WAITING / hop)))
         self._change = threading.Condition()
         self._closed = threading.Event()
         self._ended = False
@@ -212,6 +213,12 @@ class _Visit:
                 yield block
         except AudioError as error:
             self.fault = error
+
+
+def _received(url: str) -> Iterator[NDArray[np.float32]]:
+    with ExitStack() as stack:
+        rate, _, read = open_address(url, stack, live=True)
+        yield from audio.resampled(read(round(BLOCK * rate)), rate)
 
 
 def _paced(found: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
