@@ -185,25 +185,25 @@ def resident() -> int:
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is looked up as Linux has it")
 def test_a_day_of_sound_needs_no_more_memory_than_an_hour() -> None:
-    scorer = Loudness(1)
-    windows, every = 24 * 900, 10  # of 4 s
-    blocks = [np.full((4 * SAMPLE_RATE, 1), level, np.int16) for level in (0, 30_000)]
+    scorer = Loudness(2)
+    windows, every = 24 * 360, 10  # of 10 s
+    blocks = [np.full((10 * SAMPLE_RATE, 1), level, np.int16) for level in (0, 30_000)]
     memory = []
 
     def day() -> Iterator[NDArray[np.int16]]:
         for number in range(windows):
             assert scorer.answered.acquire(timeout=10)
-            if number % 900 == 899:
+            if number % 360 == 359:
                 memory.append(resident())
             yield blocks[number % every == 0]
 
-    recipe = replace(RECIPE, window=4.0, hop=4.0, gap=0.0, only=("loud",))
+    recipe = replace(RECIPE, window=10.0, hop=10.0, gap=0.0, only=("loud",))
     listener = Listener(Tagger(scorer), live.blocks(day(), SAMPLE_RATE), recipe)
     begun = ended = 0
     for report in listener.reports():
         begun += report.state == "begin"
         ended += report.state == "end"
-        assert report.piece.start == (report.event - 1) * 4.0 * every
+        assert report.piece.start == (report.event - 1) * 10.0 * every
     assert begun == ended == windows // every
     assert listener.left_out == 0
     assert memory[-1] - memory[0] < 4 << 20
