@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from ced.cli import calibrating, distilling, exporting, serving, tagging
+from ced.cli import calibrating, distilling, exporting, listening, serving, tagging
 from ced.cli.console import Commands, set_up_logging, set_up_streams
 from ced.cli.keys import FinetuneCommand, PretrainCommand, StoreCommand, TrainCommand
 
@@ -22,6 +22,7 @@ _ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app.command()(tagging.tag)
 app.command()(tagging.embed)
+app.command()(listening.live)
 app.command()(calibrating.calibrate)
 app.command()(serving.serve)
 app.command()(exporting.models)

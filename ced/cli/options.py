@@ -30,6 +30,8 @@ Hop = Annotated[
     float | None, typer.Option(help="Seconds from one window to the next; default: windows lie end to end.")
 ]
 Columns = Annotated[bool, typer.Option("--columns", help="Score every 0.16 s instead of whole windows.")]
+LiveWindow = Annotated[float, typer.Option("--window", "-c", help="Seconds of a window, above 0.")]
+LiveHop = Annotated[float, typer.Option(help="Seconds from one window to the next, at most a window.")]
 Silence = Annotated[
     float | None, typer.Option(help="Windows below this level are not scored, in dB of full scale, as -60.")
 ]
@@ -55,6 +57,26 @@ Events = Annotated[
 Release = Annotated[float, typer.Option(help="With --events: part of the threshold that keeps one going.")]
 Gap = Annotated[float, typer.Option(help="With --events: those so many seconds apart become one.")]
 Shortest = Annotated[float, typer.Option(help="With --events: shorter ones are dropped, in seconds.")]
+
+# Live sound
+Address = Annotated[
+    str | None, typer.Argument(metavar="[URL]", help="An http(s) stream to listen to; default: an input device.")
+]
+InputDevice = Annotated[
+    str | None,
+    typer.Option("--device", "-d", help="Number or part of the name of an input; default: the system's own choice."),
+]
+ListDevices = Annotated[bool, typer.Option("--list-devices", help="Show the inputs of this machine, and end.")]
+LiveThreshold = Annotated[
+    str, typer.Option("--threshold", help="Probability that begins an event, or a file with one a class.")
+]
+LiveRelease = Annotated[float, typer.Option("--release", help="Part of the threshold that keeps an event going.")]
+LiveGap = Annotated[float, typer.Option("--gap", help="Events of a class so many seconds apart are one.")]
+LiveShortest = Annotated[float, typer.Option("--shortest", help="Shorter events are not told of, in seconds.")]
+LiveFormat = Annotated[
+    str,
+    typer.Option("--format", "-f", help="text: a line when an event begins; jsonl: one then, and one when it is over."),
+]
 
 # Outputs
 Formats = Annotated[

@@ -63,7 +63,8 @@ def tag(
     with reporting() as progress:
         graph = open_model(model, progress=progress)
     with reporting() as progress, Tagger(graph, jobs=jobs) as tagger:
-        least = _thresholds(threshold, events, tagger.labels)
+        text = str(options.EVENT_THRESHOLD) if threshold is None and events else threshold
+        least = None if text is None else thresholds(text, tagger.labels)
         recipe = Recipe(
             window=window,
             hop=hop,
@@ -177,10 +178,8 @@ def _without_failures(outcomes: "Iterable[Outcome[T]]", failed: list[str]) -> "I
             yield outcome.input, outcome.result
 
 
-def _thresholds(text: str | None, events: bool, labels: "ClassTable") -> float | tuple[float, ...] | None:
-    """Return the threshold of all classes, or those of a file; None: what is kept needs none."""
-    if text is None:
-        return options.EVENT_THRESHOLD if events else None
+def thresholds(text: str, labels: "ClassTable") -> float | tuple[float, ...]:
+    """Return the threshold of all classes that an option gives, or those of its file."""
     try:
         threshold = float(text)
     except ValueError:

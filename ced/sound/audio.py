@@ -1,7 +1,8 @@
 """Sound as every model hears it: mono float32 samples at 16 kHz, whole, block by block or in windows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import soxr
@@ -16,9 +17,11 @@ __all__ = [
     "SoundBytes",
     "Source",
     "Window",
+    "cut",
     "load",
     "load_stored",
     "name_of",
+    "resampled",
     "stream",
     "windows",
 ]
@@ -97,23 +100,36 @@ def stream(source: Source, block_seconds: float = 10.0) -> Iterator[NDArray[np.f
     """
     found = False
     with opened(source, block_seconds) as sound:
-        resampler = None
-        if sound.rate != SAMPLE_RATE:
-            resampler = soxr.ResampleStream(sound.rate, SAMPLE_RATE, 1, "float32", "HQ")
-        for block in sound.blocks:
-            wave = _mean(to_float(block))
-            if resampler is not None:
-                wave = resampler.resample_chunk(wave)
-            if len(wave):
-                found = True
-                yield wave
-        if resampler is not None:
-            rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
-            if len(rest):
-                found = True
-                yield rest
+        for wave in resampled(sound.blocks, sound.rate):
+            found = True
+            yield wave
     if not found:
         raise _too_short(sound.name)
+
+
+def resampled(blocks: Iterable[NDArray[Any]], rate: int) -> Iterator[NDArray[np.float32]]:
+    """Bring the blocks of one sound to what models hear; what comes out is never empty.
+
+    Args:
+        blocks: samples (t, channels) of any integer or float type.
+        rate: their sampling rate.
+
+    Yields:
+        (t,) float32 at 16 kHz, about as long as the blocks; a block is heard a few milliseconds late.
+    """
+    resampler = None
+    if rate != SAMPLE_RATE:
+        resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32", "HQ")
+    for block in blocks:
+        wave = _mean(to_float(block))
+        if resampler is not None:
+            wave = resampler.resample_chunk(wave)
+        if len(wave):
+            yield wave
+    if resampler is not None:
+        rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+        if len(rest):
+            yield rest
 
 
 def windows(source: Source, length: float, hop: float | None = None) -> Iterator[Window]:
@@ -130,19 +146,29 @@ def windows(source: Source, length: float, hop: float | None = None) -> Iterator
         AudioError: as for `load`.
         ConfigError: `length` or `hop` is shorter than one sample; raised at once.
     """
+    return cut(stream(source), length, hop)
+
+
+def cut(blocks: Iterable[NDArray[np.float32]], length: float, hop: float | None = None) -> Iterator[Window]:
+    """Cut what is read block by block into windows, each as soon as its last sample is there; all as `windows` has it.
+
+    Args:
+        blocks: (t,) at 16 kHz, of any lengths.
+        length, hop: as for `windows`.
+    """
     hop = length if hop is None else hop
     for what, seconds in (("length", length), ("hop", hop)):
         if not 1 <= seconds * SAMPLE_RATE < 2**62:
             raise ConfigError(f"the window {what} is {seconds} s; it must be above 0, at least 1/{SAMPLE_RATE}")
-    return _windows(source, round(length * SAMPLE_RATE), round(hop * SAMPLE_RATE))
+    return _windows(blocks, round(length * SAMPLE_RATE), round(hop * SAMPLE_RATE))
 
 
-def _windows(source: Source, size: int, step: int) -> Iterator[Window]:
+def _windows(blocks: Iterable[NDArray[np.float32]], size: int, step: int) -> Iterator[Window]:
     buffer = np.zeros(0, np.float32)
     held = 0  # the sample that the buffer begins with
     start = 0  # the sample that the next window begins with
     seen = 0  # samples before this one are in a window already
-    for block in stream(source):
+    for block in blocks:
         buffer = np.concatenate((buffer, block))
         while held + len(buffer) >= start + size:
             yield _window(buffer[start - held : start - held + size], start)

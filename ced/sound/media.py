@@ -27,6 +27,7 @@ Opened = tuple[int, int, Callable[[int], Iterator[NDArray[Any]]]]
 
 _TYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}  # FFmpeg's names, numpy's
 _PATIENCE = 30.0  # seconds for a server to answer, and for each read
+_AT_ONCE = {"probesize": "32768", "analyzeduration": "1000000", "fflags": "nobuffer"}  # bytes, microseconds
 _SCHEMES = ("http://", "https://")
 
 _log = logging.getLogger(__name__)
@@ -42,12 +43,13 @@ def is_address(name: str) -> bool:
     return name.lower().startswith(_SCHEMES)
 
 
-def open_address(address: str, stack: ExitStack) -> Opened:
+def open_address(address: str, stack: ExitStack, *, live: bool = False) -> Opened:
     """Open the first sound track behind an http(s) address, as it arrives.
 
     Args:
         address: where.
         stack: closes what is opened.
+        live: decode as soon as the kind of sound is known; else FFmpeg waits for up to 5 s of it to be sure.
 
     Returns:
         its rate, channels, and blocks (t, channels) as decoded, about as long as is asked for.
@@ -61,7 +63,7 @@ def open_address(address: str, stack: ExitStack) -> Opened:
     import av
 
     try:
-        options = _network_options()
+        options = {**_network_options(), **(_AT_ONCE if live else {})}
         container = stack.enter_context(
             av.open(address, "r", options=options, metadata_errors="replace", timeout=_PATIENCE)
         )

@@ -27,7 +27,7 @@ def events(
     one class never overlap, and without overlap they begin and end with their windows.
 
     An event comes out as soon as none that began earlier is still going on; what is held until then is one event a
-    class and the events that wait, never windows.
+    class and the events that wait, never windows. `Merging` tells of events as they begin and end.
 
     Args:
         scored: windows in order of time.
@@ -40,117 +40,139 @@ def events(
         ConfigError: the selection has no thresholds, an argument is out of range, or a window begins or ends before the
             one ahead of it (when the iteration comes to it).
     """
-    if selection.thresholds is None:
-        raise ConfigError("events need a threshold, one for all classes or one for each; the selection has none")
-    if not 0 < release <= 1:
-        raise ConfigError(f"release is {release}; it must be above 0 and at most 1")
-    for name, seconds in (("gap", gap), ("shortest", shortest)):
-        if not seconds >= 0:
-            raise ConfigError(f"{name} is {seconds}; it must be 0 seconds or more")
-    return _events(scored, selection, release, gap, shortest)
+    return _events(scored, selection, Merging(selection, release=release, gap=gap, shortest=shortest))
 
 
-def _events(
-    scored: Iterable[Scored], selection: Selection, release: float, gap: float, shortest: float
-) -> Iterator[Tags]:
-    tracks = _Tracks(len(selection.labels))
-    waiting: list[_Event] = []  # a heap: ended events that one with an earlier onset may still come before
-    for span in _spans(scored):
-        for event in tracks.ended(span.start - gap):
+def _events(scored: Iterable[Scored], selection: Selection, merging: "Merging") -> Iterator[Tags]:
+    waiting: list[Event] = []  # a heap: ended events that one with an earlier onset may still come before
+    for window in scored:
+        for event in merging.add(window):
             heapq.heappush(waiting, event)
-        if span.scored.silent:
-            tracks.pause()
-        else:
-            probs = span.scored.probs
-            tracks.add(span, selection.probs(probs), selection.reached(probs), selection.reached(probs, release))
-        first = tracks.first()  # what is not begun yet begins after all that have ended
+        first = merging.first()  # what is not begun yet begins after all that have ended
         while waiting and waiting[0] < first:
-            yield from _long_enough(heapq.heappop(waiting), selection, shortest)
-    for event in sorted((*waiting, *tracks.ended(np.inf))):
-        yield from _long_enough(event, selection, shortest)
+            yield heapq.heappop(waiting).piece(selection)
+    for event in sorted((*waiting, *merging.finish())):
+        yield event.piece(selection)
 
 
 @dataclass(frozen=True, order=True)
-class _Event:
+class Event:
+    """A stretch of time in which a class is heard."""
+
     onset: float  # seconds
     index: int  # of the selection's labels
     offset: float
     peak: float  # the highest probability
 
-
-def _long_enough(event: _Event, selection: Selection, shortest: float) -> Iterator[Tags]:
-    if event.offset - event.onset >= shortest - SAME_INSTANT:
-        yield Tags(event.onset, event.offset, (selection.tag(event.index, event.peak),))
-
-
-@dataclass(frozen=True, eq=False)
-class _Span:
-    """The stretch of time that a window speaks for."""
-
-    start: float  # seconds
-    end: float
-    follows: bool  # nothing lies between it and the span before
-    scored: Scored
+    def piece(self, selection: Selection) -> Tags:
+        """Return the event as a piece with one tag."""
+        return Tags(self.onset, self.offset, (selection.tag(self.index, self.peak),))
 
 
-def _spans(scored: Iterable[Scored]) -> Iterator[_Span]:
-    """Give each window its stretch, as soon as the window behind it is there."""
-    last: Scored | None = None
-    start, follows = 0.0, False
-    for window in scored:
-        if last is None:
-            start = window.start
-        else:
-            if window.start <= last.start or window.end < last.end:
-                raise ConfigError(
-                    f"a window of {window.start} to {window.end} s comes behind one of {last.start} to {last.end} s;"
-                    " they must come in order of time"
-                )
-            overlap = max(0.0, last.end - window.start)
-            yield _Span(start, last.end - overlap / 2, follows, last)
-            start, follows = window.start + overlap / 2, window.start - last.end <= SAME_INSTANT
-        last = window
-    if last is not None:
-        yield _Span(start, last.end, follows, last)
+class Merging:
+    """Windows become events one after the other, by the rules of `events`; what is held is one event a class.
 
+    Args:
+        selection, release, gap, shortest: as for `events`.
 
-class _Tracks:
-    """The event that each class is in, if any, until it has ended for good; arrays are (c')."""
+    Raises:
+        ConfigError: the selection has no thresholds, or an argument is out of range.
+    """
 
-    def __init__(self, count: int) -> None:
-        self._there = np.zeros(count, np.bool_)  # whether there is one
-        self._going = np.zeros(count, np.bool_)  # whether the last span belongs to it
+    def __init__(self, selection: Selection, *, release: float = 0.5, gap: float = 0.0, shortest: float = 0.0) -> None:
+        if selection.thresholds is None:
+            raise ConfigError("events need a threshold, one for all classes or one for each; the selection has none")
+        if not 0 < release <= 1:
+            raise ConfigError(f"release is {release}; it must be above 0 and at most 1")
+        for name, seconds in (("gap", gap), ("shortest", shortest)):
+            if not seconds >= 0:
+                raise ConfigError(f"{name} is {seconds}; it must be 0 seconds or more")
+        self._selection, self._release, self._gap, self._shortest = selection, release, gap, shortest
+        self._last: Scored | None = None
+        count = len(selection.labels)  # c'
+        self._there = np.zeros(count, np.bool_)  # whether the class is in an event, until that has ended for good
+        self._going = np.zeros(count, np.bool_)  # whether the last window belongs to it
+        self._told = np.zeros(count, np.bool_)  # whether `begun` has told of it
         self._onset = np.zeros(count)
-        self._offset = np.zeros(count)
+        self._offset = np.zeros(count)  # of those that go on: where the last window ends
         self._peak = np.zeros(count, np.float32)
 
-    def ended(self, time: float) -> list[_Event]:
-        """Let go of the events that end before `time`, and return them."""
-        gone = np.flatnonzero(self._there & (self._offset < time - SAME_INSTANT))
-        self._there[gone] = False
-        return [
-            _Event(float(self._onset[index]), int(index), float(self._offset[index]), float(self._peak[index]))
-            for index in gone
-        ]
+    def add(self, window: Scored) -> list[Event]:
+        """Let a window begin events, join those that are close enough to be still there, or carry them on.
 
-    def add(self, span: _Span, probs: NDArray[np.float32], reached: NDArray[np.bool_], held: NDArray[np.bool_]) -> None:
-        """Let the span begin events, join those that are close enough to be still there, or carry them on."""
-        self._going = reached | (self._going & held) if span.follows else reached
+        Returns:
+            the events that are over, as nothing from this window on can belong to them.
+
+        Raises:
+            ConfigError: the window begins or ends before the one ahead of it.
+        """
+        start, follows = self._meet(window)
+        over = self.pass_to(start)
+        if window.silent:
+            self._going[:] = False
+            return over
+        reached = self._selection.reached(window.probs)
+        if follows:
+            reached |= self._going & self._selection.reached(window.probs, self._release)
+        self._going = reached
         fresh = self._going & ~self._there
-        self._onset[fresh] = span.start
+        self._onset[fresh] = start
         self._peak[fresh] = 0.0
+        self._told[fresh] = False
         self._there |= fresh
-        self._offset[self._going] = span.end
-        np.maximum(self._peak, probs, out=self._peak, where=self._going)
+        self._offset[self._going] = window.end
+        np.maximum(self._peak, self._selection.probs(window.probs), out=self._peak, where=self._going)
+        return over
 
-    def pause(self) -> None:
-        """Let a span pass in which nothing is heard, whatever the thresholds."""
-        self._going[:] = False
+    def _meet(self, window: Scored) -> tuple[float, bool]:
+        """Part the window from the one before; return when its own time starts, and whether nothing lies between."""
+        last, self._last = self._last, window
+        if last is None:
+            return window.start, False
+        if window.start <= last.start or window.end < last.end:
+            raise ConfigError(
+                f"a window of {window.start} to {window.end} s comes behind one of {last.start} to {last.end} s;"
+                " they must come in order of time"
+            )
+        overlap = max(0.0, last.end - window.start)
+        self._offset[self._going] = last.end - overlap / 2
+        return window.start + overlap / 2, window.start - last.end <= SAME_INSTANT
 
-    def first(self) -> _Event:
+    def begun(self) -> list[Event]:
+        """Return the events that nobody was told of yet, up to now: each once, when it is sure to be long enough."""
+        if self._last is None or not (self._there & ~self._told).any():
+            return []
+        # How much of the last window the next one will take is not known yet; its first half is safe.
+        sure = np.minimum(self._offset, (self._last.start + self._last.end) / 2)
+        new = self._there & ~self._told & self._is_long(self._onset, sure)
+        self._told |= new
+        return [self._event(index) for index in np.flatnonzero(new)]
+
+    def pass_to(self, time: float) -> list[Event]:
+        """Let go of the events that nothing from `time` on (seconds) can belong to; return those that are long enough.
+
+        A window adds this by itself; it is for times without any.
+        """
+        gone = self._there & (self._offset < time - self._gap - SAME_INSTANT)
+        self._there &= ~gone
+        self._going &= ~gone
+        return [self._event(index) for index in np.flatnonzero(gone & self._is_long(self._onset, self._offset))]
+
+    def finish(self) -> list[Event]:
+        """Let go of all events; return those that are long enough."""
+        return self.pass_to(np.inf)
+
+    def first(self) -> Event:
         """Return the earliest event that is still there; when there is none, one after all others."""
         there = np.flatnonzero(self._there)
         if not len(there):
-            return _Event(np.inf, 0, np.inf, 0.0)
+            return Event(np.inf, 0, np.inf, 0.0)
         index = there[np.argmin(self._onset[there])]  # the lowest index of those that begin first
-        return _Event(float(self._onset[index]), int(index), -np.inf, 0.0)
+        return Event(float(self._onset[index]), int(index), -np.inf, 0.0)
+
+    def _is_long(self, onset: NDArray[np.float64], offset: NDArray[np.float64]) -> NDArray[np.bool_]:
+        found: NDArray[np.bool_] = offset - onset >= self._shortest - SAME_INSTANT
+        return found
+
+    def _event(self, index: np.intp) -> Event:
+        return Event(float(self._onset[index]), int(index), float(self._offset[index]), float(self._peak[index]))

@@ -8,6 +8,7 @@ import numpy as np
 
 from ced.errors import ConfigError
 from ced.sound import audio
+from ced.sound.labels import ClassTable
 from ced.tag.events import events
 from ced.tag.inputs import Input
 from ced.tag.records import Record, Scored
@@ -39,6 +40,22 @@ class Recipe:
         """Return the choices as JSON has them."""
         return asdict(self)
 
+    def selection(self, labels: ClassTable) -> Selection:
+        """Return what is kept of the scores of these classes.
+
+        Raises:
+            ConfigError: the recipe does not fit the classes.
+        """
+        given = self.thresholds
+        return Selection(
+            labels,
+            top_k=self.top_k,
+            thresholds=np.array(given, np.float32) if isinstance(given, tuple) else given,
+            only=self.only,
+            exclude=self.exclude,
+            rollup=self.rollup,
+        )
+
 
 def recording(tagger: Tagger, recipe: Recipe, model: str) -> Callable[[Input], Record]:
     """Return what makes a record of a sound, by a recipe; several threads may call it at once.
@@ -56,16 +73,7 @@ def recording(tagger: Tagger, recipe: Recipe, model: str) -> Callable[[Input], R
     merging = (recipe.release, recipe.gap, recipe.shortest)
     if not recipe.events and merging != (Recipe.release, Recipe.gap, Recipe.shortest):
         raise ConfigError("release, gap and shortest are of events, which are not asked for")
-    given = recipe.thresholds
-    thresholds = np.array(given, np.float32) if isinstance(given, tuple) else given
-    selection = Selection(
-        tagger.labels,
-        top_k=recipe.top_k,
-        thresholds=thresholds,
-        only=recipe.only,
-        exclude=recipe.exclude,
-        rollup=recipe.rollup,
-    )
+    selection = recipe.selection(tagger.labels)
 
     def scores(source: audio.Source) -> Iterator[Scored]:
         return tagger.score(

@@ -186,10 +186,25 @@ class Tagger:
             ConfigError: `window` or `hop` is not positive, `hop` is longer than `window` or given with `columns`, or
                 `silence` is not below 0.
         """
-        if silence is not None and not silence < 0:
-            raise ConfigError(f"silence is {silence} dB of full scale; it must be below 0, as -60")
         if columns and hop is not None:
             raise ConfigError(f"hop is {hop}; the columns of overlapping windows would be scored twice")
+        score = self.scoring(columns=columns, silence=silence)
+        scored = self._ahead(_windows(source, window, hop), score)
+        return (one for several in scored for one in several)
+
+    def scoring(self, *, columns: bool = False, silence: float | None = None) -> Callable[[Window], list[Scored]]:
+        """Return what scores a single window, for callers with windows of their own; all as `score` has it.
+
+        Args:
+            columns: give the scores of every 0.16 s.
+            silence: windows of a lower level, in dB of full scale, are not scored.
+
+        Raises:
+            CheckpointError: the model cannot score columns.
+            ConfigError: `silence` is not below 0.
+        """
+        if silence is not None and not silence < 0:
+            raise ConfigError(f"silence is {silence} dB of full scale; it must be below 0, as -60")
         answer = self._answerer("columns" if columns else "__call__", (1, len(self.labels)))
         nothing = np.zeros(len(self.labels), np.float32)
 
@@ -201,8 +216,7 @@ class Tagger:
                 return [Scored(piece.start, piece.end, probs)]
             return list(_columns(piece, probs, cast("OnnxModel", self.scorer).column_starts(len(probs))))
 
-        scored = self._ahead(_windows(source, window, hop), score)
-        return (one for several in scored for one in several)
+        return score
 
     def embed(self, source: audio.Source, *, window: float = 10.0, hop: float | None = None) -> Embedding:
         """Return a vector for each window of a sound: the mean of its tokens, from which the model scores.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ced.errors import ConfigError
 from ced.sound.labels import ClassTable, numbered
-from ced.tag.events import events
+from ced.tag.events import Event, Merging, events
 from ced.tag.records import Scored, Tag, Tags
 from ced.tag.select import Selection
 
@@ -97,7 +97,7 @@ def test_order_is_by_onset_then_class_and_early() -> None:
         for found in heard(iter([piece]))
     ]
     assert known == [
-        (0, 1, "class 1", 0.9, 4),  # known to be over at the third window's stretch, which the fourth bounds
+        (0, 1, "class 1", 0.9, 3),  # the second window may still have been joined by the third
         (1, 4, "class 0", 0.9, 6),
         (1, 2, "class 2", 0.9, 6),
         (2, 3, "class 1", 0.9, 6),
@@ -219,6 +219,56 @@ def test_streaming_equals_looking_at_all_at_once(
     selection = Selection(numbered(3), thresholds=thresholds)
     found = heard(events(iter(scored), selection, release=release, gap=gap, shortest=shortest))
     assert found == whole(scored, thresholds.tolist(), release, gap, shortest)
+
+
+def test_an_event_begins_with_its_first_window() -> None:
+    times = [(0.5 * place, 0.5 * place + 1.5) for place in range(5)]
+    merging = Merging(Selection(numbered(1), thresholds=0.5))
+    told = []
+    for window in windows(times, [0.1, 0.9, 0.95, 0.1, 0.1]):
+        over = merging.add(window)
+        told.append((merging.begun(), over))
+    first = Event(1.0, 0, 2.0, np.float32(0.9).item())
+    whole_event = Event(1.0, 0, 2.0, np.float32(0.95).item())
+    assert told == [([], []), ([first], []), ([], []), ([], []), ([], [whole_event])]
+    assert merging.finish() == []
+
+
+def test_time_that_passes_without_windows_ends_events() -> None:
+    merging = Merging(Selection(numbered(1), thresholds=0.5), gap=2.0)
+    (first, second) = windows([(0, 1), (8, 9)], [0.9, 0.4])
+    merging.add(first)
+    assert [event.onset for event in merging.begun()] == [0]
+    assert merging.pass_to(3.0) == []
+    assert [(event.onset, event.offset) for event in merging.pass_to(3.1)] == [(0, 1)]
+    assert merging.add(second) == merging.begun() == merging.finish() == []  # held, but nothing was there to hold
+
+
+def test_a_short_event_begins_when_it_is_sure_to_be_long_enough() -> None:
+    merging = Merging(Selection(numbered(1), thresholds=0.5), shortest=2.0)
+    told = []
+    for window in windows(end_to_end(6), [0.9, 0.9, 0.9, 0, 0.9, 0]):
+        over = merging.add(window)
+        told.append((len(merging.begun()), len(over)))
+    assert told == [(0, 0), (0, 0), (1, 0), (0, 0), (0, 1), (0, 0)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(scored_sounds(), st.sampled_from([0.0, 0.5, 2.0]), st.sampled_from([0.0, 1.0, 3.0]))
+def test_what_begins_is_what_ends(scored: list[Scored], gap: float, shortest: float) -> None:
+    selection = Selection(numbered(3), thresholds=0.5)
+    merging = Merging(selection, gap=gap, shortest=shortest)
+    begun: set[tuple[float, int]] = set()
+    over: list[Event] = []
+    for window in scored:
+        over += merging.add(window)
+        now = {(event.onset, event.index) for event in merging.begun()}
+        assert not now & begun  # nobody is told twice
+        begun |= now
+    over += merging.finish()
+    found = list(events(scored, selection, gap=gap, shortest=shortest))
+    assert [event.piece(selection) for event in sorted(over)] == found
+    assert begun <= {(event.onset, event.index) for event in over}
 
 
 @settings(max_examples=200, deadline=None)

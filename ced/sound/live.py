@@ -1,0 +1,230 @@
+"""Sound that has no end: a source that is listened to, opened again when it is lost, and never kept."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ced.errors import AudioError, ConfigError
+from ced.sound import audio
+from ced.sound.audio import SAMPLE_RATE, Window
+from ced.sound.media import is_address, open_address
+
+BLOCK = 0.1  # seconds that are read at a time
+_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before each further attempt to open a source; the last is kept
+_WAITING = 1.0  # seconds of windows that may wait to be scored; what comes behind them drives the oldest out
+_STEADY = 10.0  # seconds of sound after which a source counts as restored, and delays begin anew
+_HASTE = 1.25  # how much faster than it sounds a stream is heard that lies behind
+_NOTE_EVERY = 60.0  # seconds between two notes of windows left out
+_GLANCE = 0.2  # seconds; how soon a listener sees that it was stopped
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LiveSource:
+    """A place where sound comes from.
+
+    Attributes:
+        name: what messages call it.
+        open: begins to yield what is heard from now on, (t,) float32 at 16 kHz; raises AudioError if there is nothing
+            to hear, or no longer.
+        endless: it is opened again when it ends or fails; else its end is the end.
+    """
+
+    name: str
+    open: Callable[[], Iterator[NDArray[np.float32]]]
+    endless: bool = True
+
+
+def address(url: str) -> LiveSource:
+    """Return the stream behind an http(s) address, decoded as it arrives.
+
+    What a server sends in advance is heard as by a player, hardly faster than it sounds; where that ends, so does the
+    delay.
+
+    Raises:
+        ConfigError: it is no such address.
+    """
+    if not is_address(url):
+        raise ConfigError(f"{url} is no http(s) address; sounds in files are for `ced tag`")
+    return LiveSource(url, lambda: _paced(_received(url)))
+
+
+def blocks(found: Iterable[NDArray[Any]], rate: int, name: str = "<blocks>") -> LiveSource:
+    """Return a source of blocks (t, channels) of any integer or float type, which can be listened to once."""
+    return LiveSource(name, lambda: audio.resampled(found, rate), endless=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """A window, and when its last sample came."""
+
+    window: Window  # its times count from the beginning of the listening, outages included
+    clock: float  # seconds, as of time.time()
+
+
+class Listening:
+    """Windows of a live source as they come, read by a thread of their own.
+
+    A source that is lost is opened again, after 1, 2, 4, ... at most 30 s; the windows behind an outage are later by as
+    long as it took. At most a second of windows wait to be taken: if they are taken too slowly, the oldest are left
+    out, so what is heard is never old and memory never grows.
+
+    Args:
+        source: what is listened to.
+        length: seconds a window.
+        hop: seconds from one window to the next.
+
+    Attributes:
+        left_out: how many windows nobody took in time.
+
+    Raises:
+        ConfigError: `length` or `hop` is shorter than a sample.
+    """
+
+    def __init__(self, source: LiveSource, length: float, hop: float) -> None:
+        audio.cut((), length, hop)  # refuses now what would be refused in the thread
+        self.left_out = 0
+        self._source, self._length, self._hop = source, length, hop
+        self._waiting: deque[Arrival] = deque(maxlen=max(2, round(_WAITING / hop)))
+        self._change = threading.Condition()
+        self._closed = threading.Event()
+        self._ended = False
+        self._fault: Exception | None = None
+        self._noted = -_NOTE_EVERY
+        self._thread = threading.Thread(target=self._listen, name="listener", daemon=True)
+
+    def __enter__(self) -> "Listening":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._thread.join(_GLANCE)  # a server that is silent holds it longer; it ends with the program then
+
+    @property
+    def ended(self) -> bool:
+        """Whether there will be no further window."""
+        with self._change:
+            return self._ended and not self._waiting and self._fault is None
+
+    def take(self) -> Arrival | None:
+        """Return the oldest window that waits, waiting a moment for one; None: there is none yet, or no more.
+
+        Raises:
+            AudioError: the source could not be opened for the first time, or one that is not endless failed.
+        """
+        with self._change:
+            if not self._waiting and not self._ended:
+                self._change.wait(_GLANCE)
+            if self._waiting:
+                return self._waiting.popleft()
+            if self._fault is not None:
+                raise self._fault
+            return None
+
+    def _listen(self) -> None:
+        try:
+            for window in _windows(self._source, self._length, self._hop, self._closed):
+                self._put(Arrival(window, time.time()))
+        except Exception as error:  # raised again by `take`, where somebody sees it
+            self._fault = error
+        with self._change:
+            self._ended = True
+            self._change.notify()
+
+    def _put(self, arrival: Arrival) -> None:
+        with self._change:
+            full = len(self._waiting) == self._waiting.maxlen
+            self.left_out += full
+            self._waiting.append(arrival)  # a full deque lets go of the oldest
+            self._change.notify()
+        if full and time.monotonic() - self._noted >= _NOTE_EVERY:
+            self._noted = time.monotonic()
+            _log.warning(
+                "sound comes faster than it is scored: %d windows left out so far; a longer hop or a smaller model"
+                " would help",
+                self.left_out,
+            )
+
+
+def _windows(source: LiveSource, length: float, hop: float, closed: threading.Event) -> Iterator[Window]:
+    """Yield the windows of all times that a source is open, until it ends, fails for good, or is closed.
+
+    Their times count from the first sample. They are those of the samples, and leap ahead at an outage only.
+    """
+    begin: float | None = None  # of the first sample, as of time.monotonic()
+    position = 0.0  # seconds; where what was heard ends
+    failures, lost = 0, 0.0
+    while True:
+        visit = _Visit(source, closed)
+        start: float | None = None
+        for window in audio.cut(visit.blocks(), length, hop):
+            if start is None:
+                if begin is None:
+                    begin = visit.first
+                    _log.info("listening to %s", source.name)
+                start = max(position, visit.first - begin)
+                if failures:
+                    _log.warning("%s is back after %.0f s", source.name, visit.first - lost)
+            yield Window(start + window.start, start + window.end, window.wave)
+        if closed.is_set() or (visit.fault is None and not source.endless):
+            return
+        fault = visit.fault or AudioError(f"{source.name} has ended")
+        if begin is None or not source.endless:
+            raise fault
+        if start is not None:
+            position, lost = start + visit.seconds, time.monotonic()
+            failures = 0 if visit.seconds >= _STEADY else failures
+            _log.warning("%s; opening it again until it is back", fault)
+        delay = _DELAYS[min(failures, len(_DELAYS) - 1)]
+        failures += 1
+        if closed.wait(delay):
+            return
+
+
+class _Visit:
+    """One time that a source is open; its end is an end, whatever brought it about."""
+
+    def __init__(self, source: LiveSource, closed: threading.Event) -> None:
+        self._source, self._closed = source, closed
+        self.seconds = 0.0  # heard
+        self.first = 0.0  # when the first sample came, as of time.monotonic()
+        self.fault: AudioError | None = None
+
+    def blocks(self) -> Iterator[NDArray[np.float32]]:
+        samples = 0
+        try:
+            for block in self._source.open():
+                if self._closed.is_set():
+                    return
+                if not samples:
+                    self.first = time.monotonic() - len(block) / SAMPLE_RATE
+                samples += len(block)
+                self.seconds = samples / SAMPLE_RATE
+                yield block
+        except AudioError as error:
+            self.fault = error
+
+
+def _received(url: str) -> Iterator[NDArray[np.float32]]:
+    with ExitStack() as stack:
+        rate, _, read = open_address(url, stack, live=True)
+        yield from audio.resampled(read(round(BLOCK * rate)), rate)
+
+
+def _paced(found: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+    """Yield blocks hardly faster than they sound, as servers send what they have in store all at once."""
+    due = time.monotonic()
+    for block in found:
+        time.sleep(max(0.0, due - time.monotonic()))
+        due = max(due, time.monotonic()) + len(block) / SAMPLE_RATE / _HASTE
+        yield block

@@ -1,0 +1,112 @@
+"""Tagging what has no end: events are reported when they begin, and when they are over."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from ced.errors import ConfigError
+from ced.sound.live import Arrival, Listening, LiveSource
+from ced.tag.events import Event, Merging
+from ced.tag.recipe import Recipe
+from ced.tag.records import Record, Tags
+from ced.tag.tagger import Tagger
+
+LULL = 10.0  # seconds without any sound to hear, after which what was going on is no longer waited for
+
+# Windows that a sound fills leave room within two seconds for the hop, a block and the scoring. Short pauses belong to
+# an event: a dog that barks three times is to be told of once.
+RECIPE = Recipe(window=1.5, hop=0.25, thresholds=0.5, events=True, gap=2.0)
+
+
+@dataclass(frozen=True)
+class Report:
+    """News of one event; each begins once and ends once."""
+
+    state: Literal["begin", "end"]
+    event: int  # counts from 1, in the order in which they are reported
+    time: float  # when it began or ended, in seconds as of time.time()
+    piece: Tags  # its times count from the first sound heard; while it goes on, its end is how far that is known
+
+    def to_json(self, source: str, model: str) -> dict[str, Any]:
+        """Return it as JSON has it: a record with one piece, and what is new about it."""
+        record = Record(source, model, self.piece.end, (self.piece,)).to_json()
+        stamp = datetime.fromtimestamp(self.time).astimezone().isoformat(timespec="milliseconds")
+        return {**record, "state": self.state, "event": self.event, "time": stamp}
+
+
+class Listener:
+    """Listens to a live source and reports events.
+
+    What ends is what `events` makes of the same windows; the memory needed does not depend on how long it listens.
+
+    Args:
+        tagger: who scores, one window after the other.
+        source: what is listened to.
+        recipe: windows, thresholds and how they become events.
+
+    Attributes:
+        stopped: set to True, from anywhere, it ends `reports` within a fraction of a second.
+
+    Raises:
+        ConfigError: the recipe is not one of events in overlapping or neighbouring windows, or contradicts itself.
+    """
+
+    def __init__(self, tagger: Tagger, source: LiveSource, recipe: Recipe = RECIPE) -> None:
+        if not recipe.events or recipe.columns:
+            raise ConfigError("what is reported of live sound are events of whole windows; the recipe says otherwise")
+        hop = recipe.window if recipe.hop is None else recipe.hop
+        if hop > recipe.window:
+            raise ConfigError(
+                f"the window hop is {hop} s, the length {recipe.window} s; what lies between would not be heard"
+            )
+        self._selection = recipe.selection(tagger.labels)
+        self._merging = Merging(self._selection, release=recipe.release, gap=recipe.gap, shortest=recipe.shortest)
+        self._score = tagger.scoring(silence=recipe.silence)
+        self._listening = Listening(source, recipe.window, hop)
+        self._numbers: dict[int, int] = {}  # of the events that go on, by class
+        self._count = 0
+        self._zero = 0.0  # what the clock showed when the first sound was heard; moves with its drift
+        self.stopped = False
+
+    @property
+    def left_out(self) -> int:
+        """How many windows were not scored, because others had come by then."""
+        return self._listening.left_out
+
+    def reports(self) -> Iterator[Report]:
+        """Listen, and yield what is heard, until the source ends or `stopped` is set; what goes on then ends there.
+
+        Raises:
+            AudioError: the source could not be opened for the first time.
+        """
+        with self._listening as listening:
+            last, seen = 0.0, time.monotonic()  # where the last window ended, and when it was seen
+            while not self.stopped and not listening.ended:
+                arrival = listening.take()
+                if arrival is not None:
+                    last, seen = arrival.window.end, time.monotonic()
+                    yield from self._hear(arrival)
+                else:
+                    yield from self._over(self._merging.pass_to(last + time.monotonic() - seen - LULL))
+            yield from self._over(self._merging.finish())
+
+    def _hear(self, arrival: Arrival) -> Iterator[Report]:
+        self._zero = arrival.clock - arrival.window.end
+        for scored in self._score(arrival.window):
+            yield from self._over(self._merging.add(scored))
+            for event in self._merging.begun():
+                yield self._begin(event)
+
+    def _begin(self, event: Event) -> Report:
+        self._count += 1
+        self._numbers[event.index] = self._count
+        return Report("begin", self._count, self._zero + event.onset, event.piece(self._selection))
+
+    def _over(self, events: list[Event]) -> Iterator[Report]:
+        for event in sorted(events):
+            if event.index not in self._numbers:  # only now it is sure to be long enough
+                yield self._begin(event)
+            number = self._numbers.pop(event.index)
+            yield Report("end", number, self._zero + event.offset, event.piece(self._selection))

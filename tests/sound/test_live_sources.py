@@ -1,0 +1,356 @@
+"""Sources without end: real servers, PortAudio itself where it is installed, and sources made to fail."""
+
+import io
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from numpy.typing import NDArray
+
+from ced.errors import AudioError, ConfigError
+from ced.sound import device, live, media
+from ced.sound.audio import SAMPLE_RATE, Window, windows
+from ced.sound.live import Arrival, Listening, LiveSource
+
+Waves = Iterator[NDArray[np.float32]]
+ROOT = Path(__file__).parents[2]
+
+
+def tone(seconds: float, rate: int) -> NDArray[np.float32]:
+    """Return 440 Hz, (t,)."""
+    return (0.5 * np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def taken(listening: Listening, enough: Callable[[list[Window]], bool] = lambda _: False) -> list[Window]:
+    """Take windows until the source ends, or they are enough."""
+    found: list[Window] = []
+    deadline = time.monotonic() + 20
+    while not listening.ended and not enough(found):
+        assert time.monotonic() < deadline
+        if (arrival := listening.take()) is not None:
+            found.append(arrival.window)
+    return found
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "_DELAYS", (0.05, 0.1, 0.2))
+
+
+class Flaky:
+    """A source that is heard for some blocks of a tenth of a second at each visit, and then fails."""
+
+    def __init__(self, *visits: int) -> None:
+        self.visits = list(visits)
+        self.opened: list[float] = []
+
+    def __call__(self) -> Waves:
+        self.opened.append(time.monotonic())
+        count = self.visits.pop(0) if self.visits else 1000
+        for number in range(count):
+            time.sleep(0.01)
+            yield np.full(1600, number, np.float32)
+        raise AudioError("the cable is out")
+
+
+def test_windows_are_those_of_the_whole_sound() -> None:
+    rate = 44_100
+    samples = np.stack([tone(3.0, rate), 0 * tone(3.0, rate)], 1)
+    scaled = (samples * 32767).astype(np.int16)
+    source = live.blocks(np.array_split(scaled, 40), rate)
+    with Listening(source, 0.5, 0.25) as listening:
+        listening._waiting = type(listening._waiting)(maxlen=100)  # nobody is too slow here
+        found = taken(listening)
+    expected = list(windows((scaled, rate), 0.5, 0.25))
+    assert listening.left_out == 0
+    assert [(each.start, each.end) for each in found] == [(each.start, each.end) for each in expected]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.wave, other.wave)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_lost_source_is_opened_until_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
+    flaky = Flaky(7, 0, 0, 0, 0)
+    caplog.set_level(logging.INFO, "ced")
+    with Listening(LiveSource("the shed", flaky), 0.5, 0.25) as listening:
+        found = taken(listening, lambda found: len(found) == 5)
+    waits = np.diff(flaky.opened)
+    assert waits[0] >= 0.05 + 0.07
+    assert (waits[1:] >= (0.1, 0.2, 0.2, 0.2)).all()  # each wait is longer, up to a limit
+    # Two windows before the outage, the second as short as what was left, and then those behind it.
+    np.testing.assert_allclose([each.start for each in found[:2]], [0, 0.25], atol=1e-9)
+    np.testing.assert_allclose([each.end for each in found[:2]], [0.5, 0.7], atol=1e-9)
+    outage = flaky.opened[5] - flaky.opened[0]
+    assert found[2].start == pytest.approx(outage, abs=0.15)
+    assert found[2].end - found[2].start == pytest.approx(0.5)
+    np.testing.assert_array_equal(np.unique(found[2].wave), np.arange(5))  # nothing from before the outage
+    listening_to, lost, back = caplog.messages
+    assert (listening_to, lost) == (
+        "listening to the shed",
+        "the cable is out; opening it again until it is back",
+    )
+    assert re.fullmatch(r"the shed is back after \d s", back)
+
+
+def test_a_source_that_is_not_there_at_first_is_an_error() -> None:
+    with Listening(LiveSource("nowhere", Flaky(0)), 0.5, 0.25) as listening, pytest.raises(AudioError, match="cable"):
+        taken(listening)
+
+
+def test_what_is_not_endless_ends_with_its_fault() -> None:
+    with Listening(LiveSource("once", Flaky(6), endless=False), 0.5, 0.5) as listening:
+        assert len(taken(listening, lambda found: len(found) == 2)) == 2
+        with pytest.raises(AudioError, match="cable"):
+            taken(listening)
+
+
+def test_the_oldest_windows_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    source = live.blocks((np.full((1600, 1), number, np.float32) for number in range(100)), SAMPLE_RATE)
+    with Listening(source, 0.1, 0.1) as listening:
+        listening._thread.join(10)  # nobody takes any until all have come
+        found = taken(listening)
+    assert [int(each.wave[0]) for each in found] == list(range(90, 100))
+    assert listening.left_out == 90
+    assert [record.getMessage() for record in caplog.records] == [
+        "sound comes faster than it is scored: 1 windows left out so far; a longer hop or a smaller model would help"
+    ]
+
+
+def test_a_window_comes_with_the_time_of_its_last_sample() -> None:
+    before = time.time()
+    with Listening(LiveSource("clock", Flaky(20)), 0.5, 0.5) as listening:
+        arrival: Arrival | None = None
+        while arrival is None:
+            arrival = listening.take()
+    assert before + 0.05 <= arrival.clock <= time.time()
+
+
+def test_a_window_shorter_than_a_sample_is_refused() -> None:
+    with pytest.raises(ConfigError, match="window hop is 0"):
+        Listening(live.blocks([], SAMPLE_RATE), 1.0, 0.0)
+
+
+@pytest.mark.parametrize("word", ["a.wav", "file:///etc/passwd", "rtsp://host/a"])
+def test_only_http_addresses_are_streams(word: str) -> None:
+    with pytest.raises(ConfigError, match="is no http"):
+        live.address(word)
+
+
+class Radio(ThreadingHTTPServer):
+    """A station that sends a second of sound at its pace, breaks off, is away once, and is back."""
+
+    daemon_threads = True
+
+    def __init__(self, sound: bytes, seconds: float) -> None:
+        super().__init__(("127.0.0.1", 0), Station)
+        self.sound, self.seconds, self.visits = sound, seconds, 0
+
+
+class Station(BaseHTTPRequestHandler):
+    server: Radio
+
+    def do_GET(self) -> None:
+        self.server.visits += 1
+        if self.server.visits == 2:
+            self.send_error(503)
+            return
+        self.send_response(200)
+        self.end_headers()
+        steps = round(self.server.seconds / 0.05)
+        for place in range(steps):
+            size = len(self.server.sound)
+            try:
+                self.wfile.write(self.server.sound[place * size // steps : (place + 1) * size // steps])
+            except OSError:
+                return
+            time.sleep(0.05)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def radio(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Yield the address of a station; its parameter is a format that soundfile writes."""
+    file = io.BytesIO()
+    soundfile.write(file, tone(1.0, 44_100), 44_100, format=request.param)
+    sound = file.getvalue()
+    if request.param == "WAV":  # as stations send it: of no known length
+        sound = sound[:4] + b"\xff" * 4 + sound[8:40] + b"\xff" * 4 + sound[44:]
+    server = Radio(sound, 1.0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/live"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("radio", ["WAV", "OGG", "MP3"], indirect=True)
+def test_a_station_that_breaks_off_is_heard_again(radio: str) -> None:
+    pytest.importorskip("av")
+    began = time.monotonic()
+    with Listening(live.address(radio), 0.5, 0.25) as listening:
+        found = taken(listening, lambda found: bool(found) and found[-1].start > 1.2)
+    assert time.monotonic() - began > 0.9  # it was heard as it came
+    pauses = [later.start - earlier.end for earlier, later in pairwise(found)]
+    assert 0.1 < max(pauses) < 2.0  # the outage: a failed attempt and what opening takes
+    assert sum(pause > 0 for pause in pauses) == 1
+    for each in (found[1], found[-1]):
+        spectrum = np.abs(np.fft.rfft(each.wave[:4000]))
+        assert np.argmax(spectrum) * SAMPLE_RATE / 4000 == pytest.approx(440, abs=4)
+
+
+def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("av")
+    monkeypatch.setattr(media, "_PATIENCE", 0.5)
+    release = threading.Event()
+
+    class Silent(Station):
+        def do_GET(self) -> None:
+            release.wait(20)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Silent)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/"
+    with Listening(live.address(url), 0.5, 0.25) as listening, pytest.raises(AudioError, match="no answer within"):
+        taken(listening)
+    release.set()
+    server.shutdown()
+    server.server_close()
+
+
+class FakePortAudio(SimpleNamespace):
+    """sounddevice on a machine whose microphone is pulled out after each half second, and back when looked for anew."""
+
+    PortAudioError = RuntimeError
+
+    def __init__(self) -> None:
+        super().__init__(default=SimpleNamespace(device=(1, 0)), looked=1, there=True)
+
+    def query_devices(self, name: str | int | None = None, kind: str = "") -> Any:
+        found = [
+            {"index": 0, "name": "speaker", "max_input_channels": 0, "default_samplerate": 48_000.0},
+            {"index": 1, "name": "microphone", "max_input_channels": 2, "default_samplerate": 48_000.0},
+        ]
+        if not kind:
+            return found
+        if not self.there:
+            raise ValueError(f"No input device matching {name!r}")
+        return found[1]
+
+    def _terminate(self) -> None:
+        self.looked += 1
+
+    def _initialize(self) -> None:
+        self.there = self.looked >= 3
+
+    def InputStream(self, rate: int, size: int, index: int, **rest: Any) -> "FakeStream":  # noqa: N802
+        assert (rate, size, index, rest["channels"], rest["dtype"]) == (48_000, 4800, 1, 1, "float32")
+        return FakeStream(self, rest["callback"], rest["finished_callback"])
+
+
+class FakeStream:
+    def __init__(self, port: FakePortAudio, callback: Callable[..., None], finished: Callable[[], None]) -> None:
+        self.port, self.callback, self.finished = port, callback, finished
+
+    def __enter__(self) -> None:
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(self) -> None:
+        for _ in range(5):
+            time.sleep(0.01)
+            self.callback(np.full((4800, 1), 0.25, np.float32), 4800, None, None)
+        self.port.there = False
+        self.finished()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_device_that_is_pulled_out_is_looked_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = FakePortAudio()
+    monkeypatch.setitem(sys.modules, "sounddevice", port)
+    assert device.devices() == [device.Device(1, "microphone", 2, 48_000, True)]
+    with Listening(device.device("micro"), 0.2, 0.2) as listening:
+        found = taken(listening, lambda found: bool(found) and found[-1].start > 0.6)
+    assert port.looked == 3  # in vain once
+    assert found[0].wave[2000] == pytest.approx(0.25, abs=1e-3)
+    assert "input device micro is lost; opening it again until it is back" in caplog.messages
+
+
+def test_a_device_that_gives_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sounddevice", FakePortAudio())
+    monkeypatch.setattr(device, "_STALL", 0.1)
+    monkeypatch.setattr(FakeStream, "run", lambda _: None)
+    with pytest.raises(AudioError, match=r"the default input device gives no sound for 0\.1 s"):
+        next(device.device().open())
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    with pytest.raises(AudioError, match=r"need the package sounddevice, which `pip install 'ced\[live\]'` brings$"):
+        device.devices()
+    monkeypatch.delitem(sys.modules, "sounddevice")
+    (tmp_path / "sounddevice.py").write_text("raise OSError('PortAudio library not found')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(AudioError, match=r"need the PortAudio library \(.* not found\); .* libportaudio2"):
+        device.devices()
+
+
+ALSA = Path("/usr/share/alsa/alsa.conf")
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, str]:
+    """Return an environment in which PortAudio itself finds an input that plays a file, as fast as it is read."""
+    try:
+        import sounddevice  # noqa: F401
+    except (ImportError, OSError):
+        pytest.skip("PortAudio is not installed")
+    if not ALSA.exists():
+        pytest.skip("inputs of a file's sound are of ALSA")
+    tone(2.0, 44_100).tofile(tmp_path / "tone.raw")
+    (tmp_path / ".asoundrc").write_text(
+        'pcm.nothing { type null }\npcm.cedtone { type file slave.pcm "nothing" format "raw" file "/dev/null"'
+        f' infile "{tmp_path / "tone.raw"}" }}\n'
+    )
+    return {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+
+
+def test_portaudio_is_heard(inputs: dict[str, str]) -> None:
+    program = """
+import numpy as np
+from ced.errors import AudioError
+from ced.sound.device import device, devices
+assert "cedtone" in [each.name for each in devices()]
+source = device("cedtone")
+for again in range(2):
+    found = source.open()
+    heard = np.concatenate([next(found) for _ in range(10)])[2000:10000]
+    found.close()
+    print(round(float(np.abs(heard).max()), 2), np.argmax(np.abs(np.fft.rfft(heard))) * 2)
+try:
+    next(device("no such thing").open())
+except AudioError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=inputs, capture_output=True, text=True, check=False)
+    missing = "input device no such thing cannot be heard: No input device matching 'no such thing'"
+    assert done.stdout.splitlines() == ["0.5 440", "0.5 440", missing], done.stderr
