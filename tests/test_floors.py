@@ -80,6 +80,8 @@ def run_python(program: str) -> str:
         ("ced.model.zoo", ["torch", "onnx", "onnxruntime"]),
         ("ced.tag.results", ["torch"]),
         ("ced.config", ["torch"]),
+        ("ced.tag.live", ["torch", "onnx", "pyarrow", "pydantic", "sounddevice", "av"]),
+        ("ced.sound.device", ["torch", "sounddevice", "av"]),
         ("ced.tag.server", ["torch", "onnx", "pyarrow"]),
         ("ced.cli", ["torch", "numpy", "pydantic", "rich.progress", "fastapi", "uvicorn"]),
     ],

@@ -27,7 +27,7 @@ Opened = tuple[int, int, Callable[[int], Iterator[NDArray[Any]]]]
 
 _TYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}  # FFmpeg's names, numpy's
 _PATIENCE = 30.0  # seconds for a server to answer, and for each read
-_AT_ONCE = {"probesize": "32768", "analyzeduration": "1000000", "fflags": "nobuffer"}  # bytes, microseconds
+_AT_ONCE = {"probesize": "32768", "analyzeduration": "1000000"}  # bytes, microseconds
 _SCHEMES = ("http://", "https://")
 
 _log = logging.getLogger(__name__)
