@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from ced.cli import calibrating, distilling, exporting, tagging
+from ced.cli import calibrating, distilling, exporting, showing, tagging
 from ced.cli.console import Commands, set_up_logging, set_up_streams
 from ced.cli.keys import FinetuneCommand, PretrainCommand, StoreCommand, TrainCommand
 
@@ -23,6 +23,7 @@ _ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command()(tagging.tag)
 app.command()(tagging.embed)
 app.command()(calibrating.calibrate)
+app.command("app")(showing.show)
 app.command()(exporting.models)
 app.command()(exporting.export)
 app.command()(distilling.pack)
