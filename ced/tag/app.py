@@ -152,25 +152,20 @@ def _found(shelf: Shelf, token: str) -> Kept:
     return kept
 
 
-class _LocalOnly:
-    """Components that take no addresses for files: Gradio would fetch them for anyone, whatever their size."""
+def _local_only(component: gr.components.Component) -> None:
+    """Let a component take uploads only: Gradio would fetch addresses for anyone who asks, whatever their size.
 
-    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        """Take files that were uploaded, as Gradio does, and nothing else."""
-        if url_or_file_path is not None and "://" in str(url_or_file_path):
+    This is no subclass because Gradio writes a file beside the module of each that it meets.
+    """
+    move = component.async_move_resource_to_block_cache
+
+    async def uploads_only(path: str | Path | None) -> str | None:
+        if path is not None and "://" in str(path):
             raise gr.Error("a file is to be uploaded, not named by an address", print_exception=False)
-        moved: str | None = await super().async_move_resource_to_block_cache(url_or_file_path)  # type: ignore[misc]
+        moved: str | None = await move(path)
         return moved
 
-
-class _File(_LocalOnly, gr.File):
-    def get_block_name(self) -> str:
-        return "file"
-
-
-class _Microphone(_LocalOnly, gr.Audio):
-    def get_block_name(self) -> str:
-        return "audio"
+    component.async_move_resource_to_block_cache = uploads_only
 
 
 class _Desk:
@@ -191,9 +186,9 @@ class _Desk:
             with gr.Row():
                 with gr.Column(scale=3):
                     with gr.Tab("File"):
-                        file = _File(show_label=False, type="filepath", height=130, elem_id="ced-file")
+                        file = gr.File(show_label=False, type="filepath", height=130, elem_id="ced-file")
                     with gr.Tab("Microphone"):
-                        microphone = _Microphone(sources=["microphone"], type="filepath", show_label=False)
+                        microphone = gr.Audio(sources=["microphone"], type="filepath", show_label=False)
                     if self._access.addresses:
                         with gr.Tab("Address"):
                             address = gr.Textbox(placeholder="https://...", show_label=False, submit_btn="Fetch")
@@ -204,6 +199,8 @@ class _Desk:
                         self._labels(), multiselect=True, label="Only these labels", elem_id="ced-only", filterable=True
                     )
                     rows = gr.Slider(1, MOST_ROWS, Filter.rows, step=1, label="Rows of the picture")
+            _local_only(file)
+            _local_only(microphone)
             player = gr.HTML(js_on_load=None, elem_id="ced-sound")
             picture = gr.HTML(js_on_load=None, elem_id="ced-timeline")
             events = gr.HTML(js_on_load=None, elem_id="ced-table")

@@ -1,4 +1,4 @@
-"""From a sound that a stranger hands over to its timeline: taken in under limits, kept as the model hears it, scored."""
+"""A sound that a stranger hands over: taken in under limits, kept as the model hears it, scored."""
 
 import os
 from collections.abc import Mapping
