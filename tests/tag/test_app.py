@@ -152,6 +152,6 @@ def test_a_browser(address: str, tmp_path: Path) -> None:
         rows.nth(1).get_by_role("button").click()
         page.wait_for_function("() => document.querySelector('.ced-player audio').currentTime > 1.7")
         page.set_input_files("#ced-file input[type=file]", tmp_path / "broken.wav")
-        page.get_by_text("cannot decode broken.wav").first.wait_for()
+        page.locator("[data-testid^=toast]").filter(has_text="cannot decode broken.wav").first.wait_for()
         browser.close()
     assert {url.split("/")[2] for url in asked if url.startswith("http")} == {address.split("/")[2]}

@@ -67,9 +67,7 @@ def test_this_machine_is_not_asked(host: str, site: str, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "address", ["file:///etc/passwd", "/etc/passwd", "http://", "http://[", ""]
-)
+@pytest.mark.parametrize("address", ["file:///etc/passwd", "/etc/passwd", "http://", "http://[", ""])
 def test_only_http_is_spoken(address: str, tmp_path: Path) -> None:
     with pytest.raises(AudioError, match="begins with http:// or https://"):
         fetch(address, tmp_path, most=1000)
