@@ -35,6 +35,7 @@ PIECE = "piece"  # metadata of our graphs: frames that are heard at once; longer
 FLOAT = "float32"
 AT_ONCE = 10 * SAMPLE_RATE  # samples: shorter waves are scored together up to this, longer ones gain nothing by it
 PROB, EMBEDDING, COLUMNS = "prob", "embedding", "columns"  # outputs of our graphs
+FRONT_END = Path(__file__).with_name("frontend.onnx")  # waves (b, t) -> log-mel features (b, f, n)
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class OnnxModel:
             raise CheckpointError(f"graph {self.path} takes batches of {batch} only; a tagger takes 1, or any number")
         if len(inputs[0].shape) == 2:
             return inputs[0], None
-        return inputs[0], open_session(Path(__file__).with_name("frontend.onnx"), threads)
+        return inputs[0], open_session(FRONT_END, threads)
 
     def _find_scores(self) -> str:
         if PROB in self._outputs:

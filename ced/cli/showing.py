@@ -1,0 +1,57 @@
+"""The command that opens a page in the browser: app."""
+
+import ipaddress
+import socket
+from typing import Annotated
+
+import typer
+
+from ced.cli.console import reporting
+from ced.cli.options import Jobs, Model
+from ced.errors import ConfigError
+from ced.machine import cores
+
+
+def show(
+    model: Model = "ced_mini",
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0: any that is free.")] = 7860,
+    megabytes: Annotated[float, typer.Option("--max-mb", min=0.001, help="The largest sound, in MB.")] = 200.0,
+    minutes: Annotated[float, typer.Option("--max-minutes", min=0.001, help="The longest sound.")] = 60.0,
+    addresses: Annotated[bool, typer.Option(help="Fetch sounds from addresses that are pasted.")] = True,
+    private: Annotated[
+        bool, typer.Option("--private-addresses", help="Fetch from this machine and its networks, too.")
+    ] = False,
+    jobs: Jobs = None,
+) -> None:
+    """Open a page in the browser: drop, record or name a sound, and see what is heard when.
+
+    Only this machine's users reach it, unless --host says otherwise.
+    """
+    try:
+        from ced.tag.app import Access, serving
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"ced app needs the package {error.name}, which `pip install 'ced[app]'` brings") from error
+    import uvicorn
+
+    from ced.tag.hearing import Hearing, Limits
+    from ced.tag.tagger import Tagger
+
+    listening = _listening(host, port)
+    loopback = ipaddress.ip_address(listening.getsockname()[0]).is_loopback
+    with listening, reporting() as progress, Tagger(model, jobs=jobs or cores(), progress=progress) as tagger:
+        hearing = Hearing(tagger, model, Limits(megabytes, minutes))
+        with serving(hearing, Access(addresses=addresses, private=private, loopback=loopback)) as application:
+            config = uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1)
+            name, bound = listening.getsockname()[:2]
+            print(f"http://{f'[{name}]' if ':' in name else name}:{bound}", flush=True)
+            uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, before anything is loaded for it."""
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(place[:2], family=family)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror}; --port names another") from error
