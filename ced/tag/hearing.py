@@ -94,7 +94,7 @@ class Hearing:
                 for block in audio.windows(path, _BLOCK):
                     if block.end > self.limits.minutes * 60:
                         raise AudioError(
-                            f"{name} is longer than {self.limits.minutes:g} min, which is all that is taken"
+                            f"{name} is longer than {self.limits.minutes:g} min, which is all that is taken here"
                         )
                     file.write(np.clip(block.wave, -1.0, 1.0))
                     overview.add(self._front_end(block.wave))

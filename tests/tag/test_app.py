@@ -39,7 +39,7 @@ class Pitch:
         power = np.abs(np.fft.rfft(waves)) ** 2
         edge = 1000 * waves.shape[1] // RATE
         shares = np.stack([power[:, :edge].sum(1), power[:, edge:].sum(1)], axis=1) / (power.sum(1)[:, None] + 1e-9)
-        return shares.astype(np.float32)
+        return 0.9 * shares.astype(np.float32)
 
 
 def tones(path: Path, seconds: int = 4) -> Path:
@@ -52,16 +52,20 @@ def tones(path: Path, seconds: int = 4) -> Path:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as listening, Tagger(Pitch()) as tagger:
-        with serving(Hearing(tagger, "pitch", Limits(megabytes=2, minutes=0.5))) as application:
-            server = uvicorn.Server(uvicorn.Config(application, log_level="error", timeout_graceful_shutdown=1))
-            thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-            thread.start()
-            while not server.started:
-                time.sleep(0.05)
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-            server.should_exit = True
-            thread.join()
+    limits = Limits(megabytes=2, minutes=0.5)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        Tagger(Pitch()) as tagger,
+        serving(Hearing(tagger, "pitch", limits)) as application,
+    ):
+        server = uvicorn.Server(uvicorn.Config(application, log_level="error", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture
