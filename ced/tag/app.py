@@ -165,7 +165,7 @@ def _local_only(component: gr.components.Component) -> None:
         moved: str | None = await move(path)
         return moved
 
-    component.async_move_resource_to_block_cache = uploads_only
+    component.async_move_resource_to_block_cache = uploads_only  # type: ignore[method-assign, assignment]
 
 
 class _Desk:

@@ -39,7 +39,7 @@ class Pitch:
         power = np.abs(np.fft.rfft(waves)) ** 2
         edge = 1000 * waves.shape[1] // RATE
         shares = np.stack([power[:, :edge].sum(1), power[:, edge:].sum(1)], axis=1) / (power.sum(1)[:, None] + 1e-9)
-        return 0.9 * shares.astype(np.float32)
+        return np.asarray(0.9 * shares, np.float32)
 
 
 def tones(path: Path, seconds: int = 4) -> Path:
