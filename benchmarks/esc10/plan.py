@@ -138,13 +138,13 @@ def box() -> list[Job]:
     return [_distilled("box", 1, {**_MIXUP, "epochs": BOX_EPOCHS})]
 
 
-def _stored(name: str, who: Sequence[str] = tuple(TEACHERS), *, epochs: int = EPOCHS, topk: int = CLASSES) -> Job:
+def _stored(name: str, who: Sequence[str] = tuple(TEACHERS), *, topk: int = CLASSES) -> Job:
     values = {
         **_LEARN,
         **_VIEWS,
         "outputpath": name,
         "model": [f"{teachers.__name__}:{teacher}" for teacher in who],
-        "epochs": epochs,
+        "epochs": EPOCHS,
         "topk": topk,
         "batch_size": 16,
         "mode": "off",
