@@ -2,7 +2,6 @@
 
 import ipaddress
 import logging
-import socket
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ced.cli.console import reporting
+from ced.cli.listener import address, listen
 from ced.cli.options import Jobs, Model
 from ced.errors import ConfigError
 from ced.machine import cores
@@ -53,7 +53,7 @@ def serve(
     from ced.model.onnx import open_model
 
     limits = Limits(max_megabytes, max_seconds, queue, rate)
-    with _listening(host, port) as listener:
+    with listen(host, port) as listener:
         with reporting() as progress:
             graph = open_model(model, progress=progress)
         app = application(graph, Path(model).name, jobs=jobs or cores(), limits=limits)
@@ -67,22 +67,8 @@ def serve(
             forwarded_allow_ips=proxy or [],
             timeout_graceful_shutdown=_GRACE,
         )
-        address = _address(listener)
-        print(f"ced: serving {model} at {address}, described at {address}/docs", file=sys.stderr, flush=True)
+        where = address(listener)
+        print(f"ced: serving {model} at {where}, described at {where}/docs", file=sys.stderr, flush=True)
         if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-            _log.warning("%s may be reached from other machines, and asks nobody for a password", address)
+            _log.warning("%s may be reached from other machines, and asks nobody for a password", where)
         uvicorn.Server(config).run([listener])
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    """Take an address before anything is loaded for it."""
-    try:
-        family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server((where[0], where[1]), family=family, backlog=2048)
-    except OSError as error:
-        raise ConfigError(f"cannot listen at {host}, port {port}: {error.strerror or error}") from error
-
-
-def _address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,12 +1,12 @@
 """The command that opens a page in the browser: app."""
 
 import ipaddress
-import socket
 from typing import Annotated
 
 import typer
 
 from ced.cli.console import reporting
+from ced.cli.listener import address, listen
 from ced.cli.options import Jobs, Model
 from ced.errors import ConfigError
 from ced.machine import cores
@@ -37,21 +37,11 @@ def show(
     from ced.tag.hearing import Hearing, Limits
     from ced.tag.tagger import Tagger
 
-    listening = _listening(host, port)
+    listening = listen(host, port)
     loopback = ipaddress.ip_address(listening.getsockname()[0]).is_loopback
     with listening, reporting() as progress, Tagger(model, jobs=jobs or cores(), progress=progress) as tagger:
         hearing = Hearing(tagger, model, Limits(megabytes, minutes))
         with serving(hearing, Access(addresses=addresses, private=private, loopback=loopback)) as application:
             config = uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1)
-            name, bound = listening.getsockname()[:2]
-            print(f"http://{f'[{name}]' if ':' in name else name}:{bound}", flush=True)
+            print(address(listening), flush=True)
             uvicorn.Server(config).run(sockets=[listening])
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    """Return a socket that listens, before anything is loaded for it."""
-    try:
-        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(place[:2], family=family)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror}; --port names another") from error
