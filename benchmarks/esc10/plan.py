@@ -20,7 +20,7 @@ MODELS = Path("models")  # what has been trained, by the name of its job
 SECONDS = 5.0  # of every clip
 CLASSES = 10
 FRAMES = frames_of(round(SECONDS * SAMPLE_RATE))
-EPOCHS = 60  # of students, and of stored views
+EPOCHS = 50  # of students, and of stored views
 BOX_EPOCHS = EPOCHS
 TEACHERS = {"pictures": 60, "series": 80, "recurrent": 60}  # epochs
 
