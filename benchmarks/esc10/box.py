@@ -74,7 +74,7 @@ def ship(work: Path, data: Path, graph: Path = GRAPH) -> None:
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "megabytes": graph.stat().st_size / 1e6,
         "clips": len(learned),
-        "views": plan.EPOCHS,
+        "views": plan.STORED,
         "chosen": len(_names(folder / "choose.tsv")),
         "fold": EXTRA_FOLD,
         "commands": "\n".join(f"  `{line}`  " for line in _commands()),

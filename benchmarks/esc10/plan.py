@@ -1,8 +1,9 @@
 """Everything that is trained on one fold, as a list of jobs: a command, its configuration, and what it waits for.
 
 All students are one network. They start from one masked pre-training, take as many steps of as many chunks, and have
-their checkpoints chosen alike. The arms differ in where targets come from and in what the student hears. Jobs run in
-the folder of their fold, and all paths are relative to it.
+their checkpoints chosen alike. The arms differ in where targets come from and in what the student hears: what is
+distilled needs no labels, so it hears mixtures of the recordings, too. Jobs run in the folder of their fold, and all
+paths are relative to it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,20 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.esc10 import teachers
+from benchmarks.esc10.split import MIXED, SECONDS
 from ced.config import FinetuneConfig, LoopConfig, PretrainConfig, Section, StoreConfig, TrainConfig, check
 from ced.distill.teacher import store_folder
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.frontend import frames_of
 
 MODELS = Path("models")  # what has been trained, by the name of its job
-SECONDS = 5.0  # of every clip
 CLASSES = 10
 FRAMES = frames_of(round(SECONDS * SAMPLE_RATE))
-EPOCHS = 50  # of students, and of stored views
-BOX_EPOCHS = EPOCHS
+EPOCHS, STEPS = 50, 9  # of students that learn from labels, and steps of an epoch: all clips once
+STORED, STORED_STEPS = 18, 25  # of distilled ones, which have three times as much to hear; as many steps in all
+BOX_EPOCHS = 3 * STORED
 TEACHERS = {"pictures": 60, "series": 80, "recurrent": 60}  # epochs
 
 _LEARN: Mapping[str, Any] = {"train_data": "pack/labels/learn.tsv"}
+_HEARD: Mapping[str, Any] = {"train_data": f"pack/labels/{MIXED}.tsv"}
 _NETWORK: Mapping[str, Any] = {
     "model": "ced_tiny",
     "model_args": {"embed_dim": 128, "num_heads": 4, "depth": 4, "target_length": FRAMES},
@@ -39,17 +42,14 @@ _VIEWS: Mapping[str, Any] = {
 _NO_VIEWS: Mapping[str, Any] = {"chunk_length": SECONDS, "wavtransforms": {}, "spectransforms": {}}
 _MIXUP: Mapping[str, Any] = {"mixup": 0.3}
 _STUDENT: Mapping[str, Any] = {
-    **_LEARN,
     **_NETWORK,
     "pretrained": str(MODELS / "mae"),
     "eval_data": "pack/labels/choose.tsv",
-    "epochs": EPOCHS,
     "batch_size": 32,
     "optimizer": "Adam",
     "optimizer_args": {"lr": 1e-3},
-    "warmup_epochs": 3,
+    "warmup_iters": 3 * STEPS,
     "decay_frac": 0.01,
-    "valid_every": 2,
     "early_stop": None,
 }
 _TEACHER: Mapping[str, Any] = {
@@ -120,9 +120,14 @@ def main(seed: int) -> list[Job]:
 
 def extra(seed: int) -> list[Job]:
     """Return the arms that one fold has: each departs from `ced` in one thing, or two."""
-    jobs = [_labelled("cross_entropy", seed, {**_VIEWS, **_MIXUP, "task": "single"})]
+    jobs = [
+        _labelled("cross_entropy", seed, {**_VIEWS, **_MIXUP, "task": "single"}),
+        _labelled("labels_mixtures", seed, {**_VIEWS, **_HEARD, "epochs": STORED, "epoch_length": STORED_STEPS}),
+    ]
+    unmixed = _stored("views_unmixed", epochs=EPOCHS, changes=_LEARN)
+    jobs += [unmixed, _distilled("unmixed", seed, {**_LEARN, "epochs": EPOCHS, "epoch_length": STEPS}, unmixed)]
     jobs.append(_distilled("scratch", seed, {"pretrained": False}))
-    jobs += [_distilled(f"stored_{epochs}", seed, {"max_aug_epochs": epochs}) for epochs in (1, 5, 20)]
+    jobs += [_distilled(f"stored_{epochs}", seed, {"max_aug_epochs": epochs}) for epochs in (1, 5)]
     for topk in (3, 1):
         views = _stored(f"views_top{topk}", topk=topk)
         jobs += [views, _distilled(f"top_{topk}", seed, {}, views)]
@@ -138,13 +143,20 @@ def box() -> list[Job]:
     return [_distilled("box", 1, {**_MIXUP, "epochs": BOX_EPOCHS})]
 
 
-def _stored(name: str, who: Sequence[str] = tuple(TEACHERS), *, topk: int = CLASSES) -> Job:
+def _stored(
+    name: str,
+    who: Sequence[str] = tuple(TEACHERS),
+    *,
+    topk: int = CLASSES,
+    epochs: int = STORED,
+    changes: Mapping[str, Any] = _HEARD,
+) -> Job:
     values = {
-        **_LEARN,
+        **changes,
         **_VIEWS,
         "outputpath": name,
         "model": [f"{teachers.__name__}:{teacher}" for teacher in who],
-        "epochs": EPOCHS,
+        "epochs": epochs,
         "topk": topk,
         "batch_size": 16,
         "mode": "off",
@@ -154,7 +166,8 @@ def _stored(name: str, who: Sequence[str] = tuple(TEACHERS), *, topk: int = CLAS
 
 
 def _labelled(arm: str, seed: int, changes: Mapping[str, Any]) -> Job:
-    values = {**_STUDENT, "classes": "classes.tsv", **changes, "seed": seed}
+    length = {"epochs": EPOCHS, "epoch_length": STEPS, "valid_every": 2}
+    values = {**_STUDENT, **_LEARN, **length, "classes": "classes.tsv", **changes, "seed": seed}
     return _student(arm, "finetune", check(FinetuneConfig, values, arm), ())
 
 
@@ -162,7 +175,16 @@ def _distilled(arm: str, seed: int, changes: Mapping[str, Any], views: Job | Non
     views = views or _stored("views")
     assert isinstance(views.config, StoreConfig)
     logits = store_folder(views.config)
-    values = {**_STUDENT, "logitspath": str(logits), "num_classes": CLASSES, **changes, "seed": seed}
+    length = {"epochs": STORED, "epoch_length": STORED_STEPS, "valid_every": 1}
+    values = {
+        **_STUDENT,
+        **_HEARD,
+        **length,
+        "logitspath": str(logits),
+        "num_classes": CLASSES,
+        **changes,
+        "seed": seed,
+    }
     return _student(arm, "train", check(TrainConfig, values, arm), (views.name,))
 
 

@@ -1,6 +1,7 @@
 """Who hears what: for each held-out fold a table to learn from, one to choose checkpoints by, one to be judged by.
 
-What chooses never judges, and recordings cut from one source never stand on both sides.
+What chooses never judges, and recordings cut from one source never stand on both sides. Teachers can be asked about
+sounds that nobody has labelled; a fourth table has mixtures of the recordings to learn from beside them.
 """
 
 from collections import defaultdict
@@ -8,10 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
 from ced.distill.wavpack import pack
+from ced.sound.audio import SAMPLE_RATE, load
 from ced.sound.tables import read_table, write_table
 
 TABLES = ("learn", "choose", "judge")
+MIXED = "mixed"
+MIXTURES = 2  # for each recording
+SECONDS = 5.0  # of every clip
+_SILENT = 1e-4  # the power that a recording is taken to have at least, as a part of full scale
 UNSHIPPABLE = "Sampling"  # in the name of a licence under which nothing that is given away may be made
 
 
@@ -84,3 +94,32 @@ def prepare(data: Path, folder: Path, fold: int) -> None:
         }
         write_table(folder / f"{table}.tsv", columns)
         pack(folder / f"{table}.tsv", folder / "pack")
+    if not (folder / f"{MIXED}.tsv").exists():
+        _write_mixed(folder)
+    pack(folder / f"{MIXED}.tsv", folder / "pack")
+
+
+def mix(first: NDArray[np.float32], second: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+    """Add two waves (t,) of which the first makes up a share of the loudness, whatever theirs was."""
+    loud = [max(float(np.sqrt(np.mean(np.square(wave)))), _SILENT) for wave in (first, second)]
+    both = share * first / loud[0] + (1 - share) * second / loud[1]
+    gain = min(share * loud[0] + (1 - share) * loud[1], 1 / float(np.abs(both).max(initial=1e-9)))
+    return (gain * both).astype(np.float32)
+
+
+def _write_mixed(folder: Path) -> None:
+    """Write the table of what is learned from and mixtures of two of those, which have the labels of both."""
+    learned = read_table(folder / "learn.tsv")
+    files, labels = list(learned.column("filename")), list(learned.column("labels"))
+    length = round(SECONDS * SAMPLE_RATE)
+    waves = [np.pad(wave, (0, max(0, length - len(wave))))[:length] for wave in map(load, map(Path, files))]
+    (folder / "mixtures").mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for number in range(MIXTURES * len(waves)):
+        one, two = rng.choice(len(waves), 2, replace=False)
+        first, second = (np.roll(waves[of], rng.integers(length)) for of in (one, two))
+        path = folder / "mixtures" / f"{number}.wav"
+        soundfile.write(path, mix(first, second, rng.uniform(0.2, 0.8)), SAMPLE_RATE)
+        files.append(str(path.resolve()))
+        labels.append(";".join(sorted({labels[one], labels[two]})))
+    write_table(folder / f"{MIXED}.tsv", {"filename": files, "labels": labels})

@@ -49,6 +49,28 @@ def test_what_chooses_never_judges_and_sources_stay_together(data: Path) -> None
     assert {clip.label for clip in parts["choose"]} == set(range(10))
 
 
+def test_mixtures_are_of_what_is_learned_from(data: Path, tmp_path: Path) -> None:
+    split.prepare(data, tmp_path, 5)
+    mixed = read_table(tmp_path / "mixed.tsv")
+    learned = read_table(tmp_path / "learn.tsv").column("filename")
+    files, labels = mixed.column("filename"), mixed.column("labels")
+    assert list(files[: len(learned)]) == list(learned)
+    assert len(files) == (1 + split.MIXTURES) * len(learned)
+    assert any(";" in text for text in labels[len(learned) :])
+    wave, rate = soundfile.read(files[-1])
+    assert (len(wave), rate) == (80_000, 16_000)
+
+
+def test_a_quiet_sound_is_heard_in_a_mixture() -> None:
+    loud, quiet = np.zeros((2, 16_000), np.float32)
+    time = np.arange(16_000) / 16_000
+    loud[:], quiet[:] = np.sin(2 * np.pi * 100 * time), 0.01 * np.sin(2 * np.pi * 1000 * time)
+    power = np.abs(np.fft.rfft(split.mix(loud, quiet, 0.25)))
+    assert power[1000] / power[100] == pytest.approx(3, rel=1e-3)
+    assert np.abs(split.mix(loud, loud, 0.5)).max() <= 1
+    assert not split.mix(np.zeros_like(loud), np.zeros_like(loud), 0.5).any()
+
+
 def test_nothing_learns_from_what_may_not_be_given_away(data: Path, tmp_path: Path) -> None:
     (last,) = set(read_table(data / "credits.tsv").column("filename")) - split.shippable(data)
     for fold in FOLDS:
@@ -64,11 +86,13 @@ def test_nothing_learns_from_what_may_not_be_given_away(data: Path, tmp_path: Pa
 
 
 def test_all_arms_of_a_table_take_the_same_steps() -> None:
-    students = [job.config for job in plan.main(1) + plan.extra(1) if job.arm]
-    assert all(isinstance(config, FinetuneConfig | TrainConfig) for config in students)
-    same = ("train_data", "eval_data", "model", "model_args", "epochs", "batch_size", "optimizer_args", "seed", "mode")
+    configs = [job.config for job in plan.main(1) + plan.extra(1) if job.arm]
+    students = [config for config in configs if isinstance(config, FinetuneConfig | TrainConfig)]
+    assert len(students) == len(configs)
+    same = ("eval_data", "model", "model_args", "batch_size", "optimizer_args", "warmup_iters", "seed", "mode")
     for key in same:
         assert len({str(getattr(config, key)) for config in students}) == 1
+    assert {config.epochs * (config.epoch_length or 0) for config in students} == {450}
     assert {job.name for job in plan.main(1)}.isdisjoint(job.name for job in plan.main(2))
 
 
@@ -76,7 +100,8 @@ def test_the_whole_run_resumes_and_is_judged(data: Path, tmp_path: Path) -> None
     fold = tmp_path / "fold5"
     split.prepare(data, fold, 5)
     jobs = [*plan.groundwork(), *(job for job in plan.main(1) if job.arm in ("labels_mixup", "ced"))]
-    short = [replace(job, config=job.config.model_copy(update={"epochs": 1})) for job in jobs]
+    brief = {"epochs": 1, "epoch_length": 2}
+    short = [replace(job, config=job.config.model_copy(update=brief)) for job in jobs]
     todo = [esc10.Task(5, fold, job) for job in short]
     results = report.Results(tmp_path / report.RESULTS)
     assert esc10.run(todo, 2, results) == []
