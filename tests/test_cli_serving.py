@@ -156,6 +156,11 @@ def test_the_commands_of_its_page_work(graph: Path, tmp_path: Path) -> None:
 def test_a_stop_is_quiet(graph: Path, number: signal.Signals, code: int) -> None:
     with serving(graph, "--port", "0") as (process, url):
         assert httpx.get(f"{url}/healthz/ready").status_code == 200
+        form = {"content-type": "multipart/form-data; boundary=x"}
+        assert httpx.post(url + PATH, content=b"--x\r\n\0: \0\r\n", headers=form).status_code == 422
+        with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 80), timeout=20) as junk:
+            junk.sendall(b"\0junk\r\n\r\n")
+            assert junk.recv(12) == b"HTTP/1.1 400"
         process.send_signal(number)
         assert process.wait(60) == code
         assert process.stderr is not None

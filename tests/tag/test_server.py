@@ -429,6 +429,16 @@ def test_a_connection_ends_with_what_is_refused_unread(client: httpx.Client) -> 
             said = sender.makefile("rb").read()  # to the end of the connection
         assert said.startswith(f"HTTP/1.1 {status} ".encode())
         assert b"connection: close\r\n" in said.lower()
+    with socket.create_connection(address, timeout=20) as sender:
+        sender.sendall(f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000000\r\n\r\n".encode())
+        end = time.monotonic() + 20
+
+        def send_on() -> None:
+            while time.monotonic() < end:
+                sender.sendall(bytes(100_000))
+
+        with pytest.raises(ConnectionError):
+            send_on()  # which is not read without end
     kept = client.post(PATH, content=b"abc", headers=WAV)
     assert kept.status_code == 422
     assert "connection" not in kept.headers
@@ -503,7 +513,12 @@ def test_stopping_refuses_at_once_what_only_waits() -> None:
         with httpx.Client(base_url=url) as client:
             until(lambda: metrics(client)["ced_pending_requests"] == 3)
         time.sleep(0.2)  # until they wait for the model
-        threading.Thread(target=lambda: [error(each, 503) for each in waiting.answers()] and model.go.set()).start()
+
+        def go_on() -> None:
+            waiting.answers()  # which come while the model is held up
+            model.go.set()
+
+        threading.Thread(target=go_on).start()
     assert [error(each, 503) for each in waiting.answers()] == [DOWN, DOWN]
     assert waiting.answers()[0].headers["retry-after"] == "1"
     assert begun.answers()[0].status_code == 200
