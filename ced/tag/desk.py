@@ -56,12 +56,16 @@ class Desk:
                     with gr.Tab("File"):
                         file = gr.File(show_label=False, type="filepath", height=130, elem_id="ced-file")
                     with gr.Tab("Microphone"):
-                        microphone = gr.Audio(sources=["microphone"], type="filepath", show_label=False)
+                        microphone = gr.Audio(
+                            sources=["microphone"], type="filepath", show_label=False, elem_id="ced-microphone"
+                        )
                     if self._access.addresses:
                         with gr.Tab("Address"):
                             address = gr.Textbox(placeholder="https://...", show_label=False, submit_btn="Fetch")
                 with gr.Column(scale=2):
-                    detail = gr.Dropdown(list(DETAILS), value=DETAIL, label="Windows (tags again)")
+                    detail = gr.Dropdown(
+                        list(DETAILS), value=DETAIL, label="Windows (tags again)", elem_id="ced-windows"
+                    )
                     threshold = gr.Slider(0, 1, Filter.threshold, step=0.01, label="Threshold", elem_id="ced-threshold")
                     only = gr.Dropdown(
                         self._labels(), multiselect=True, label="Only these labels", elem_id="ced-only", filterable=True
