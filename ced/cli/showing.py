@@ -30,6 +30,7 @@ def show(
 
     Only this machine's users reach it, unless --host says otherwise.
     """
+    listening = listen(host, port)
     try:
         import uvicorn
 
@@ -43,7 +44,6 @@ def show(
     from ced.tag.tagger import Tagger
 
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # not without deleting what was uploaded
-    listening = listen(host, port)
     loopback = ipaddress.ip_address(listening.getsockname()[0]).is_loopback
     with listening, reporting() as progress, Tagger(model, jobs=jobs or cores(), progress=progress) as tagger:
         hearing = Hearing(tagger, model, Limits(megabytes, minutes))

@@ -32,7 +32,7 @@ def serving(hearing: Hearing, access: Access) -> Iterator[fastapi.FastAPI]:
     Nothing is sent anywhere: no usage figures, no checks for versions, and pages may load nothing from elsewhere.
     """
     with TemporaryDirectory(prefix="ced-app-") as name:
-        folder = Path(name)
+        folder = Path(name).resolve()
         with _environment(
             GRADIO_TEMP_DIR=str(folder / "uploads"),
             GRADIO_ANALYTICS_ENABLED="False",
@@ -87,7 +87,7 @@ def _application(hearing: Hearing, access: Access, folder: Path) -> fastapi.Fast
     app.get("/sounds/{token}/{kind}")(partial(_download, shelf))
     gr.mount_gradio_app(
         app,
-        Desk(hearing, access, shelf, folder / "fetched").blocks(),
+        Desk(hearing, access, shelf, uploads, folder / "fetched").blocks(),
         "/",
         footer_links=[],
         run_history=False,

@@ -39,8 +39,9 @@ class Access:
 class Desk:
     """The parts of the page and what happens when they are used."""
 
-    def __init__(self, hearing: Hearing, access: Access, shelf: Shelf, fetched: Path) -> None:
-        self._hearing, self._access, self._shelf, self._fetched = hearing, access, shelf, fetched
+    def __init__(self, hearing: Hearing, access: Access, shelf: Shelf, uploads: Path, fetched: Path) -> None:
+        self._hearing, self._access, self._shelf = hearing, access, shelf
+        self._uploads, self._fetched = uploads, fetched
 
     def blocks(self) -> gr.Blocks:
         """Lay the page out."""
@@ -71,8 +72,8 @@ class Desk:
                         self._labels(), multiselect=True, label="Only these labels", elem_id="ced-only", filterable=True
                     )
                     rows = gr.Slider(1, MOST_ROWS, Filter.rows, step=1, label="Rows of the picture")
-            _local_only(file)
-            _local_only(microphone)
+            for source in (file, microphone):
+                _take_only(source, self._uploads)
             player = gr.HTML(js_on_load=None, elem_id="ced-sound")
             picture = gr.HTML(js_on_load=None, elem_id="ced-timeline")
             events = gr.HTML(js_on_load=None, elem_id="ced-table")
@@ -192,20 +193,21 @@ class Desk:
             return [page.player(kept), drawn, page.table(kept, timeline.record(chosen), chosen)]
 
 
-def _local_only(component: gr.components.Component) -> None:
-    """Let a component take uploads only: Gradio would fetch addresses for anyone who asks, whatever their size.
+def _take_only(component: gr.components.Component, uploads: Path) -> None:
+    """Let a component take what was uploaded, and nothing else that a request may name.
 
+    Gradio itself would fetch addresses, whatever their size, and read any file where it is mounted in an application.
     This is no subclass because Gradio writes a file beside the module of each that it meets.
     """
     move = component.async_move_resource_to_block_cache
 
-    async def uploads_only(path: str | Path | None) -> str | None:
-        if path is not None and "://" in str(path):
-            raise gr.Error("a file is to be uploaded, not named by an address", print_exception=False)
+    async def take(path: str | Path | None) -> str | None:
+        if path is not None and not Path(path).resolve().is_relative_to(uploads):
+            raise gr.Error("only what was uploaded is read", print_exception=False)
         moved: str | None = await move(path)
         return moved
 
-    component.async_move_resource_to_block_cache = uploads_only  # type: ignore[method-assign, assignment]
+    component.async_move_resource_to_block_cache = take  # type: ignore[method-assign, assignment]
 
 
 def _owner(request: gr.Request) -> str:

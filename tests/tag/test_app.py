@@ -134,14 +134,8 @@ def test_what_cannot_be_tagged_is_said(client: gradio_client.Client, seconds: in
     assert "uploads" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("path", "said"),
-    [
-        ("{outside}", "Cannot move .* to the gradio cache dir"),
-        ("{server}/a.wav", "a file is to be uploaded, not named by an address"),
-    ],
-)
-def test_only_uploads_are_read(client: gradio_client.Client, path: str, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["{outside}", "{outside}/../a.wav", "{server}/a.wav"])
+def test_only_uploads_are_read(client: gradio_client.Client, path: str, tmp_path: Path) -> None:
     """Neither a sound that lies on this machine, which could be tagged, nor one behind an address."""
     asked: list[str] = []
 
@@ -156,7 +150,7 @@ def test_only_uploads_are_read(client: gradio_client.Client, path: str, said: st
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
         path = path.format(outside=outside, server=f"http://127.0.0.1:{other.server_port}")
-        with pytest.raises(gradio_client.exceptions.AppError, match=said):
+        with pytest.raises(gradio_client.exceptions.AppError, match="only what was uploaded is read"):
             client.predict({"path": path, "meta": {"_type": "gradio.FileData"}}, "1 s", 0.5, [], 8, api_name="/file")
         other.shutdown()
     assert asked == []
