@@ -72,18 +72,20 @@ class Desk:
                         self._labels(), multiselect=True, label="Only these labels", elem_id="ced-only", filterable=True
                     )
                     rows = gr.Slider(1, MOST_ROWS, Filter.rows, step=1, label="Rows of the picture")
-            for source in (file, microphone):
-                _take_only(source, self._uploads)
             player = gr.HTML(js_on_load=None, elem_id="ced-sound")
             picture = gr.HTML(js_on_load=None, elem_id="ced-timeline")
             events = gr.HTML(js_on_load=None, elem_id="ced-table")
 
             choices, shown = [detail, threshold, only, rows], [player, picture, events]
             long: dict[str, Any] = {"concurrency_id": "hearing", "concurrency_limit": 1, "show_progress_on": picture}
-            file.upload(self.hear_file, [file, *choices], [*shown, file], api_name="file", **long)
-            microphone.stop_recording(
-                self.hear_file, [microphone, *choices], [*shown, microphone], api_name="microphone", **long
-            )
+            for source, handed, name in (
+                (file, file.upload, "file"),
+                (microphone, microphone.stop_recording, "microphone"),
+            ):
+                _take_only(source, self._uploads)
+                heard = handed(self.hear_file, [source, *choices], shown, api_name=name, **long)
+                # Also after an error: there must be room for the next.
+                heard.then(lambda: None, None, source, queue=False, api_visibility="private")
             if self._access.addresses:
                 address.submit(self.hear_address, [address, *choices], shown, api_name="address", **long)
             detail.input(self.hear_again, choices, shown, api_name="again", **long)
@@ -116,14 +118,14 @@ class Desk:
     ) -> list[Any]:
         """Tag an upload, and delete it."""
         if path is None:
-            return [gr.skip()] * 4
+            return [gr.skip()] * 3
         upload = Path(path)
         try:
             with _shown_errors():
                 self._hear(upload, _owner(request), detail, progress)
         finally:
             shutil.rmtree(upload.parent, ignore_errors=True)  # Gradio gives each upload a folder
-        return [*self._show(_owner(request), _filter(threshold, only, rows)), None]
+        return self._show(_owner(request), _filter(threshold, only, rows))
 
     def hear_address(
         self,

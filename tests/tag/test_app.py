@@ -104,7 +104,7 @@ def handed(client: gradio_client.Client, path: Path, detail: str = "1 s") -> lis
 
 
 def test_a_file_is_tagged_filtered_and_downloaded(client: gradio_client.Client, address: str, tmp_path: Path) -> None:
-    player, picture, events, _ = handed(client, tones(tmp_path / "a & b.wav"))
+    player, picture, events = handed(client, tones(tmp_path / "a & b.wav"))
     assert "a &amp; b" in player or "a  b" in player
     assert "high &lt;b&gt;" in picture
     assert "high &lt;b&gt;" in events
@@ -269,9 +269,7 @@ def test_a_sound_is_seen_filtered_taken_along_and_heard(page: Any, address: str,
     box = page.locator(".ced-plot").bounding_box()
     page.locator(".ced-plot").click(position={"x": box["width"] * 0.25, "y": 5})
     page.wait_for_function("() => window.sought.length == 2")
-    assert page.evaluate("() => window.sought") == pytest.approx(
-        [2.5, 1.0], abs=0.02
-    )  # where windows meet, and a quarter
+    assert page.evaluate("() => window.sought") == pytest.approx([2.5, 1.0], abs=0.02)
     assert not page.evaluate("() => document.querySelector('.ced-player audio').paused")
     assert {url.split("/")[2] for url in asked if url.startswith("http")} == {address.split("/")[2]}
 
@@ -305,7 +303,7 @@ def test_what_is_wrong_with_a_sound_is_said(page: Any, address: str, tmp_path: P
     complaint(page, "cannot decode broken.wav")
     soundfile.write(tmp_path / "large.wav", np.zeros(1_100_000, np.int16), RATE)
     drop(page, tmp_path / "large.wav")
-    complaint(page, "2 MB")
+    complaint(page, 'exceed the maximum allowed size of 1.9 MB: "large.wav"')  # of 1,048,576 bytes
     drop(page, tones(tmp_path / "a.wav"))
     page.locator("#ced-table tbody tr").nth(1).wait_for()
 
