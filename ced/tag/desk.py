@@ -17,7 +17,7 @@ from ced.tag import page
 from ced.tag.fetch import fetch
 from ced.tag.hearing import DETAILS, Hearing
 from ced.tag.shelf import Shelf
-from ced.tag.timeline import Filter
+from ced.tag.timeline import Filter, clock, unit
 
 TITLE = "CED: what is heard"
 DETAIL = "2 s"  # unless another is chosen
@@ -224,7 +224,7 @@ def _filter(threshold: float, only: Sequence[str] | None, rows: float) -> Filter
 
 def _reporting(progress: gr.Progress) -> Progress:
     def report(task: str, done: int, total: int) -> None:
-        progress((done, total), desc=task, unit="s of sound")
+        progress(done / total, desc=f"{task}: {clock(done, total)} of {clock(total, total)} {unit(total)}")
 
     return report
 
