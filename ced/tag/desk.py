@@ -84,8 +84,8 @@ class Desk:
             ):
                 _take_only(source, self._uploads)
                 heard = handed(self.hear_file, [source, *choices], shown, api_name=name, **long)
-                # Also after an error: there must be room for the next.
-                heard.then(lambda: None, None, source, queue=False, api_visibility="private")
+                for after in (heard.success, heard.failure):  # `then` is not called after errors
+                    after(lambda: None, None, source, queue=False, api_visibility="undocumented")
             if self._access.addresses:
                 address.submit(self.hear_address, [address, *choices], shown, api_name="address", **long)
             detail.input(self.hear_again, choices, shown, api_name="again", **long)
