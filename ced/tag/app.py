@@ -22,7 +22,7 @@ from ced.tag.guard import Guard
 from ced.tag.hearing import Hearing
 from ced.tag.results import FORMATS
 from ced.tag.shelf import Kept, Shelf
-from ced.tag.timeline import Filter
+from ced.tag.timeline import Filter, mel_picture, png
 
 
 @contextmanager
@@ -84,6 +84,7 @@ def _application(hearing: Hearing, access: Access, folder: Path) -> fastapi.Fast
     app = fastapi.FastAPI(title=TITLE, docs_url=None, redoc_url=None, openapi_url=None, lifespan=sweeping)
     app.add_middleware(Guard, loopback=access.loopback)
     app.get("/sounds/{token}/clip.flac")(partial(_clip, shelf))
+    app.get("/sounds/{token}/mel.png")(partial(_mel, shelf))
     app.get("/sounds/{token}/{kind}")(partial(_download, shelf))
     gr.mount_gradio_app(
         app,
@@ -114,6 +115,11 @@ def _remove_stale(uploads: Path) -> None:
 def _clip(shelf: Shelf, token: str) -> Response:
     kept = _found(shelf, token)
     return FileResponse(kept.clip.path, media_type="audio/flac", headers={"Cache-Control": "no-store"})
+
+
+def _mel(shelf: Shelf, token: str) -> Response:
+    drawn = png(mel_picture(_found(shelf, token).timeline.mel))
+    return Response(drawn, media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
 
 
 def _download(

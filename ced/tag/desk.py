@@ -191,7 +191,7 @@ class Desk:
         with _shown_errors():
             timeline = kept.timeline
             heat = timeline.heat(chosen)
-            drawn = page.picture(timeline, heat, chosen)
+            drawn = page.picture(kept, heat, chosen)
             return [page.player(kept), drawn, page.table(kept, timeline.record(chosen), chosen)]
 
 

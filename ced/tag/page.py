@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 
 from ced.tag.records import Record
 from ced.tag.shelf import Kept
-from ced.tag.timeline import Filter, Heat, Picture, Timeline, clock, heat_picture, mel_picture, png, ticks, unit
+from ced.tag.timeline import Filter, Heat, Picture, clock, heat_picture, png, ticks, unit
 
 MOST_EVENTS = 500  # rows of the table
 DOWNLOADS: Mapping[str, str] = {"csv": "CSV", "jsonl": "JSON lines", "audacity": "Audacity labels"}
@@ -30,9 +30,12 @@ def player(kept: Kept) -> str:
     )
 
 
-def picture(timeline: Timeline, heat: Heat, chosen: Filter) -> str:
-    """Return the heat map of classes above the log-mel picture, on one axis; a click in it plays from there."""
-    seconds = timeline.seconds
+def picture(kept: Kept, heat: Heat, chosen: Filter) -> str:
+    """Return the heat map of classes above the log-mel picture, on one axis; a click in it plays from there.
+
+    The log-mel picture has an address of its own: it stays when filters change, and is larger than all else.
+    """
+    seconds = kept.timeline.seconds
     names = "".join(
         f'<span title="{escaped(name)}, at most {peak:.2f}"{_faint(float(peak), chosen)}>{escaped(name)}</span>'
         for name, peak in zip(heat.labels, heat.peaks, strict=True)
@@ -43,8 +46,8 @@ def picture(timeline: Timeline, heat: Heat, chosen: Filter) -> str:
         f'<div class="ced-picture"><div class="ced-names" style="--rows:{len(heat.labels)}">{names}'
         f"<b>log-mel<br>0 to 8 kHz</b><em>{unit(seconds)}</em></div>"
         f'<div class="ced-plot" style="--rows:{len(heat.labels)}" data-seconds="{seconds}">'
-        f"{_image(heat_picture(heat, chosen.threshold), 'ced-heat', f'Highest probability of each class: {said}')}"
-        f"{_image(mel_picture(timeline.mel), 'ced-mel', 'Log-mel picture of the sound')}"
+        f"{_image(_inline(heat_picture(heat, chosen.threshold)), 'ced-heat', f'Highest of each class: {said}')}"
+        f"{_image(f'sounds/{kept.token}/mel.png', 'ced-mel', 'Log-mel picture of the sound')}"
         f'<div class="ced-axis">{axis}</div><div class="ced-now"></div></div></div>'
     )
 
@@ -53,9 +56,12 @@ def _faint(peak: float, chosen: Filter) -> str:
     return ' class="ced-faint"' if peak < chosen.threshold else ""
 
 
-def _image(drawn: Picture, kind: str, said: str) -> str:
-    data = base64.b64encode(png(drawn)).decode()
-    return f'<img class="{kind}" alt="{escaped(said)}" draggable="false" src="data:image/png;base64,{data}">'
+def _image(address: str, kind: str, said: str) -> str:
+    return f'<img class="{kind}" alt="{escaped(said)}" draggable="false" src="{address}">'
+
+
+def _inline(drawn: Picture) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png(drawn)).decode()}"
 
 
 def table(kept: Kept, record: Record, chosen: Filter) -> str:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+import struct
 import sys
 import threading
 import time
@@ -121,6 +122,8 @@ def test_a_file_is_tagged_filtered_and_downloaded(client: gradio_client.Client, 
     assert urlopen(link.replace("/csv?", "/audacity?")).read().decode().startswith("0.000000\t2.250000\tlow ")
     sound = urlopen(f"{link.rpartition('/')[0]}/clip.flac").read()
     assert sound.startswith(b"fLaC")
+    assert f'src="{link[len(address) + 1 :].rpartition("/")[0]}/mel.png"' in picture
+    assert urlopen(f"{link.rpartition('/')[0]}/mel.png").read()[12:24] == b"IHDR" + struct.pack(">II", 400, 64)
     assert not list(Path(gettempdir()).glob("ced-app-*/uploads/**/*.wav"))
 
 
@@ -260,6 +263,7 @@ def test_a_sound_is_seen_filtered_taken_along_and_heard(page: Any, address: str,
     with page.expect_download() as download:
         page.get_by_role("link", name="CSV").click()
     assert len(Path(download.value.path()).read_text().splitlines()) == 3
+    assert page.evaluate("() => document.querySelector('.ced-mel').naturalWidth") == 400
     page.evaluate(
         """() => { window.sought = [];
         document.addEventListener("seeking", (event) => window.sought.push(event.target.currentTime), true); }"""

@@ -78,7 +78,7 @@ def test_more_events_than_a_page_can_bear_are_downloads() -> None:
 def test_the_axis_lies_where_its_times_are(seconds: int, axis: list[str]) -> None:
     sound = kept(seconds)
     chosen = Filter()
-    drawn = page.picture(sound.timeline, sound.timeline.heat(chosen), chosen)
+    drawn = page.picture(sound, sound.timeline.heat(chosen), chosen)
     places = re.findall(r'<i style="left:([\d.]+)%">(.*?)</i>', drawn)
     assert [said for _, said in places][: len(axis)] == axis
     step = 100 * (0.5 if seconds == 4 else 15) / seconds
@@ -89,7 +89,7 @@ def test_the_axis_lies_where_its_times_are(seconds: int, axis: list[str]) -> Non
 
 def test_classes_below_the_threshold_are_faint() -> None:
     sound, chosen = kept(), Filter(0.8)
-    drawn = page.picture(sound.timeline, sound.timeline.heat(chosen), chosen)
+    drawn = page.picture(sound, sound.timeline.heat(chosen), chosen)
     assert re.findall(r'<span title="(.*?)"(.*?)>', drawn) == [
         ("bark, at most 0.88", ""),
         ("bell, at most 0.75", ' class="ced-faint"'),
@@ -101,7 +101,7 @@ def test_names_of_strangers_stay_text() -> None:
     for text in (
         page.player(sound),
         shown(chosen, sound),
-        page.picture(sound.timeline, sound.timeline.heat(chosen), chosen),
+        page.picture(sound, sound.timeline.heat(chosen), chosen),
     ):
         found = Elements(text)
         assert found.names <= {
