@@ -15,7 +15,8 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.create_server(place[:2], family=family, backlog=2048)
     except OSError as error:
-        raise ConfigError(f"cannot listen at {host}, port {port}: {error.strerror or error}") from error
+        reason = (error.strerror or str(error)).partition(" (while")[0]  # Python repeats the address there
+        raise ConfigError(f"cannot listen at {host}, port {port}: {reason}") from error
     # Connections inherit it. Without, the body of an answer waits 40 ms until the client has acknowledged its head.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
