@@ -92,7 +92,7 @@ def test_all_arms_of_a_table_take_the_same_steps() -> None:
     same = ("eval_data", "model", "model_args", "batch_size", "optimizer_args", "warmup_iters", "seed", "mode")
     for key in same:
         assert len({str(getattr(config, key)) for config in students}) == 1
-    assert {config.epochs * (config.epoch_length or 0) for config in students} == {450}
+    assert {config.epochs * (config.epoch_length or 0) for config in students} == {1350}
     assert {job.name for job in plan.main(1)}.isdisjoint(job.name for job in plan.main(2))
 
 
