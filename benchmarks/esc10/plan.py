@@ -122,6 +122,8 @@ def main(seed: int) -> list[Job]:
 def extra(seed: int) -> list[Job]:
     """Return the arms that one fold has: each departs from `ced` in one thing, or two."""
     jobs = [
+        _distilled("short", seed, {"epochs": PATIENT_EPOCHS // 3}),
+        _labelled("labels_short", seed, {**_VIEWS, "epochs": EPOCHS // 3, "valid_every": 2}),
         _labelled("cross_entropy", seed, {**_VIEWS, **_MIXUP, "task": "single"}),
         _labelled(
             "labels_mixtures", seed, {**_VIEWS, **_HEARD, "epochs": PATIENT_EPOCHS, "epoch_length": PATIENT_STEPS}
