@@ -7,7 +7,7 @@ RUN python -m venv /opt/ced
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY ced ced
-RUN /opt/ced/bin/pip install -c constraints.txt '.[app]'
+RUN /opt/ced/bin/pip install -c constraints.txt '.[serve,media]'
 
 FROM python:3.11-slim
 RUN useradd --system --uid 10001 --no-create-home ced \

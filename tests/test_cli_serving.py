@@ -169,7 +169,9 @@ def test_what_cannot_be_served_is_said_in_a_line(graph: Path) -> None:
             (("-m", str(graph), "--port", port), f"cannot listen at 127.0.0.1, port {port}: Address already in use"),
             (("-m", str(graph), "--host", "203.0.113.1", "--port", "0"), "cannot listen at 203.0.113.1, port 0: "),
             (("-m", "nothing.onnx", "--port", "0"), "nothing.onnx"),
-            (("-m", str(graph), "--port", "0", "--max-seconds", "0"), "sizes and times must be above 0"),
+            (("-m", str(graph), "--port", "0", "--max-seconds", "0"), "the limit of seconds is 0.0; it must be"),
+            (("-m", str(graph), "--port", "0", "--max-megabytes", "nan"), "the limit of megabytes is nan"),
+            (("-m", str(graph), "--port", "0", "--proxy", "10.0.0.300"), "the proxy 10.0.0.300 is no address"),
         ):
             command = [sys.executable, "-m", "ced", "serve", *words]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)

@@ -13,7 +13,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.create_server(place[:2], family=family, backlog=2048)
+        listener = socket.create_server(place[:2], family=family, backlog=128)
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (while")[0]  # Python repeats the address there
         raise ConfigError(f"cannot listen at {host}, port {port}: {reason}") from error

@@ -12,7 +12,7 @@ from ced.cli.console import reporting
 from ced.cli.listener import address, listen
 from ced.cli.options import Jobs, Model
 from ced.errors import ConfigError
-from ced.machine import cores
+from ced.machine import cores, open_many_files
 
 _GRACE = 30  # seconds in which requests may end when the server is stopped
 
@@ -34,7 +34,7 @@ def serve(
     ] = None,
     proxy: Annotated[
         list[str] | None,
-        typer.Option(help="Address of a proxy whose X-Forwarded-For is believed; may be repeated."),
+        typer.Option(help="Address or network of a proxy whose X-Forwarded-For is believed; may be repeated."),
     ] = None,
 ) -> None:
     """Serve a model over HTTP: POST a sound to /v1/audio/classification, see /docs for the rest.
@@ -49,9 +49,14 @@ def serve(
     except ModuleNotFoundError as error:
         if (error.name or "ced").partition(".")[0] == "ced":
             raise
-        raise ConfigError(f"serving needs the package {error.name}, which `pip install 'ced[app]'` brings") from error
+        raise ConfigError(f"serving needs the package {error.name}, which `pip install 'ced[serve]'` brings") from error
     from ced.model.onnx import open_model
 
+    for word in proxy or ():
+        _check_network(word)
+    for noisy in ("uvicorn.error", "python_multipart"):  # a line for every junk request
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    open_many_files()
     limits = Limits(max_megabytes, max_seconds, queue, rate)
     with listen(host, port) as listener:
         with reporting() as progress:
@@ -72,3 +77,11 @@ def serve(
         if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             _log.warning("%s may be reached from other machines, and asks nobody for a password", where)
         uvicorn.Server(config).run([listener])
+
+
+def _check_network(word: str) -> None:
+    """Make sure that a proxy is one: to a misspelt one all clients behind it would be one client."""
+    try:
+        ipaddress.ip_network(word, strict=False)
+    except ValueError as error:
+        raise ConfigError(f"the proxy {word} is no address or network, as 10.0.0.2 or 10.0.0.0/24") from error

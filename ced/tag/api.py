@@ -22,7 +22,7 @@ _Probability = Annotated[float, Field(ge=0, le=1)]
 _Level = Annotated[float, Field(ge=-200, lt=0)]
 _Hop = Annotated[float, Field(ge=_LEAST_HOP, le=_LONGEST)]
 _Seconds = Annotated[float, Field(ge=0, le=_LONGEST)]
-_Missing = SkipJsonSchema[None]  # an option that is left out, which nobody can write down
+_Missing = SkipJsonSchema[None]  # an option that is left out: there is no way to write that
 
 
 class Options(BaseModel):
@@ -59,7 +59,7 @@ class Options(BaseModel):
             ConfigError: it contradicts itself.
         """
         if self.events and self.top_k is not None:
-            raise ConfigError(f"top_k={self.top_k} says nothing of events, which have one class each; leave it out")
+            raise ConfigError(f"top_k={self.top_k} is not for events, which have one class each; leave it out")
         threshold = EVENT_THRESHOLD if self.threshold is None and self.events else self.threshold
         top_k = TOP_K if self.top_k is None and threshold is None else self.top_k
         given = self.model_dump(exclude={"top_k", "threshold", "labels", "embeddings"})
@@ -123,10 +123,10 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         408: "The body did not come in time.",
         413: "The body is too large, or the sound too long.",
         415: "The body is no sound by its type.",
-        422: "The body cannot be read as a sound, or an option is none.",
+        422: "The body cannot be read as a sound, or an option is not allowed.",
         429: "Too many requests of one client; Retry-After says when to come back.",
-        500: "The server failed, which is its own fault.",
-        503: "Too many requests at once; Retry-After says when to come back.",
+        500: "The server failed; its log says why.",
+        503: "Too many requests at once, or the server stops; Retry-After says when to come back.",
     }.items()
 }
 

@@ -3,7 +3,8 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Collection
 from dataclasses import dataclass
 from email.message import Message
 from threading import Lock
@@ -37,10 +38,18 @@ class Limits:
     patience: float = 30.0  # seconds in which a body must have come
 
     def __post_init__(self) -> None:
-        if not (self.megabytes > 0 and self.seconds > 0 and self.patience > 0):
-            raise ConfigError(f"the limits are {self}; sizes and times must be above 0")
-        if self.waiting < 0 or (self.a_minute is not None and self.a_minute < 1):
-            raise ConfigError(f"the limits are {self}; waiting must be 0 or more, a_minute 1 or more")
+        for name in ("megabytes", "seconds", "patience"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"the limit of {name} is {getattr(self, name)}; it must be a number above 0")
+        if self.waiting < 0:
+            raise ConfigError(f"{self.waiting} requests cannot wait; it must be 0 or more")
+        if self.a_minute is not None and self.a_minute < 1:
+            raise ConfigError(f"the requests a minute are {self.a_minute}; they must be 1 or more")
+
+    @property
+    def bytes(self) -> int:
+        """The most in the body of a request."""
+        return round(self.megabytes * 1_000_000)
 
 
 class RefusedError(CedError):
@@ -50,7 +59,7 @@ class RefusedError(CedError):
         super().__init__(message)
         self.status = status
         self.headers = {} if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
-        if status == 408:  # what comes yet is not waited for
+        if status != 422:  # what comes yet of the body is not waited for
             self.headers["Connection"] = "close"
 
 
@@ -149,7 +158,7 @@ def load(upload: Upload, seconds: float) -> NDArray[np.float32]:
             if held > seconds * audio.SAMPLE_RATE:
                 raise RefusedError(413, f"{upload.name} is longer than {seconds:g} s, which is the most in a request")
     except AudioError as error:
-        raise RefusedError(422, str(error)) from error
+        raise RefusedError(422, str(error).replace("<array>", upload.name)) from error
     except CedError:
         raise
     except Exception as error:  # whatever a decoder comes up with is about the one sound
@@ -176,14 +185,13 @@ def check_cost(samples: int, window: float, hop: float | None, seconds: float) -
 
 async def _bounded(request: Request, limits: Limits) -> AsyncGenerator[bytes, None]:
     """Yield the body as it comes, unless it says or turns out to be too large."""
-    most = round(limits.megabytes * 1_000_000)
     message = f"the body is larger than {limits.megabytes:g} MB, which is the most in a request"
-    if int(request.headers.get("content-length", "0")) > most:
+    if int(request.headers.get("content-length", "0")) > limits.bytes:
         raise RefusedError(413, message)
     size = 0
     async for part in request.stream():
         size += len(part)
-        if size > most:
+        if size > limits.bytes:
             raise RefusedError(413, message)
         yield part
 
@@ -192,11 +200,12 @@ async def _file_of_form(request: Request, limits: Limits) -> Upload:
     wanted = f"a form has one field, {FIELD!r}, with the file; options are a part of the address (?top_k=5)"
 
     parser = MultiPartParser(request.headers, _bounded(request, limits), max_files=1, max_fields=0)
-    parser.spool_max_size = round(limits.megabytes * 1_000_000) + 1  # never to disk
+    parser.spool_max_size = limits.bytes + 1  # never to disk
     try:
         form = await parser.parse()
     except MultiPartException as error:
-        raise RefusedError(422, f"{error.message.rstrip('.')}; {wanted}") from error
+        many = error.message.startswith("Too many")  # says what this parser was told, not what a client should do
+        raise RefusedError(422, wanted if many else f"{error.message.rstrip('.')}; {wanted}") from error
     except ValueError as error:  # a charset that cannot be
         raise RefusedError(422, f"the form cannot be read: {error}; {wanted}") from error
     file = form.get(FIELD)
@@ -204,7 +213,22 @@ async def _file_of_form(request: Request, limits: Limits) -> Upload:
         raise RefusedError(422, wanted)
     # What a client calls its file comes to logs and terminals, too.
     name = "".join(filter(str.isprintable, file.filename or ""))[:_LONGEST_NAME] or FIELD
-    return Upload(name, audio.SoundBytes(await file.read(), name))
+    body = await file.read()
+    if not body:
+        raise RefusedError(422, f"{name} is empty (0 bytes); it must be a sound")
+    return Upload(name, audio.SoundBytes(body, name))
+
+
+def refuse_repeated(request: Request, lists: Collection[str]) -> None:
+    """Make sure that each option but the lists is given once: of two, one would be ignored.
+
+    Raises:
+        RefusedError: one is given twice (422).
+    """
+    counts = Counter(name for name, _ in request.query_params.multi_items() if name not in lists)
+    for name, count in counts.items():
+        if count > 1:
+            raise RefusedError(422, f"{name[:100]} is given {count} times; once is allowed")
 
 
 def _form_of(kind: Message) -> tuple[str, int, int] | None:

@@ -41,6 +41,7 @@ from ced.tag.tagger import Scorer, Tagger
 from ced.tag.together import Asker, SharedModel
 
 BUSY = "as many requests as can be are waiting; try again soon"
+STOPPING = "the server is going down; try again soon"
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class Meters:
         info.labels(ced.__version__, model).set(1)
         pending = Gauge("ced_pending_requests", "Requests that are read, waiting or worked on.", registry=self.registry)
         pending.set_function(lambda: room.taken)
-        self.answers = Counter("ced_requests", "Requests, by status.", ["status"], registry=self.registry)
+        self.answers = Counter("ced_requests", "Sounds handed in, by status.", ["status"], registry=self.registry)
         self.took = Histogram(
             "ced_request_seconds", "From a request to its answer, of those with status 200.", registry=self.registry
         )
@@ -91,6 +92,12 @@ class Service:
             RefusedError, ConfigError, AudioError: the request cannot be answered.
             ClientDisconnect: nobody waits for an answer.
         """
+        try:
+            return await self._answer(request, options)
+        except asyncio.CancelledError as error:  # the server stops, and has waited long enough
+            raise RefusedError(503, STOPPING, 1.0) from error
+
+    async def _answer(self, request: Request, options: Options) -> bytes:
         client = request.client.host if request.client else ""
         if self.allowance is not None and (seconds := self.allowance.ask(client)) > 0:
             most = f"{self.limits.a_minute} requests a minute are the most of one client"
@@ -163,16 +170,19 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def classify(request: Request, options: Annotated[Options, Query()]) -> Response:
         """Tag a sound: the most probable classes of each window, or events."""
         began = time.perf_counter()
+        intake.refuse_repeated(request, ("labels", "exclude"))
         answer = await service.answer(request, options)
         service.meters.took.observe(time.perf_counter() - began)
         service.meters.answers.labels(200).inc()
         return Response(answer, media_type="application/json")
 
+    @app.head("/healthz/live", include_in_schema=False)
     @app.get("/healthz/live")
     async def live() -> Health:
         """Say that the server runs."""
         return Health(status="ok")
 
+    @app.head("/healthz/ready", include_in_schema=False)
     @app.get("/healthz/ready", responses={503: REFUSALS[503]})
     async def ready() -> Health:
         """Say whether another request would be let in."""
@@ -193,27 +203,31 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 def _add_refusals(app: FastAPI, meters: Meters) -> None:
     """Answer whatever goes wrong with one line of JSON."""
 
-    def refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
-        meters.answers.labels(status).inc()
+    async def refused(request: Request, error: Exception) -> Response:
+        status, message, headers = _refusal(error)
+        if (request.method, request.url.path) == ("POST", PATH):
+            meters.answers.labels(status).inc()
         return JSONResponse({"error": " ".join(message.split())}, status, headers)
-
-    async def refused(_: Request, error: Exception) -> Response:
-        match error:
-            case RefusedError():
-                return refusal(error.status, str(error), error.headers)
-            case ConfigError() | AudioError():
-                return refusal(422, str(error))
-            case RequestValidationError():
-                return refusal(422, _faults(error))
-            case HTTPException():
-                return refusal(error.status_code, str(error.detail), error.headers)
-            case ClientDisconnect():
-                return refusal(499, "the client has gone")
-        _log.error("a request failed: %s: %s", type(error).__name__, error)
-        return refusal(500, "the server failed; its log says why")
 
     for kind in (CedError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, refused)
+
+
+def _refusal(error: Exception) -> tuple[int, str, Mapping[str, str] | None]:
+    """Return the status, the message and the headers of an error."""
+    match error:
+        case RefusedError():
+            return error.status, str(error), error.headers
+        case ConfigError() | AudioError():
+            return 422, str(error), None
+        case RequestValidationError():
+            return 422, _faults(error), None
+        case HTTPException():
+            return error.status_code, str(error.detail), error.headers
+        case ClientDisconnect():
+            return 499, "the client has gone", None
+    _log.error("a request failed: %s: %s", type(error).__name__, error)
+    return 500, "the server failed; its log says why", None
 
 
 def _faults(error: RequestValidationError) -> str:

@@ -63,10 +63,10 @@ class Mean:
 
 
 @contextmanager
-def running(app: FastAPI) -> Iterator[str]:
+def running(app: FastAPI, grace: int = 60) -> Iterator[str]:
     """Run a server in a thread, and give its address."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=60))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=grace))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
@@ -195,7 +195,7 @@ def test_thresholds_labels_events_and_embeddings(client: httpx.Client, graph: Pa
         ({"embeddings": "all"}, "embeddings: "),
         ({"topk": 3}, "there is no option topk"),
         ({"window": 1, "hop": 2}, "what lies between would not be heard"),
-        ({"events": True, "top_k": 3}, "top_k=3 says nothing of events"),
+        ({"events": True, "top_k": 3}, "top_k=3 is not for events"),
         ({"release": 0.4}, "release, gap and shortest are of events"),
         ({"labels": "barks"}, "did you mean 'bark'"),
         ({"rollup": True}, "roll-up needs classes with AudioSet's mids"),
@@ -203,6 +203,11 @@ def test_thresholds_labels_events_and_embeddings(client: httpx.Client, graph: Pa
 )
 def test_options_that_cannot_be(client: httpx.Client, options: dict[str, str | float], said: str) -> None:
     assert said in error(client.post(PATH, content=level(0.5), headers=WAV, params=options), 422)
+
+
+def test_an_option_is_given_once(client: httpx.Client) -> None:
+    twice = client.post(f"{PATH}?top_k=1&top_k=2&labels=bark&labels=bell", content=level(0.5), headers=WAV)
+    assert error(twice, 422) == "top_k is given 2 times; once is allowed"
 
 
 def wav_header(rate: int, channels: int, size: int) -> bytes:
@@ -229,7 +234,12 @@ def wav_header(rate: int, channels: int, size: int) -> bytes:
         ("audio/L16; rate*=utf-8''x", bytes(4), 422, "rate="),
         ("audio/pcm; rate=16000; format=u8", bytes(4), 422, "no format u8; there is s16le and f32le"),
         ("audio/pcm; rate=16000", bytes(3), 422, "no multiple of the 2 of a frame"),
-        ("audio/pcm; rate=16000; format=f32le", np.float32(np.inf).tobytes(), 422, "not finite"),
+        (
+            "audio/pcm; rate=16000; format=f32le",
+            np.float32(np.inf).tobytes(),
+            422,
+            "body has samples that are not finite",
+        ),
         ("audio/pcm; rate=768000", bytes(2), 422, "too short"),
         ("multipart/form-data", b"abc", 422, "boundary"),
         ("multipart/form-data; boundary=x", b"abc", 422, "a form has one field, 'file'"),
@@ -248,7 +258,11 @@ def test_forms_have_one_file(client: httpx.Client) -> None:
         ({"file": level(0.5), "other": level(0.5)}, {}),
         ({"file": level(0.5)}, {"top_k": "3"}),
     ):
-        assert "a form has one field, 'file'" in error(client.post(PATH, files=files, data=fields), 422)
+        said = error(client.post(PATH, files=files, data=fields), 422)
+        assert said.startswith("a form has one field, 'file'")
+    assert (
+        error(client.post(PATH, files={"file": ("a.wav", b"")}), 422) == "a.wav is empty (0 bytes); it must be a sound"
+    )
 
 
 def test_names_are_fit_for_logs(client: httpx.Client) -> None:
@@ -291,6 +305,7 @@ def test_paths_methods_and_pages(client: httpx.Client) -> None:
     error(wrong, 405)
     assert wrong.headers["allow"] == "POST"
     assert client.get("/healthz/live").json() == client.get("/healthz/ready").json() == {"status": "ok"}
+    assert client.head("/healthz/live").status_code == client.head("/healthz/ready").status_code == 200
     page = client.get("/docs")
     assert page.headers["content-security-policy"].startswith("default-src 'none'")
     assert "://" not in page.text  # nothing from elsewhere
@@ -366,8 +381,10 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         refused = client.post(PATH, content=level(0.5), headers=WAV)
         assert "try again" in error(refused, 503)
         assert int(refused.headers["retry-after"]) >= 1
+        assert refused.headers["connection"] == "close"  # what comes yet of a body is not waited for
         assert error(client.get("/healthz/ready"), 503)
         assert client.get("/healthz/live").status_code == 200
+        assert metrics(client)['ced_requests_total{status="503"}'] == 1  # sounds alone are counted
         model.go.set()
         assert [answer.status_code for answer in senders.answers()] == [200, 200]
         assert client.get("/healthz/ready").status_code == 200
@@ -435,6 +452,21 @@ def test_stopping_ends_what_was_begun() -> None:
     assert answer.json()["pieces"][0]["tags"][0] == {"label": "loud", "index": 0, "mid": None, "prob": 0.25}
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/healthz/live")
+
+
+def test_whoever_is_not_answered_before_the_end_is_told_to_come_back(caplog: pytest.LogCaptureFixture) -> None:
+    model = Mean()
+    with running(application(model, "mean"), grace=1) as url:
+        model.go.clear()
+        senders = Senders(url, [level(0.25), level(0.5)])
+        until(lambda: len(model.calls) == 2)
+    try:
+        for answer in senders.answers():
+            assert error(answer, 503) == "the server is going down; try again soon"
+            assert answer.headers["retry-after"] == "1"
+    finally:
+        model.go.set()
+    assert "Traceback" not in caplog.text
 
 
 schemathesis.openapi.media_type("audio/*", st.sampled_from([level(0.5), file(wave(1.5), "OGG", "VORBIS"), b"RIFF"]))
