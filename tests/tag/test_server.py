@@ -230,6 +230,7 @@ def wav_header(rate: int, channels: int, size: int) -> bytes:
         ("audio/pcm; rate=16000; format=u8", bytes(4), 422, "no format u8; there is s16le and f32le"),
         ("audio/pcm; rate=16000", bytes(3), 422, "no multiple of the 2 of a frame"),
         ("audio/pcm; rate=16000; format=f32le", np.float32(np.inf).tobytes(), 422, "not finite"),
+        ("audio/pcm; rate=16000; format=f32le", np.float32(1e20).tobytes(), 422, "a sample of 1e+20 at 0.000 s"),
         ("audio/pcm; rate=768000", bytes(2), 422, "too short"),
         ("multipart/form-data", b"abc", 422, "boundary"),
         ("multipart/form-data; boundary=x", b"abc", 422, "a form has one field, 'file'"),
