@@ -195,7 +195,7 @@ def test_thresholds_labels_events_and_embeddings(client: httpx.Client, graph: Pa
         ({"embeddings": "all"}, "embeddings: "),
         ({"topk": 3}, "there is no option topk"),
         ({"window": 1, "hop": 2}, "what lies between would not be heard"),
-        ({"events": True, "top_k": 3}, "top_k=3 says nothing of events"),
+        ({"events": True, "top_k": 3}, "top_k=3 does not apply to events"),
         ({"release": 0.4}, "release, gap and shortest are of events"),
         ({"labels": "barks"}, "did you mean 'bark'"),
         ({"rollup": True}, "roll-up needs classes with AudioSet's mids"),
