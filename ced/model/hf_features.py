@@ -12,10 +12,9 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 
 from ced.errors import AudioError, ConfigError
 from ced.sound.audio import SAMPLE_RATE
+from ced.sound.decode import LOUDEST
 from ced.sound.frontend import F_MAX, F_MIN, N_FFT, N_MELS, LogMel
 from ced.sound.grid import HOP, PATCH
-
-_LOUDEST = 1e6  # far above any sound; spectra of 1e18 are no numbers any more
 
 Wave = NDArray[np.floating[Any]] | Sequence[float]
 
@@ -132,6 +131,6 @@ def _waves(raw_speech: Wave | Sequence[Wave]) -> list[NDArray[Any]]:
     for wave in waves:
         if wave.ndim != 1 or not wave.size or not np.issubdtype(wave.dtype, np.floating):
             raise AudioError(f"a wave is {wave.dtype} {wave.shape}; it must be mono floats in [-1, 1], (samples,)")
-        if not np.abs(wave).max() <= _LOUDEST:  # nor a number
+        if not np.abs(wave).max() <= LOUDEST:  # nor a number
             raise AudioError(f"a wave has samples up to {np.abs(wave).max():g}; they must lie in [-1, 1]")
     return waves
