@@ -53,12 +53,14 @@ def test_its_page_has_commands() -> None:
 
 @pytest.mark.parametrize(
     ("command", "number", "code", "said"),
-    zip(
-        COMMANDS,
-        (signal.SIGINT, signal.SIGTERM, signal.SIGINT),
-        (130, 143, 130),
-        ("ced: interrupted\n", "", "ced: interrupted\n"),
-        strict=True,
+    list(
+        zip(
+            COMMANDS,
+            (signal.SIGINT, signal.SIGTERM, signal.SIGINT),
+            (130, 143, 130),
+            ("ced: interrupted\n", "", "ced: interrupted\n"),
+            strict=True,
+        )
     ),
 )
 def test_a_stop_is_quiet_and_leaves_nothing(
