@@ -81,7 +81,8 @@ def _page(results: Results) -> Iterator[str]:
         "Does a student learn more from teachers that heard the same views than from labels? The 400 recordings of "
         "ESC-10 have five folds: each is held out once, and judges networks that learned from the other four. One "
         "source a class and fold of those is set aside to choose checkpoints by. One clip is 1.25 points of accuracy "
-        "in its fold. Recordings under CC Sampling+ only judge."
+        "in its fold. Recordings under CC Sampling+ only judge. How long to train, and on what, was settled in trials "
+        f"with fold {EXTRA_FOLD}, so the other folds are the fairer judges."
     )
     yield ""
     yield (
