@@ -72,7 +72,7 @@ def listened(*words: str, end: signal.Signals, env: dict[str, str]) -> tuple[lis
 def test_a_stream_is_told_of_line_by_line(station: str) -> None:
     pytest.importorskip("av")
     lines, notes, code = listened(station, "--threshold", "0", end=signal.SIGTERM, env=ENVIRONMENT)
-    assert len(lines) == 10  # all ten classes go on, and what goes on is not told of again
+    assert len(lines) == 10  # all ten classes go on, and what goes on is not reported again
     assert len({line[9:-5] for line in lines}) == len(lines)
     assert all(re.fullmatch(r"\d\d:\d\d:\d\d [A-Z][A-Za-z ,]+ [01]\.\d\d", line) for line in lines)
     assert f"ced: listening to {station}\n" in notes
@@ -117,7 +117,7 @@ def test_an_input_is_heard_and_listed(tmp_path: Path) -> None:
     [
         (["a.wav"], "a.wav is no http(s) address; sounds in files are for `ced tag`"),
         (["-d", "1", "http://a/"], "--device 1 and http://a/ cannot both be listened to; leave one out"),
-        (["-f", "csv"], "there is no live format csv; there are text, jsonl"),
+        (["-f", "csv"], "there is no live format csv; allowed: text, jsonl"),
     ],
 )
 def test_what_is_refused(words: list[str], said: str) -> None:

@@ -21,9 +21,10 @@ from ced.sound.frontend import frames_of
 MODELS = Path("models")  # what has been trained, by the name of its job
 CLASSES = 10
 FRAMES = frames_of(round(SECONDS * SAMPLE_RATE))
-EPOCHS, STEPS = 50, 9  # of students that learn from labels, and steps of an epoch: all clips once
-STORED, STORED_STEPS = 18, 25  # of distilled ones, which have three times as much to hear; as many steps in all
-BOX_EPOCHS = 3 * STORED
+EPOCHS, STEPS = 150, 9  # of students that learn from labels, and steps of an epoch: all clips once
+PATIENT_EPOCHS, PATIENT_STEPS = 54, 25  # of distilled ones, which have three times as much to hear; as many in all
+STORED = 18  # views of each clip and mixture
+BOX_EPOCHS = 2 * PATIENT_EPOCHS
 TEACHERS = {"pictures": 60, "series": 80, "recurrent": 60}  # epochs
 
 _LEARN: Mapping[str, Any] = {"train_data": "pack/labels/learn.tsv"}
@@ -48,7 +49,7 @@ _STUDENT: Mapping[str, Any] = {
     "batch_size": 32,
     "optimizer": "Adam",
     "optimizer_args": {"lr": 1e-3},
-    "warmup_iters": 3 * STEPS,
+    "warmup_iters": 27,
     "decay_frac": 0.01,
     "early_stop": None,
 }
@@ -121,10 +122,14 @@ def main(seed: int) -> list[Job]:
 def extra(seed: int) -> list[Job]:
     """Return the arms that one fold has: each departs from `ced` in one thing, or two."""
     jobs = [
+        _distilled("short", seed, {"epochs": PATIENT_EPOCHS // 3}),
+        _labelled("labels_short", seed, {**_VIEWS, "epochs": EPOCHS // 3, "valid_every": 2}),
         _labelled("cross_entropy", seed, {**_VIEWS, **_MIXUP, "task": "single"}),
-        _labelled("labels_mixtures", seed, {**_VIEWS, **_HEARD, "epochs": STORED, "epoch_length": STORED_STEPS}),
+        _labelled(
+            "labels_mixtures", seed, {**_VIEWS, **_HEARD, "epochs": PATIENT_EPOCHS, "epoch_length": PATIENT_STEPS}
+        ),
     ]
-    unmixed = _stored("views_unmixed", epochs=EPOCHS, changes=_LEARN)
+    unmixed = _stored("views_unmixed", epochs=EPOCHS // 3, changes=_LEARN)
     jobs += [unmixed, _distilled("unmixed", seed, {**_LEARN, "epochs": EPOCHS, "epoch_length": STEPS}, unmixed)]
     jobs.append(_distilled("scratch", seed, {"pretrained": False}))
     jobs += [_distilled(f"stored_{epochs}", seed, {"max_aug_epochs": epochs}) for epochs in (1, 5)]
@@ -139,8 +144,8 @@ def extra(seed: int) -> list[Job]:
 
 
 def box() -> list[Job]:
-    """Return the student that ships: as `ced_mixup`, for longer."""
-    return [_distilled("box", 1, {**_MIXUP, "epochs": BOX_EPOCHS})]
+    """Return the student that ships: as `ced`, for longer."""
+    return [_distilled("box", 1, {"epochs": BOX_EPOCHS})]
 
 
 def _stored(
@@ -166,7 +171,7 @@ def _stored(
 
 
 def _labelled(arm: str, seed: int, changes: Mapping[str, Any]) -> Job:
-    length = {"epochs": EPOCHS, "epoch_length": STEPS, "valid_every": 2}
+    length = {"epochs": EPOCHS, "epoch_length": STEPS, "valid_every": 6}
     values = {**_STUDENT, **_LEARN, **length, "classes": "classes.tsv", **changes, "seed": seed}
     return _student(arm, "finetune", check(FinetuneConfig, values, arm), ())
 
@@ -175,7 +180,7 @@ def _distilled(arm: str, seed: int, changes: Mapping[str, Any], views: Job | Non
     views = views or _stored("views")
     assert isinstance(views.config, StoreConfig)
     logits = store_folder(views.config)
-    length = {"epochs": STORED, "epoch_length": STORED_STEPS, "valid_every": 1}
+    length = {"epochs": PATIENT_EPOCHS, "epoch_length": PATIENT_STEPS, "valid_every": 1}
     values = {
         **_STUDENT,
         **_HEARD,

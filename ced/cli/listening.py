@@ -44,7 +44,7 @@ def live(
     silence: options.Silence = None,
     format: options.LiveFormat = "text",
 ) -> None:
-    """Listen to a microphone or a stream, and tell what is heard while it is heard.
+    """Listen to a microphone or a stream, and say what is heard while it is heard.
 
     A source that is lost is opened again until it is back. Ctrl-C ends it.
     """
@@ -52,7 +52,7 @@ def live(
         _print_devices()
         return
     if format not in FORMATS:
-        raise ConfigError(f"there is no live format {format}; there are {', '.join(FORMATS)}")
+        raise ConfigError(f"there is no live format {format}; allowed: {', '.join(FORMATS)}")
     source = _source(address, device)
     from ced.model.onnx import open_model
     from ced.tag.live import RECIPE, Listener

@@ -71,7 +71,7 @@ LiveThreshold = Annotated[
 ]
 LiveRelease = Annotated[float, typer.Option("--release", help="Part of the threshold that keeps an event going.")]
 LiveGap = Annotated[float, typer.Option("--gap", help="Events of a class so many seconds apart are one.")]
-LiveShortest = Annotated[float, typer.Option("--shortest", help="Shorter events are not told of, in seconds.")]
+LiveShortest = Annotated[float, typer.Option("--shortest", help="Shorter events are not reported, in seconds.")]
 LiveFormat = Annotated[
     str,
     typer.Option("--format", "-f", help="text: a line when an event begins; jsonl: one then, and one when it is over."),

@@ -1,6 +1,8 @@
 """The command that opens a page in the browser: app."""
 
 import ipaddress
+import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -28,20 +30,24 @@ def show(
 
     Only this machine's users reach it, unless --host says otherwise.
     """
+    listening = listen(host, port)
     try:
-        from ced.tag.app import Access, serving
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"ced app needs the package {error.name}, which `pip install 'ced[app]'` brings") from error
-    import uvicorn
+        import uvicorn
 
+        from ced.tag.app import Server, serving
+        from ced.tag.desk import Access
+    except ModuleNotFoundError as error:
+        if (error.name or "ced").partition(".")[0] == "ced":
+            raise
+        raise ConfigError(f"ced app needs the package {error.name}, which `pip install 'ced[app]'` brings") from error
     from ced.tag.hearing import Hearing, Limits
     from ced.tag.tagger import Tagger
 
-    listening = listen(host, port)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # not without deleting what was uploaded
     loopback = ipaddress.ip_address(listening.getsockname()[0]).is_loopback
     with listening, reporting() as progress, Tagger(model, jobs=jobs or cores(), progress=progress) as tagger:
         hearing = Hearing(tagger, model, Limits(megabytes, minutes))
         with serving(hearing, Access(addresses=addresses, private=private, loopback=loopback)) as application:
             config = uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1)
             print(address(listening), flush=True)
-            uvicorn.Server(config).run(sockets=[listening])
+            Server(config).run(sockets=[listening])

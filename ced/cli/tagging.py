@@ -58,7 +58,7 @@ def tag(
 
     kind = _checked_output(format, out, combine)
     if events and topk is not None:
-        raise ConfigError(f"--topk {topk} says nothing of --events, which have one class each; leave it out")
+        raise ConfigError(f"--topk {topk} does not apply to --events, which have one class each; leave it out")
     inputs = find_inputs(sounds, sys.stdin.buffer)
     jobs = jobs or cores()
     with reporting() as progress:

@@ -21,7 +21,7 @@ def grid(network: CED, mel: Tensor) -> Tensor:
         (b, f // 16, n // 16, d)
     """
     rows, longest = network.config.n_mels // PATCH, network.config.target_length // PATCH
-    pieces = network.init_bn(mel[..., : mel.shape[-1] // PATCH * PATCH]).split(longest * PATCH, dim=-1)
+    pieces = network.normed(mel[..., : mel.shape[-1] // PATCH * PATCH]).split(longest * PATCH, dim=-1)
     return torch.cat([_encoded(network, piece, rows) for piece in pieces], dim=2)
 
 

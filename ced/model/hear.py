@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ced.errors import AudioError
 from ced.model import loading, zoo
 from ced.model.embedding import grid
 from ced.model.vit import CED
@@ -42,8 +43,16 @@ class CedEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, audio: Tensor) -> Tensor:
-        """Embed waves, (b, t) or (t,) 16 kHz in [-1, 1] -> (b, columns, d); those under 2,400 samples are padded."""
+        """Embed waves, (b, t) or (t,) 16 kHz in [-1, 1] -> (b, columns, d); those under 2,400 samples are padded.
+
+        Raises:
+            AudioError: they are not floats, empty, or of more dimensions.
+        """
         self.network.eval()  # frozen, whatever mode the benchmark sets
+        if not torch.is_floating_point(audio) or audio.ndim not in (1, 2) or not audio.numel():
+            raise AudioError(
+                f"audio is {audio.dtype} {tuple(audio.shape)}; it must be floats in [-1, 1], (clips, samples)"
+            )
         audio = torch.atleast_2d(audio)
         missing = (PATCH - 1) * self.network.config.hop_size - audio.shape[-1]
         waves = F.pad(audio, (0, max(missing, 0)))
@@ -76,6 +85,9 @@ def get_timestamp_embeddings(audio: Tensor, model: CedEncoder) -> tuple[Tensor, 
 
 
 def get_scene_embeddings(audio: Tensor, model: CedEncoder) -> Tensor:
-    """Return one embedding a clip, the mean over its patches as `ced embed` gives it, (b, t) -> (b, d)."""
+    """Return one embedding a clip, the mean over its patches, (b, t) -> (b, d).
+
+    Up to 10 s that is the vector of `ced embed`, which gives the mean over windows of longer clips.
+    """
     embeddings: Tensor = model(audio).mean(1)
     return embeddings

@@ -58,8 +58,8 @@ _DEFAULT = config_of(zoo.MODELS[zoo.DEFAULT_MODEL])
 class CedConfig(PreTrainedConfig):
     """The shape of a network, its classes and what kind of problem they are, under the published names.
 
-    Classes are `id2label`, from which `outputdim` follows; without them 527 are AudioSet's. Several of them may hold at
-    once (sigmoid) unless `problem_type` is "single_label_classification" (softmax).
+    Classes are `id2label`, from which `outputdim` and `label2id` follow; without them 527 are AudioSet's. Several may
+    hold at once (sigmoid) unless `problem_type` is "single_label_classification" (softmax).
     """
 
     model_type = "ced"
@@ -92,11 +92,9 @@ class CedConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("auto_map", None)  # names code of the published folder, which is not run and not written again
         written, asked = kwargs.pop("outputdim", None), kwargs.pop("num_labels", None)
-        count = asked or written
-        if self.id2label is None or count not in (None, len(self.id2label)):
-            names = default_classes(count or _DEFAULT.outputdim).names
-            self.id2label = dict(enumerate(names))
-            self.label2id = {name: index for index, name in enumerate(names)}
+        if self.id2label is None or asked not in (None, len(self.id2label)):
+            self.id2label = dict(enumerate(default_classes(asked or written or _DEFAULT.outputdim).names))
+        self.label2id = self._label2id
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -120,8 +118,17 @@ class CedConfig(PreTrainedConfig):
 
     @property
     def labels(self) -> ClassTable:
-        """The classes; AudioSet's with their identifiers."""
-        names = tuple(name for _, name in sorted((self.id2label or {}).items()))
+        """The classes; AudioSet's with their identifiers.
+
+        Raises:
+            ConfigError: `id2label` does not count from 0.
+        """
+        found = {int(index): name for index, name in (self.id2label or {}).items()}
+        if sorted(found) != list(range(len(found))):
+            raise ConfigError(
+                f"id2label has the keys {', '.join(map(str, sorted(found)))}; they must be 0 to {len(found) - 1}"
+            )
+        names = tuple(found[index] for index in range(len(found)))
         return audioset() if names == audioset().names else ClassTable(names)
 
     @property
@@ -141,7 +148,11 @@ class CedConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return everything that `config.json` holds."""
         found: dict[str, Any] = super().to_dict()
-        return found | {"outputdim": self.outputdim}
+        return found | {"outputdim": self.outputdim, "label2id": self._label2id}
+
+    @property
+    def _label2id(self) -> dict[str, int]:
+        return {name: int(index) for index, name in (self.id2label or {}).items()}
 
 
 class CedPreTrainedModel(PreTrainedModel):
@@ -207,7 +218,7 @@ class CedModel(CedPreTrainedModel):
         Returns:
             `last_hidden_state` (b, patches, d), frequency slowest, and `pooler_output` (b, d), their mean.
         """
-        tokens = grid(self.network, input_values.to(self.dtype)).flatten(1, 2)
+        tokens = grid(self.network, input_values).flatten(1, 2)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens.mean(1))
 
 
@@ -234,7 +245,7 @@ class CedForAudioClassification(CedPreTrainedModel):
         Raises:
             ConfigError: the labels have another shape.
         """
-        logits = self.network.logits_mel(input_values.to(self.dtype))
+        logits = self.network.logits_mel(input_values)
         loss = None if labels is None else self._loss(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 

@@ -222,7 +222,7 @@ class CED(nn.Module):
 
     def _in_pieces(self, mel: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
         """Score the tokens of each piece of `target_length` frames, (b, f, n) -> (b, pieces, c)."""
-        mel = self.init_bn(mel)
+        mel = self.normed(mel)
         (batch, _, frames), limit = mel.shape, self.config.target_length
         if frames > limit and not self.config.pad_last:
             pieces = [piece for piece in mel.split(limit, dim=-1) if piece.shape[-1] >= PATCH]
@@ -234,6 +234,11 @@ class CED(nn.Module):
         mel = mel.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(0, 1)
         scored: Tensor = score(self._encode(mel)).unflatten(0, (batch, count))
         return scored
+
+    def normed(self, mel: Tensor) -> Tensor:
+        """Normalise log-mel features, in the type of the weights, (b, f, n) -> the same."""
+        out: Tensor = self.init_bn(mel.to(self.freq_pos_embed.dtype))
+        return out
 
     def _join(self, scores: Tensor) -> Tensor:
         """Join the scores of the pieces of a long input, (b, pieces, c) -> (b, c)."""

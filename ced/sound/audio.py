@@ -53,7 +53,7 @@ def load(source: Source) -> NDArray[np.float32]:
 
     Raises:
         AudioError: it is missing, unreadable, cut short, of an unknown kind, without samples, or has samples that are
-            not finite.
+            not finite, or far beyond [-1, 1].
     """
     return join(list(stream(source, _LOAD_BLOCK)))
 

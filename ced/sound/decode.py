@@ -4,7 +4,7 @@ import io
 import logging
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ AUDIO_SUFFIXES = frozenset(
 )
 _KINDS = "WAV, FLAC, OGG, Opus, MP3, AIFF, AU, CAF, W64"
 FULL_SCALE = 32_768  # the int16 that stands for 1.0
+LOUDEST = 1e6  # floats beyond it are not sound, but other data, or scaled by mistake; models fail at far higher ones
 _MAX_CHANNELS = 1024  # as libsndfile; more of them are an array with its axes swapped
 _LEAST_READ = 1 << 16  # frames, for files that announce nothing
 _SLACK = 0.1  # seconds that a file may lack of its announced length: the ends of MP3 files are padded
@@ -52,7 +53,7 @@ class Sound:
     name: str
     rate: int
     channels: int
-    blocks: Iterator[NDArray[Any]]  # (t, channels), int16 or float32, finite; one at least and none empty
+    blocks: Iterator[NDArray[Any]]  # (t, channels), int16 or float32, as `checked`; one at least and none empty
 
 
 class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile ships no types
@@ -76,7 +77,7 @@ def opened(source: Source, block_seconds: float) -> Iterator[Sound]:
         else:
             rate, channels, read = _open_file(_seekable(source, name), name, stack)
         blocks = read(max(1, round(block_seconds * rate)))
-        yield Sound(name, rate, channels, _checked_blocks(blocks, name, rate))
+        yield Sound(name, rate, channels, _not_empty(checked(blocks, name, rate), name))
 
 
 def _open_path(path: str, name: str, stack: ExitStack) -> Opened:
@@ -215,17 +216,43 @@ def _array_blocks(samples: NDArray[Any], frames: int) -> Iterator[NDArray[Any]]:
         yield samples[start : start + frames]
 
 
-def _checked_blocks(blocks: Iterator[NDArray[Any]], name: str, rate: int) -> Iterator[NDArray[Any]]:
-    """Pass blocks on as int16 or float32, unless there is none or a sample is not a number."""
+def checked(blocks: Iterable[NDArray[Any]], name: str, rate: int) -> Iterator[NDArray[Any]]:
+    """Pass blocks on as int16 or float32.
+
+    Args:
+        blocks: samples (t, channels) of any integer or float type.
+        name: what messages call their source.
+        rate: their sampling rate.
+
+    Raises:
+        AudioError: a sample is not a number, or so far from [-1, 1] that it is no sound.
+    """
     done = 0
-    for decoded in blocks:
-        block = decoded if decoded.dtype == np.int16 else to_float(decoded)
-        if block.dtype == np.float32 and not np.isfinite(block).all():
-            place = done + int(np.isfinite(block).all(axis=1).argmin())
-            raise AudioError(f"{name} has samples that are not finite numbers, the first at {place / rate:.3f} s")
+    for block in blocks:
+        if block.dtype.kind == "f" and block.size:
+            least, most = float(block.min()), float(block.max())  # nan, if any sample is
+            if not (least >= -LOUDEST and most <= LOUDEST):
+                raise AudioError(f"{name} has {_impossible(block, done, rate)}")
         done += len(block)
+        yield block if block.dtype == np.int16 else to_float(block)
+
+
+def _impossible(block: NDArray[Any], done: int, rate: int) -> str:
+    """Say which is the first sample of a block, with `done` frames before it, that cannot be of a sound."""
+    samples = block.astype(np.float64)
+    frame, channel = np.argwhere(~(np.abs(samples) <= LOUDEST))[0]
+    value, place = samples[frame, channel], f"{(done + frame) / rate:.3f} s"
+    if not np.isfinite(value):
+        return f"samples that are not finite numbers, the first at {place}"
+    return f"a sample of {value:g} at {place}; sound is in [-1, 1], and nothing beyond {LOUDEST:g} is taken for it"
+
+
+def _not_empty(blocks: Iterator[NDArray[Any]], name: str) -> Iterator[NDArray[Any]]:
+    found = False
+    for block in blocks:
+        found = True
         yield block
-    if not done:
+    if not found:
         raise AudioError(f"{name} holds no samples")
 
 

@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import AudioError
-from ced.sound import audio
-from ced.sound.live import BLOCK, LiveSource
+from ced.sound.live import BLOCK, LiveSource, waves
 
 _STALL = 5.0  # seconds without sound, after which a device counts as lost: not all systems say when one is pulled out
 _BACKLOG = 100  # blocks that may wait to be read, ten seconds
 _LIBRARY = "Debian and Ubuntu have it as libportaudio2"
+
+_NONE = "there is none; `ced live --list-devices` says which there are"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ def devices() -> list[Device]:
 def device(name: str | None = None) -> LiveSource:
     """Return an input of this machine as a source; its first channel is heard.
 
+    A process listens to one device at a time: to find one that was lost, all its streams are ended (see `_look_anew`),
+    so two that are listened to at once would cut each other off.
+
     Args:
         name: its number, or any part of its name that no other has; None: the one that the system prefers.
     """
@@ -56,18 +60,40 @@ def device(name: str | None = None) -> LiveSource:
     def heard() -> Iterator[NDArray[np.float32]]:
         nonlocal opened
         portaudio = _portaudio()
-        if opened:  # it looks for devices only once, and one that was lost may be another number now
-            portaudio._terminate()
-            portaudio._initialize()
-        opened = True
         try:
-            found = portaudio.query_devices(int(name) if name and name.isdecimal() else name, "input")
+            if opened:
+                _look_anew(portaudio)
+            opened = True
+            found = portaudio.query_devices(_number(name), "input")
             rate = round(found["default_samplerate"])
-            yield from audio.resampled(_blocks(portaudio, found["index"], rate, called), rate)
+            yield from waves(_blocks(portaudio, found["index"], rate, called), rate, called)
         except (portaudio.PortAudioError, ValueError) as error:
             raise AudioError(f"{called} cannot be heard: {_reason(error)}") from error
 
     return LiveSource(called, heard)
+
+
+def _look_anew(portaudio: Any) -> None:
+    """Let PortAudio look which devices there are, as one that was lost may be another number now.
+
+    It looks only when it starts, and sounddevice has no public way to start it again. All streams of the process end.
+    """
+    with suppress(portaudio.PortAudioError):  # it did not start the last time
+        portaudio._terminate()
+    portaudio._initialize()
+
+
+def _number(name: str | None) -> int | str | None:
+    """Return the number of the input that a name of digits stands for; any other name as it is.
+
+    Raises:
+        ValueError: no input has that number.
+    """
+    if name is None or not name.isdecimal():
+        return name
+    if int(name) not in {each.index for each in devices()}:
+        raise ValueError(_NONE)
+    return int(name)
 
 
 def _blocks(portaudio: Any, index: int, rate: int, called: str) -> Iterator[NDArray[np.float32]]:
@@ -111,5 +137,5 @@ def _reason(error: Exception) -> str:
     """Return the first line of what PortAudio says."""
     words = str(error).strip().splitlines()
     if not words or words[0] == "Error querying device -1":
-        return "there is none"
+        return _NONE
     return words[0]

@@ -1,6 +1,8 @@
 """The log-mel front end: the one definition of the features that every model, teacher and student sees."""
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +30,9 @@ def mel_filters(n_mels: int = N_MELS, n_fft: int = N_FFT, f_min: float = F_MIN, 
     The scale is HTK's, mel(f) = 2595 log10(1 + f / 700); neighbouring triangles share their feet and tops.
     """
     low, high = (2595.0 * math.log10(1.0 + f / 700.0) for f in (f_min, f_max))
-    mels = torch.linspace(low, high, n_mels + 2)
+    mels = torch.linspace(low, high, n_mels + 2, dtype=torch.float32)
     edges = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
-    bins = torch.linspace(0.0, SAMPLE_RATE / 2, n_fft // 2 + 1)
+    bins = torch.linspace(0.0, SAMPLE_RATE / 2, n_fft // 2 + 1, dtype=torch.float32)
     left, centre, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
     rising = (bins - left) / (centre - left)
     falling = (right - bins) / (right - centre)
@@ -41,7 +43,8 @@ class LogMel(nn.Module):
     """Turn waves into log-mel features in decibels, each clip on its own.
 
     Power STFT (periodic Hann), mel filters, 10 log10(max(x, 1e-10)), then clamped at `TOP_DB` below the clip's own
-    maximum. Always float32, also under autocast. The same wave gives the same bits whatever else is in the batch.
+    maximum. Always float32, also under autocast and in a network of 16 bits. The same wave gives the same bits whatever
+    else is in the batch.
     """
 
     window: Tensor
@@ -60,8 +63,18 @@ class LogMel(nn.Module):
         super().__init__()
         self.n_fft, self.win_size, self.hop_size, self.center = n_fft, win_size, hop_size, center
         # Derived from constants, so never part of a checkpoint.
-        self.register_buffer("window", torch.hann_window(win_size), persistent=False)
+        self.register_buffer("window", torch.hann_window(win_size, dtype=torch.float32), persistent=False)
         self.register_buffer("filters", mel_filters(n_mels, n_fft, f_min, f_max), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Go along to another device, but not to another type: there are no spectra in 16 bits."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            other = fn(tensor)
+            return other if other.dtype == tensor.dtype else tensor.to(other.device)
+
+        same: Self = super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return same
 
     def forward(self, waves: Tensor) -> Tensor:
         """Return the features of waves in [-1, 1].

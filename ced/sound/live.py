@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ced.errors import AudioError, ConfigError
 from ced.sound import audio
 from ced.sound.audio import SAMPLE_RATE, Window
+from ced.sound.decode import checked
 from ced.sound.media import is_address, open_address
 
 BLOCK = 0.1  # seconds that are read at a time
@@ -59,8 +60,25 @@ def address(url: str) -> LiveSource:
 
 
 def blocks(found: Iterable[NDArray[Any]], rate: int, name: str = "<blocks>") -> LiveSource:
-    """Return a source of blocks (t, channels) of any integer or float type, which can be listened to once."""
-    return LiveSource(name, lambda: audio.resampled(found, rate), endless=False)
+    """Return a source of blocks (t, channels) of any integer or float type, which can be listened to once.
+
+    Whoever listens gets an AudioError at a block of another shape or type, or one that `ced.sound.audio.load` would
+    refuse.
+    """
+    return LiveSource(name, lambda: waves(_shaped(found, name), rate, name), endless=False)
+
+
+def _shaped(found: Iterable[NDArray[Any]], name: str) -> Iterator[NDArray[Any]]:
+    for block in found:
+        if block.ndim != 2 or not block.shape[1] or block.dtype.kind not in "iuf":
+            what = f"a block of shape {block.shape} and type {block.dtype}"
+            raise AudioError(f"{name} gives {what}; expected (t, channels) of integers or floats")
+        yield block
+
+
+def waves(found: Iterable[NDArray[Any]], rate: int, name: str) -> Iterator[NDArray[np.float32]]:
+    """Bring blocks (t, channels) to what models hear, (t,) at 16 kHz; AudioError: a sample cannot be of a sound."""
+    return audio.resampled(checked(found, name, rate), rate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +105,7 @@ class Listening:
         left_out: how many windows nobody took in time.
 
     Raises:
-        ConfigError: `length` or `hop` is shorter than a sample.
+        ConfigError: `length` or `hop` is shorter than a sample, or it is entered for a second time.
     """
 
     def __init__(self, source: LiveSource, length: float, hop: float) -> None:
@@ -103,6 +121,8 @@ class Listening:
         self._thread = threading.Thread(target=self._listen, name="listener", daemon=True)
 
     def __enter__(self) -> "Listening":
+        if self._thread.ident is not None:
+            raise ConfigError(f"{self._source.name} was listened to before; each time needs a listener of its own")
         self._thread.start()
         return self
 
@@ -133,8 +153,8 @@ class Listening:
 
     def _listen(self) -> None:
         try:
-            for window in _windows(self._source, self._length, self._hop, self._closed):
-                self._put(Arrival(window, time.time()))
+            for arrival in _Course(self._source, self._closed).arrivals(self._length, self._hop):
+                self._put(arrival)
         except Exception as error:  # raised again by `take`, where somebody sees it
             self._fault = error
         with self._change:
@@ -156,69 +176,80 @@ class Listening:
             )
 
 
-def _windows(source: LiveSource, length: float, hop: float, closed: threading.Event) -> Iterator[Window]:
-    """Yield the windows of all times that a source is open, until it ends, fails for good, or is closed.
+class _Course:
+    """What became of a source so far: when it was heard, how far that came, and how often it was opened in vain.
 
-    Their times count from the first sample. They are those of the samples, and leap ahead at an outage only.
+    Its clocks are as of time.monotonic().
     """
-    begin: float | None = None  # of the first sample, as of time.monotonic()
-    position = 0.0  # seconds; where what was heard ends
-    failures, lost = 0, 0.0
-    while True:
-        visit = _Visit(source, closed)
-        start: float | None = None
-        for window in audio.cut(visit.blocks(), length, hop):
-            if start is None:
-                if begin is None:
-                    begin = visit.first
-                    _log.info("listening to %s", source.name)
-                start = max(position, visit.first - begin)
-                if failures:
-                    _log.warning("%s is back after %.0f s", source.name, visit.first - lost)
-            yield Window(start + window.start, start + window.end, window.wave)
-        if closed.is_set() or (visit.fault is None and not source.endless):
-            return
-        fault = visit.fault or AudioError(f"{source.name} has ended")
-        if begin is None or not source.endless:
-            raise fault
-        if start is not None:
-            position, lost = start + visit.seconds, time.monotonic()
-            failures = 0 if visit.seconds >= _STEADY else failures
-            _log.warning("%s; opening it again until it is back", fault)
-        delay = _DELAYS[min(failures, len(_DELAYS) - 1)]
-        failures += 1
-        if closed.wait(delay):
-            return
-
-
-class _Visit:
-    """One time that a source is open; its end is an end, whatever brought it about."""
 
     def __init__(self, source: LiveSource, closed: threading.Event) -> None:
         self._source, self._closed = source, closed
-        self.seconds = 0.0  # heard
-        self.first = 0.0  # when the first sample came, as of time.monotonic()
-        self.fault: AudioError | None = None
+        self._begin: float | None = None  # when the first sample of all came
+        self._last = 0.0  # when the last one came
+        self._start = 0.0  # seconds from the first sample of all to that of this visit: one time that it is open
+        self._samples = 0  # heard in this visit
+        self._failures = 0  # how often it was lost or not there, since it was last heard for long
 
-    def blocks(self) -> Iterator[NDArray[np.float32]]:
-        samples = 0
-        try:
-            for block in self._source.open():
-                if self._closed.is_set():
+    def arrivals(self, length: float, hop: float) -> Iterator[Arrival]:
+        """Yield the windows of all times that the source is open, until it ends, fails for good, or is closed.
+
+        Their times count from the first sample. They are those of the samples, and leap ahead at an outage only. A
+        window that a fault breaks off is no window: what it holds may be long over when the fault is known.
+        """
+        while not self._closed.is_set():
+            fault = AudioError(f"{self._source.name} has ended")
+            try:
+                for window in audio.cut(self._blocks(), length, hop):
+                    times = self._start + window.start, self._start + window.end
+                    yield Arrival(Window(*times, window.wave), time.time() - (time.monotonic() - self._last))
+                if not self._source.endless:
                     return
-                if not samples:
-                    self.first = time.monotonic() - len(block) / SAMPLE_RATE
-                samples += len(block)
-                self.seconds = samples / SAMPLE_RATE
-                yield block
-        except AudioError as error:
-            self.fault = error
+            except AudioError as error:
+                fault = error
+            if self._closed.is_set():
+                return
+            if self._begin is None or not self._source.endless:
+                raise fault
+            self._wait(fault)
+
+    def _blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Open the source and yield what is heard, until it is closed."""
+        self._start += self._samples / SAMPLE_RATE  # where the visit before ended; an outage moves it on
+        self._samples = 0
+        for block in self._source.open():
+            if self._closed.is_set():
+                return
+            now = time.monotonic()
+            if not self._samples:
+                self._arrive(now - len(block) / SAMPLE_RATE)
+            self._samples += len(block)
+            self._last = now
+            yield block
+
+    def _arrive(self, first: float) -> None:
+        """Begin a visit whose first sample came at `first`."""
+        if self._begin is None:
+            self._begin = first
+            _log.info("listening to %s", self._source.name)
+        else:
+            self._start = max(self._start, first - self._begin)
+            _log.warning("%s is back after %.0f s", self._source.name, first - self._last)
+
+    def _wait(self, fault: AudioError) -> None:
+        """Wait before the source is opened again, the longer the more often it was in vain."""
+        if self._samples:
+            _log.warning("%s; opening it again until it is back", fault)
+        if self._samples >= _STEADY * SAMPLE_RATE:
+            self._failures = 0
+        delay = _DELAYS[min(self._failures, len(_DELAYS) - 1)]
+        self._failures += 1
+        self._closed.wait(delay)
 
 
 def _received(url: str) -> Iterator[NDArray[np.float32]]:
     with ExitStack() as stack:
         rate, _, read = open_address(url, stack, live=True)
-        yield from audio.resampled(read(round(BLOCK * rate)), rate)
+        yield from waves(read(1), rate, url)  # each packet as it comes: what is joined to blocks would wait for more
 
 
 def _paced(found: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:

@@ -1,11 +1,16 @@
 """Sound that libsndfile does not read: MP4, M4A, WebM and other containers, and http(s) addresses (PyAV)."""
 
+import errno
 import logging
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +18,7 @@ from numpy.typing import NDArray
 from ced.errors import AudioError
 
 if TYPE_CHECKING:
-    from av import AudioFrame
+    from av import AudioFrame, AudioStream, FFmpegError, Packet
     from av.container import InputContainer
 
 MEDIA_SUFFIXES = frozenset(
@@ -68,7 +73,7 @@ def open_address(address: str, stack: ExitStack, *, live: bool = False) -> Opene
             av.open(address, "r", options=options, metadata_errors="replace", timeout=_PATIENCE)
         )
     except av.FFmpegError as error:
-        raise AudioError(f"cannot read {address}: {_reason(error)}") from error
+        raise AudioError(f"cannot read {address}: {_refusal(error, address)}") from error
     return _open_track(container, address, False)
 
 
@@ -134,7 +139,7 @@ def _frames(container: "InputContainer", name: str, cut: bool) -> Iterator["Audi
     faults, found, seconds = 0, False, 0.0
     last: Exception | None = None
     try:
-        for packet in container.demux(track):
+        for packet in _in_time(container, track, name):
             try:
                 frames = packet.decode()
             except av.FFmpegError as error:
@@ -156,24 +161,46 @@ def _frames(container: "InputContainer", name: str, cut: bool) -> Iterator["Audi
         _log.warning("%s has %d packets that cannot be decoded; they are left out", name, faults)
 
 
+def _in_time(container: "InputContainer", track: "AudioStream", name: str) -> Iterator["Packet[AudioStream]"]:
+    """Read packets; raises AudioError when there is none in the time that the container has for it, if any."""
+    import av
+
+    patience = container.read_timeout
+    packets = container.demux(track)
+    while True:
+        asked = time.monotonic()
+        try:
+            packet = next(packets, None)
+            # Before FFmpeg says that the time is up, it hands out what it has; by then that is old.
+            late = patience is not None and time.monotonic() - asked >= float(patience)
+        except av.error.ExitError:
+            late = True
+        if late:
+            raise AudioError(f"{name} gives no sound for {_PATIENCE:g} s")
+        if packet is None:
+            return
+        yield packet
+
+
 def _blocks(first: "AudioFrame", frames: Iterator["AudioFrame"], name: str, size: int) -> Iterator[NDArray[Any]]:
     """Join frames to blocks of `size` samples, as far as whole frames make them."""
-    parts, held = [_samples(first)], first.samples
-    form = (first.sample_rate, first.layout.nb_channels)
+    parts: list[NDArray[Any]] = []
+    held, form = 0, (first.sample_rate, first.layout.nb_channels)
     try:
-        for frame in frames:
-            if held >= size:
-                yield np.concatenate(parts)
-                parts, held = [], 0
+        for frame in chain((first,), frames):
             if (now := (frame.sample_rate, frame.layout.nb_channels)) != form:
                 raise AudioError(f"{name} changes from {form[1]} channels at {form[0]} Hz to {now[1]} at {now[0]} Hz")
             parts.append(_samples(frame))
             held += frame.samples
+            if held >= size:  # at once, as the next frame may be long in coming
+                yield np.concatenate(parts)
+                parts, held = [], 0
     except AudioError:
         if parts:
             yield np.concatenate(parts)
         raise
-    yield np.concatenate(parts)
+    if parts:
+        yield np.concatenate(parts)
 
 
 def _samples(frame: "AudioFrame") -> NDArray[Any]:
@@ -188,6 +215,19 @@ def _samples(frame: "AudioFrame") -> NDArray[Any]:
     return np.stack(
         [np.frombuffer(memoryview(plane), kind, frame.samples) for plane in frame.planes[:channels]], axis=1
     )
+
+
+def _refusal(error: "FFmpegError", address: str) -> str:
+    """Return why an address cannot be opened, as FFmpeg says no more than "Input/output error" of most that may be."""
+    import av
+
+    if not isinstance(error, av.error.EOFError | av.error.InvalidDataError) and error.errno != errno.EIO:
+        return _reason(error)
+    try:
+        socket.getaddrinfo(urlsplit(address).hostname, None)
+    except (OSError, ValueError):  # ValueError: it is no name of a host
+        return "its host cannot be found"
+    return "what it answers is no sound: nothing, a page, redirects without end, or no valid certificate"
 
 
 def _reason(error: Exception) -> str:

@@ -60,7 +60,7 @@ class Options(BaseModel):
             ConfigError: it contradicts itself.
         """
         if self.events and self.top_k is not None:
-            raise ConfigError(f"top_k={self.top_k} says nothing of events, which have one class each; leave it out")
+            raise ConfigError(f"top_k={self.top_k} does not apply to events, which have one class each; leave it out")
         threshold = EVENT_THRESHOLD if self.threshold is None and self.events else self.threshold
         top_k = TOP_K if self.top_k is None and threshold is None else self.top_k
         given = self.model_dump(exclude={"top_k", "threshold", "labels", "embeddings"})

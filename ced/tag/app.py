@@ -1,57 +1,38 @@
-"""The page: a sound is dropped, recorded or named by its address, and its timeline shown. The only user of Gradio."""
+"""The page as an ASGI application: what is set up around the desk, and the files that it links to."""
 
 import asyncio
-import html
 import os
-import shutil
+import socket
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import fastapi
 import gradio as gr
+import uvicorn
 from fastapi.responses import FileResponse, Response, StreamingResponse
 
-from ced.errors import CedError, ConfigError
-from ced.progress import Progress
+from ced.errors import ConfigError
 from ced.tag import page
-from ced.tag.fetch import fetch
+from ced.tag.desk import KEPT_SECONDS, SWEEP_SECONDS, TITLE, Access, Desk
 from ced.tag.guard import Guard
-from ced.tag.hearing import DETAILS, Hearing
+from ced.tag.hearing import Hearing
 from ced.tag.results import FORMATS
 from ced.tag.shelf import Kept, Shelf
-from ced.tag.timeline import Filter
-
-TITLE = "CED: what is heard"
-DETAIL = "2 s"  # unless another is chosen
-MOST_ROWS = 20
-_SWEEP = 60.0  # seconds
-_STALE = 600  # seconds that an upload stays which nothing was made of
-_WAITING = 16  # sounds in the queue
-
-
-@dataclass(frozen=True)
-class Access:
-    """What those who open the page may do."""
-
-    addresses: bool = True  # have sounds fetched from the internet
-    private: bool = False  # and from this machine and its networks
-    loopback: bool = True  # nobody but this machine's users: other names of it are refused
+from ced.tag.timeline import Filter, mel_picture, png
 
 
 @contextmanager
-def serving(hearing: Hearing, access: Access = Access()) -> Iterator[fastapi.FastAPI]:
+def serving(hearing: Hearing, access: Access) -> Iterator[fastapi.FastAPI]:
     """Give the page as an ASGI application; all that strangers hand over is in a folder that is gone at the end.
 
     Nothing is sent anywhere: no usage figures, no checks for versions, and pages may load nothing from elsewhere.
     """
     with TemporaryDirectory(prefix="ced-app-") as name:
-        folder = Path(name)
+        folder = Path(name).resolve()
         with _environment(
             GRADIO_TEMP_DIR=str(folder / "uploads"),
             GRADIO_ANALYTICS_ENABLED="False",
@@ -75,6 +56,16 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+class Server(uvicorn.Server):
+    """Ends when it is told to: pages hold connections open for as long as they are shown."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close what is open, so that nothing waits for it to end by itself, and end."""
+        for connection in self.server_state.connections:
+            connection.transport.close()
+        await super().shutdown(sockets)
+
+
 def _application(hearing: Hearing, access: Access, folder: Path) -> fastapi.FastAPI:
     shelf, uploads = Shelf(folder / "sounds"), folder / "uploads"
 
@@ -82,7 +73,7 @@ def _application(hearing: Hearing, access: Access, folder: Path) -> fastapi.Fast
     async def sweeping(_: fastapi.FastAPI) -> AsyncIterator[None]:
         async def forever() -> None:
             while True:
-                await asyncio.sleep(_SWEEP)
+                await asyncio.sleep(SWEEP_SECONDS)
                 await asyncio.to_thread(shelf.sweep)
                 await asyncio.to_thread(_remove_stale, uploads)
 
@@ -93,10 +84,11 @@ def _application(hearing: Hearing, access: Access, folder: Path) -> fastapi.Fast
     app = fastapi.FastAPI(title=TITLE, docs_url=None, redoc_url=None, openapi_url=None, lifespan=sweeping)
     app.add_middleware(Guard, loopback=access.loopback)
     app.get("/sounds/{token}/clip.flac")(partial(_clip, shelf))
+    app.get("/sounds/{token}/mel.png")(partial(_mel, shelf))
     app.get("/sounds/{token}/{kind}")(partial(_download, shelf))
     gr.mount_gradio_app(
         app,
-        _Desk(hearing, access, shelf, folder / "fetched").blocks(),
+        Desk(hearing, access, shelf, uploads, folder / "fetched").blocks(),
         "/",
         footer_links=[],
         run_history=False,
@@ -116,13 +108,18 @@ def _application(hearing: Hearing, access: Access, folder: Path) -> fastapi.Fast
 def _remove_stale(uploads: Path) -> None:
     """Remove what Gradio leaves behind of uploads, besides the files that it removes itself."""
     for path in uploads.glob("*"):
-        if path.is_file() and time.time() - path.stat().st_mtime > _STALE:
+        if path.is_file() and time.time() - path.stat().st_mtime > KEPT_SECONDS:
             path.unlink(missing_ok=True)
 
 
 def _clip(shelf: Shelf, token: str) -> Response:
     kept = _found(shelf, token)
     return FileResponse(kept.clip.path, media_type="audio/flac", headers={"Cache-Control": "no-store"})
+
+
+def _mel(shelf: Shelf, token: str) -> Response:
+    drawn = png(mel_picture(_found(shelf, token).timeline.mel))
+    return Response(drawn, media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
 
 
 def _download(
@@ -150,198 +147,3 @@ def _found(shelf: Shelf, token: str) -> Kept:
     if kept is None:
         raise fastapi.HTTPException(404, "this sound is gone; hand it over again")
     return kept
-
-
-def _local_only(component: gr.components.Component) -> None:
-    """Let a component take uploads only: Gradio would fetch addresses for anyone who asks, whatever their size.
-
-    This is no subclass because Gradio writes a file beside the module of each that it meets.
-    """
-    move = component.async_move_resource_to_block_cache
-
-    async def uploads_only(path: str | Path | None) -> str | None:
-        if path is not None and "://" in str(path):
-            raise gr.Error("a file is to be uploaded, not named by an address", print_exception=False)
-        moved: str | None = await move(path)
-        return moved
-
-    component.async_move_resource_to_block_cache = uploads_only  # type: ignore[method-assign, assignment]
-
-
-class _Desk:
-    """The parts of the page and what happens when they are used."""
-
-    def __init__(self, hearing: Hearing, access: Access, shelf: Shelf, fetched: Path) -> None:
-        self._hearing, self._access, self._shelf, self._fetched = hearing, access, shelf, fetched
-
-    def blocks(self) -> gr.Blocks:
-        """Lay the page out."""
-        limits = self._hearing.limits
-        blocks: gr.Blocks
-        with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(int(_SWEEP), _STALE)) as blocks:
-            gr.Markdown(
-                f"## What is heard\nModel: {page.escaped(self._hearing.model)}. Up to {limits.minutes:g} min and"
-                f" {limits.megabytes:g} MB a sound; what you hand over is deleted after use."
-            )
-            with gr.Row():
-                with gr.Column(scale=3):
-                    with gr.Tab("File"):
-                        file = gr.File(show_label=False, type="filepath", height=130, elem_id="ced-file")
-                    with gr.Tab("Microphone"):
-                        microphone = gr.Audio(sources=["microphone"], type="filepath", show_label=False)
-                    if self._access.addresses:
-                        with gr.Tab("Address"):
-                            address = gr.Textbox(placeholder="https://...", show_label=False, submit_btn="Fetch")
-                with gr.Column(scale=2):
-                    detail = gr.Dropdown(list(DETAILS), value=DETAIL, label="Windows (tags again)")
-                    threshold = gr.Slider(0, 1, Filter.threshold, step=0.01, label="Threshold", elem_id="ced-threshold")
-                    only = gr.Dropdown(
-                        self._labels(), multiselect=True, label="Only these labels", elem_id="ced-only", filterable=True
-                    )
-                    rows = gr.Slider(1, MOST_ROWS, Filter.rows, step=1, label="Rows of the picture")
-            _local_only(file)
-            _local_only(microphone)
-            player = gr.HTML(js_on_load=None, elem_id="ced-sound")
-            picture = gr.HTML(js_on_load=None, elem_id="ced-timeline")
-            events = gr.HTML(js_on_load=None, elem_id="ced-table")
-
-            choices, shown = [detail, threshold, only, rows], [player, picture, events]
-            long: dict[str, Any] = {"concurrency_id": "hearing", "concurrency_limit": 1, "show_progress_on": picture}
-            file.upload(self.hear_file, [file, *choices], [*shown, file], api_name="file", **long)
-            microphone.stop_recording(
-                self.hear_file, [microphone, *choices], [*shown, microphone], api_name="microphone", **long
-            )
-            if self._access.addresses:
-                address.submit(self.hear_address, [address, *choices], shown, api_name="address", **long)
-            detail.input(self.hear_again, choices, shown, api_name="again", **long)
-            gr.on(
-                [threshold.change, only.change, rows.change],
-                self.redraw,
-                choices,
-                [picture, events],
-                queue=False,
-                trigger_mode="always_last",
-                show_progress="hidden",
-                api_name="redraw",
-            )
-            blocks.unload(self.leave)
-        blocks.queue(max_size=_WAITING)
-        return blocks
-
-    def _labels(self) -> list[str]:
-        return sorted(self._hearing.tagger.labels.names)
-
-    def hear_file(
-        self,
-        path: str | None,
-        detail: str,
-        threshold: float,
-        only: list[str],
-        rows: int,
-        request: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008 (Gradio finds it there)
-    ) -> list[Any]:
-        """Tag an upload, and delete it."""
-        if path is None:
-            return [gr.skip()] * 4
-        upload = Path(path)
-        try:
-            with _shown_errors():
-                self._hear(upload, _owner(request), detail, progress)
-        finally:
-            shutil.rmtree(upload.parent, ignore_errors=True)  # Gradio gives each upload a folder
-        return [*self._show(_owner(request), _filter(threshold, only, rows)), None]
-
-    def hear_address(
-        self,
-        address: str,
-        detail: str,
-        threshold: float,
-        only: list[str],
-        rows: int,
-        request: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> list[Any]:
-        """Tag what an address holds."""
-        self._fetched.mkdir(exist_ok=True)
-        with _shown_errors(), TemporaryDirectory(dir=self._fetched) as folder:
-            progress(0, desc="fetching")
-            most, private = self._hearing.limits.bytes, self._access.private
-            self._hear(fetch(address, Path(folder), most=most, private=private), _owner(request), detail, progress)
-        return self._show(_owner(request), _filter(threshold, only, rows))
-
-    def hear_again(
-        self,
-        detail: str,
-        threshold: float,
-        only: list[str],
-        rows: int,
-        request: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> list[Any]:
-        """Tag the sound that is there once more, in other windows."""
-        kept = self._shelf.get(_owner(request))
-        if kept is None:
-            return [gr.skip()] * 3
-        with _shown_errors():
-            timeline = self._hearing.score(kept.clip, DETAILS[detail], _reporting(progress))
-        self._shelf.put(_owner(request), kept.clip, timeline)
-        return self._show(_owner(request), _filter(threshold, only, rows))
-
-    def redraw(self, detail: str, threshold: float, only: list[str], rows: int, request: gr.Request) -> list[Any]:
-        """Show what is there under other filters, without the model."""
-        if self._shelf.get(_owner(request)) is None:
-            return [gr.skip()] * 2
-        return self._show(_owner(request), _filter(threshold, only, rows))[1:]
-
-    def leave(self, request: gr.Request) -> None:
-        """Remove the sound of someone who has closed the page."""
-        self._shelf.forget(_owner(request))
-
-    def _hear(self, path: Path, owner: str, detail: str, progress: gr.Progress) -> None:
-        progress(0, desc="reading")
-        room = self._shelf.room()
-        try:
-            clip = self._hearing.take_in(path, path.name, room)
-            path.unlink()
-            self._shelf.put(owner, clip, self._hearing.score(clip, DETAILS[detail], _reporting(progress)))
-        except BaseException:
-            shutil.rmtree(room, ignore_errors=True)
-            raise
-
-    def _show(self, owner: str, chosen: Filter) -> list[Any]:
-        kept = self._shelf.get(owner)
-        if kept is None:
-            raise gr.Error("this sound is gone; hand it over again", print_exception=False)
-        with _shown_errors():
-            timeline = kept.timeline
-            heat = timeline.heat(chosen)
-            drawn = page.picture(timeline, heat, chosen)
-            return [page.player(kept), drawn, page.table(kept, timeline.record(chosen), chosen)]
-
-
-def _owner(request: gr.Request) -> str:
-    if not request.session_hash:
-        raise gr.Error("a call needs a session", print_exception=False)
-    return str(request.session_hash)
-
-
-def _filter(threshold: float, only: Sequence[str] | None, rows: float) -> Filter:
-    return Filter(float(threshold), tuple(only or ()), int(rows))
-
-
-def _reporting(progress: gr.Progress) -> Progress:
-    def report(task: str, done: int, total: int) -> None:
-        progress((done, total), desc=task, unit="s of sound")
-
-    return report
-
-
-@contextmanager
-def _shown_errors() -> Iterator[None]:
-    """Show what is wrong with a sound to whoever handed it over; other errors are for the log alone."""
-    try:
-        yield
-    except CedError as error:
-        message = html.escape(str(error))
-        raise gr.Error(message, duration=None, print_exception=False) from error

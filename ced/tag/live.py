@@ -16,7 +16,7 @@ from ced.tag.tagger import Tagger
 LULL = 10.0  # seconds without any sound to hear, after which what was going on is no longer waited for
 
 # Windows that a sound fills leave room within two seconds for the hop, a block and the scoring. Short pauses belong to
-# an event: a dog that barks three times is to be told of once.
+# an event: a dog that barks three times is one event.
 RECIPE = Recipe(window=1.5, hop=0.25, thresholds=0.5, events=True, gap=2.0)
 
 
@@ -31,7 +31,8 @@ class Report:
 
     def to_json(self, source: str, model: str) -> dict[str, Any]:
         """Return it as JSON has it: a record with one piece, and what is new about it."""
-        record = Record(source, model, self.piece.end, (self.piece,)).to_json()
+        piece = Tags(round(self.piece.start, 3), round(self.piece.end, 3), self.piece.tags)  # as the clock's time
+        record = Record(source, model, piece.end, (piece,)).to_json()
         stamp = datetime.fromtimestamp(self.time).astimezone().isoformat(timespec="milliseconds")
         return {**record, "state": self.state, "event": self.event, "time": stamp}
 
@@ -65,9 +66,9 @@ class Listener:
         self._merging = Merging(self._selection, release=recipe.release, gap=recipe.gap, shortest=recipe.shortest)
         self._score = tagger.scoring(silence=recipe.silence)
         self._listening = Listening(source, recipe.window, hop)
-        self._numbers: dict[int, int] = {}  # of the events that go on, by class
+        self._told: dict[int, tuple[int, float]] = {}  # the events that go on, by class: number, when they began
         self._count = 0
-        self._zero = 0.0  # what the clock showed when the first sound was heard; moves with its drift
+        self._zero = 0.0  # what the clock would show at the time 0 of the last window; a stream that stalls moves it
         self.stopped = False
 
     @property
@@ -79,7 +80,8 @@ class Listener:
         """Listen, and yield what is heard, until the source ends or `stopped` is set; what goes on then ends there.
 
         Raises:
-            AudioError: the source could not be opened for the first time.
+            AudioError: the source could not be opened for the first time, or one that is not endless failed.
+            ConfigError: it was called before; the times of a listener are those of one listening.
         """
         with self._listening as listening:
             last, seen = 0.0, time.monotonic()  # where the last window ended, and when it was seen
@@ -93,20 +95,20 @@ class Listener:
             yield from self._over(self._merging.finish())
 
     def _hear(self, arrival: Arrival) -> Iterator[Report]:
-        self._zero = arrival.clock - arrival.window.end
         for scored in self._score(arrival.window):
-            yield from self._over(self._merging.add(scored))
+            yield from self._over(self._merging.add(scored))  # they are of the windows before
+            self._zero = arrival.clock - arrival.window.end
             for event in self._merging.begun():
                 yield self._begin(event)
 
     def _begin(self, event: Event) -> Report:
         self._count += 1
-        self._numbers[event.index] = self._count
-        return Report("begin", self._count, self._zero + event.onset, event.piece(self._selection))
+        self._told[event.index] = self._count, self._zero + event.onset
+        return Report("begin", *self._told[event.index], event.piece(self._selection))
 
     def _over(self, events: list[Event]) -> Iterator[Report]:
         for event in sorted(events):
-            if event.index not in self._numbers:  # only now it is sure to be long enough
+            if event.index not in self._told:  # only now it is sure to be long enough
                 yield self._begin(event)
-            number = self._numbers.pop(event.index)
-            yield Report("end", number, self._zero + event.offset, event.piece(self._selection))
+            number, began = self._told.pop(event.index)
+            yield Report("end", number, began + event.offset - event.onset, event.piece(self._selection))

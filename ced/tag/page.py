@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 
 from ced.tag.records import Record
 from ced.tag.shelf import Kept
-from ced.tag.timeline import Filter, Heat, Picture, Timeline, clock, heat_picture, mel_picture, png, ticks
+from ced.tag.timeline import Filter, Heat, Picture, clock, heat_picture, png, ticks, unit
 
 MOST_EVENTS = 500  # rows of the table
 DOWNLOADS: Mapping[str, str] = {"csv": "CSV", "jsonl": "JSON lines", "audacity": "Audacity labels"}
@@ -22,29 +22,32 @@ def escaped(text: str) -> str:
 def player(kept: Kept) -> str:
     """Return the name of a sound and what plays it."""
     timeline = kept.timeline
+    whole = timeline.seconds
     return (
-        f'<div class="ced-player"><strong>{escaped(timeline.name)}</strong> <span>{clock(timeline.seconds)}'
-        f"{' s' if timeline.seconds < 120 else ' min'}, {escaped(timeline.model)}</span>"
+        f'<div class="ced-player"><strong>{escaped(timeline.name)}</strong> <span>{clock(whole, whole)} {unit(whole)}, '
+        f"{escaped(timeline.model)}</span>"
         f'<audio controls preload="auto" src="sounds/{kept.token}/clip.flac"></audio></div>'
     )
 
 
-def picture(timeline: Timeline, heat: Heat, chosen: Filter) -> str:
-    """Return the heat map of classes above the log-mel picture, on one axis; a click in it plays from there."""
-    seconds = timeline.seconds
+def picture(kept: Kept, heat: Heat, chosen: Filter) -> str:
+    """Return the heat map of classes above the log-mel picture, on one axis; a click in it plays from there.
+
+    The log-mel picture has an address of its own: it stays when filters change, and is larger than all else.
+    """
+    seconds = kept.timeline.seconds
     names = "".join(
         f'<span title="{escaped(name)}, at most {peak:.2f}"{_faint(float(peak), chosen)}>{escaped(name)}</span>'
         for name, peak in zip(heat.labels, heat.peaks, strict=True)
     )
     said = ", ".join(f"{name} {peak:.2f}" for name, peak in zip(heat.labels, heat.peaks, strict=True))
-    axis = "".join(f'<i style="left:{100 * time / seconds:.3f}%">{clock(time)}</i>' for time in ticks(seconds))
-    unit = "s" if seconds < 120 else "min"
+    axis = "".join(f'<i style="left:{100 * time / seconds:.3f}%">{clock(time, seconds)}</i>' for time in ticks(seconds))
     return (
         f'<div class="ced-picture"><div class="ced-names" style="--rows:{len(heat.labels)}">{names}'
-        f"<b>log-mel<br>0 to 8 kHz</b><em>{unit}</em></div>"
+        f"<b>log-mel<br>0 to 8 kHz</b><em>{unit(seconds)}</em></div>"
         f'<div class="ced-plot" style="--rows:{len(heat.labels)}" data-seconds="{seconds}">'
-        f"{_image(heat_picture(heat, chosen.threshold), 'ced-heat', f'Highest probability of each class: {said}')}"
-        f"{_image(mel_picture(timeline.mel), 'ced-mel', 'Log-mel picture of the sound')}"
+        f"{_image(_inline(heat_picture(heat, chosen.threshold)), 'ced-heat', f'Highest of each class: {said}')}"
+        f"{_image(f'sounds/{kept.token}/mel.png', 'ced-mel', 'Log-mel picture of the sound')}"
         f'<div class="ced-axis">{axis}</div><div class="ced-now"></div></div></div>'
     )
 
@@ -53,17 +56,22 @@ def _faint(peak: float, chosen: Filter) -> str:
     return ' class="ced-faint"' if peak < chosen.threshold else ""
 
 
-def _image(drawn: Picture, kind: str, said: str) -> str:
-    data = base64.b64encode(png(drawn)).decode()
-    return f'<img class="{kind}" alt="{escaped(said)}" draggable="false" src="data:image/png;base64,{data}">'
+def _image(address: str, kind: str, said: str) -> str:
+    return f'<img class="{kind}" alt="{escaped(said)}" draggable="false" src="{address}">'
+
+
+def _inline(drawn: Picture) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png(drawn)).decode()}"
 
 
 def table(kept: Kept, record: Record, chosen: Filter) -> str:
     """Return the events, each with a button that plays it, and the links that download them all."""
+    whole = record.seconds
     rows = "".join(
-        f'<tr><td><button type="button" data-from="{piece.start}" data-to="{piece.end}" aria-label="Play '
-        f'{escaped(tag.label)} at {clock(piece.start)}">&#9654;</button></td><td>{clock(piece.start)}</td>'
-        f"<td>{clock(piece.end)}</td><td>{escaped(tag.label)}</td><td>{tag.prob:.3f}</td></tr>"
+        f'<tr><td><button type="button" data-from="{piece.start}" data-to="{piece.end}" '
+        f'aria-label="Play {escaped(tag.label)} at {clock(piece.start, whole)}">&#9654;</button></td>'
+        f"<td>{clock(piece.start, whole)}</td><td>{clock(piece.end, whole)}</td><td>{escaped(tag.label)}</td>"
+        f"<td>{tag.prob:.3f}</td></tr>"
         for piece in record.pieces[:MOST_EVENTS]
         for tag in piece.tags
     )

@@ -11,6 +11,8 @@ from ced.sound.labels import ClassTable
 from ced.sound.ontology import audioset
 from ced.tag.records import Scored, Tag, Tags
 
+_FEW = 20  # labels that a message has room for
+
 
 class Selection:
     """What to keep of a model's scores.
@@ -170,6 +172,8 @@ def _nearest(word: str, known: Iterable[str], labels: ClassTable) -> str:
     sought, known = word.strip().casefold(), list(known)
     holding = [name for name in known if sought and sought in name]
     near = holding or difflib.get_close_matches(sought, known, n=1, cutoff=0.5)
+    if not near and len(labels) <= _FEW:
+        return f"the labels are {', '.join(labels.names)}"
     if not near:
         return f"the {len(labels)} labels are {labels.names[0]}, {labels.names[-1]} and those between"
     nodes = audioset().nodes.values() if labels.mids is not None else ()

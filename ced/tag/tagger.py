@@ -66,7 +66,7 @@ class TorchScorer:
 
         with torch.inference_mode():
             batch = torch.from_numpy(waves).to(self.network.freq_pos_embed.device)
-            probs: NDArray[np.float32] = self.network.probs(batch).cpu().numpy()
+            probs: NDArray[np.float32] = self.network.probs(batch).float().cpu().numpy()
         return probs
 
 

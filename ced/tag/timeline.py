@@ -15,6 +15,7 @@ from ced.tag.records import Record, Scored
 from ced.tag.select import Selection
 
 WIDTH = 1200  # columns of a picture at most
+LONG = 120.0  # seconds from which on times are in minutes
 SIGNIFICANT = 80.0  # dB below the loudest that the log-mel picture tells apart
 _DIMMED = 0.45  # brightness of what does not reach the threshold
 # Dark to bright, for screens of either theme: value, red, green, blue.
@@ -200,9 +201,14 @@ def ticks(seconds: float, most: int = 10) -> Sequence[float]:
     return [round(number * step, 6) for number in range(int(seconds / step + 1e-9) + 1)]
 
 
-def clock(seconds: float) -> str:
-    """Return a time as people read it: seconds, or minutes and seconds from two minutes on."""
-    if seconds < 120:
+def clock(seconds: float, whole: float) -> str:
+    """Return a time as people read it: seconds or, in a whole of two minutes and more, minutes and seconds."""
+    if whole < LONG:
         return f"{seconds:.2f}".rstrip("0").rstrip(".")
     minutes, rest = divmod(round(seconds, 1), 60)
     return f"{int(minutes)}:{rest:04.1f}".removesuffix(".0")
+
+
+def unit(whole: float) -> str:
+    """Return the unit of the times that `clock` gives."""
+    return "s" if whole < LONG else "min"

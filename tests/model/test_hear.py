@@ -1,5 +1,6 @@
 """Embeddings for benchmarks: the checks of the public validators of HEAR (2021.0.2) and X-ARES (0.1.3), and more."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ced.errors import CheckpointError
+from ced.errors import AudioError, CheckpointError
 from ced.model import checkpoints, hear, loading
 from ced.model.embedding import grid
 from ced.model.export import export
@@ -55,6 +56,20 @@ def test_what_the_xares_checker_checks(network: CED) -> None:
     assert (encoder.sampling_rate, encoder.output_dim, encoder.hop_size_in_ms) == (16_000, 64, 160.0)
     assert encoder(torch.randn(2, 50_000)).shape == (2, 50_000 // 2_560, 64)
     assert encoder(torch.randn(50_000)).shape == (1, 50_000 // 2_560, 64)
+
+
+@pytest.mark.parametrize(
+    "audio", [torch.zeros(1, 16_000, dtype=torch.int16), torch.zeros(1, 0), torch.zeros(1, 2, 16_000)]
+)
+def test_what_is_no_wave_is_refused(audio: torch.Tensor, network: CED) -> None:
+    with pytest.raises(AudioError, match=r"audio is torch\.\w+ \(.*\); it must be floats"):
+        hear.CedEncoder(network)(audio)
+
+
+def test_an_encoder_of_16_bits_hears_what_one_of_32_hears(network: CED) -> None:
+    half = hear.CedEncoder(copy.deepcopy(network)).bfloat16()
+    expected = hear.CedEncoder(network)(noise(1, 1.0))
+    torch.testing.assert_close(half(noise(1, 1.0)).float(), expected, atol=0.05, rtol=0.05)
 
 
 def test_a_benchmark_need_not_name_a_model(monkeypatch: pytest.MonkeyPatch, network: CED) -> None:

@@ -33,6 +33,7 @@ from transformers import (
     AutoFeatureExtractor,
     AutoModel,
     AutoModelForAudioClassification,
+    DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -189,6 +190,24 @@ class TestFolders:
         counted = AutoModelForAudioClassification.from_pretrained(folder, num_labels=2, ignore_mismatched_sizes=True)
         assert counted.network.labels.names == ("class 0", "class 1")
 
+    def test_edited_classes_are_kept(self, folder: Path) -> None:
+        config = CedConfig(id2label={0: "a", 1: "b"}, outputdim=527)
+        assert (config.labels.names, config.outputdim, config.label2id) == (("a", "b"), 2, {"a": 0, "b": 1})
+        changed = CedConfig.from_pretrained(folder, id2label={0: "a", 1: "b"})
+        assert changed.to_dict()["label2id"] == {"a": 0, "b": 1}
+        with pytest.raises(ConfigError, match=r"keys 0, 5; they must be 0 to 1"):
+            _ = CedConfig(id2label={0: "a", 5: "b"}).labels
+
+    def test_16_bits_tag_as_32(self, folder: Path, tagger: CED) -> None:
+        half = CedForAudioClassification.from_pretrained(folder, dtype=torch.bfloat16).network.eval()
+        assert weight(half, "outputlayer.1.weight").dtype == torch.bfloat16
+        waves = torch.from_numpy(WAVE)[None]
+        assert torch.equal(half.front_end(waves), tagger.front_end(waves))
+        with Tagger(half) as one, Tagger(tagger) as other:
+            (found,), (expected,) = (list(each.tag((WAVE, 16_000), top_k=527)) for each in (one, other))
+        scores = {tag.label: tag.prob for tag in expected.tags}
+        assert {tag.label: tag.prob for tag in found.tags} == pytest.approx(scores, abs=0.02)
+
     def test_a_configuration_alone_makes_a_fresh_network(self) -> None:
         config = CedConfig(embed_dim=64, num_heads=1, depth=1)
         assert (config.num_labels, config.hidden_size, config.labels) == (527, 64, audioset())
@@ -232,6 +251,33 @@ class TestFeatures:
         with pytest.raises(AudioError) as caught:
             CedFeatureExtractor()(waves, sampling_rate=rate)
         assert str(caught.value).startswith(message)
+
+    def test_they_are_cut_and_padded_as_is_usual(self, tagger: CED) -> None:
+        both = CedFeatureExtractor()([WAVE, WAVE[:8000]], max_length=12_000, truncation=True)["input_values"]
+        assert np.array_equal(both[0], CedFeatureExtractor()(WAVE[:12_000])["input_values"][0])
+        one = CedFeatureExtractor()(WAVE, max_length=32_000, padding="max_length")["input_values"]
+        assert one.shape == (1, 64, 201)
+        with pytest.raises(ConfigError, match="need a max_length"):
+            CedFeatureExtractor()(WAVE, truncation=True)
+        with pytest.raises(ConfigError, match="padding is 'most'"):
+            CedFeatureExtractor()(WAVE, padding="most")  # type: ignore[arg-type]
+        with pytest.raises(AudioError, match="8000 to 16000 samples, and padding is False"):
+            CedFeatureExtractor()([WAVE, WAVE[:8000]], padding=False)
+
+    def test_a_usual_collator_puts_them_together(self, folder: Path) -> None:
+        extractor = AutoFeatureExtractor.from_pretrained(folder)
+        rows = [
+            {"input_values": extractor(wave)["input_values"][0], "label": label}
+            for label, wave in enumerate((WAVE, -WAVE))
+        ]
+        batch = DataCollatorWithPadding(extractor)(rows)
+        assert {name: tuple(values.shape) for name, values in batch.items()} == {
+            "input_values": (2, 64, 101),
+            "labels": (2,),
+        }
+        rows[1]["input_values"] = extractor(WAVE[:8000])["input_values"][0]
+        with pytest.raises(AudioError, match=r"features of \(64, 51\) to \(64, 101\) cannot be put together"):
+            DataCollatorWithPadding(extractor)(rows)
 
     def test_another_rate_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="sampling_rate is 8000; the front end is made for 16000"):

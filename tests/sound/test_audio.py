@@ -319,6 +319,24 @@ def test_samples_that_are_not_numbers(tmp_path: Path, value: float) -> None:
     assert refused((samples, 8_000)) == "<array> has samples that are not finite numbers, the first at 0.250 s"
 
 
+@pytest.mark.parametrize(("value", "said"), [(1e20, "1e+20"), (-3e38, "-3e+38"), (1.5e6, "1.5e+06")])
+@pytest.mark.parametrize("rate", [8_000, 16_000])
+def test_samples_that_are_far_too_large(tmp_path: Path, rate: int, value: float, said: str) -> None:
+    samples = noise(1.0, rate, 2)
+    samples[rate // 4, 1] = value
+    path = write(tmp_path / "huge.wav", samples, rate, "WAV", "FLOAT")
+    allowed = "sound is in [-1, 1], and nothing beyond 1e+06 is taken for it"
+    assert refused(path) == f"{path} has a sample of {said} at 0.250 s; {allowed}"
+    assert refused((samples, rate)) == f"<array> has a sample of {said} at 0.250 s; {allowed}"
+
+
+def test_floats_of_other_sizes_are_taken_up_to_a_million() -> None:
+    loud = np.array([[1e6], [-1e6], [0]], np.float64)
+    np.testing.assert_array_equal(load((loud, 16_000)), [1e6, -1e6, 0])
+    np.testing.assert_array_equal(load((np.array([65_504, -1], np.float16), 16_000)), [65_504, -1])
+    assert refused((1e300 * loud, 16_000)).startswith("<array> has a sample of 1e+306 at 0.000 s")
+
+
 def test_arrays_that_are_no_sound() -> None:
     samples = np.zeros(8)
     assert "tuple of (int, ndarray); expected (samples, rate)" in refused((SAMPLE_RATE, samples))

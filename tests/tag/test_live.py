@@ -94,6 +94,12 @@ def test_a_line_is_a_record() -> None:
     assert datetime.fromisoformat(values["time"]) == stamp
 
 
+def test_times_in_a_line_are_of_milliseconds() -> None:
+    piece = Tags(7.098539215003257, 7.349000000000001, (Tag("loud", 0, None, 0.75),))
+    values = Report("begin", 1, 0.0, piece).to_json("the shed", "small.onnx")
+    assert (values["pieces"][0]["start"], values["pieces"][0]["end"], values["seconds"]) == (7.099, 7.349, 7.349)
+
+
 def test_an_event_is_reported_within_two_seconds_of_its_sound() -> None:
     """In real time, with blocks as a device gives them, for a sound that must fill a window to be known."""
     began = 0.0
@@ -139,6 +145,45 @@ def test_an_outage_ends_what_goes_on_and_its_time_counts() -> None:
     assert [(report.state, report.event) for report in found] == [("begin", 1), ("end", 1), ("begin", 2), ("end", 2)]
     assert 1.4 < found[2].piece.start < 5
     assert found[2].time - found[0].time == pytest.approx(found[2].piece.start, abs=1.0)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_stream_that_stalls_is_reported_once() -> None:
+    visits = 0
+
+    def stalls() -> Iterator[Waves]:
+        nonlocal visits
+        visits += 1
+        for _ in range(7):
+            time.sleep(0.01)
+            yield np.full(BLOCK, visits == 1, np.float32)
+        if visits == 1:
+            time.sleep(1.0)  # longer than what goes on is waited for; two blocks wait for a window to be full
+            raise AudioError("nothing comes")
+        listener.stopped = True
+
+    recipe = replace(RECIPE, window=0.5, hop=0.25, gap=0.2, only=("loud",))
+    listener = Listener(Tagger(Loudness()), LiveSource("the shed", stalls), recipe)
+    assert [(report.state, report.event) for report in listener.reports()] == [("begin", 1), ("end", 1)]
+
+
+def test_an_event_takes_as_long_by_the_clock_as_it_sounds() -> None:
+    def blocks() -> Iterator[Waves]:
+        for number in range(50):
+            time.sleep(0.01)  # ten times as fast as it sounds
+            yield np.full((BLOCK, 1), number < 30, np.float32)
+
+    recipe = replace(RECIPE, window=0.5, hop=0.5, gap=0.0, only=("loud",))
+    begin, end = Listener(Tagger(Loudness()), live.blocks(blocks(), SAMPLE_RATE), recipe).reports()
+    assert (begin.state, end.state, end.piece.end - end.piece.start) == ("begin", "end", 3.0)
+    assert end.time - begin.time == pytest.approx(3.0, abs=1e-3)
+
+
+def test_a_listener_listens_once() -> None:
+    listener = Listener(Tagger(Loudness()), live.blocks([], SAMPLE_RATE))
+    assert list(listener.reports()) == []
+    with pytest.raises(ConfigError, match="was listened to before; each time needs a listener of its own"):
+        next(listener.reports())
 
 
 @pytest.fixture

@@ -126,7 +126,10 @@ def test_what_is_refused() -> None:
     assert "no label 'Barc'; did you mean 'Bark'?" in refused(PETS, only=["Barc"])
     assert "no label 'speaking'; did you mean 'Male speech, man speaking'?" in refused(audioset(), only=["speaking"])
     assert "no label 'animals'; did you mean 'Domestic animals, pets'?" in refused(PETS, exclude=["animals"])
-    assert "no label 'Rain'; the 4 labels are Bark, Speech and those between" in refused(PETS, only=["Rain"])
+    assert refused(ABC, only=["Rain"]) == "there is no label 'Rain'; the labels are a, b, c, d"
+    assert "'xyzzy'; the 527 labels are Speech, Field recording and those between" in refused(
+        audioset(), only=["xyzzy"]
+    )
     assert "no label 'Animal'" in refused(ABC, only=["Animal"])
     assert "no label is left of a, b without b, a" in refused(ABC, only=["a", "b"], exclude=["b", "a"])
     assert "no label is left of all without a, b, c, d" in refused(ABC, exclude=["a", "b", "c", "d"])

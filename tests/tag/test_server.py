@@ -196,7 +196,7 @@ def test_thresholds_labels_events_and_embeddings(client: httpx.Client, graph: Pa
         ({"topk": 3}, "there is no option topk"),
         ({"top_k": [1, 2]}, "top_k is given 2 times; it has one value"),
         ({"window": 1, "hop": 2}, "what lies between would not be heard"),
-        ({"events": True, "top_k": 3}, "top_k=3 says nothing of events"),
+        ({"events": True, "top_k": 3}, "top_k=3 does not apply to events"),
         ({"release": 0.4}, "release, gap and shortest are of events"),
         ({"labels": "barks"}, "did you mean 'bark'"),
         ({"rollup": True}, "roll-up needs classes with AudioSet's mids"),
@@ -204,6 +204,11 @@ def test_thresholds_labels_events_and_embeddings(client: httpx.Client, graph: Pa
 )
 def test_options_that_cannot_be(client: httpx.Client, options: dict[str, Any], said: str) -> None:
     assert said in error(client.post(PATH, content=level(0.5), headers=WAV, params=options), 422)
+
+
+def test_an_option_is_given_once(client: httpx.Client) -> None:
+    twice = client.post(f"{PATH}?top_k=1&top_k=2&labels=bark&labels=bell", content=level(0.5), headers=WAV)
+    assert error(twice, 422) == "top_k is given 2 times; once is allowed"
 
 
 def wav_header(rate: int, channels: int, size: int) -> bytes:
@@ -245,6 +250,7 @@ def wav_header(rate: int, channels: int, size: int) -> bytes:
         ("audio/wav", bytes(1_000_001), 413, "the body is larger than 1 MB"),
         ("multipart/form-data; boundary=x", bytes(1_000_001), 413, "the body is larger than 1 MB"),
     ],
+    ids=lambda value: "body" if isinstance(value, bytes) else None,  # libsndfile writes the time into some files
 )
 def test_bodies_that_are_no_sound(client: httpx.Client, kind: str, body: bytes, status: int, said: str) -> None:
     assert said in error(client.post(PATH, content=body, headers={"content-type": kind} if kind else {}), status)
@@ -376,8 +382,10 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         refused = client.post(PATH, content=level(0.5), headers=WAV)
         assert "try again" in error(refused, 503)
         assert int(refused.headers["retry-after"]) >= 1
+        assert refused.headers["connection"] == "close"  # what comes yet of a body is not waited for
         assert error(client.get("/healthz/ready"), 503)
         assert client.get("/healthz/live").status_code == 200
+        assert metrics(client)['ced_requests_total{status="503"}'] == 1  # sounds alone are counted
         model.go.set()
         assert [answer.status_code for answer in senders.answers()] == [200, 200]
         assert client.get("/healthz/ready").status_code == 200
