@@ -96,6 +96,7 @@ def test_the_model_in_the_package_needs_no_network(fresh: Path, tmp_path: Path) 
         (["tag", "-m", "small.onnx", "-f", "parquet", "-o", "out", "a.flac"], "ced[parquet]"),
         (["tag", "-m", "small.onnx", "a.m4a"], "ced[media]"),
         (["serve", "-m", "small.onnx", "--port", "0"], "ced[serve]"),
+        (["app", "-m", "small.onnx", "--port", "0"], "ced[app]"),
         (["live", "-m", "small.onnx"], "ced[live]"),
         (["live", "-m", "small.onnx", "http://127.0.0.1:1/"], "ced[media]"),
     ],

@@ -3,8 +3,7 @@
 import asyncio
 import math
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from email.message import Message
 from threading import Lock

@@ -216,23 +216,6 @@ def _refusal(error: Exception) -> Response:
     return JSONResponse({"error": " ".join(message.split())}, status, headers)
 
 
-def _refusal(error: Exception) -> tuple[int, str, Mapping[str, str] | None]:
-    """Return the status, the message and the headers of an error."""
-    match error:
-        case RefusedError():
-            return error.status, str(error), error.headers
-        case ConfigError() | AudioError():
-            return 422, str(error), None
-        case RequestValidationError():
-            return 422, _faults(error), None
-        case HTTPException():
-            return error.status_code, str(error.detail), error.headers
-        case ClientDisconnect():
-            return 499, "the client has gone", None
-    _log.error("a request failed: %s: %s", type(error).__name__, error)
-    return 500, "the server failed; its log says why", None
-
-
 def _faults(error: RequestValidationError) -> str:
     """Return what is wrong with options, in one line."""
     faults = []

@@ -206,11 +206,6 @@ def test_options_that_cannot_be(client: httpx.Client, options: dict[str, Any], s
     assert said in error(client.post(PATH, content=level(0.5), headers=WAV, params=options), 422)
 
 
-def test_an_option_is_given_once(client: httpx.Client) -> None:
-    twice = client.post(f"{PATH}?top_k=1&top_k=2&labels=bark&labels=bell", content=level(0.5), headers=WAV)
-    assert error(twice, 422) == "top_k is given 2 times; once is allowed"
-
-
 def wav_header(rate: int, channels: int, size: int) -> bytes:
     form = struct.pack("<HHIIHH", 1, channels, rate, min(rate * channels * 2, 2**32 - 1), channels * 2 % 65_536, 16)
     return b"RIFF" + struct.pack("<I", 36 + size) + b"WAVEfmt " + struct.pack("<I", 16) + form + b"data"
@@ -241,6 +236,7 @@ def wav_header(rate: int, channels: int, size: int) -> bytes:
             422,
             "body has samples that are not finite",
         ),
+        ("audio/pcm; rate=16000; format=f32le", np.float32(1e20).tobytes(), 422, "a sample of 1e+20 at 0.000 s"),
         ("audio/pcm; rate=768000", bytes(2), 422, "body is too short"),
         ("multipart/form-data", b"abc", 422, "boundary"),
         ("multipart/form-data; boundary=x", b"abc", 422, "a form has one field, 'file'"),
@@ -382,10 +378,8 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         refused = client.post(PATH, content=level(0.5), headers=WAV)
         assert "try again" in error(refused, 503)
         assert int(refused.headers["retry-after"]) >= 1
-        assert refused.headers["connection"] == "close"  # what comes yet of a body is not waited for
         assert error(client.get("/healthz/ready"), 503)
         assert client.get("/healthz/live").status_code == 200
-        assert metrics(client)['ced_requests_total{status="503"}'] == 1  # sounds alone are counted
         model.go.set()
         assert [answer.status_code for answer in senders.answers()] == [200, 200]
         assert client.get("/healthz/ready").status_code == 200
