@@ -13,9 +13,9 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.create_server(place[:2], family=family, backlog=128)
+        listener = socket.create_server(place[:2], family=family)
     except OSError as error:
-        reason = (error.strerror or str(error)).partition(" (while")[0]  # Python repeats the address there
+        reason = (error.strerror or str(error)).partition(" (while ")[0]  # the address is said already
         raise ConfigError(f"cannot listen at {host}, port {port}: {reason}") from error
     # Connections inherit it. Without, the body of an answer waits 40 ms until the client has acknowledged its head.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

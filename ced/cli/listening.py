@@ -16,6 +16,7 @@ from ced.cli.console import complain, reporting
 from ced.cli.tagging import thresholds
 from ced.errors import ConfigError
 from ced.machine import cores
+from ced.tag.defaults import EVENT_THRESHOLD
 
 if TYPE_CHECKING:
     from ced.sound.live import LiveSource
@@ -33,7 +34,7 @@ def live(
     model: options.Model = "ced_mini",
     window: options.LiveWindow = 1.5,
     hop: options.LiveHop = 0.25,
-    threshold: options.LiveThreshold = str(options.EVENT_THRESHOLD),
+    threshold: options.LiveThreshold = str(EVENT_THRESHOLD),
     labels: options.Labels = None,
     exclude: options.Exclude = None,
     rollup: options.Rollup = False,

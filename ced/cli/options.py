@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-TOP_K = 3  # classes of a window, where no threshold is given
-EVENT_THRESHOLD = 0.5  # of events, which need one
+from ced.tag.defaults import EVENT_THRESHOLD, TOP_K
 
 Sounds = Annotated[
     list[str],

@@ -2,6 +2,8 @@
 
 import ipaddress
 import logging
+import math
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,9 +14,7 @@ from ced.cli.console import reporting
 from ced.cli.listener import address, listen
 from ced.cli.options import Jobs, Model
 from ced.errors import ConfigError
-from ced.machine import cores, open_many_files
-
-_GRACE = 30  # seconds in which requests may end when the server is stopped
+from ced.machine import allow_open_files, cores
 
 _log = logging.getLogger(__name__)
 
@@ -42,46 +42,37 @@ def serve(
     There are no passwords: put it behind a proxy that has them before other machines may reach it.
     """
     try:
-        import uvicorn
-
         from ced.tag.intake import Limits
-        from ced.tag.server import application
+        from ced.tag.server import Application, Server
     except ModuleNotFoundError as error:
         if (error.name or "ced").partition(".")[0] == "ced":
             raise
         raise ConfigError(f"serving needs the package {error.name}, which `pip install 'ced[serve]'` brings") from error
     from ced.model.onnx import open_model
 
-    for word in proxy or ():
-        _check_network(word)
-    for noisy in ("uvicorn.error", "python_multipart"):  # a line for every junk request
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    open_many_files()
+    for option, value in (("--max-megabytes", max_megabytes), ("--max-seconds", max_seconds)):
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{option} is {value}; it must be a number above 0")
     limits = Limits(max_megabytes, max_seconds, queue, rate)
+    proxies = [_network(each) for each in proxy or ()]
+    allow_open_files()
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # forms that are broken are their clients' affair
     with listen(host, port) as listener:
         with reporting() as progress:
             graph = open_model(model, progress=progress)
-        app = application(graph, Path(model).name, jobs=jobs or cores(), limits=limits)
-        config = uvicorn.Config(
-            app,
-            log_config=None,  # its warnings go where all of them go, on standard error
-            access_log=False,
-            ws="none",
-            server_header=False,
-            proxy_headers=bool(proxy),
-            forwarded_allow_ips=proxy or [],
-            timeout_graceful_shutdown=_GRACE,
-        )
+        app = Application(graph, Path(model).name, jobs=jobs or cores(), limits=limits)
         where = address(listener)
         print(f"ced: serving {model} at {where}, described at {where}/docs", file=sys.stderr, flush=True)
         if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             _log.warning("%s may be reached from other machines, and asks nobody for a password", where)
-        uvicorn.Server(config).run([listener])
+        before = signal.signal(signal.SIGTERM, lambda *_: None)  # which the server sends again, when it has ended
+        Server(app, proxies).run([listener])
+        signal.signal(signal.SIGTERM, before)
 
 
-def _check_network(word: str) -> None:
-    """Make sure that a proxy is one: to a misspelt one all clients behind it would be one client."""
+def _network(text: str) -> str:
+    """Return the network of a proxy, which may be a single address."""
     try:
-        ipaddress.ip_network(word, strict=False)
+        return str(ipaddress.ip_network(text, strict=False))
     except ValueError as error:
-        raise ConfigError(f"the proxy {word} is no address or network, as 10.0.0.2 or 10.0.0.0/24") from error
+        raise ConfigError(f"--proxy {text} is no address or network, as 10.0.0.2 or 10.0.0.0/24") from error

@@ -13,6 +13,7 @@ from ced.cli.console import complain, reporting
 from ced.errors import ConfigError
 from ced.machine import cores
 from ced.progress import NotedProgress, silent
+from ced.tag.defaults import EVENT_THRESHOLD, TOP_K
 
 if TYPE_CHECKING:
     from ced.sound.labels import ClassTable
@@ -63,14 +64,14 @@ def tag(
     with reporting() as progress:
         graph = open_model(model, progress=progress)
     with reporting() as progress, Tagger(graph, jobs=jobs) as tagger:
-        text = str(options.EVENT_THRESHOLD) if threshold is None and events else threshold
+        text = str(EVENT_THRESHOLD) if threshold is None and events else threshold
         least = None if text is None else thresholds(text, tagger.labels)
         recipe = Recipe(
             window=window,
             hop=hop,
             columns=columns,
             silence=silence,
-            top_k=options.TOP_K if topk is None and least is None else topk,
+            top_k=TOP_K if topk is None and least is None else topk,
             thresholds=least,
             only=tuple(labels or ()),
             exclude=tuple(exclude or ()),

@@ -1,5 +1,6 @@
 """The server's interface: what can be asked, what is answered, and a page that says so, which loads nothing else."""
 
+from collections.abc import Sequence
 from html import escape
 from typing import Annotated, Any, Literal
 
@@ -7,12 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 
 from ced.errors import ConfigError
+from ced.tag.defaults import EVENT_THRESHOLD, TOP_K
 from ced.tag.intake import FIELD, PCM
 from ced.tag.recipe import Recipe
 from ced.tag.records import Tags
 
 PATH = "/v1/audio/classification"
-TOP_K, EVENT_THRESHOLD = 3, 0.5  # where nothing else is asked for, as in `ced tag`
 _LEAST_WINDOW, _LEAST_HOP, _LONGEST = 0.16, 0.02, 3600.0  # seconds
 
 _Label = Annotated[str, Field(max_length=100)]
@@ -22,7 +23,7 @@ _Probability = Annotated[float, Field(ge=0, le=1)]
 _Level = Annotated[float, Field(ge=-200, lt=0)]
 _Hop = Annotated[float, Field(ge=_LEAST_HOP, le=_LONGEST)]
 _Seconds = Annotated[float, Field(ge=0, le=_LONGEST)]
-_Missing = SkipJsonSchema[None]  # an option that is left out: there is no way to write that
+_Missing = SkipJsonSchema[None]  # an option that is left out; null is not written in an address
 
 
 class Options(BaseModel):
@@ -65,6 +66,17 @@ class Options(BaseModel):
         given = self.model_dump(exclude={"top_k", "threshold", "labels", "embeddings"})
         given["exclude"] = tuple(self.exclude)
         return Recipe(top_k=top_k, thresholds=threshold, only=tuple(self.labels), **given)
+
+
+def check_once(names: Sequence[str]) -> None:
+    """Make sure that no option that has one value is given twice.
+
+    Raises:
+        ConfigError: one is.
+    """
+    for name in names:
+        if name in Options.model_fields.keys() - {"labels", "exclude"} and names.count(name) > 1:
+            raise ConfigError(f"{name} is given {names.count(name)} times; it has one value")
 
 
 class Vector(BaseModel):
@@ -120,13 +132,13 @@ BODY: dict[str, Any] = {
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": reason}
     for status, reason in {
-        408: "The body did not come in time.",
+        408: "The body came too slowly.",
         413: "The body is too large, or the sound too long.",
         415: "The body is no sound by its type.",
-        422: "The body cannot be read as a sound, or an option is not allowed.",
+        422: "The body cannot be read as a sound, or an option is unknown or out of range.",
         429: "Too many requests of one client; Retry-After says when to come back.",
-        500: "The server failed; its log says why.",
-        503: "Too many requests at once, or the server stops; Retry-After says when to come back.",
+        500: "The server failed; the request may be right.",
+        503: "Too many requests at once, or the server is going down; Retry-After says when to come back.",
     }.items()
 }
 

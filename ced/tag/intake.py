@@ -3,8 +3,7 @@
 import asyncio
 import math
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from email.message import Message
 from threading import Lock
@@ -12,11 +11,12 @@ from threading import Lock
 import numpy as np
 from fastapi import Request
 from numpy.typing import NDArray
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ced.errors import AudioError, CedError, ConfigError
 from ced.sound import audio
+from ced.sound.media import EXTRA
 
 FIELD = "file"  # of a form, which holds the sound
 PCM = {"audio/l16": {"s16be": ">i2"}, "audio/pcm": {"s16le": "<i2", "f32le": "<f4"}}  # types, their formats, as numpy's
@@ -24,7 +24,7 @@ RATES = (1_000, 768_000)  # hertz
 LEAST_COST = 1.0  # seconds that a window counts, be it as short as it may
 _BLOCK = 1.0  # seconds decoded at a time, so that a header which lies about its rate costs little
 _LONGEST_NAME = 255
-_KNOWN_CLIENTS = 10_000  # those who may ask again are forgotten when there are more
+_KNOWN_CLIENTS = 10_000  # who asked longest ago is forgotten when there are more
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,20 @@ class Limits:
     seconds: float = 600.0  # of sound in a request, counted as often as windows hear it
     waiting: int = 16  # requests that wait for the one before them
     a_minute: int | None = None  # requests of one client
-    patience: float = 30.0  # seconds in which a body must have come
+    patience: float = 10.0  # seconds that a body may take at any rate
+    slowest: float = 100_000.0  # bytes a second of a body that takes longer
 
     def __post_init__(self) -> None:
-        for name in ("megabytes", "seconds", "patience"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"the limit of {name} is {getattr(self, name)}; it must be a number above 0")
-        if self.waiting < 0:
-            raise ConfigError(f"{self.waiting} requests cannot wait; it must be 0 or more")
-        if self.a_minute is not None and self.a_minute < 1:
-            raise ConfigError(f"the requests a minute are {self.a_minute}; they must be 1 or more")
+        for name in ("megabytes", "seconds", "patience", "slowest"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ConfigError(f"the limit {name} is {value}; it must be a number above 0")
+        if self.waiting < 0 or (self.a_minute is not None and self.a_minute < 1):
+            raise ConfigError(f"the limits are {self}; waiting must be 0 or more, a_minute 1 or more")
 
     @property
     def bytes(self) -> int:
-        """The most in the body of a request."""
-        return round(self.megabytes * 1_000_000)
+        """The most of a request's body, a whole number."""
+        return round(self.megabytes * 1e6)
 
 
 class RefusedError(CedError):
@@ -59,8 +58,6 @@ class RefusedError(CedError):
         super().__init__(message)
         self.status = status
         self.headers = {} if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
-        if status != 422:  # what comes yet of the body is not waited for
-            self.headers["Connection"] = "close"
 
 
 class Room:
@@ -98,7 +95,7 @@ class Allowance:
 
     def __init__(self, a_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._step, self._clock = 60.0 / a_minute, clock
-        self._empty: dict[str, float] = {}  # when a client's bucket will have run out
+        self._empty: dict[str, float] = {}  # when a client's bucket will have run out; who asked last is last
 
     def ask(self, client: str) -> float:
         """Count a request and return 0; where it would be one too many, return the seconds until it is not."""
@@ -106,9 +103,10 @@ class Allowance:
         empty = max(now, self._empty.get(client, now)) + self._step
         if empty - now > 60.0 + 1e-6:
             return empty - now - 60.0
-        if len(self._empty) >= _KNOWN_CLIENTS:
-            self._empty = {known: until for known, until in self._empty.items() if until > now}
+        self._empty.pop(client, None)
         self._empty[client] = empty
+        if len(self._empty) > _KNOWN_CLIENTS:
+            del self._empty[next(iter(self._empty))]
         return 0.0
 
 
@@ -132,13 +130,15 @@ async def receive(request: Request, limits: Limits) -> Upload:
     kind = Message()
     kind["content-type"] = request.headers.get("content-type") or "application/octet-stream"
     try:
-        async with asyncio.timeout(limits.patience):
+        async with asyncio.timeout(limits.patience) as deadline:
+            parts = _bounded(request, limits, deadline)
             if kind.get_content_type() == "multipart/form-data":
-                return await _file_of_form(request, limits)
+                return await _file_of_form(request.headers, parts, limits)
             form = _form_of(kind)
-            body = b"".join([part async for part in _bounded(request, limits)])
+            body = b"".join([part async for part in parts])
     except TimeoutError as error:
-        raise RefusedError(408, f"the body has not come within {limits.patience:g} s") from error
+        rule = f"it may take {limits.patience:g} s, and a second more for every {limits.slowest / 1000:g} kB"
+        raise RefusedError(408, f"the body came too slowly; {rule}") from error
     if not body:
         raise RefusedError(422, "the body is empty; it must be a sound")
     return Upload("body", audio.SoundBytes(body, "body") if form is None else _samples(body, *form))
@@ -158,7 +158,9 @@ def load(upload: Upload, seconds: float) -> NDArray[np.float32]:
             if held > seconds * audio.SAMPLE_RATE:
                 raise RefusedError(413, f"{upload.name} is longer than {seconds:g} s, which is the most in a request")
     except AudioError as error:
-        raise RefusedError(422, str(error).replace("<array>", upload.name)) from error
+        # Samples have no name of their own, and what to install is nothing that a client could do.
+        message = str(error).replace(audio.name_of(upload.source), upload.name).partition(f"; {EXTRA}")[0]
+        raise RefusedError(422, message) from error
     except CedError:
         raise
     except Exception as error:  # whatever a decoder comes up with is about the one sound
@@ -183,8 +185,10 @@ def check_cost(samples: int, window: float, hop: float | None, seconds: float) -
         )
 
 
-async def _bounded(request: Request, limits: Limits) -> AsyncGenerator[bytes, None]:
-    """Yield the body as it comes, unless it says or turns out to be too large."""
+async def _bounded(request: Request, limits: Limits, deadline: asyncio.Timeout) -> AsyncGenerator[bytes, None]:
+    """Yield the body as it comes, unless it says or turns out to be too large; what comes puts off the deadline."""
+    first = deadline.when()
+    assert first is not None
     message = f"the body is larger than {limits.megabytes:g} MB, which is the most in a request"
     if int(request.headers.get("content-length", "0")) > limits.bytes:
         raise RefusedError(413, message)
@@ -193,42 +197,41 @@ async def _bounded(request: Request, limits: Limits) -> AsyncGenerator[bytes, No
         size += len(part)
         if size > limits.bytes:
             raise RefusedError(413, message)
+        deadline.reschedule(first + size / limits.slowest)
         yield part
 
 
-async def _file_of_form(request: Request, limits: Limits) -> Upload:
+class _Form(MultiPartParser):
+    """Starlette's parser, which also tells whether the end of the form has come."""
+
+    whole = False
+
+    def on_end(self) -> None:
+        self.whole = True
+
+
+async def _file_of_form(headers: Headers, parts: AsyncGenerator[bytes, None], limits: Limits) -> Upload:
     wanted = f"a form has one field, {FIELD!r}, with the file; options are a part of the address (?top_k=5)"
 
-    parser = MultiPartParser(request.headers, _bounded(request, limits), max_files=1, max_fields=0)
+    parser = _Form(headers, parts, max_files=1, max_fields=0)
     parser.spool_max_size = limits.bytes + 1  # never to disk
     try:
         form = await parser.parse()
     except MultiPartException as error:
-        many = error.message.startswith("Too many")  # says what this parser was told, not what a client should do
-        raise RefusedError(422, wanted if many else f"{error.message.rstrip('.')}; {wanted}") from error
+        fault = "" if error.message.startswith("Too many ") else f"{error.message.rstrip('.')}; "
+        raise RefusedError(422, fault + wanted) from error
     except ValueError as error:  # a charset that cannot be
         raise RefusedError(422, f"the form cannot be read: {error}; {wanted}") from error
+    if not parser.whole:
+        raise RefusedError(422, f"the form is cut short; {wanted}")
     file = form.get(FIELD)
     if not isinstance(file, UploadFile):
         raise RefusedError(422, wanted)
     # What a client calls its file comes to logs and terminals, too.
     name = "".join(filter(str.isprintable, file.filename or ""))[:_LONGEST_NAME] or FIELD
-    body = await file.read()
-    if not body:
-        raise RefusedError(422, f"{name} is empty (0 bytes); it must be a sound")
-    return Upload(name, audio.SoundBytes(body, name))
-
-
-def refuse_repeated(request: Request, lists: Collection[str]) -> None:
-    """Make sure that each option but the lists is given once: of two, one would be ignored.
-
-    Raises:
-        RefusedError: one is given twice (422).
-    """
-    counts = Counter(name for name, _ in request.query_params.multi_items() if name not in lists)
-    for name, count in counts.items():
-        if count > 1:
-            raise RefusedError(422, f"{name[:100]} is given {count} times; once is allowed")
+    if not (held := await file.read()):
+        raise RefusedError(422, f"{name} is empty (0 bytes)")
+    return Upload(name, audio.SoundBytes(held, name))
 
 
 def _form_of(kind: Message) -> tuple[str, int, int] | None:

@@ -9,6 +9,7 @@ import numpy as np
 from ced.errors import ConfigError
 from ced.sound import audio
 from ced.sound.labels import ClassTable
+from ced.tag.defaults import TOP_K
 from ced.tag.events import events
 from ced.tag.inputs import Input
 from ced.tag.records import Record, Scored
@@ -26,7 +27,7 @@ class Recipe:
     hop: float | None = None
     columns: bool = False
     silence: float | None = None  # dB of full scale
-    top_k: int | None = 3
+    top_k: int | None = TOP_K
     thresholds: float | tuple[float, ...] | None = None
     only: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

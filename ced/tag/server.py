@@ -1,140 +1,42 @@
-"""The server: sounds come in as requests, records go out, as the lines of `ced tag -f jsonl` are."""
+"""The server: paths, answers and refusals over HTTP; what is done with a sound is in `service`."""
 
 import asyncio
-import json
 import logging
+import socket
 import time
-from collections.abc import AsyncIterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from pathlib import Path
-from threading import Event
-from typing import Annotated, Any
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Annotated
 
-import numpy as np
-from fastapi import FastAPI, Query, Request, Response
+import uvicorn
+from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    PlatformCollector,
-    ProcessCollector,
-    generate_latest,
-)
+from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
 
 import ced
-from ced.errors import AudioError, CedError, CheckpointError, ConfigError
-from ced.sound.audio import SAMPLE_RATE
-from ced.tag import intake
-from ced.tag.api import BODY, PATH, REFUSALS, Answer, Health, Options, page
-from ced.tag.embeddings import rows_of
-from ced.tag.inputs import Input
-from ced.tag.intake import Allowance, Limits, RefusedError, Room, Upload
-from ced.tag.recipe import Recipe, recording
-from ced.tag.tagger import Scorer, Tagger
-from ced.tag.together import Asker, SharedModel
+from ced.errors import AudioError, CedError, ClosedError, ConfigError
+from ced.tag.api import BODY, PATH, REFUSALS, Answer, Health, Options, check_once, page
+from ced.tag.intake import Limits, RefusedError
+from ced.tag.service import BUSY, Meters, Service
+from ced.tag.tagger import Scorer
 
-BUSY = "as many requests as can be are waiting; try again soon"
-STOPPING = "the server is going down; try again soon"
+_BACKLOG = 128  # connections that wait to be accepted
+_LINGER = 1.0  # seconds in which a client may notice that the rest of its body is not wanted
 
 _log = logging.getLogger(__name__)
 
 
-class Meters:
-    """What Prometheus is told, in a registry of the server's own."""
+class Application:
+    """The server as an ASGI application.
 
-    def __init__(self, model: str, room: Room) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        PlatformCollector(registry=self.registry)
-        info = Gauge("ced_info", "Version and model, as labels.", ["version", "model"], registry=self.registry)
-        info.labels(ced.__version__, model).set(1)
-        pending = Gauge("ced_pending_requests", "Requests that are read, waiting or worked on.", registry=self.registry)
-        pending.set_function(lambda: room.taken)
-        self.answers = Counter("ced_requests", "Sounds handed in, by status.", ["status"], registry=self.registry)
-        self.took = Histogram(
-            "ced_request_seconds", "From a request to its answer, of those with status 200.", registry=self.registry
-        )
-        self.heard = Counter("ced_sound_seconds", "Seconds of sound that were tagged.", registry=self.registry)
-        sizes = (1, 2, 4, 8, 16, 32, 64)
-        self.together = Histogram(
-            "ced_call_windows", "Windows scored in one call.", buckets=sizes, registry=self.registry
-        )
-
-
-class Service:
-    """What the server does with a sound, in threads, within its limits."""
-
-    def __init__(self, model: Scorer, name: str, jobs: int, limits: Limits) -> None:
-        self.name, self.limits = name, limits
-        self.room = Room(jobs + limits.waiting)
-        self.meters = Meters(name, self.room)
-        self.allowance = None if limits.a_minute is None else Allowance(limits.a_minute)
-        self._model = SharedModel(model, jobs, self.meters.together.observe)
-        # A thread for each request that is let in: they wait for their turn window by window.
-        self._pool = ThreadPoolExecutor(jobs + limits.waiting, "ced-request")
-        self._has_embeddings = _warm_up(model)
-
-    def close(self) -> None:
-        """Take on nothing more."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    async def answer(self, request: Request, options: Options) -> bytes:
-        """Return the answer to a request, as JSON.
-
-        Raises:
-            RefusedError, ConfigError, AudioError: the request cannot be answered.
-            ClientDisconnect: nobody waits for an answer.
-        """
-        try:
-            return await self._answer(request, options)
-        except asyncio.CancelledError as error:  # the server stops, and has waited long enough
-            raise RefusedError(503, STOPPING, 1.0) from error
-
-    async def _answer(self, request: Request, options: Options) -> bytes:
-        client = request.client.host if request.client else ""
-        if self.allowance is not None and (seconds := self.allowance.ask(client)) > 0:
-            most = f"{self.limits.a_minute} requests a minute are the most of one client"
-            raise RefusedError(429, f"{most}; the next may come in {seconds:.0f} s", seconds)
-        if not self.room.enter():
-            raise RefusedError(503, BUSY, 1.0)
-        gone = Event()
-        try:
-            recipe = options.recipe()
-            upload = await intake.receive(request, self.limits)
-            job = self._pool.submit(self._work, upload, recipe, options.embeddings, gone)
-        except BaseException:
-            self.room.leave()
-            raise
-        job.add_done_callback(lambda _: self.room.leave())
-        return await _outcome(job, request, gone)
-
-    def _work(self, upload: Upload, recipe: Recipe, embeddings: str, gone: Event) -> bytes:
-        if embeddings != "none" and not self._has_embeddings:
-            raise RefusedError(422, f"the model {self.name} gives no embeddings")
-        tagger = Tagger(Asker(self._model, gone))
-        process = recording(tagger, recipe, self.name)
-        wave = intake.load(upload, self.limits.seconds)
-        intake.check_cost(len(wave), recipe.window, recipe.hop, self.limits.seconds)
-        source = (wave, SAMPLE_RATE)
-        record = process(Input(upload.name, source, Path(upload.name)))
-        answer = record.to_json()
-        if embeddings != "none":
-            found = tagger.embed(source, window=recipe.window, hop=recipe.hop)
-            rows = rows_of(upload.name, found, windows=embeddings == "windows")
-            answer["embeddings"] = [{"start": row.start, "end": row.end, "vector": row.vector.tolist()} for row in rows]
-        self.meters.heard.inc(record.seconds)
-        return json.dumps(answer, ensure_ascii=False, allow_nan=False).encode()
-
-
-def application(model: Scorer, name: str, *, jobs: int = 1, limits: Limits | None = None) -> FastAPI:
-    """Return the server as an ASGI application.
+    It is the outermost layer, which sees each request from its beginning to the answer, whoever gives it: it counts,
+    it ends connections whose body is not read to its end, and it answers what is still open when the server ends.
 
     Args:
         model: what scores.
@@ -145,7 +47,90 @@ def application(model: Scorer, name: str, *, jobs: int = 1, limits: Limits | Non
     Raises:
         CheckpointError: the model does not answer.
     """
-    service = Service(model, name, jobs, limits or Limits())
+
+    def __init__(self, model: Scorer, name: str, *, jobs: int = 1, limits: Limits | None = None) -> None:
+        self._service = Service(model, name, jobs, limits or Limits())
+        self._app = _routes(self._service, f"Tags sounds with {name}: {len(model.labels)} classes.")
+
+    @property
+    def meters(self) -> Meters:
+        """What is measured."""
+        return self._service.meters
+
+    def stop(self) -> None:
+        """Refuse requests whose sound has not been begun."""
+        self._service.stop()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or begin or end with the server."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers, began = Headers(scope=scope), time.perf_counter()
+        unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        counted = (scope["method"], scope["path"]) == ("POST", PATH)
+        started = False
+
+        async def received() -> Message:
+            nonlocal unread
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                unread = False
+            return message
+
+        async def sent(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                if unread:
+                    MutableHeaders(scope=message)["Connection"] = "close"
+                if counted:
+                    self.meters.count(message["status"], time.perf_counter() - began)
+            elif unread and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await _linger(received)
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        try:
+            await self._app(scope, received, sent)
+        except asyncio.CancelledError:  # the server ends
+            if not started:
+                await _refusal(ClosedError())(scope, received, sent)
+
+
+class Server(uvicorn.Server):
+    """Uvicorn with an application that is told when the server is asked to stop.
+
+    Args:
+        app: what answers.
+        proxies: networks whose X-Forwarded-For is believed.
+        grace: seconds in which sounds that are begun may end when the server is stopped.
+    """
+
+    def __init__(self, app: Application, proxies: Sequence[str] = (), grace: int = 30) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,  # its errors go where all of them go, on standard error
+            log_level="error",  # what clients do wrong is theirs
+            access_log=False,
+            ws="none",
+            server_header=False,
+            backlog=_BACKLOG,
+            proxy_headers=bool(proxies),
+            forwarded_allow_ips=list(proxies),
+            timeout_graceful_shutdown=grace,
+        )
+        super().__init__(config)
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse what only waits, and end with the rest."""
+        self._app.stop()
+        await super().shutdown(sockets)
+
+
+def _routes(service: Service, description: str) -> FastAPI:
+    """Return what answers, path by path."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -155,26 +140,21 @@ def application(model: Scorer, name: str, *, jobs: int = 1, limits: Limits | Non
     app = FastAPI(
         title="ced serve",
         version=ced.__version__,
-        description=f"Tags sounds with {name}: {len(model.labels)} classes.",
+        description=description,
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
     )
-    _add_refusals(app, service.meters)
-    _add_routes(app, service)
-    return app
+    for kind in (CedError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _refused)
 
+    admitted = [Depends(service.admit)]  # before the options are looked at
 
-def _add_routes(app: FastAPI, service: Service) -> None:
-    @app.post(PATH, response_model=Answer, responses=REFUSALS, openapi_extra=BODY)
+    @app.post(PATH, response_model=Answer, responses=REFUSALS, openapi_extra=BODY, dependencies=admitted)
     async def classify(request: Request, options: Annotated[Options, Query()]) -> Response:
         """Tag a sound: the most probable classes of each window, or events."""
-        began = time.perf_counter()
-        intake.refuse_repeated(request, ("labels", "exclude"))
-        answer = await service.answer(request, options)
-        service.meters.took.observe(time.perf_counter() - began)
-        service.meters.answers.labels(200).inc()
-        return Response(answer, media_type="application/json")
+        check_once([name for name, _ in request.query_params.multi_items()])
+        return Response(await service.answer(request, options), media_type="application/json")
 
     @app.head("/healthz/live", include_in_schema=False)
     @app.get("/healthz/live")
@@ -199,35 +179,41 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         policy = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'"
         return HTMLResponse(page(app.openapi()), headers={"Content-Security-Policy": policy})
 
-
-def _add_refusals(app: FastAPI, meters: Meters) -> None:
-    """Answer whatever goes wrong with one line of JSON."""
-
-    async def refused(request: Request, error: Exception) -> Response:
-        status, message, headers = _refusal(error)
-        if (request.method, request.url.path) == ("POST", PATH):
-            meters.answers.labels(status).inc()
-        return JSONResponse({"error": " ".join(message.split())}, status, headers)
-
-    for kind in (CedError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
-        app.add_exception_handler(kind, refused)
+    return app
 
 
-def _refusal(error: Exception) -> tuple[int, str, Mapping[str, str] | None]:
-    """Return the status, the message and the headers of an error."""
+async def _linger(receive: Receive) -> None:
+    """Read what a client still sends, for a while: were the connection closed at once, it might not see the answer."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER):
+            while (await receive()).get("more_body", False):
+                pass
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    return _refusal(error)
+
+
+def _refusal(error: Exception) -> Response:
+    """Return what a client is told of whatever went wrong: one line of JSON."""
+    headers: Mapping[str, str] | None = None
     match error:
         case RefusedError():
-            return error.status, str(error), error.headers
+            status, message, headers = error.status, str(error), error.headers
         case ConfigError() | AudioError():
-            return 422, str(error), None
+            status, message = 422, str(error)
         case RequestValidationError():
-            return 422, _faults(error), None
+            status, message = 422, _faults(error)
         case HTTPException():
-            return error.status_code, str(error.detail), error.headers
+            status, message, headers = error.status_code, str(error.detail), error.headers
         case ClientDisconnect():
-            return 499, "the client has gone", None
-    _log.error("a request failed: %s: %s", type(error).__name__, error)
-    return 500, "the server failed; its log says why", None
+            status, message = 499, "the client has gone"
+        case ClosedError():
+            status, message, headers = 503, "the server is going down; try again soon", {"Retry-After": "1"}
+        case _:
+            _log.error("a request failed: %s: %s", type(error).__name__, error)
+            status, message = 500, "the server failed; its log says why"
+    return JSONResponse({"error": " ".join(message.split())}, status, headers)
 
 
 def _faults(error: RequestValidationError) -> str:
@@ -240,36 +226,3 @@ def _faults(error: RequestValidationError) -> str:
         elif fault["type"] != "none_required":  # the other half of an option that may be left out
             faults.append(f"{name}: {fault['msg']}")
     return "; ".join(faults)
-
-
-async def _outcome(job: Future[bytes], request: Request, gone: Event) -> bytes:
-    """Wait for a job, or until the client goes away; then the job ends with the window it is at."""
-    result = asyncio.wrap_future(job)
-    leaving = asyncio.ensure_future(_left(request))
-    both: set[asyncio.Future[Any]] = {result, leaving}
-    try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not result.done():
-            raise ClientDisconnect
-        return result.result()
-    finally:
-        gone.set()
-        leaving.cancel()
-        result.cancel()
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _warm_up(model: Scorer) -> bool:
-    """Let a model answer once, so that the first request need not wait; return whether it gives embeddings."""
-    wave = np.zeros(SAMPLE_RATE, np.float32)
-    tagger = Tagger(model)
-    next(tagger.score((wave, SAMPLE_RATE)))
-    try:
-        tagger.embed((wave, SAMPLE_RATE))
-    except CheckpointError:
-        return False
-    return True

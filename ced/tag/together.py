@@ -19,6 +19,7 @@ Waves = NDArray[np.float32]
 class _Question:
     method: str
     wave: Waves  # (1, t)
+    first: bool  # of its sound
     answer: NDArray[np.float32] | None = None  # (1, ...)
     error: Exception | None = None
 
@@ -45,14 +46,34 @@ class SharedModel:
         self._model, self._free, self._observe = model, jobs, observe
         self._at_once: int = getattr(model, "at_once", 0)
         self._waiting: deque[_Question] = deque()
+        self._stopping = self._stopped = False
         self._changed = Condition()
 
-    def ask(self, method: str, wave: Waves) -> NDArray[np.float32]:
-        """Return what a method of the model, `__call__` or `embed`, answers a wave, (1, t) -> (1, ...)."""
-        mine = _Question(method, wave)
+    def stop(self, *, begun: bool) -> None:
+        """Answer no further sounds: those of which nothing was heard yet, or with `begun` those, too."""
+        with self._changed:
+            self._stopping, self._stopped = True, begun
+            self._changed.notify_all()
+
+    def ask(self, method: str, wave: Waves, *, first: bool = False) -> NDArray[np.float32]:
+        """Return what a method of the model, `__call__` or `embed`, answers a wave, (1, t) -> (1, ...).
+
+        Args:
+            method: the method's name.
+            wave: what it is asked about.
+            first: nothing else was asked about its sound before.
+
+        Raises:
+            ClosedError: the model was stopped before it came to the wave.
+        """
+        mine = _Question(method, wave, first)
         with self._changed:
             self._waiting.append(mine)
-            self._changed.wait_for(lambda: mine.done or self._is_next(mine))
+            self._changed.wait_for(lambda: mine.done or self._is_next(mine) or self._is_refused(mine))
+            if self._is_refused(mine):
+                self._waiting.remove(mine)
+                self._changed.notify_all()  # another may be the first now
+                raise ClosedError("the model answers no more")
             group = [] if mine.done else self._take()
         if group:
             self._answer(group)
@@ -63,6 +84,9 @@ class SharedModel:
 
     def _is_next(self, question: _Question) -> bool:
         return self._free > 0 and bool(self._waiting) and self._waiting[0] is question
+
+    def _is_refused(self, question: _Question) -> bool:
+        return (self._stopped or (self._stopping and question.first)) and question in self._waiting
 
     def _take(self) -> list[_Question]:
         """Take the first who waits and all that can go along."""
@@ -95,7 +119,7 @@ class Asker:
 
     def __init__(self, model: SharedModel, gone: Event) -> None:
         self.labels: ClassTable = model.labels
-        self._model, self._gone = model, gone
+        self._model, self._gone, self._first = model, gone, True
 
     def __call__(self, waves: Waves, /) -> NDArray[np.float32]:
         """Return the probability of each class, (1, t) -> (1, c)."""
@@ -108,4 +132,6 @@ class Asker:
     def _ask(self, method: str, wave: Waves) -> NDArray[np.float32]:
         if self._gone.is_set():
             raise ClosedError("nobody waits for the answer any more")
-        return self._model.ask(method, wave)
+        answer = self._model.ask(method, wave, first=self._first)
+        self._first = False
+        return answer

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from ced.errors import ConfigError
+from ced.sound.audio import SoundBytes
 from ced.tag.intake import Allowance, Limits, RefusedError, Room, Upload, check_cost, load
 
 RATE = 16_000
@@ -22,15 +23,13 @@ def test_an_allowance_is_a_minutes_worth_for_each_client() -> None:
     assert [allowance.ask("a") for _ in range(4)] == [0, 0, 0, pytest.approx(20)]
 
 
-def test_clients_are_forgotten_when_they_may_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_asked_longest_ago_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ced.tag.intake._KNOWN_CLIENTS", 3)
-    now = 0.0
-    allowance = Allowance(60, clock=lambda: now)
-    for client in ("a", "b", "c"):
-        allowance.ask(client)
-    now = 2.0
-    allowance.ask("d")
-    assert allowance._empty.keys() == {"d"}
+    allowance = Allowance(2, clock=lambda: 0.0)
+    for client in ("a", "b", "c", "a", "d"):
+        assert allowance.ask(client) == 0
+    assert list(allowance._empty) == ["c", "a", "d"]  # never more than are known
+    assert allowance.ask("a") > 0
 
 
 def test_a_room_has_so_many_places() -> None:
@@ -72,6 +71,20 @@ def test_a_sound_is_not_decoded_beyond_what_is_allowed() -> None:
 
 
 def test_limits_that_cannot_be() -> None:
-    for limits in ({"megabytes": 0.0}, {"seconds": float("nan")}, {"waiting": -1}, {"a_minute": 0}):
-        with pytest.raises(ConfigError, match=r"the limit of \w+ is|cannot wait|they must be 1 or more"):
+    for limits, said in (
+        ({"megabytes": 0.0}, r"the limit megabytes is 0\.0; it must be a number above 0"),
+        ({"seconds": float("nan")}, "the limit seconds is nan"),
+        ({"megabytes": float("inf")}, "the limit megabytes is inf"),
+        ({"waiting": -1}, "waiting must be 0 or more"),
+        ({"a_minute": 0}, "a_minute 1 or more"),
+    ):
+        with pytest.raises(ConfigError, match=said):
             Limits(**limits)
+    assert Limits(megabytes=0.5).bytes == 500_000
+
+
+def test_clients_are_not_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ced.sound.media.find_spec", lambda name: None)
+    with pytest.raises(RefusedError, match=r"cannot decode a: .*; readable are whole files of WAV") as refused:
+        load(Upload("a", SoundBytes(b"\0\0\0\x20ftypM4A " + bytes(100), "a")), 1.0)
+    assert "pip" not in str(refused.value)
