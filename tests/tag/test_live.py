@@ -186,13 +186,21 @@ def test_a_listener_listens_once() -> None:
         next(listener.reports())
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no window be left out because the machine is busy."""
+    monkeypatch.setattr(live, "_WAITING", 60.0)
+
+
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "_DELAYS", (0.05,))
     monkeypatch.setattr("ced.tag.live.LULL", 0.3)
 
 
-def test_a_model_that_is_too_slow_hears_what_is_new() -> None:
+def test_a_model_that_is_too_slow_hears_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "_WAITING", 1.0)
+
     class Slow(Loudness):
         def __call__(self, waves: Waves, /) -> Waves:
             time.sleep(0.1)
