@@ -6,21 +6,26 @@ command that the log begins with.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import torch
 
 from benchmarks.esc10 import box, judge, plan, report, split
 from ced.config import StoreConfig, dump
 from ced.distill.teacher import store_folder
+from ced.errors import CedError, ConfigError
 from ced.files import claimed
 
 ROOT = Path(__file__).parents[2]
-FOLDS = (5, 1, 2, 3, 4)
+PARTS = ("main", "box", "extra")
+
+_children: set[subprocess.Popen[bytes]] = set()  # that run
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,11 @@ class Task:
         """What is there once the job is done."""
         suffix = ".safetensors" if self.job.command == "teacher" else ""
         return self.folder / plan.MODELS / f"{self.job.name}{suffix}"
+
+    @property
+    def settings(self) -> Path:
+        """The configuration that its command reads."""
+        return self.folder / f"{self.job.name}.yaml"
 
     def __str__(self) -> str:
         return f"fold {self.fold}: {self.job.name}"
@@ -58,7 +68,7 @@ def tasks(work: Path, parts: list[str], folds: list[int], seeds: int) -> list[Ta
 
 def words(task: Task) -> list[str]:
     """Return the command of a job; a training that was interrupted goes on."""
-    job, file = task.job, f"{task.job.name}.yaml"
+    job, file = task.job, task.settings.name
     if job.command == "teacher":
         return [sys.executable, "-m", "benchmarks.esc10.teachers", job.name, file]
     begun = [] if job.command == "store" else sorted(task.folder.glob(f"experiments/{job.name}/*/config.yaml"))
@@ -73,7 +83,7 @@ def perform(task: Task) -> None:
         RuntimeError: it failed; the message has the last line that it wrote.
     """
     task.made.parent.mkdir(exist_ok=True)
-    (task.folder / f"{task.job.name}.yaml").write_text(dump(task.job.config), encoding="utf-8")
+    task.settings.write_text(dump(task.job.config), encoding="utf-8")
     command = words(task)
     path = task.folder / "logs" / f"{task.job.name}.log"
     path.parent.mkdir(exist_ok=True)
@@ -85,10 +95,13 @@ def perform(task: Task) -> None:
     }
     with path.open("a", encoding="utf-8") as log:
         print(*command, file=log, flush=True)
-        done = subprocess.run(command, cwd=task.folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    if done.returncode:
+        child = subprocess.Popen(command, cwd=task.folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        _children.add(child)
+        code = child.wait()
+        _children.remove(child)
+    if code:
         last = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
-        raise RuntimeError(f"{task} failed with {done.returncode}: {last} (all of it: {path})")
+        raise RuntimeError(f"{task} failed with {code}: {last} (all of it: {path})")
     if job_made := _result(task):
         task.made.symlink_to(os.path.relpath(job_made, task.made.parent))
 
@@ -100,6 +113,20 @@ def _result(task: Task) -> Path | None:
     if task.job.command == "teacher":
         return None
     return sorted(task.folder.glob(f"experiments/{task.job.name}/*/config.yaml"))[-1].parent
+
+
+def check_made(todo: list[Task]) -> None:
+    """Make sure that what is there was made as the plan has it now.
+
+    Raises:
+        ConfigError: something was made by another configuration.
+    """
+    for task in todo:
+        if task.made.exists() and task.settings.read_text(encoding="utf-8") != dump(task.job.config):
+            raise ConfigError(
+                f"{task.made} was made by another configuration than the plan has now; delete it and"
+                f" {task.folder / 'experiments' / task.job.name}, or take another --work"
+            )
 
 
 def run(todo: list[Task], jobs: int, results: report.Results) -> list[str]:
@@ -150,22 +177,44 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="ESC-10: meta.tsv, credits.tsv, audio/")
     parser.add_argument("--work", type=Path, default=Path("esc10"), help="folder for all that is trained")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of results.md, .json and .svg")
-    parser.add_argument("--parts", nargs="+", choices=("main", "box", "extra"), default=["main", "box", "extra"])
-    parser.add_argument("--folds", nargs="+", type=int, choices=FOLDS, default=FOLDS)
-    parser.add_argument("--seeds", type=int, default=1, help="seeds of the arms in the main table")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the box writes into the package")
+    parser.add_argument("--folds", nargs="+", type=int, choices=report.FOLDS, default=report.FOLDS)
+    parser.add_argument("--seeds", type=_count, default=1, help="seeds of the students in the main table")
+    parser.add_argument("--jobs", type=_count, default=2, help="processes at a time, of one thread each")
     args = parser.parse_args()
+    folds = list(dict.fromkeys(args.folds))
+    if report.EXTRA_FOLD not in folds and "main" not in args.parts:
+        parser.error(f"the box and the extra arms are of fold {report.EXTRA_FOLD}, which is not among --folds")
     torch.set_num_threads(1)
-    results = report.Results(args.out / report.RESULTS)
-    todo = tasks(args.work.resolve(), args.parts, list(args.folds), args.seeds)
-    with claimed(args.work / "run"):
-        for fold in args.folds:
-            split.prepare(args.data, args.work / f"fold{fold}", fold)
-        failures = run(todo, args.jobs, results)
-    report.write(results, args.out)
-    if report.EXTRA_FOLD in args.folds and "box" in args.parts and not failures:
-        box.ship(args.work, args.data)
-    sys.exit(f"{len(failures)} of {len(todo)} failed" if failures else 0)
+    signal.signal(signal.SIGTERM, _end)
+    todo = tasks(args.work.resolve(), args.parts, folds, args.seeds)
+    try:
+        with claimed(args.work / "run"):
+            check_made(todo)
+            for fold in folds:
+                split.prepare(args.data, args.work / f"fold{fold}", fold)
+            results = report.Results(args.work / report.RESULTS)
+            failures = run(todo, args.jobs, results)
+        report.write(results, args.out)
+        if report.EXTRA_FOLD in folds and "box" in args.parts and not failures:
+            box.ship(args.work, args.data)
+    except CedError as error:
+        sys.exit(f"error: {error}")
+    undone = sum(not task.made.exists() for task in todo)
+    sys.exit(f"{len(failures)} failed, and {undone} of {len(todo)} are still to be done" if failures else 0)
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    """End with all that runs: what went on without this would be begun a second time by the next run."""
+    for child in list(_children):
+        child.terminate()
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

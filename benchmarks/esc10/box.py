@@ -71,6 +71,8 @@ def ship(work: Path, data: Path, graph: Path = GRAPH) -> None:
     values = {
         "count": len(network.labels),
         "classes": ", ".join(network.labels.names),
+        "width": plan.WIDTH,
+        "depth": plan.DEPTH,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "megabytes": graph.stat().st_size / 1e6,
         "clips": len(learned),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from ced.sound.labels import read_classes
 
 ENSEMBLE = "ensemble"
 CPU = torch.device("cpu")
+_LEAST = 1e-6  # a probability is taken to be at least, and as far from 1
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Verdict:
     seed: int
     accuracy: float
     map: float
+    divergence: float  # from the ensemble
     per_class: dict[str, float]  # average precision
     parameters: int
 
@@ -39,18 +42,35 @@ def student(folder: Path, job: plan.Job, fold: int) -> Verdict:
     """Judge what a job has trained."""
     network = load_model(folder / plan.MODELS / job.name)
     evaluator = _evaluator(folder)
-    return _verdict(job.arm or job.name, fold, job.seed, evaluator, evaluator.scores([network]), [network])
+    scores = evaluator.scores([network])
+    return _verdict(job.arm or job.name, folder, fold, job.seed, evaluator, scores, [network])
 
 
 def ensemble(folder: Path, fold: int) -> Iterator[Verdict]:
     """Judge the three teachers and what they say together."""
     evaluator = _evaluator(folder)
     members = {name: teachers.trained(name, folder) for name in plan.TEACHERS}
-    scores = {name: _scores(member, folder) for name, member in members.items()}
     for name, member in members.items():
-        yield _verdict(name, fold, 1, evaluator, scores[name], [member])
-    together = np.mean(list(scores.values()), axis=0)
-    yield _verdict(ENSEMBLE, fold, 1, evaluator, together, list(members.values()))
+        yield _verdict(name, folder, fold, 1, evaluator, _scores(member, folder), [member])
+    yield _verdict(ENSEMBLE, folder, fold, 1, evaluator, _together(folder), list(members.values()))
+
+
+def divergence(scores: NDArray[np.floating], others: NDArray[np.floating]) -> float:
+    """Return the Kullback-Leibler divergence of scores from others, (n, c) both: in nats, mean over clips and classes.
+
+    Each class is a yes or no of its own, as it is to the students' loss, which is this but for a constant.
+    """
+    q, p = (np.clip(each.astype(np.float64), _LEAST, 1 - _LEAST) for each in (scores, others))
+    return float(np.mean(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))))
+
+
+@cache
+def _together(folder: Path) -> NDArray[np.float32]:
+    """Return what the teachers of a fold say together about the clips that judge, (n, c)."""
+    scores: NDArray[np.float32] = np.mean(
+        [_scores(teachers.trained(name, folder), folder) for name in plan.TEACHERS], axis=0
+    )
+    return scores
 
 
 def _evaluator(folder: Path) -> Evaluator:
@@ -71,7 +91,13 @@ def _scores(teacher: teachers.Network, folder: Path) -> NDArray[np.float32]:
 
 
 def _verdict(
-    arm: str, fold: int, seed: int, evaluator: Evaluator, scores: NDArray[np.float32], networks: list[nn.Module]
+    arm: str,
+    folder: Path,
+    fold: int,
+    seed: int,
+    evaluator: Evaluator,
+    scores: NDArray[np.float32],
+    networks: list[nn.Module],
 ) -> Verdict:
     per_class = average_precision(evaluator.targets, scores)
     right = accuracy(evaluator.targets, scores)
@@ -82,6 +108,7 @@ def _verdict(
         seed,
         accuracy=round(right, 4),
         map=round(float(per_class.mean()), 4),
+        divergence=round(divergence(scores, _together(folder)), 4),
         per_class={name: round(float(ap), 4) for name, ap in zip(evaluator.labels.names, per_class, strict=True)},
         parameters=sum(parameter.numel() for network in networks for parameter in network.parameters()),
     )

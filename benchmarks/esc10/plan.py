@@ -1,9 +1,9 @@
 """Everything that is trained on one fold, as a list of jobs: a command, its configuration, and what it waits for.
 
-All students are one network. They start from one masked pre-training, take as many steps of as many chunks, and have
-their checkpoints chosen alike. The arms differ in where targets come from and in what the student hears: what is
-distilled needs no labels, so it hears mixtures of the recordings, too. Jobs run in the folder of their fold, and all
-paths are relative to it.
+All students are one network. They start from fresh weights, take as many steps of as many chunks, and have their
+checkpoints chosen alike. The arms differ in where targets come from and in what the student hears: what is distilled
+needs no labels, so it hears mixtures of the recordings, too. Jobs run in the folder of their fold, and all paths are
+relative to it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.esc10 import teachers
-from benchmarks.esc10.split import MIXED, SECONDS
+from benchmarks.esc10.split import MIXED, MIXTURES, SECONDS
 from ced.config import FinetuneConfig, LoopConfig, PretrainConfig, Section, StoreConfig, TrainConfig, check
 from ced.distill.teacher import store_folder
 from ced.sound.audio import SAMPLE_RATE
@@ -21,19 +21,29 @@ from ced.sound.frontend import frames_of
 MODELS = Path("models")  # what has been trained, by the name of its job
 CLASSES = 10
 FRAMES = frames_of(round(SECONDS * SAMPLE_RATE))
-EPOCHS, STEPS = 150, 9  # of students that learn from labels, and steps of an epoch: all clips once
-PATIENT_EPOCHS, PATIENT_STEPS = 54, 25  # of distilled ones, which have three times as much to hear; as many in all
+EPOCHS, STEPS = 300, 9  # of students that learn from labels, and steps of an epoch: all clips once
+PATIENT_EPOCHS, PATIENT_STEPS = 100, 27  # of distilled ones, which have three times as much to hear; as many in all
+VALID = 54  # steps between validations
 STORED = 18  # views of each clip and mixture
 BOX_EPOCHS = 2 * PATIENT_EPOCHS
+BRIEF = 4  # what the extra arms take so many times fewer steps by
 TEACHERS = {"pictures": 60, "series": 80, "recurrent": 60}  # epochs
 
+WIDTH, DEPTH = 96, 3  # of the students
 _LEARN: Mapping[str, Any] = {"train_data": "pack/labels/learn.tsv"}
 _HEARD: Mapping[str, Any] = {"train_data": f"pack/labels/{MIXED}.tsv"}
 _NETWORK: Mapping[str, Any] = {
     "model": "ced_tiny",
-    "model_args": {"embed_dim": 128, "num_heads": 4, "depth": 4, "target_length": FRAMES},
+    "model_args": {
+        "embed_dim": WIDTH,
+        "num_heads": WIDTH // 32,
+        "depth": DEPTH,
+        "target_length": FRAMES,
+        "pad_last": False,  # some clips are a little longer; what is left over says nothing
+    },
     "mode": "off",
     "num_workers": 0,
+    "pretrained": False,
 }
 _VIEWS: Mapping[str, Any] = {
     "chunk_length": SECONDS,
@@ -44,12 +54,11 @@ _NO_VIEWS: Mapping[str, Any] = {"chunk_length": SECONDS, "wavtransforms": {}, "s
 _MIXUP: Mapping[str, Any] = {"mixup": 0.3}
 _STUDENT: Mapping[str, Any] = {
     **_NETWORK,
-    "pretrained": str(MODELS / "mae"),
     "eval_data": "pack/labels/choose.tsv",
     "batch_size": 32,
     "optimizer": "Adam",
-    "optimizer_args": {"lr": 1e-3},
-    "warmup_iters": 27,
+    "optimizer_args": {"lr": 2e-3},
+    "warmup_iters": 54,
     "decay_frac": 0.01,
     "early_stop": None,
 }
@@ -69,11 +78,11 @@ _TEACHER: Mapping[str, Any] = {
 _PRETRAINING: Mapping[str, Any] = {
     **_LEARN,
     **_NETWORK,
-    "decoder_args": {"embed_dim": 128, "num_heads": 4, "depth": 2},
+    "decoder_args": {"embed_dim": WIDTH, "num_heads": WIDTH // 32, "depth": 2},
     "chunk_length": SECONDS,
     "epochs": 80,
     "warmup_epochs": 5,
-    "optimizer_args": {"lr": 1e-3},
+    "optimizer_args": {"lr": 2e-3},
     "picture_every": 80,
 }
 
@@ -103,12 +112,12 @@ class Job:
 
 
 def groundwork() -> list[Job]:
-    """Return what all students of a fold stand on: three teachers, their views, and first weights."""
+    """Return what all students of a fold stand on: three teachers, and their views."""
     teaching = [
         Job(name, "teacher", check(FinetuneConfig, {**_TEACHER, "epochs": epochs}, name))
         for name, epochs in TEACHERS.items()
     ]
-    return [*teaching, Job("mae", "pretrain", check(PretrainConfig, _PRETRAINING, "mae")), _stored("views")]
+    return [*teaching, _stored("views")]
 
 
 def main(seed: int) -> list[Job]:
@@ -120,26 +129,30 @@ def main(seed: int) -> list[Job]:
 
 
 def extra(seed: int) -> list[Job]:
-    """Return the arms that one fold has: each departs from `ced` in one thing, or two."""
+    """Return the arms that one fold has: each departs in one thing, or two, from `short`, which is a brief `ced`."""
+    brief = {"epochs": PATIENT_EPOCHS // BRIEF}
+    labelled = {**_VIEWS, "epochs": EPOCHS // BRIEF}
+    patient = {"epoch_length": PATIENT_STEPS, "valid_every": VALID // PATIENT_STEPS}
     jobs = [
-        _distilled("short", seed, {"epochs": PATIENT_EPOCHS // 3}),
-        _labelled("labels_short", seed, {**_VIEWS, "epochs": EPOCHS // 3, "valid_every": 2}),
-        _labelled("cross_entropy", seed, {**_VIEWS, **_MIXUP, "task": "single"}),
-        _labelled(
-            "labels_mixtures", seed, {**_VIEWS, **_HEARD, "epochs": PATIENT_EPOCHS, "epoch_length": PATIENT_STEPS}
-        ),
+        _distilled("short", seed, brief),
+        _labelled("labels_short", seed, labelled),
+        _labelled("cross_entropy", seed, {**labelled, "task": "single"}),
+        _labelled("labels_mixtures", seed, {**labelled, **_HEARD, **brief, **patient}),
     ]
-    unmixed = _stored("views_unmixed", epochs=EPOCHS // 3, changes=_LEARN)
-    jobs += [unmixed, _distilled("unmixed", seed, {**_LEARN, "epochs": EPOCHS, "epoch_length": STEPS}, unmixed)]
-    jobs.append(_distilled("scratch", seed, {"pretrained": False}))
-    jobs += [_distilled(f"stored_{epochs}", seed, {"max_aug_epochs": epochs}) for epochs in (1, 5)]
+    unmixed = _stored("views_unmixed", epochs=(1 + MIXTURES) * STORED, changes=_LEARN)  # as many views in all
+    clips = {"epochs": EPOCHS // BRIEF, "epoch_length": STEPS, "valid_every": VALID // STEPS}
+    jobs += [unmixed, _distilled("unmixed", seed, {**clips, **_LEARN}, unmixed)]
+    jobs.append(Job("mae", "pretrain", check(PretrainConfig, _PRETRAINING, "mae")))
+    jobs.append(_distilled("masked", seed, {**brief, "pretrained": str(MODELS / "mae")}))
+    jobs += [_distilled(f"stored_{epochs}", seed, {**brief, "max_aug_epochs": epochs}) for epochs in (1, 5)]
     for topk in (3, 1):
         views = _stored(f"views_top{topk}", topk=topk)
-        jobs += [views, _distilled(f"top_{topk}", seed, {}, views)]
-        jobs += [_distilled(f"top_{topk}_{fill}", seed, {"label_type": fill}, views) for fill in FILLS if topk == 3]
+        fills = FILLS if topk == 3 else ()
+        jobs += [views, _distilled(f"top_{topk}", seed, brief, views)]
+        jobs += [_distilled(f"top_{topk}_{fill}", seed, {**brief, "label_type": fill}, views) for fill in fills]
     for name in TEACHERS:
         views = _stored(f"views_{name}", [name])
-        jobs += [views, _distilled(f"only_{name}", seed, {}, views)]
+        jobs += [views, _distilled(f"only_{name}", seed, brief, views)]
     return jobs
 
 
@@ -171,16 +184,16 @@ def _stored(
 
 
 def _labelled(arm: str, seed: int, changes: Mapping[str, Any]) -> Job:
-    length = {"epochs": EPOCHS, "epoch_length": STEPS, "valid_every": 6}
+    length = {"epochs": EPOCHS, "epoch_length": STEPS, "valid_every": VALID // STEPS}
     values = {**_STUDENT, **_LEARN, **length, "classes": "classes.tsv", **changes, "seed": seed}
-    return _student(arm, "finetune", check(FinetuneConfig, values, arm), ())
+    return _student(arm, "finetune", check(FinetuneConfig, values, arm), tuple(TEACHERS))  # which it is held against
 
 
 def _distilled(arm: str, seed: int, changes: Mapping[str, Any], views: Job | None = None) -> Job:
     views = views or _stored("views")
     assert isinstance(views.config, StoreConfig)
     logits = store_folder(views.config)
-    length = {"epochs": PATIENT_EPOCHS, "epoch_length": PATIENT_STEPS, "valid_every": 1}
+    length = {"epochs": PATIENT_EPOCHS, "epoch_length": PATIENT_STEPS, "valid_every": VALID // PATIENT_STEPS}
     values = {
         **_STUDENT,
         **_HEARD,

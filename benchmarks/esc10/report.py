@@ -11,7 +11,8 @@ from benchmarks.esc10.judge import ENSEMBLE, Verdict
 from ced.files import written_aside
 
 RESULTS, PAGE, PLOT = "results.json", "results.md", "results.svg"
-FOLDS = 5
+FOLDS = (1, 2, 3, 4, 5)
+TRIED = "1 and 5"  # with which the plan was made
 EXTRA_FOLD = 5  # the one of the extra arms and of the boxed model
 TAUGHT = {
     "pictures": "convolutions over time and frequency",
@@ -23,23 +24,25 @@ ARMS = {
     "labels": "labels",
     "labels_views": "labels; shift and masks",
     "labels_mixup": "labels; shift, masks and mixup",
-    "own_views": "stored scores; masks of its own",
+    "own_views": "stored scores; masks of its own, no shift",
     "ced": "stored scores; the teachers' views",
     "ced_mixup": "stored scores; the teachers' views and mixup",
 }
-EXTRA = {
-    "short": "a third of the steps",
-    "labels_short": "`labels_views` with a third of the steps",
-    "cross_entropy": "`labels_mixup` with softmax and cross-entropy",
-    "scratch": "fresh weights instead of pre-trained ones",
+BRIEF_STORED = {
+    "short": "`ced`",
+    "masked": "weights of a masked pre-training on the recordings instead of fresh ones",
     "unmixed": "no mixtures",
-    "labels_mixtures": "`labels_views` with mixtures, which have the labels of both",
     "stored_1": f"1 stored epoch instead of {plan.STORED}",
     "stored_5": "5 stored epochs",
     "top_3": f"3 stored scores instead of all {plan.CLASSES}, the rest filled with zero",
     **{f"top_3_{fill}": f"3 stored scores, filled with `{fill}`" for fill in plan.FILLS},
     "top_1": "1 stored score",
     **{f"only_{name}": f"the teacher `{name}` alone" for name in plan.TEACHERS},
+}
+BRIEF_LABELS = {
+    "labels_short": "`labels_views`",
+    "cross_entropy": "softmax and cross-entropy",
+    "labels_mixtures": "mixtures beside the recordings, which have the labels of both",
 }
 OTHERS = {"human": 95.7, "first CNN": 80.3, "random forest": 72.7}  # accuracy as published with the data set, percent
 
@@ -60,81 +63,110 @@ class Results:
         ]
 
     def add(self, verdict: Verdict) -> None:
-        """Take up a verdict, and write all."""
-        self.verdicts = sorted([*self.verdicts, verdict], key=lambda one: (one.arm, one.seed, one.fold))
+        """Take up a verdict, in place of an earlier one, and write all."""
+        others = [one for one in self.verdicts if _place(one) != _place(verdict)]
+        self.verdicts = sorted([*others, verdict], key=_place)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(self.path) as path:
             path.write_text(json.dumps([asdict(one) for one in self.verdicts], indent=1) + "\n", encoding="utf-8")
 
 
+def _place(verdict: Verdict) -> tuple[str, int, int]:
+    return verdict.arm, verdict.seed, verdict.fold
+
+
 def write(results: Results, out: Path) -> None:
-    """Write the page and its plot."""
+    """Write the page, its plot and the numbers."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / RESULTS).write_bytes(results.path.read_bytes())
     (out / PAGE).write_text("\n".join(_page(results)) + "\n", encoding="utf-8")
     _draw(results, out / PLOT)
 
 
 def _page(results: Results) -> Iterator[str]:
-    folds = sorted({one.fold for one in results.verdicts})
     yield "# Results"
     yield ""
     yield (
         "Does a student learn more from teachers that heard the same views than from labels? The 400 recordings of "
         "ESC-10 have five folds: each is held out once, and judges networks that learned from the other four. One "
         "source a class and fold of those is set aside to choose checkpoints by. One clip is 1.25 points of accuracy "
-        "in its fold. Recordings under CC Sampling+ only judge. How long to train, and on what, was settled in trials "
-        f"with fold {EXTRA_FOLD}, so the other folds are the fairer judges."
+        "in its fold. Recordings under CC Sampling+ only judge. How large the student is, how long it trains and on "
+        f"what was settled in trials with folds {TRIED}, so the other folds are the fairer judges."
     )
     yield ""
     yield (
-        f"All students are one network (width 128, depth 4; {_size(results.of('ced'))}). They start from masked "
-        f"pre-training on the clips they learn from, and take the same {plan.EPOCHS * plan.STEPS} steps of 32 clips "
-        "with the same loss, binary cross-entropy. Those that learn from stored scores need no labels: beside each "
-        f"recording they hear {split.MIXTURES} mixtures of two, to which the teachers have listened as well. Every "
-        "number is in [results.json](results.json); `python -m benchmarks.esc10 --data ESC10` makes them anew, in "
-        "hours on two cores."
+        f"All students are one network (width {plan.WIDTH}, depth {plan.DEPTH}; {_size(results.of('ced'))}). They "
+        "start from fresh weights, and take the same "
+        f"{plan.EPOCHS * plan.STEPS} steps of 32 clips with the same loss, binary cross-entropy. Those that learn from "
+        f"stored scores need no labels: beside each recording they hear {split.MIXTURES} mixtures of two, to which the "
+        "teachers have listened as well. Every number is in [results.json](results.json); "
+        "`python -m benchmarks.esc10 --data ESC10` makes them anew, in hours on two cores."
     )
-    if len(folds) < FOLDS:
+    if missing := _missing(results):
         yield ""
-        yield (
-            f"**Not all of it has been run: what is here is of fold {', '.join(map(str, folds))} alone,** where a "
-            "difference of a few clips says little."
-        )
+        yield f"**Still to be run:** {'; '.join(missing)}. Until then, a difference of a few clips says little."
     yield ""
     yield f"![accuracy of every student and its teachers]({PLOT})"
     yield ""
-    yield from _table("teacher, on labels", TAUGHT, results, folds)
+    yield from _table("teacher, on labels", TAUGHT, results)
     yield ""
-    yield from _table("student", ARMS, results, folds)
+    yield from _table("student", ARMS, results)
     yield ""
     others = ", ".join(f"{name} {value}" for name, value in OTHERS.items())
-    yield f"Accuracy in percent: mean and deviation over folds, then each fold. Others, as published: {others}."
+    yield (
+        "Accuracy in percent: mean and deviation over folds, on the right of each fold. Divergence: how far scores are "
+        "from the ensemble's on the held-out fold, which is what distilling makes small (Kullback-Leibler, in nats, "
+        f"mean over clips and classes). Others, as published: {others}."
+    )
     yield ""
     yield from _differences(results)
-    if any(results.of(arm) for arm in EXTRA):
-        yield ""
-        yield f"## One thing changed about `ced`, on fold {EXTRA_FOLD}"
-        yield ""
-        yield "| | accuracy | mAP |"
-        yield "|---|---|---|"
-        for arm, what in {"ced": "`ced` itself", **EXTRA}.items():
-            for one in results.of(arm, EXTRA_FOLD):
-                yield f"| {what} | {100 * one.accuracy:.1f} | {one.map:.3f} |"
-        yield ""
-        yield "One run each: differences of a few clips, of 1.25 points each, say little."
+    for title, arms in (("stored scores", BRIEF_STORED), ("labels", BRIEF_LABELS)):
+        if any(results.of(arm, EXTRA_FOLD) for arm in arms):
+            yield ""
+            yield from _brief(title, arms, results)
 
 
-def _table(title: str, arms: dict[str, str], results: Results, folds: Sequence[int]) -> Iterator[str]:
-    yield f"| {title} | | accuracy | mAP | " + " | ".join(f"fold {fold}" for fold in folds) + " |"
-    yield "|---" * (4 + len(folds)) + "|"
+def _missing(results: Results) -> list[str]:
+    """Return what the two large tables lack: folds, and the arms that lack them."""
+    lacking: dict[str, list[str]] = {}
+    for arm in (*TAUGHT, *ARMS):
+        known = _by_fold(results, arm, "accuracy")
+        if folds := [str(fold) for fold in FOLDS if fold not in known]:
+            lacking.setdefault(", ".join(folds), []).append(f"`{arm}`")
+    return [f"fold {folds} of {', '.join(arms)}" for folds, arms in lacking.items()]
+
+
+def _table(title: str, arms: dict[str, str], results: Results) -> Iterator[str]:
+    yield f"| {title} | | accuracy | mAP | divergence | " + " | ".join(f"fold {fold}" for fold in FOLDS) + " |"
+    yield "|---" * (5 + len(FOLDS)) + "|"
     for arm, what in arms.items():
-        if verdicts := results.of(arm):
-            accuracies = [100 * one.accuracy for one in verdicts]
-            cells = [
-                f"{mean([100 * one.accuracy for one in here]):.1f}" if (here := results.of(arm, fold)) else ""
-                for fold in folds
-            ]
-            precision = _spread([one.map for one in verdicts], 3)
-            yield f"| `{arm}` | {what} | {_spread(accuracies, 1)} | {precision} | " + " | ".join(cells) + " |"
+        if not results.of(arm):
+            continue
+        accuracies = _by_fold(results, arm, "accuracy")
+        cells = [f"{100 * accuracies[fold]:.1f}" if fold in accuracies else "" for fold in FOLDS]
+        means = [
+            _spread([100 * value for value in accuracies.values()], 1),
+            *(_spread(list(_by_fold(results, arm, name).values()), 3) for name in ("map", "divergence")),
+        ]
+        yield f"| `{arm}` | {what} | {' | '.join([*means, *cells])} |"
+
+
+def _brief(title: str, arms: dict[str, str], results: Results) -> Iterator[str]:
+    """Yield the table of arms that one fold has: the first, and what departs from it."""
+    yield f"## One thing changed: {title}, with 1/{plan.BRIEF} of the steps, on fold {EXTRA_FOLD}"
+    yield ""
+    yield "| | accuracy | mAP | divergence |"
+    yield "|---|---|---|---|"
+    for arm, what in arms.items():
+        for one in results.of(arm, EXTRA_FOLD):
+            yield f"| {what} | {100 * one.accuracy:.1f} | {one.map:.3f} | {one.divergence:.3f} |"
+    yield ""
+    yield "One run each: differences of a few clips, of 1.25 points each, say little."
+
+
+def _by_fold(results: Results, arm: str, name: str) -> dict[int, float]:
+    """Return a number of an arm, by fold: the mean over seeds."""
+    return {fold: mean(getattr(one, name) for one in found) for fold in FOLDS if (found := results.of(arm, fold))}
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
@@ -143,32 +175,27 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def _size(verdicts: Sequence[Verdict]) -> str:
-    return f"{verdicts[0].parameters / 1e6:.2f} M parameters" if verdicts else "0.8 M parameters"
+    return f"{verdicts[0].parameters / 1e6:.2f} M parameters" if verdicts else "under a million parameters"
 
 
 def _differences(results: Results) -> Iterator[str]:
     """Yield what the claim comes down to, fold against fold."""
-    taught = [arm for arm in ("ced", "ced_mixup") if results.of(arm)]
-    labelled = [arm for arm in plan.LABELS if results.of(arm)]
-    if not taught or not labelled:
-        return
-    best = max(taught, key=lambda arm: _mean(results, arm))
-    for other in (max(labelled, key=lambda arm: _mean(results, arm)), "own_views", ENSEMBLE):
-        pairs = [
-            100 * (one.accuracy - two.accuracy)
-            for one in results.of(best)
-            for two in results.of(other, one.fold, None if other == ENSEMBLE else one.seed)
-        ]
-        if pairs:
-            yield f"- `{best}` against `{other}`: {_signed(pairs)} points of accuracy."
+    rows = {}
+    for other in (*ARMS, ENSEMBLE):
+        pairs = [_by_fold(results, arm, "accuracy") for arm in ("ced", other)]
+        if both := pairs[0].keys() & pairs[1].keys() if other != "ced" else ():
+            points = [100 * (pairs[0][fold] - pairs[1][fold]) for fold in both]
+            apart = [_by_fold(results, arm, "divergence") for arm in ("ced", other)]
+            nats = [apart[0][fold] - apart[1][fold] for fold in both]
+            rows[other] = f"| `{other}` | {_signed(points, 1)} | {_signed(nats, 3)} | {len(both)} |"
+    if rows:
+        yield "| `ced` against | points of accuracy | divergence | folds |"
+        yield "|---|---|---|---|"
+        yield from rows.values()
 
 
-def _mean(results: Results, arm: str) -> float:
-    return mean(one.accuracy for one in results.of(arm))
-
-
-def _signed(values: Sequence[float]) -> str:
-    text = _spread(values, 1)
+def _signed(values: Sequence[float], digits: int) -> str:
+    text = _spread(values, digits)
     return text if text.startswith("-") else f"+{text}"
 
 
@@ -183,7 +210,7 @@ def _draw(results: Results, path: Path) -> None:
     rows = [(arm, what) for arm, what in {**ARMS, ENSEMBLE: "the teachers together"}.items() if results.of(arm)]
     figure, axes = pyplot.subplots(figsize=(7.5, 0.5 * len(rows) + 1), layout="constrained")
     for place, (arm, _) in enumerate(rows):
-        accuracies = [100 * one.accuracy for one in results.of(arm)]
+        accuracies = [100 * value for value in _by_fold(results, arm, "accuracy").values()]
         colour = "tab:orange" if arm in plan.DISTILLED else "tab:grey" if arm == ENSEMBLE else "tab:blue"
         axes.plot(accuracies, [place] * len(accuracies), "o", color=colour, alpha=0.5)
         axes.plot([mean(accuracies)] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=3)

@@ -1,6 +1,8 @@
 """The experiment on ESC-10, in small: 10 classes of hums, one epoch of everything."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import soundfile
 
 from benchmarks.esc10 import __main__ as esc10
 from benchmarks.esc10 import plan, report, split
-from benchmarks.esc10.judge import ENSEMBLE, Verdict
+from benchmarks.esc10.judge import ENSEMBLE, Verdict, divergence
 from ced.config import FinetuneConfig, TrainConfig
+from ced.errors import ConfigError
 from ced.sound.tables import read_table, write_table
 
 FOLDS = (1, 5)
@@ -85,14 +88,23 @@ def test_nothing_learns_from_what_may_not_be_given_away(data: Path, tmp_path: Pa
     assert [place for place, names in heard.items() if last in names] == [(5, "judge")]
 
 
-def test_all_arms_of_a_table_take_the_same_steps() -> None:
-    configs = [job.config for job in plan.main(1) + plan.extra(1) if job.arm and "short" not in job.arm]
+def students_of(jobs: list[plan.Job]) -> list[FinetuneConfig | TrainConfig]:
+    """Return the configurations of those that are judged."""
+    configs = [job.config for job in jobs if job.arm]
     students = [config for config in configs if isinstance(config, FinetuneConfig | TrainConfig)]
     assert len(students) == len(configs)
+    return students
+
+
+def test_all_arms_of_a_table_take_the_same_steps() -> None:
+    students = students_of(plan.main(1))
+    brief = students_of(plan.extra(1))
     same = ("eval_data", "model", "model_args", "batch_size", "optimizer_args", "warmup_iters", "seed", "mode")
     for key in same:
-        assert len({str(getattr(config, key)) for config in students}) == 1
-    assert {config.epochs * (config.epoch_length or 0) for config in students} == {1350}
+        assert len({str(getattr(config, key)) for config in [*students, *brief]}) == 1
+    assert {config.epochs * (config.epoch_length or 0) for config in students} == {2700}
+    assert {config.epochs * (config.epoch_length or 0) for config in brief} == {2700 // plan.BRIEF}
+    assert {config.valid_every * (config.epoch_length or 0) for config in [*students, *brief]} == {plan.VALID}
     assert {job.name for job in plan.main(1)}.isdisjoint(job.name for job in plan.main(2))
 
 
@@ -109,9 +121,28 @@ def test_the_whole_run_resumes_and_is_judged(data: Path, tmp_path: Path) -> None
     assert all(0 <= one.accuracy <= 1 and len(one.per_class) == 10 for one in results.verdicts)
     written = {path: path.stat().st_mtime_ns for path in fold.rglob("*") if path.is_file()}
     again = report.Results(tmp_path / report.RESULTS)
+    esc10.check_made(todo)
     assert esc10.run(todo, 2, again) == []
     assert again.verdicts == results.verdicts
     assert {path: path.stat().st_mtime_ns for path in fold.rglob("*") if path.is_file()} == written
+    with pytest.raises(ConfigError, match=r"models/pictures\.safetensors was made by another configuration than"):
+        esc10.check_made([esc10.Task(5, fold, job) for job in jobs])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--folds", "1", "--parts", "box"), "the box and the extra arms are of fold 5, which is not among --folds"),
+        (("--jobs", "0"), "argument --jobs: 0 is less than 1"),
+        (("--folds", "6"), "argument --folds: invalid choice: 6"),
+        ((), "nothing here"),
+    ],
+)
+def test_what_cannot_be_run_is_said_in_a_line(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.esc10", "--data", "nothing here", "--work", str(tmp_path), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=esc10.ROOT)
+    assert done.returncode
+    assert said in done.stderr.splitlines()[-1]
 
 
 def test_a_failure_is_told_and_the_rest_goes_on(data: Path, tmp_path: Path) -> None:
@@ -127,17 +158,29 @@ def test_a_failure_is_told_and_the_rest_goes_on(data: Path, tmp_path: Path) -> N
     assert not (fold / "models/views").exists()
 
 
+def test_scores_diverge_from_others_class_by_class() -> None:
+    half, sure = np.full((2, 3), 0.5, np.float32), np.tile(np.array([1, 0, 0.5], np.float32), (2, 1))
+    assert divergence(half, half) == 0
+    assert divergence(half, sure) == pytest.approx(2 / 3 * np.log(2), rel=1e-4)
+    assert divergence(sure, half) > 4  # what is surely wrong costs much
+
+
 def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     results = report.Results(tmp_path / report.RESULTS)
     for place, arm in enumerate((*report.TAUGHT, *report.ARMS)):
         for fold in (1, 2):
-            results.add(Verdict(arm, fold, 1, 0.5 + 0.04 * place + 0.02 * fold, 0.7, {"dog": 0.7}, 1000))
-    results.add(Verdict("scratch", 5, 1, 0.4, 0.3, {"dog": 0.3}, 1000))
+            verdict = Verdict(
+                arm, fold, 1, 0.5 + 0.04 * place + 0.02 * fold, 0.7, 0.1 - 0.01 * place, {"dog": 0.7}, 1000
+            )
+            results.add(verdict)
+    results.add(Verdict("short", 5, 1, 0.5, 0.3, 0.2, {"dog": 0.3}, 1000))
+    results.add(Verdict("short", 5, 1, 0.4, 0.3, 0.2, {"dog": 0.3}, 1000))  # judged again
     report.write(results, tmp_path)
     page = (tmp_path / report.PAGE).read_text()
-    assert "| `labels` | labels | 69.0 ± 1.4 | 0.700 ± 0.000 | 68.0 | 70.0 |  |" in page
-    assert "- `ced_mixup` against `labels_mixup`: +12.0 ± 0.0 points of accuracy." in page
-    assert "- `ced_mixup` against `ensemble`: +24.0 ± 0.0 points of accuracy." in page
-    assert "| fresh weights instead of pre-trained ones | 40.0 | 0.300 |" in page
+    assert "| `labels` | labels | 69.0 ± 1.4 | 0.700 ± 0.000 | 0.060 ± 0.000 | 68.0 | 70.0 |  |  |  |" in page
+    assert "**Still to be run:** fold 3, 4, 5 of `pictures`, `series`, `recurrent`, `ensemble`, `labels`," in page
+    assert "| `labels_mixup` | +8.0 ± 0.0 | -0.020 ± 0.000 | 2 |" in page
+    assert "| `ensemble` | +20.0 ± 0.0 | -0.050 ± 0.000 | 2 |" in page
+    assert page.count("| `ced` | 40.0 | 0.300 | 0.200 |") == 1
     assert "<svg" in (tmp_path / report.PLOT).read_text()
     assert len(json.loads((tmp_path / report.RESULTS).read_text())) == 21
