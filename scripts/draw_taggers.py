@@ -38,7 +38,7 @@ OTHERS = (
     Tagger("dymn10", 10.6, 0.58, 47.7),
     Tagger("dymn20", 40, 2.2, 49.1, (-6, -9)),
     Tagger("AST", 86, 100, 45.9),
-    Tagger("PaSST", 86, 100, 47.4),  # 47.1 to 47.6; multiply-adds about
+    Tagger("PaSST", 86, 100, 47.4),  # 47.1 to 47.6
     Tagger("BEATs", 90, 45, 48.6),
     Tagger("EAT", 88, 43.7, 48.9),
     Tagger("SSLAM", 88, 43.7, 50.2, (6, 0)),
@@ -87,7 +87,7 @@ def main() -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "ced", "svg.fonttype": "none"})  # the same figures give the same file
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     draw(left, "parameters", "parameters, millions")
-    draw(right, "multiply_adds", "multiply-adds for ten seconds, billions")
+    draw(right, "multiply_adds", "multiply-adds for ten seconds, billions (AST, PaSST: about)")
     left.set_ylabel("mAP on AudioSet, percent")
     figure.savefig(OUT, metadata={"Date": None})
 
