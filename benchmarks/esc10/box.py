@@ -56,7 +56,7 @@ def examine(graph: Path, table: Path) -> Figures:
 def ship(work: Path, data: Path, graph: Path = GRAPH) -> None:
     """Export the boxed student, and write its card and its credits beside it."""
     folder = work / f"fold{EXTRA_FOLD}"
-    (box,) = plan.box()
+    *_, box = plan.box()
     network = load_model(folder / plan.MODELS / box.name)
     with TemporaryDirectory() as scratch:
         exact = Path(scratch) / "exact.onnx"
@@ -71,8 +71,8 @@ def ship(work: Path, data: Path, graph: Path = GRAPH) -> None:
     values = {
         "count": len(network.labels),
         "classes": ", ".join(network.labels.names),
-        "width": plan.WIDTH,
-        "depth": plan.DEPTH,
+        "width": plan.BOX_WIDTH,
+        "depth": plan.BOX_DEPTH,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "megabytes": graph.stat().st_size / 1e6,
         "clips": len(learned),

@@ -25,22 +25,24 @@ EPOCHS, STEPS = 300, 9  # of students that learn from labels, and steps of an ep
 PATIENT_EPOCHS, PATIENT_STEPS = 100, 27  # of distilled ones, which have three times as much to hear; as many in all
 VALID = 54  # steps between validations
 STORED = 18  # views of each clip and mixture
-BOX_EPOCHS = 2 * PATIENT_EPOCHS
 BRIEF = 4  # what the extra arms take so many times fewer steps by
 TEACHERS = {"pictures": 60, "series": 80, "recurrent": 60}  # epochs
 
 WIDTH, DEPTH = 96, 3  # of the students
+BOX_WIDTH, BOX_DEPTH = 128, 4  # of the one that ships
+
 _LEARN: Mapping[str, Any] = {"train_data": "pack/labels/learn.tsv"}
 _HEARD: Mapping[str, Any] = {"train_data": f"pack/labels/{MIXED}.tsv"}
+
+
+def _shape(width: int, depth: int) -> dict[str, Any]:
+    return {"embed_dim": width, "num_heads": width // 32, "depth": depth, "target_length": FRAMES}
+
+
 _NETWORK: Mapping[str, Any] = {
     "model": "ced_tiny",
-    "model_args": {
-        "embed_dim": WIDTH,
-        "num_heads": WIDTH // 32,
-        "depth": DEPTH,
-        "target_length": FRAMES,
-        "pad_last": False,  # some clips are a little longer; what is left over says nothing
-    },
+    # Some clips are a little longer than the others; what is left over says nothing.
+    "model_args": {**_shape(WIDTH, DEPTH), "pad_last": False},
     "mode": "off",
     "num_workers": 0,
     "pretrained": False,
@@ -78,7 +80,6 @@ _TEACHER: Mapping[str, Any] = {
 _PRETRAINING: Mapping[str, Any] = {
     **_LEARN,
     **_NETWORK,
-    "decoder_args": {"embed_dim": WIDTH, "num_heads": WIDTH // 32, "depth": 2},
     "chunk_length": SECONDS,
     "epochs": 80,
     "warmup_epochs": 5,
@@ -142,8 +143,8 @@ def extra(seed: int) -> list[Job]:
     unmixed = _stored("views_unmixed", epochs=(1 + MIXTURES) * STORED, changes=_LEARN)  # as many views in all
     clips = {"epochs": EPOCHS // BRIEF, "epoch_length": STEPS, "valid_every": VALID // STEPS}
     jobs += [unmixed, _distilled("unmixed", seed, {**clips, **_LEARN}, unmixed)]
-    jobs.append(Job("mae", "pretrain", check(PretrainConfig, _PRETRAINING, "mae")))
-    jobs.append(_distilled("masked", seed, {**brief, "pretrained": str(MODELS / "mae")}))
+    first = _masked("mae", WIDTH, {})
+    jobs += [first, _distilled("masked", seed, {**brief, "pretrained": str(MODELS / first.name)})]
     jobs += [_distilled(f"stored_{epochs}", seed, {**brief, "max_aug_epochs": epochs}) for epochs in (1, 5)]
     for topk in (3, 1):
         views = _stored(f"views_top{topk}", topk=topk)
@@ -157,8 +158,16 @@ def extra(seed: int) -> list[Job]:
 
 
 def box() -> list[Job]:
-    """Return the student that ships: as `ced`, for longer."""
-    return [_distilled("box", 1, {"epochs": BOX_EPOCHS})]
+    """Return first weights and the student that ships: as `ced`, but larger and more slowly."""
+    shape = {"model_args": _shape(BOX_WIDTH, BOX_DEPTH), "optimizer_args": {"lr": 1e-3}}
+    slowly = {"epochs": 108, "epoch_length": 25, "valid_every": 1, "warmup_iters": 27}
+    first = _masked("mae_box", BOX_WIDTH, shape)
+    return [first, _distilled("box", 1, {**shape, **slowly, "pretrained": str(MODELS / first.name)})]
+
+
+def _masked(name: str, width: int, changes: Mapping[str, Any]) -> Job:
+    decoder = {"embed_dim": width, "num_heads": width // 32, "depth": 2}
+    return Job(name, "pretrain", check(PretrainConfig, {**_PRETRAINING, "decoder_args": decoder, **changes}, name))
 
 
 def _stored(
@@ -207,5 +216,5 @@ def _distilled(arm: str, seed: int, changes: Mapping[str, Any], views: Job | Non
 
 
 def _student(arm: str, command: str, config: LoopConfig, needs: tuple[str, ...]) -> Job:
-    first = ("mae",) if config.pretrained else ()
+    first = (Path(config.pretrained).name,) if isinstance(config.pretrained, str) else ()
     return Job(f"{arm}-{config.seed}", command, config, (*needs, *first), arm, config.seed)
