@@ -26,6 +26,7 @@ PATIENT_EPOCHS, PATIENT_STEPS = 100, 27  # of distilled ones, which have three t
 VALID = 54  # steps between validations
 STORED = 18  # views of each clip and mixture
 BRIEF = 4  # what the extra arms take so many times fewer steps by
+LONGER = 2  # and one of them so many times more
 TEACHERS = {"pictures": 60, "series": 80, "recurrent": 60}  # epochs
 
 WIDTH, DEPTH = 96, 3  # of the students
@@ -130,7 +131,10 @@ def main(seed: int) -> list[Job]:
 
 
 def extra(seed: int) -> list[Job]:
-    """Return the arms that one fold has: each departs in one thing, or two, from `short`, which is a brief `ced`."""
+    """Return the arms that one fold has: each departs in one thing, or two, from `short`, which is a brief `ced`.
+
+    `longer` shows what more steps would still give.
+    """
     brief = {"epochs": PATIENT_EPOCHS // BRIEF}
     labelled = {**_VIEWS, "epochs": EPOCHS // BRIEF}
     patient = {"epoch_length": PATIENT_STEPS, "valid_every": VALID // PATIENT_STEPS}
@@ -154,7 +158,7 @@ def extra(seed: int) -> list[Job]:
     for name in TEACHERS:
         views = _stored(f"views_{name}", [name])
         jobs += [views, _distilled(f"only_{name}", seed, brief, views)]
-    return jobs
+    return [*jobs, _distilled("longer", seed, {"epochs": LONGER * PATIENT_EPOCHS})]
 
 
 def box() -> list[Job]:

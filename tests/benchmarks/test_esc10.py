@@ -103,7 +103,9 @@ def test_all_arms_of_a_table_take_the_same_steps() -> None:
     for key in same:
         assert len({str(getattr(config, key)) for config in [*students, *brief]}) == 1
     assert {config.epochs * (config.epoch_length or 0) for config in students} == {2700}
-    assert {config.epochs * (config.epoch_length or 0) for config in brief} == {2700 // plan.BRIEF}
+    *shorter, longer = (config.epochs * (config.epoch_length or 0) for config in brief)
+    assert set(shorter) == {2700 // plan.BRIEF}
+    assert longer == 2700 * plan.LONGER
     assert {config.valid_every * (config.epoch_length or 0) for config in [*students, *brief]} == {plan.VALID}
     assert {job.name for job in plan.main(1)}.isdisjoint(job.name for job in plan.main(2))
 
@@ -175,12 +177,14 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
             results.add(verdict)
     results.add(Verdict("short", 5, 1, 0.5, 0.3, 0.2, {"dog": 0.3}, 1000))
     results.add(Verdict("short", 5, 1, 0.4, 0.3, 0.2, {"dog": 0.3}, 1000))  # judged again
+    results.add(Verdict("longer", 5, 1, 0.45, 0.4, 0.1, {"dog": 0.4}, 1000))
     report.write(results, tmp_path)
     page = (tmp_path / report.PAGE).read_text()
     assert "| `labels` | labels | 69.0 ± 1.4 | 0.700 ± 0.000 | 0.060 ± 0.000 | 68.0 | 70.0 |  |  |  |" in page
     assert "**Still to be run:** fold 3, 4, 5 of `pictures`, `series`, `recurrent`, `ensemble`, `labels`," in page
     assert "| `labels_mixup` | +8.0 ± 0.0 | -0.020 ± 0.000 | 2 |" in page
     assert "| `ensemble` | +20.0 ± 0.0 | -0.050 ± 0.000 | 2 |" in page
-    assert page.count("| `ced` | 40.0 | 0.300 | 0.200 |") == 1
+    assert page.count("| `ced` | 40.0 | 0.300 | 0.200 |\n| 8 times the steps | 45.0 | 0.400 | 0.100 |") == 1
+    assert "One thing changed: labels" not in page
     assert "<svg" in (tmp_path / report.PLOT).read_text()
-    assert len(json.loads((tmp_path / report.RESULTS).read_text())) == 21
+    assert len(json.loads((tmp_path / report.RESULTS).read_text())) == 22
