@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from email.message import Message
+from email.utils import collapse_rfc2231_value
 from threading import Lock
 
 import numpy as np
@@ -253,14 +254,23 @@ def _form_of(kind: Message) -> tuple[str, int, int] | None:
     formats = PCM[given]
     numbers = {}
     for name, usual, (least, most) in (("rate", None, RATES), ("channels", "1", (1, 64))):
-        text = str(kind.get_param(name, usual))
+        text = _parameter(kind, name, usual)
         if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
             raise RefusedError(422, f"{given} needs {name}={least} to {most} (as {given}; rate=16000; channels=1)")
         numbers[name] = int(text)
-    form = str(kind.get_param("format", next(iter(formats))))
+    form = _parameter(kind, "format", next(iter(formats)))
     if form not in formats:
         raise RefusedError(422, f"{given} has no format {form}; there is {' and '.join(formats)}")
     return formats[form], numbers["rate"], numbers["channels"]
+
+
+def _parameter(kind: Message, name: str, usual: str | None) -> str:
+    """Return a parameter of a type, or what is usual where it is left out."""
+    try:
+        value = kind.get_param(name, usual)
+        return "" if value is None else collapse_rfc2231_value(value)
+    except (TypeError, ValueError) as error:  # the pieces that RFC 2231 lets it come in do not fit together
+        raise RefusedError(422, f"the parameters of {kind.get_content_type()} cannot be read") from error
 
 
 def _samples(body: bytes, kind: str, rate: int, channels: int) -> audio.Source:

@@ -228,6 +228,9 @@ def wav_header(rate: int, channels: int, size: int) -> bytes:
         ("audio/L16; rate=0", bytes(4), 422, "rate=1000 to 768000"),
         ("audio/L16; rate=16000; channels=65", bytes(130), 422, "channels=1 to 64"),
         ("audio/L16; rate*=utf-8''x", bytes(4), 422, "rate="),
+        ("audio/L16; rate*=x; rate*0=y", bytes(4), 422, "the parameters of audio/l16 cannot be read"),
+        ("audio/L16; rate*" + "9" * 5000 + "=x", bytes(4), 422, "the parameters of audio/l16 cannot be read"),
+        ("audio/pcm; rate=16000; format*=utf-8''u8", bytes(4), 422, "no format u8; there is"),
         ("audio/pcm; rate=16000; format=u8", bytes(4), 422, "no format u8; there is s16le and f32le"),
         ("audio/pcm; rate=16000", bytes(3), 422, "no multiple of the 2 of a frame"),
         (
