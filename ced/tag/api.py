@@ -124,6 +124,7 @@ BODY: dict[str, Any] = {
         "content": {
             "multipart/form-data": {"schema": _FORM},
             "audio/*": _BINARY,
+            "video/*": _BINARY,
             "application/octet-stream": _BINARY,
             **{f"{kind}; rate=16000; channels=1": _BINARY for kind in PCM},
         },

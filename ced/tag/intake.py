@@ -92,7 +92,7 @@ class Room:
 
 
 class Allowance:
-    """So many requests of each client in any minute, all at once or one by one (a leaky bucket)."""
+    """So many requests of each client at once, and as many more with every minute (a leaky bucket)."""
 
     def __init__(self, a_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._step, self._clock = 60.0 / a_minute, clock

@@ -27,6 +27,7 @@ from ced.tag.service import BUSY, Meters, Service
 from ced.tag.tagger import Scorer
 
 _BACKLOG = 128  # connections that wait to be accepted
+_TOLD = 10  # faults of a request that an answer names
 _LINGER = 1.0  # seconds in which a client may notice that the rest of its body is not wanted
 
 _log = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ class Server(uvicorn.Server):
             log_config=None,  # its errors go where all of them go, on standard error
             log_level="error",  # what clients do wrong is theirs
             access_log=False,
+            http="h11",  # which bounds the size of headers; another parser may be installed
             ws="none",
             server_header=False,
             backlog=_BACKLOG,
@@ -225,4 +227,5 @@ def _faults(error: RequestValidationError) -> str:
             faults.append(f"there is no option {name}")
         elif fault["type"] != "none_required":  # the other half of an option that may be left out
             faults.append(f"{name}: {fault['msg']}")
-    return "; ".join(faults)
+    more = [f"and {len(faults) - _TOLD} more faults"] if len(faults) > _TOLD else []
+    return "; ".join([*faults[:_TOLD], *more])

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -86,7 +87,7 @@ class Service:
         client = request.client.host if request.client else ""
         if self._allowance is not None and (seconds := self._allowance.ask(client)) > 0:
             most = f"{self.limits.a_minute} requests a minute are the most of one client"
-            raise RefusedError(429, f"{most}; the next may come in {seconds:.0f} s", seconds)
+            raise RefusedError(429, f"{most}; the next may come in {math.ceil(seconds)} s", seconds)
 
     async def answer(self, request: Request, options: Options) -> bytes:
         """Return the answer to a request, as JSON.

@@ -194,6 +194,7 @@ def test_thresholds_labels_events_and_embeddings(client: httpx.Client, graph: Pa
         ({"hop": 0.001}, "hop: "),
         ({"embeddings": "all"}, "embeddings: "),
         ({"topk": 3}, "there is no option topk"),
+        ({f"o{number}": 1 for number in range(30)}, "there is no option o9; and 20 more faults"),
         ({"top_k": [1, 2]}, "top_k is given 2 times; it has one value"),
         ({"window": 1, "hop": 2}, "what lies between would not be heard"),
         ({"events": True, "top_k": 3}, "top_k=3 does not apply to events"),
