@@ -1,6 +1,6 @@
 """What the held-out fold says about networks that never heard it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,8 @@ from ced.sound.frontend import LogMel
 from ced.sound.labels import read_classes
 
 ENSEMBLE = "ensemble"
+HELD_OUT = "pack/labels/judge.tsv"
+TABLES = (HELD_OUT, plan.LEARNED)
 CPU = torch.device("cpu")
 _LEAST = 1e-6  # a probability is taken to be at least, and as far from 1
 
@@ -34,6 +36,7 @@ class Verdict:
     accuracy: float
     map: float
     divergence: float  # from the ensemble
+    divergence_learned: float  # the same on the clips that it learned from
     per_class: dict[str, float]  # average precision
     parameters: int
 
@@ -41,18 +44,18 @@ class Verdict:
 def student(folder: Path, job: plan.Job, fold: int) -> Verdict:
     """Judge what a job has trained."""
     network = load_model(folder / plan.MODELS / job.name)
-    evaluator = _evaluator(folder)
-    scores = evaluator.scores([network])
-    return _verdict(job.arm or job.name, folder, fold, job.seed, evaluator, scores, [network])
+    scores = {table: _evaluator(folder, table).scores([network]) for table in TABLES}
+    return _verdict(job.arm or job.name, folder, fold, job.seed, scores, [network])
 
 
 def ensemble(folder: Path, fold: int) -> Iterator[Verdict]:
     """Judge the three teachers and what they say together."""
-    evaluator = _evaluator(folder)
     members = {name: teachers.trained(name, folder) for name in plan.TEACHERS}
     for name, member in members.items():
-        yield _verdict(name, folder, fold, 1, evaluator, _scores(member, folder), [member])
-    yield _verdict(ENSEMBLE, folder, fold, 1, evaluator, _together(folder), list(members.values()))
+        scores = {table: _scores(name, folder, table) for table in TABLES}
+        yield _verdict(name, folder, fold, 1, scores, [member])
+    scores = {table: _together(folder, table) for table in TABLES}
+    yield _verdict(ENSEMBLE, folder, fold, 1, scores, list(members.values()))
 
 
 def divergence(scores: NDArray[np.floating], others: NDArray[np.floating]) -> float:
@@ -65,25 +68,20 @@ def divergence(scores: NDArray[np.floating], others: NDArray[np.floating]) -> fl
 
 
 @cache
-def _together(folder: Path) -> NDArray[np.float32]:
-    """Return what the teachers of a fold say together about the clips that judge, (n, c)."""
-    scores: NDArray[np.float32] = np.mean(
-        [_scores(teachers.trained(name, folder), folder) for name in plan.TEACHERS], axis=0
-    )
+def _together(folder: Path, table: str) -> NDArray[np.float32]:
+    """Return what the teachers of a fold say together about the clips of a table, (n, c)."""
+    scores: NDArray[np.float32] = np.mean([_scores(name, folder, table) for name in plan.TEACHERS], axis=0)
     return scores
 
 
-def _evaluator(folder: Path) -> Evaluator:
-    return Evaluator(_table(folder), read_classes(folder / teachers.CLASSES), num_workers=0)
+def _evaluator(folder: Path, table: str) -> Evaluator:
+    return Evaluator(folder / table, read_classes(folder / teachers.CLASSES), num_workers=0)
 
 
-def _table(folder: Path) -> Path:
-    return folder / "pack/labels/judge.tsv"
-
-
-def _scores(teacher: teachers.Network, folder: Path) -> NDArray[np.float32]:
-    """Return the probabilities of all clips, one by one, as their lengths differ by a few samples; (n, c)."""
-    pack, front_end = WavPack(_table(folder)), LogMel()
+@cache
+def _scores(name: str, folder: Path, table: str) -> NDArray[np.float32]:
+    """Return a teacher's probabilities of all clips, one by one, as their lengths differ by a few samples; (n, c)."""
+    teacher, pack, front_end = teachers.trained(name, folder), WavPack(folder / table), LogMel()
     clips = ViewDataset(pack, whole(pack, range(len(pack))))
     with torch.inference_mode():
         rows = [teacher(front_end(clips[item].to_device(CPU)[0])) for item in range(len(clips))]
@@ -95,20 +93,22 @@ def _verdict(
     folder: Path,
     fold: int,
     seed: int,
-    evaluator: Evaluator,
-    scores: NDArray[np.float32],
+    scores: Mapping[str, NDArray[np.float32]],
     networks: list[nn.Module],
 ) -> Verdict:
-    per_class = average_precision(evaluator.targets, scores)
-    right = accuracy(evaluator.targets, scores)
+    evaluator = _evaluator(folder, HELD_OUT)
+    per_class = average_precision(evaluator.targets, scores[HELD_OUT])
+    right = accuracy(evaluator.targets, scores[HELD_OUT])
     assert right is not None  # each clip has one label
+    apart = {table: round(divergence(found, _together(folder, table)), 4) for table, found in scores.items()}
     return Verdict(
         arm,
         fold,
         seed,
         accuracy=round(right, 4),
         map=round(float(per_class.mean()), 4),
-        divergence=round(divergence(scores, _together(folder)), 4),
+        divergence=apart[HELD_OUT],
+        divergence_learned=apart[plan.LEARNED],
         per_class={name: round(float(ap), 4) for name, ap in zip(evaluator.labels.names, per_class, strict=True)},
         parameters=sum(parameter.numel() for network in networks for parameter in network.parameters()),
     )

@@ -32,7 +32,8 @@ TEACHERS = {"pictures": 60, "series": 80, "recurrent": 60}  # epochs
 WIDTH, DEPTH = 96, 3  # of the students
 BOX_WIDTH, BOX_DEPTH = 128, 4  # of the one that ships
 
-_LEARN: Mapping[str, Any] = {"train_data": "pack/labels/learn.tsv"}
+LEARNED = "pack/labels/learn.tsv"
+_LEARN: Mapping[str, Any] = {"train_data": LEARNED}
 _HEARD: Mapping[str, Any] = {"train_data": f"pack/labels/{MIXED}.tsv"}
 
 

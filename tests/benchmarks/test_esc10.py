@@ -171,20 +171,19 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     results = report.Results(tmp_path / report.RESULTS)
     for place, arm in enumerate((*report.TAUGHT, *report.ARMS)):
         for fold in (1, 2):
-            verdict = Verdict(
-                arm, fold, 1, 0.5 + 0.04 * place + 0.02 * fold, 0.7, 0.1 - 0.01 * place, {"dog": 0.7}, 1000
-            )
-            results.add(verdict)
-    results.add(Verdict("short", 5, 1, 0.5, 0.3, 0.2, {"dog": 0.3}, 1000))
-    results.add(Verdict("short", 5, 1, 0.4, 0.3, 0.2, {"dog": 0.3}, 1000))  # judged again
-    results.add(Verdict("longer", 5, 1, 0.45, 0.4, 0.1, {"dog": 0.4}, 1000))
+            right, apart = 0.5 + 0.04 * place + 0.02 * fold, 0.1 - 0.01 * place
+            results.add(Verdict(arm, fold, 1, right, 0.7, apart, apart / 2, {"dog": 0.7}, 1000))
+    results.add(Verdict("short", 5, 1, 0.5, 0.3, 0.2, 0.1, {"dog": 0.3}, 1000))
+    results.add(Verdict("short", 5, 1, 0.4, 0.3, 0.2, 0.1, {"dog": 0.3}, 1000))  # judged again
+    results.add(Verdict("longer", 5, 1, 0.45, 0.4, 0.1, 0.05, {"dog": 0.4}, 1000))
     report.write(results, tmp_path)
     page = (tmp_path / report.PAGE).read_text()
-    assert "| `labels` | labels | 69.0 ± 1.4 | 0.700 ± 0.000 | 0.060 ± 0.000 | 68.0 | 70.0 |  |  |  |" in page
+    assert "| `labels` | labels | 69.0 ± 1.4 | 0.700 ± 0.000 | 0.060 ± 0.000 | 0.030 ± 0.000 | 68.0 | 70.0 |" in page
     assert "**Still to be run:** fold 3, 4, 5 of `pictures`, `series`, `recurrent`, `ensemble`, `labels`," in page
     assert "| `labels_mixup` | +8.0 ± 0.0 | -0.020 ± 0.000 | 2 |" in page
     assert "| `ensemble` | +20.0 ± 0.0 | -0.050 ± 0.000 | 2 |" in page
-    assert page.count("| `ced` | 40.0 | 0.300 | 0.200 |\n| 8 times the steps | 45.0 | 0.400 | 0.100 |") == 1
+    changed = "| `ced` | 40.0 | 0.300 | 0.200 | 0.100 |\n| 8 times the steps | 45.0 | 0.400 | 0.100 | 0.050 |"
+    assert page.count(changed) == 1
     assert "One thing changed: labels" not in page
     assert "<svg" in (tmp_path / report.PLOT).read_text()
     assert len(json.loads((tmp_path / report.RESULTS).read_text())) == 22
