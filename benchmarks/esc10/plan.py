@@ -99,6 +99,8 @@ DISTILLED: Mapping[str, Mapping[str, Any]] = {
     "ced": {},
     "ced_mixup": _MIXUP,
 }
+# Without mixtures: all recordings once an epoch, as those that learn from labels hear them.
+_ALONE: Mapping[str, Any] = {**_LEARN, "epochs": EPOCHS, "epoch_length": STEPS, "valid_every": VALID // STEPS}
 FILLS = ("last_mean", "last_half", "last_random", "527")
 
 
@@ -115,12 +117,12 @@ class Job:
 
 
 def groundwork() -> list[Job]:
-    """Return what all students of a fold stand on: three teachers, and their views."""
+    """Return what all students of a fold stand on: three teachers, and their views with mixtures and without."""
     teaching = [
         Job(name, "teacher", check(FinetuneConfig, {**_TEACHER, "epochs": epochs}, name))
         for name, epochs in TEACHERS.items()
     ]
-    return [*teaching, _stored("views")]
+    return [*teaching, _stored("views"), _unmixed()]
 
 
 def main(seed: int) -> list[Job]:
@@ -128,6 +130,7 @@ def main(seed: int) -> list[Job]:
     return [
         *(_labelled(arm, seed, changes) for arm, changes in LABELS.items()),
         *(_distilled(arm, seed, changes) for arm, changes in DISTILLED.items()),
+        _distilled("ced_recordings", seed, _ALONE, _unmixed()),
     ]
 
 
@@ -145,9 +148,7 @@ def extra(seed: int) -> list[Job]:
         _labelled("cross_entropy", seed, {**labelled, "task": "single"}),
         _labelled("labels_mixtures", seed, {**labelled, **_HEARD, **brief, **patient}),
     ]
-    unmixed = _stored("views_unmixed", epochs=(1 + MIXTURES) * STORED, changes=_LEARN)  # as many views in all
-    clips = {"epochs": EPOCHS // BRIEF, "epoch_length": STEPS, "valid_every": VALID // STEPS}
-    jobs += [unmixed, _distilled("unmixed", seed, {**clips, **_LEARN}, unmixed)]
+    jobs.append(_distilled("unmixed", seed, {**_ALONE, "epochs": EPOCHS // BRIEF}, _unmixed()))
     first = _masked("mae", WIDTH, {})
     jobs += [first, _distilled("masked", seed, {**brief, "pretrained": str(MODELS / first.name)})]
     jobs += [_distilled(f"stored_{epochs}", seed, {**brief, "max_aug_epochs": epochs}) for epochs in (1, 5)]
@@ -197,9 +198,13 @@ def _stored(
     return Job(name, "store", check(StoreConfig, values, name), tuple(who))
 
 
+def _unmixed() -> Job:
+    """Return the storing of as many views in all, of the recordings alone."""
+    return _stored("views_unmixed", epochs=(1 + MIXTURES) * STORED, changes=_LEARN)
+
+
 def _labelled(arm: str, seed: int, changes: Mapping[str, Any]) -> Job:
-    length = {"epochs": EPOCHS, "epoch_length": STEPS, "valid_every": VALID // STEPS}
-    values = {**_STUDENT, **_LEARN, **length, "classes": "classes.tsv", **changes, "seed": seed}
+    values = {**_STUDENT, **_ALONE, "classes": "classes.tsv", **changes, "seed": seed}
     return _student(arm, "finetune", check(FinetuneConfig, values, arm), tuple(TEACHERS))  # which it is held against
 
 

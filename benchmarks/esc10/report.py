@@ -28,6 +28,7 @@ ARMS = {
     "own_views": "stored scores; masks of its own, no shift",
     "ced": "stored scores; the teachers' views",
     "ced_mixup": "stored scores; the teachers' views and mixup",
+    "ced_recordings": "stored scores of the recordings alone; the teachers' views",
 }
 BRIEF_STORED = {
     "short": "`ced`",
@@ -103,8 +104,8 @@ def _page(results: Results) -> Iterator[str]:
         "start from fresh weights, and take the same "
         f"{plan.EPOCHS * plan.STEPS} steps of 32 clips with the same loss, binary cross-entropy. Those that learn from "
         f"stored scores need no labels: beside each recording they hear {split.MIXTURES} mixtures of two, to which the "
-        "teachers have listened as well. Every number is in [results.json](results.json); "
-        "`python -m benchmarks.esc10 --data ESC10` makes them anew, in hours on two cores."
+        "teachers have listened as well (`ced_recordings` does without). Every number is in "
+        "[results.json](results.json); `python -m benchmarks.esc10 --data ESC10` makes them anew, in hours on two cores."
     )
     if missing := _missing(results):
         yield ""
@@ -218,7 +219,7 @@ def _draw(results: Results, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7.5, 0.5 * len(rows) + 1), layout="constrained")
     for place, (arm, _) in enumerate(rows):
         accuracies = [100 * value for value in _by_fold(results, arm, "accuracy").values()]
-        colour = "tab:orange" if arm in plan.DISTILLED else "tab:grey" if arm == ENSEMBLE else "tab:blue"
+        colour = "tab:blue" if arm in plan.LABELS else "tab:grey" if arm == ENSEMBLE else "tab:orange"
         axes.plot(accuracies, [place] * len(accuracies), "o", color=colour, alpha=0.5)
         axes.plot([mean(accuracies)] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=3)
     axes.set_yticks(range(len(rows)), [what for _, what in rows])

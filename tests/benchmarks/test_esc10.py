@@ -186,4 +186,4 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert page.count(changed) == 1
     assert "One thing changed: labels" not in page
     assert "<svg" in (tmp_path / report.PLOT).read_text()
-    assert len(json.loads((tmp_path / report.RESULTS).read_text())) == 22
+    assert len(json.loads((tmp_path / report.RESULTS).read_text())) == 2 * len((*report.TAUGHT, *report.ARMS)) + 2
