@@ -105,7 +105,8 @@ def _page(results: Results) -> Iterator[str]:
         f"{plan.EPOCHS * plan.STEPS} steps of 32 clips with the same loss, binary cross-entropy. Those that learn from "
         f"stored scores need no labels: beside each recording they hear {split.MIXTURES} mixtures of two, to which the "
         "teachers have listened as well (`ced_recordings` does without). Every number is in "
-        "[results.json](results.json); `python -m benchmarks.esc10 --data ESC10` makes them anew, in hours on two cores."
+        "[results.json](results.json); `python -m benchmarks.esc10 --data ESC10` makes them anew, in hours on two "
+        "cores."
     )
     if missing := _missing(results):
         yield ""
