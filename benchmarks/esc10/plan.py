@@ -94,13 +94,17 @@ LABELS: Mapping[str, Mapping[str, Any]] = {
     "labels_views": _VIEWS,
     "labels_mixup": {**_VIEWS, **_MIXUP},
 }
+# Without mixtures: all recordings once an epoch, as those that learn from labels hear them.
+_ALONE: Mapping[str, Any] = {**_LEARN, "epochs": EPOCHS, "epoch_length": STEPS, "valid_every": VALID // STEPS}
 DISTILLED: Mapping[str, Mapping[str, Any]] = {
     "own_views": {"disable_consistency": True},
     "ced": {},
     "ced_mixup": _MIXUP,
 }
-# Without mixtures: all recordings once an epoch, as those that learn from labels hear them.
-_ALONE: Mapping[str, Any] = {**_LEARN, "epochs": EPOCHS, "epoch_length": STEPS, "valid_every": VALID // STEPS}
+OF_RECORDINGS: Mapping[str, Mapping[str, Any]] = {
+    "own_recordings": {**_ALONE, "disable_consistency": True},
+    "ced_recordings": _ALONE,
+}
 FILLS = ("last_mean", "last_half", "last_random", "527")
 
 
@@ -130,7 +134,7 @@ def main(seed: int) -> list[Job]:
     return [
         *(_labelled(arm, seed, changes) for arm, changes in LABELS.items()),
         *(_distilled(arm, seed, changes) for arm, changes in DISTILLED.items()),
-        _distilled("ced_recordings", seed, _ALONE, _unmixed()),
+        *(_distilled(arm, seed, changes, _unmixed()) for arm, changes in OF_RECORDINGS.items()),
     ]
 
 

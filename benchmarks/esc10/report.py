@@ -28,8 +28,10 @@ ARMS = {
     "own_views": "stored scores; masks of its own, no shift",
     "ced": "stored scores; the teachers' views",
     "ced_mixup": "stored scores; the teachers' views and mixup",
+    "own_recordings": "stored scores of the recordings alone; masks of its own, no shift",
     "ced_recordings": "stored scores of the recordings alone; the teachers' views",
 }
+CED = ("ced", "ced_recordings")  # which the claim is about
 BRIEF_STORED = {
     "short": "`ced`",
     "ced": f"{plan.BRIEF} times the steps, as in the table above",
@@ -104,7 +106,8 @@ def _page(results: Results) -> Iterator[str]:
         "start from fresh weights, and take the same "
         f"{plan.EPOCHS * plan.STEPS} steps of 32 clips with the same loss, binary cross-entropy. Those that learn from "
         f"stored scores need no labels: beside each recording they hear {split.MIXTURES} mixtures of two, to which the "
-        "teachers have listened as well (`ced_recordings` does without). Every number is in "
+        "teachers have listened as well (`own_recordings` and `ced_recordings` do "
+        "without). Every number is in "
         "[results.json](results.json); `python -m benchmarks.esc10 --data ESC10` makes them anew, in hours on two "
         "cores."
     )
@@ -189,23 +192,26 @@ def _size(verdicts: Sequence[Verdict]) -> str:
 
 def _differences(results: Results) -> Iterator[str]:
     """Yield what the claim comes down to, fold against fold."""
-    rows = {}
+    yield "| | " + " | ".join(f"`{arm}`: points of accuracy | divergence" for arm in CED) + " |"
+    yield "|---" * (1 + 2 * len(CED)) + "|"
     for other in (*ARMS, ENSEMBLE):
-        pairs = [_by_fold(results, arm, "accuracy") for arm in ("ced", other)]
-        if both := pairs[0].keys() & pairs[1].keys() if other != "ced" else ():
-            points = [100 * (pairs[0][fold] - pairs[1][fold]) for fold in both]
-            apart = [_by_fold(results, arm, "divergence") for arm in ("ced", other)]
-            nats = [apart[0][fold] - apart[1][fold] for fold in both]
-            rows[other] = f"| `{other}` | {_signed(points, 1)} | {_signed(nats, 3)} | {len(both)} |"
-    if rows:
-        yield "| `ced` against | points of accuracy | divergence | folds |"
-        yield "|---|---|---|---|"
-        yield from rows.values()
+        cells = [
+            _signed(_apart(results, arm, other, name, scale), digits) if arm != other else ""
+            for arm in CED
+            for name, scale, digits in (("accuracy", 100, 1), ("divergence", 1, 3))
+        ]
+        yield f"| against `{other}` | {' | '.join(cells)} |"
+
+
+def _apart(results: Results, arm: str, other: str, name: str, scale: float) -> list[float]:
+    """Return by how much an arm exceeds another, in each fold that both have."""
+    one, two = (_by_fold(results, each, name) for each in (arm, other))
+    return [scale * (one[fold] - two[fold]) for fold in one.keys() & two.keys()]
 
 
 def _signed(values: Sequence[float], digits: int) -> str:
-    text = _spread(values, digits)
-    return text if text.startswith("-") else f"+{text}"
+    text = _spread(values, digits) if values else ""
+    return text if text.startswith("-") or not text else f"+{text}"
 
 
 def _draw(results: Results, path: Path) -> None:

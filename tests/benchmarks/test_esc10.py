@@ -180,8 +180,8 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     page = (tmp_path / report.PAGE).read_text()
     assert "| `labels` | labels | 69.0 ± 1.4 | 0.700 ± 0.000 | 0.060 ± 0.000 | 0.030 ± 0.000 | 68.0 | 70.0 |" in page
     assert "**Still to be run:** fold 3, 4, 5 of `pictures`, `series`, `recurrent`, `ensemble`, `labels`," in page
-    assert "| `labels_mixup` | +8.0 ± 0.0 | -0.020 ± 0.000 | 2 |" in page
-    assert "| `ensemble` | +20.0 ± 0.0 | -0.050 ± 0.000 | 2 |" in page
+    assert "| against `labels_mixup` | +8.0 ± 0.0 | -0.020 ± 0.000 | +20.0 ± 0.0 | -0.050 ± 0.000 |" in page
+    assert "| against `ced` |  |  | +12.0 ± 0.0 | -0.030 ± 0.000 |" in page
     changed = "| `ced` | 40.0 | 0.300 | 0.200 | 0.100 |\n| 8 times the steps | 45.0 | 0.400 | 0.100 | 0.050 |"
     assert page.count(changed) == 1
     assert "One thing changed: labels" not in page
