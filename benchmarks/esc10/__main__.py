@@ -189,16 +189,17 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _end)
     todo = tasks(args.work.resolve(), args.parts, folds, args.seeds)
     try:
+        args.out.mkdir(parents=True, exist_ok=True)  # said now what could not be written in hours
         with claimed(args.work / "run"):
             check_made(todo)
+            results = report.Results(args.work / report.RESULTS)
             for fold in folds:
                 split.prepare(args.data, args.work / f"fold{fold}", fold)
-            results = report.Results(args.work / report.RESULTS)
             failures = run(todo, args.jobs, results)
         report.write(results, args.out)
         if report.EXTRA_FOLD in folds and "box" in args.parts and not failures:
             box.ship(args.work, args.data)
-    except CedError as error:
+    except (CedError, OSError) as error:
         sys.exit(f"error: {error}")
     undone = sum(not task.made.exists() for task in todo)
     sys.exit(f"{len(failures)} failed, and {undone} of {len(todo)} are still to be done" if failures else 0)

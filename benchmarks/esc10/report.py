@@ -8,6 +8,7 @@ from statistics import mean, stdev
 
 from benchmarks.esc10 import plan, split
 from benchmarks.esc10.judge import ENSEMBLE, Verdict
+from ced.errors import ConfigError
 from ced.files import written_aside
 
 RESULTS, PAGE, PLOT = "results.json", "results.md", "results.svg"
@@ -55,13 +56,20 @@ OTHERS = {"human": 95.7, "first CNN": 80.3, "random forest": 72.7}  # accuracy a
 
 
 class Results:
-    """All verdicts so far, in a file that is rewritten with each new one."""
+    """All verdicts so far, in a file that is rewritten with each new one.
+
+    Raises:
+        ConfigError: the file is damaged, or of an earlier version.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.verdicts: list[Verdict] = []
         if path.exists():
-            self.verdicts = [Verdict(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+            try:
+                self.verdicts = [Verdict(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{path} is not as it is written now; delete it, and all is judged anew") from error
 
     def of(self, arm: str, fold: int | None = None, seed: int | None = None) -> list[Verdict]:
         """Return what is known of an arm, in the order of seeds and folds."""
@@ -84,7 +92,6 @@ def _place(verdict: Verdict) -> tuple[str, int, int]:
 
 def write(results: Results, out: Path) -> None:
     """Write the page, its plot and the numbers."""
-    out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS).write_bytes(results.path.read_bytes())
     (out / PAGE).write_text("\n".join(_page(results)) + "\n", encoding="utf-8")
     _draw(results, out / PLOT)

@@ -137,6 +137,7 @@ def test_the_whole_run_resumes_and_is_judged(data: Path, tmp_path: Path) -> None
         (("--folds", "1", "--parts", "box"), "the box and the extra arms are of fold 5, which is not among --folds"),
         (("--jobs", "0"), "argument --jobs: 0 is less than 1"),
         (("--folds", "6"), "argument --folds: invalid choice: 6"),
+        (("--out", __file__), "File exists"),
         ((), "nothing here"),
     ],
 )
@@ -145,6 +146,12 @@ def test_what_cannot_be_run_is_said_in_a_line(words: tuple[str, ...], said: str,
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=esc10.ROOT)
     assert done.returncode
     assert said in done.stderr.splitlines()[-1]
+
+
+def test_results_of_an_earlier_version_are_said_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / report.RESULTS).write_text('[{"arm": "ced", "fold": 1}]')
+    with pytest.raises(ConfigError, match=r"results\.json is not as it is written now; delete it, and all is judged"):
+        report.Results(tmp_path / report.RESULTS)
 
 
 def test_a_failure_is_told_and_the_rest_goes_on(data: Path, tmp_path: Path) -> None:
