@@ -59,7 +59,7 @@ def ours() -> list[Tagger]:
     for entry in MODELS.values():
         if entry.name.startswith("ced_") and entry.map is not None:
             config = ModelConfig(embed_dim=entry.width, num_heads=entry.heads)
-            found.append(Tagger(entry.name.replace("_", "-"), entry.params, multiply_adds(config), entry.map, (6, -9)))
+            found.append(Tagger(entry.name.replace("_", "-"), entry.params, multiply_adds(config), entry.map, (-3, 8)))
     return found
 
 

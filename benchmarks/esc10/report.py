@@ -230,7 +230,7 @@ def _draw(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     rows = [(arm, what) for arm, what in {**ARMS, ENSEMBLE: "the teachers together"}.items() if results.of(arm)]
-    figure, axes = pyplot.subplots(figsize=(7.5, 0.5 * len(rows) + 1), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(rows) + 1), layout="constrained")
     for place, (arm, _) in enumerate(rows):
         accuracies = [100 * value for value in _by_fold(results, arm, "accuracy").values()]
         colour = "tab:blue" if arm in plan.LABELS else "tab:grey" if arm == ENSEMBLE else "tab:orange"
@@ -240,7 +240,7 @@ def _draw(results: Results, path: Path) -> None:
     axes.invert_yaxis()
     axes.axvline(OTHERS["human"], color="black", linestyle=":", linewidth=1)
     axes.annotate("human", (OTHERS["human"], -0.6), ha="center", annotation_clip=False)
-    axes.set_xlabel("accuracy on the held-out fold, percent; bars are means")
+    axes.set_xlabel("accuracy, percent; bar: mean of folds")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
