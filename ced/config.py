@@ -146,7 +146,7 @@ class LoopConfig(Section):
     num_workers: int = Field(4, ge=0, description="threads that read audio")
     compile: bool = Field(False, description="compile the network with torch.compile")
     seed: Seed = Field(42, description="where every random choice comes from")
-    logfile: str = Field("train.log", description="name of the log in the experiment folder")
+    logfile: str = Field("train.log", pattern="^[^/]+$", description="name of the log in the experiment folder")
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:

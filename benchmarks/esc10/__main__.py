@@ -1,10 +1,13 @@
 """Run all of it: `python -m benchmarks.esc10 --data ESC10`. Hours on two cores; what is done is kept, so run it again.
 
+It writes its page beside what it trains; `--out docs` is how the published page was made.
+
 Each fold has its folder with a configuration, a log and a model a job: any of them can be repeated by hand with the
 command that the log begins with.
 """
 
 import argparse
+import hashlib
 import os
 import signal
 import subprocess
@@ -35,6 +38,7 @@ class Task:
     fold: int
     folder: Path
     job: plan.Job
+    stands_on: tuple["Task", ...] = ()  # tasks that it needs
 
     @property
     def made(self) -> Path:
@@ -47,23 +51,42 @@ class Task:
         """The configuration that its command reads."""
         return self.folder / f"{self.job.name}.yaml"
 
+    @property
+    def written(self) -> list[Path]:
+        """What its command has written so far, whether it came to an end or not."""
+        if self.job.command == "teacher":
+            return [self.made] if self.made.exists() else []
+        if isinstance(self.job.config, StoreConfig):
+            store = self.folder / store_folder(self.job.config)
+            return [store] if store.exists() else []
+        return [path.parent for path in sorted(self.folder.glob(f"experiments/{self.job.name}/*/config.yaml"))]
+
+    def recipe(self) -> str:
+        """Return the configuration as it is written, under a digest of the recipes that it stands on."""
+        below = hashlib.sha256("".join(other.recipe() for other in self.stands_on).encode()).hexdigest()
+        return f"# stands on {below[:16]}\n{dump(self.job.config)}"
+
     def __str__(self) -> str:
         return f"fold {self.fold}: {self.job.name}"
 
 
 def tasks(work: Path, parts: list[str], folds: list[int], seeds: int) -> list[Task]:
     """Return what there is to do, the first to be done first."""
-    found = []
+    wanted = []
     for fold in folds:
         jobs = plan.groundwork()
         if "main" in parts:
             jobs += [job for seed in range(1, seeds + 1) for job in plan.main(seed)]
         if fold == report.EXTRA_FOLD and "box" in parts:
             jobs += plan.box()
-        found += [Task(fold, work / f"fold{fold}", job) for job in jobs]
+        wanted += [(fold, job) for job in jobs]
     if report.EXTRA_FOLD in folds and "extra" in parts:
-        found += [Task(report.EXTRA_FOLD, work / f"fold{report.EXTRA_FOLD}", job) for job in plan.extra(1)]
-    return found
+        wanted += [(report.EXTRA_FOLD, job) for job in plan.extra(1)]
+    found: dict[tuple[int, str], Task] = {}
+    for fold, job in wanted:  # some are wanted more than once
+        below = tuple(found[fold, name] for name in job.needs)
+        found.setdefault((fold, job.name), Task(fold, work / f"fold{fold}", job, below))
+    return list(found.values())
 
 
 def words(task: Task) -> list[str]:
@@ -71,8 +94,8 @@ def words(task: Task) -> list[str]:
     job, file = task.job, task.settings.name
     if job.command == "teacher":
         return [sys.executable, "-m", "benchmarks.esc10.teachers", job.name, file]
-    begun = [] if job.command == "store" else sorted(task.folder.glob(f"experiments/{job.name}/*/config.yaml"))
-    resume = ["--resume", str(begun[-1].parent.relative_to(task.folder))] if begun else []
+    begun = [] if job.command == "store" else task.written
+    resume = ["--resume", str(begun[-1].relative_to(task.folder))] if begun else []
     return [sys.executable, "-m", "ced", job.command, file, *resume]
 
 
@@ -83,7 +106,7 @@ def perform(task: Task) -> None:
         RuntimeError: it failed; the message has the last line that it wrote.
     """
     task.made.parent.mkdir(exist_ok=True)
-    task.settings.write_text(dump(task.job.config), encoding="utf-8")
+    task.settings.write_text(task.recipe(), encoding="utf-8")
     command = words(task)
     path = task.folder / "logs" / f"{task.job.name}.log"
     path.parent.mkdir(exist_ok=True)
@@ -102,31 +125,28 @@ def perform(task: Task) -> None:
     if code:
         last = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
         raise RuntimeError(f"{task} failed with {code}: {last} (all of it: {path})")
-    if job_made := _result(task):
-        task.made.symlink_to(os.path.relpath(job_made, task.made.parent))
-
-
-def _result(task: Task) -> Path | None:
-    """Return the folder that a job has made; None for a teacher, which writes its one file itself."""
-    if isinstance(task.job.config, StoreConfig):
-        return task.folder / store_folder(task.job.config)
-    if task.job.command == "teacher":
-        return None
-    return sorted(task.folder.glob(f"experiments/{task.job.name}/*/config.yaml"))[-1].parent
+    if not task.made.exists():  # a teacher has written it itself
+        task.made.unlink(missing_ok=True)  # a link to what was deleted
+        task.made.symlink_to(os.path.relpath(task.written[-1], task.made.parent))
 
 
 def check_made(todo: list[Task]) -> None:
-    """Make sure that what is there was made as the plan has it now.
+    """Make sure that what is there, and all that it stands on, was made as the plan has it now.
 
     Raises:
         ConfigError: something was made by another configuration.
     """
-    for task in todo:
-        if task.made.exists() and task.settings.read_text(encoding="utf-8") != dump(task.job.config):
-            raise ConfigError(
-                f"{task.made} was made by another configuration than the plan has now; delete it and"
-                f" {task.folder / 'experiments' / task.job.name}, or take another --work"
-            )
+    stale = [
+        path
+        for task in todo
+        if task.settings.exists() and task.settings.read_text(encoding="utf-8") != task.recipe()
+        for path in task.written
+    ]
+    if stale:
+        raise ConfigError(
+            "the plan has changed since these were made; delete them, or take another --work: "
+            + " ".join(map(str, stale))
+        )
 
 
 def run(todo: list[Task], jobs: int, results: report.Results) -> list[str]:
@@ -140,8 +160,9 @@ def run(todo: list[Task], jobs: int, results: report.Results) -> list[str]:
                 if task.made.exists():
                     waiting.remove(task)
                     verdicts(task, results)
-                elif len(running) < jobs and _ready(task, todo):
+                elif len(running) < jobs and all(other.made.exists() for other in task.stands_on):
                     waiting.remove(task)
+                    results.forget(task.fold, _judged(task), task.job.seed)  # it may have been made before
                     print(f"{task} ({len(waiting)} wait)", flush=True)
                     running[pool.submit(perform, task)] = task
             if not running:
@@ -156,17 +177,20 @@ def run(todo: list[Task], jobs: int, results: report.Results) -> list[str]:
     return failures
 
 
-def _ready(task: Task, todo: list[Task]) -> bool:
-    needed = [other for other in todo if other.fold == task.fold and other.job.name in task.job.needs]
-    return all(other.made.exists() for other in needed)
+def _judged(task: Task) -> tuple[str, ...]:
+    """Return what is judged once a task is done: a student, or at the first views the teachers; else nothing."""
+    if task.job.arm is not None:
+        return (task.job.arm,)
+    return (*plan.TEACHERS, judge.ENSEMBLE) if task.job.name == "views" else ()
 
 
 def verdicts(task: Task, results: report.Results) -> None:
     """Judge what a task has made, unless that was done."""
+    if all(results.of(arm, task.fold, task.job.seed) for arm in _judged(task)):
+        return
     if task.job.arm is not None:
-        if not results.of(task.job.arm, task.fold, task.job.seed):
-            results.add(judge.student(task.folder, task.job, task.fold))
-    elif task.job.name == "views" and not results.of(judge.ENSEMBLE, task.fold):
+        results.add(judge.student(task.folder, task.job, task.fold))
+    else:
         for verdict in judge.ensemble(task.folder, task.fold):
             results.add(verdict)
 
@@ -176,27 +200,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.esc10", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="ESC-10: meta.tsv, credits.tsv, audio/")
     parser.add_argument("--work", type=Path, default=Path("esc10"), help="folder for all that is trained")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of results.md, .json and .svg")
+    parser.add_argument("--out", type=Path, help="folder of results.md, .json and .svg (default: --work)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the box writes into the package")
     parser.add_argument("--folds", nargs="+", type=int, choices=report.FOLDS, default=report.FOLDS)
     parser.add_argument("--seeds", type=_count, default=1, help="seeds of the students in the main table")
     parser.add_argument("--jobs", type=_count, default=2, help="processes at a time, of one thread each")
     args = parser.parse_args()
-    folds = list(dict.fromkeys(args.folds))
+    folds, out = list(dict.fromkeys(args.folds)), args.out or args.work
     if report.EXTRA_FOLD not in folds and "main" not in args.parts:
         parser.error(f"the box and the extra arms are of fold {report.EXTRA_FOLD}, which is not among --folds")
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, _end)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
     todo = tasks(args.work.resolve(), args.parts, folds, args.seeds)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)  # said now what could not be written in hours
+        out.mkdir(parents=True, exist_ok=True)  # said now what could not be written in hours
         with claimed(args.work / "run"):
             check_made(todo)
             results = report.Results(args.work / report.RESULTS)
             for fold in folds:
                 split.prepare(args.data, args.work / f"fold{fold}", fold)
             failures = run(todo, args.jobs, results)
-        report.write(results, args.out)
+        if results.verdicts:
+            report.write(results, out)
         if report.EXTRA_FOLD in folds and "box" in args.parts and not failures:
             box.ship(args.work, args.data)
     except (CedError, OSError) as error:
@@ -206,15 +232,16 @@ def main() -> None:
 
 
 def _count(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
 
 
 def _end(number: int, _: FrameType | None) -> None:
     """End with all that runs: what went on without this would be begun a second time by the next run."""
     for child in list(_children):
         child.terminate()
+    print("interrupted; the same command goes on", file=sys.stderr)
     sys.exit(128 + number)
 
 

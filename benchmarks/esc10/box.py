@@ -8,6 +8,7 @@ import numpy as np
 
 from benchmarks.esc10 import plan
 from benchmarks.esc10.report import EXTRA_FOLD
+from ced.files import written_aside
 from ced.model.export import export
 from ced.model.loading import load_model
 from ced.model.metrics import accuracy, average_precision
@@ -63,7 +64,8 @@ def ship(work: Path, data: Path, graph: Path = GRAPH) -> None:
         export(network, exact)
         quantize(exact)
         graph.parent.mkdir(exist_ok=True)
-        graph.write_bytes(int8_path(exact).read_bytes())
+        with written_aside(graph) as aside:
+            aside.write_bytes(int8_path(exact).read_bytes())
         in_float = examine(exact, folder / "judge.tsv")
     found = examine(graph, folder / "judge.tsv")
     learned = [name for table in ("learn", "choose") for name in _names(folder / f"{table}.tsv")]
@@ -89,7 +91,8 @@ def ship(work: Path, data: Path, graph: Path = GRAPH) -> None:
             f"| {name} | {found.per_class[name]:.3f} | {right} of {of} |" for name, (right, of) in found.right.items()
         ),
     }
-    graph.with_suffix(".md").write_text(CARD.read_text(encoding="utf-8").format(**values), encoding="utf-8")
+    with written_aside(graph.with_suffix(".md")) as aside:
+        aside.write_text(CARD.read_text(encoding="utf-8").format(**values), encoding="utf-8")
 
 
 def _names(table: Path) -> list[str]:

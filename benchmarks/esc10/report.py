@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
+from pydantic import TypeAdapter
+
 from benchmarks.esc10 import plan, split
 from benchmarks.esc10.judge import ENSEMBLE, Verdict
 from ced.errors import ConfigError
@@ -67,8 +69,8 @@ class Results:
         self.verdicts: list[Verdict] = []
         if path.exists():
             try:
-                self.verdicts = [Verdict(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
-            except (TypeError, ValueError) as error:
+                self.verdicts = TypeAdapter(list[Verdict]).validate_json(path.read_bytes())
+            except ValueError as error:
                 raise ConfigError(f"{path} is not as it is written now; delete it, and all is judged anew") from error
 
     def of(self, arm: str, fold: int | None = None, seed: int | None = None) -> list[Verdict]:
@@ -80,7 +82,17 @@ class Results:
     def add(self, verdict: Verdict) -> None:
         """Take up a verdict, in place of an earlier one, and write all."""
         others = [one for one in self.verdicts if _place(one) != _place(verdict)]
-        self.verdicts = sorted([*others, verdict], key=_place)
+        self._write([*others, verdict])
+
+    def forget(self, fold: int, arms: Sequence[str], seed: int) -> None:
+        """Drop the verdicts of what is made anew."""
+        gone = {(arm, seed, fold) for arm in arms}
+        kept = [one for one in self.verdicts if _place(one) not in gone]
+        if len(kept) < len(self.verdicts):
+            self._write(kept)
+
+    def _write(self, verdicts: Sequence[Verdict]) -> None:
+        self.verdicts = sorted(verdicts, key=_place)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(self.path) as path:
             path.write_text(json.dumps([asdict(one) for one in self.verdicts], indent=1) + "\n", encoding="utf-8")
@@ -92,9 +104,13 @@ def _place(verdict: Verdict) -> tuple[str, int, int]:
 
 def write(results: Results, out: Path) -> None:
     """Write the page, its plot and the numbers."""
-    (out / RESULTS).write_bytes(results.path.read_bytes())
-    (out / PAGE).write_text("\n".join(_page(results)) + "\n", encoding="utf-8")
-    _draw(results, out / PLOT)
+    if out.resolve() != results.path.parent.resolve():
+        with written_aside(out / RESULTS) as path:
+            path.write_bytes(results.path.read_bytes())
+    with written_aside(out / PAGE) as path:
+        path.write_text("\n".join(_page(results)) + "\n", encoding="utf-8")
+    with written_aside(out / PLOT) as path:
+        _draw(results, path)
 
 
 def _page(results: Results) -> Iterator[str]:
@@ -112,9 +128,9 @@ def _page(results: Results) -> Iterator[str]:
         f"All students are one network (width {plan.WIDTH}, depth {plan.DEPTH}; {_size(results.of('ced'))}). They "
         "start from fresh weights, and take the same "
         f"{plan.EPOCHS * plan.STEPS} steps of 32 clips with the same loss, binary cross-entropy. Those that learn from "
-        f"stored scores need no labels: beside each recording they hear {split.MIXTURES} mixtures of two, to which the "
-        "teachers have listened as well (`own_recordings` and `ced_recordings` do "
-        "without). Every number is in "
+        "stored scores see no labels but those that choose checkpoints, as in every arm; beside each recording they "
+        f"hear {split.MIXTURES} mixtures of two, to which the teachers have listened as well (`own_recordings` and "
+        "`ced_recordings` do without). Every number is in "
         "[results.json](results.json); `python -m benchmarks.esc10 --data ESC10` makes them anew, in hours on two "
         "cores."
     )
@@ -176,7 +192,7 @@ def _brief(title: str, arms: dict[str, str], results: Results) -> Iterator[str]:
     yield "| | accuracy | mAP | divergence | of learned |"
     yield "|---|---|---|---|---|"
     for arm, what in arms.items():
-        for one in results.of(arm, EXTRA_FOLD):
+        for one in results.of(arm, EXTRA_FOLD, seed=1):
             apart = f"{one.divergence:.3f} | {one.divergence_learned:.3f}"
             yield f"| {what} | {100 * one.accuracy:.1f} | {one.map:.3f} | {apart} |"
     yield ""
@@ -242,5 +258,5 @@ def _draw(results: Results, path: Path) -> None:
     axes.annotate("human", (OTHERS["human"], -0.6), ha="center", annotation_clip=False)
     axes.set_xlabel("accuracy, percent; bar: mean of folds")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)

@@ -14,6 +14,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from ced.distill.wavpack import pack
+from ced.errors import TableError
 from ced.sound.audio import SAMPLE_RATE, load
 from ced.sound.tables import read_table, write_table
 
@@ -43,11 +44,17 @@ def read_clips(data: Path) -> tuple[list[Clip], list[str]]:
     """Return the recordings of `data`/meta.tsv (filename, fold, label, name), and the names of the classes in order.
 
     Raises:
-        TableError: a column is missing.
+        TableError: a column is missing, a fold or a label is no number, or a file is not named as in ESC-10.
     """
     meta = read_table(data / "meta.tsv", required=("filename", "fold", "label", "name"))
-    columns = (meta.column(name) for name in ("filename", "fold", "label"))
-    clips = [Clip(filename, int(fold), int(label)) for filename, fold, label in zip(*columns, strict=True)]
+    clips = []
+    for filename, fold, label in zip(*(meta.column(name) for name in ("filename", "fold", "label")), strict=True):
+        if not fold.isdecimal() or not label.isdecimal() or filename.count("-") != 3:
+            raise TableError(
+                f"table {meta.path}: {filename!r}, fold {fold!r}, label {label!r}; fold and label must be numbers, and"
+                " file names FOLD-SOURCE-TAKE-LABEL.ogg"
+            )
+        clips.append(Clip(filename, int(fold), int(label)))
     names = {clip.label: name for clip, name in zip(clips, meta.column("name"), strict=True)}
     return clips, [names[label] for label in sorted(names)]
 

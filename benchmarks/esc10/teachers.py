@@ -5,6 +5,7 @@ working directory; from then on `benchmarks.esc10.teachers:NAME` is a teacher fo
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from ced.distill.loop import MIXUP, ORDER
 from ced.distill.step import learning_rate
 from ced.distill.targets import mixup, mixup_weights
 from ced.distill.views import mask
+from ced.errors import CedError
 from ced.files import written_aside
 from ced.sound.frontend import N_MELS, LogMel
 from ced.sound.labels import ClassTable, read_classes
@@ -185,8 +187,10 @@ def main() -> None:
     parser.add_argument("name", choices=BODIES)
     parser.add_argument("config", type=Path, help="a configuration of `ced finetune`; its model is not looked at")
     args = parser.parse_args()
-    config = load(FinetuneConfig, args.config)
-    network = train(args.name, config)
+    try:
+        network = train(args.name, load(FinetuneConfig, args.config))
+    except CedError as error:
+        sys.exit(f"error: {error}")
     _weights(args.name).parent.mkdir(exist_ok=True)
     with written_aside(_weights(args.name)) as aside:
         save_file({key: value.contiguous() for key, value in network.state_dict().items()}, aside)

@@ -1,6 +1,9 @@
 """The experiment on ESC-10, in small: 10 classes of hums, one epoch of everything."""
 
 import json
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,8 +16,8 @@ import soundfile
 from benchmarks.esc10 import __main__ as esc10
 from benchmarks.esc10 import plan, report, split
 from benchmarks.esc10.judge import ENSEMBLE, Verdict, divergence
-from ced.config import FinetuneConfig, TrainConfig
-from ced.errors import ConfigError
+from ced.config import FinetuneConfig, TrainConfig, check
+from ced.errors import ConfigError, TableError
 from ced.sound.tables import read_table, write_table
 
 FOLDS = (1, 5)
@@ -107,16 +110,25 @@ def test_all_arms_of_a_table_take_the_same_steps() -> None:
     assert set(shorter) == {2700 // plan.BRIEF}
     assert longer == 2700 * plan.LONGER
     assert {config.valid_every * (config.epoch_length or 0) for config in [*students, *brief]} == {plan.VALID}
-    assert {job.name for job in plan.main(1)}.isdisjoint(job.name for job in plan.main(2))
+    one, two = ({job.name for job in plan.main(seed) if job.arm} for seed in (1, 2))
+    assert one.isdisjoint(two)
+
+
+def test_each_job_is_done_once_a_fold_and_only_where_it_is_needed(tmp_path: Path) -> None:
+    everything = esc10.tasks(tmp_path, ["main", "box", "extra"], [1, 5], seeds=2)
+    places = [(task.fold, task.job.name) for task in everything]
+    assert len(places) == len(set(places))
+    assert places.index((1, "views_unmixed")) < places.index((1, "ced_recordings-1"))
+    assert all(place[0] == 5 for place in places if place[1] in ("box-1", "short-1"))
+    box = [task.job.name for task in esc10.tasks(tmp_path, ["box"], [5], seeds=1)]
+    assert box == [*plan.TEACHERS, "views", "mae_box", "box-1"]
 
 
 def test_the_whole_run_resumes_and_is_judged(data: Path, tmp_path: Path) -> None:
     fold = tmp_path / "fold5"
     split.prepare(data, fold, 5)
-    jobs = [*plan.groundwork(), *(job for job in plan.main(1) if job.arm in ("labels_mixup", "ced"))]
-    brief = {"epochs": 1, "epoch_length": 2}
-    short = [replace(job, config=job.config.model_copy(update=brief)) for job in jobs]
-    todo = [esc10.Task(5, fold, job) for job in short]
+    names = [*plan.TEACHERS, "views", "labels_mixup-1", "ced-1"]
+    todo = brief(tmp_path, *names)
     results = report.Results(tmp_path / report.RESULTS)
     assert esc10.run(todo, 2, results) == []
     assert {one.arm for one in results.verdicts} == {*plan.TEACHERS, ENSEMBLE, "labels_mixup", "ced"}
@@ -127,15 +139,52 @@ def test_the_whole_run_resumes_and_is_judged(data: Path, tmp_path: Path) -> None
     assert esc10.run(todo, 2, again) == []
     assert again.verdicts == results.verdicts
     assert {path: path.stat().st_mtime_ns for path in fold.rglob("*") if path.is_file()} == written
-    with pytest.raises(ConfigError, match=r"models/pictures\.safetensors was made by another configuration than"):
-        esc10.check_made([esc10.Task(5, fold, job) for job in jobs])
+    changed = brief(tmp_path, *names, seed=2)
+    with pytest.raises(ConfigError, match="the plan has changed since these were made; delete them, or take") as stale:
+        esc10.check_made(changed)
+    made = [fold / "models" / f"{name}.safetensors" for name in plan.TEACHERS]
+    made += [(fold / "models" / name).resolve() for name in ("views", "labels_mixup-1", "ced-1")]
+    assert str(stale.value).endswith("another --work: " + " ".join(map(str, made)))
+    with pytest.raises(ConfigError, match=r"--work: \S+/fold5/views/\S+ \S+/experiments/ced-1/\S+$"):
+        esc10.check_made([*todo[:3], *(replace(task, stands_on=tuple(changed[:1])) for task in (todo[3], todo[5]))])
+
+
+def test_what_is_made_anew_is_judged_anew(data: Path, tmp_path: Path) -> None:
+    split.prepare(data, tmp_path / "fold5", 5)
+    todo = brief(tmp_path, *plan.TEACHERS, "views", "ced-1")
+    results = report.Results(tmp_path / report.RESULTS)
+    assert esc10.run(todo, 2, results) == []
+    (first,) = results.of("ced")
+    shutil.rmtree((tmp_path / "fold5/models/ced-1").resolve())  # as the message says: what the link leads to
+    again = brief(tmp_path, *plan.TEACHERS, "views", "ced-1", optimizer_args={"lr": 0.05})
+    todo = [*todo[:-1], again[-1]]
+    esc10.check_made(todo)
+    assert esc10.run(todo, 2, results) == []
+    (second,) = results.of("ced")
+    assert second.divergence != first.divergence
+
+
+def brief(work: Path, *names: str, **changes: object) -> list[esc10.Task]:
+    """Return jobs of fold 5 in one epoch of two steps."""
+    tasks: dict[str, esc10.Task] = {}
+    for task in esc10.tasks(work, ["main"], [5], seeds=1):
+        if task.job.name in names:
+            values = {key: value for key, value in changes.items() if hasattr(task.job.config, key)}
+            dumped = {**task.job.config.model_dump(), "epochs": 1, **values}
+            if hasattr(task.job.config, "epoch_length"):
+                dumped["epoch_length"] = 2
+            config = check(type(task.job.config), dumped, task.job.name)
+            below = tuple(tasks[name] for name in task.job.needs)
+            tasks[task.job.name] = replace(task, job=replace(task.job, config=config), stands_on=below)
+    return list(tasks.values())
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("--folds", "1", "--parts", "box"), "the box and the extra arms are of fold 5, which is not among --folds"),
-        (("--jobs", "0"), "argument --jobs: 0 is less than 1"),
+        (("--jobs", "0"), "argument --jobs: '0' is not a number from 1 on"),
+        (("--seeds", "x"), "argument --seeds: 'x' is not a number from 1 on"),
         (("--folds", "6"), "argument --folds: invalid choice: 6"),
         (("--out", __file__), "File exists"),
         ((), "nothing here"),
@@ -148,8 +197,38 @@ def test_what_cannot_be_run_is_said_in_a_line(words: tuple[str, ...], said: str,
     assert said in done.stderr.splitlines()[-1]
 
 
-def test_results_of_an_earlier_version_are_said_in_a_line(tmp_path: Path) -> None:
-    (tmp_path / report.RESULTS).write_text('[{"arm": "ced", "fold": 1}]')
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            ("a.wav", "1", "0"),
+            "'a.wav', fold '1', label '0'; fold and label must be numbers, and file names FOLD-SOURCE-",
+        ),
+        (("1-2-A-0.wav", "x", "0"), "'1-2-A-0.wav', fold 'x', label '0'; fold and label must be numbers"),
+    ],
+)
+def test_a_table_that_is_not_of_esc10_is_refused(row: tuple[str, str, str], said: str, tmp_path: Path) -> None:
+    columns = ("filename", "fold", "label", "name")
+    write_table(tmp_path / "meta.tsv", dict(zip(columns, ([value] for value in (*row, "dog")), strict=True)))
+    with pytest.raises(TableError, match=re.escape(said)):
+        split.read_clips(tmp_path)
+
+
+def test_an_interrupted_run_says_so_and_ends_its_jobs(data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.esc10", "--data", str(data), "--work", str(tmp_path), "--folds", "5"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=esc10.ROOT) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline().startswith("fold 5: pictures")
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGINT
+    assert "interrupted; the same command goes on" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("text", ['[{"arm": "ced", "fold": 1}]', "{}", "[", '[{"arm": "ced"}, 1]'])
+def test_results_of_an_earlier_version_are_said_in_a_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / report.RESULTS).write_text(text)
     with pytest.raises(ConfigError, match=r"results\.json is not as it is written now; delete it, and all is judged"):
         report.Results(tmp_path / report.RESULTS)
 
@@ -160,7 +239,8 @@ def test_a_failure_is_told_and_the_rest_goes_on(data: Path, tmp_path: Path) -> N
     series, views = plan.groundwork()[1], plan.groundwork()[-1]
     broken = replace(series, name="no_such_teacher")
     kept = replace(series, config=series.config.model_copy(update={"epochs": 1}))
-    todo = [esc10.Task(5, fold, job) for job in (broken, kept, replace(views, needs=("no_such_teacher",)))]
+    no_such, other = (esc10.Task(5, fold, job) for job in (broken, kept))
+    todo = [no_such, other, esc10.Task(5, fold, views, (no_such,))]
     (failure,) = esc10.run(todo, 1, report.Results(tmp_path / report.RESULTS))
     assert "fold 5: no_such_teacher failed with 2" in failure
     assert (fold / "models/series.safetensors").exists()
@@ -182,6 +262,7 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
             results.add(Verdict(arm, fold, 1, right, 0.7, apart, apart / 2, {"dog": 0.7}, 1000))
     results.add(Verdict("short", 5, 1, 0.5, 0.3, 0.2, 0.1, {"dog": 0.3}, 1000))
     results.add(Verdict("short", 5, 1, 0.4, 0.3, 0.2, 0.1, {"dog": 0.3}, 1000))  # judged again
+    results.add(Verdict("longer", 5, 2, 0.9, 0.9, 0.9, 0.9, {"dog": 0.9}, 1000))  # another seed is for the main table
     results.add(Verdict("longer", 5, 1, 0.45, 0.4, 0.1, 0.05, {"dog": 0.4}, 1000))
     report.write(results, tmp_path)
     page = (tmp_path / report.PAGE).read_text()
@@ -193,4 +274,4 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert page.count(changed) == 1
     assert "One thing changed: labels" not in page
     assert "<svg" in (tmp_path / report.PLOT).read_text()
-    assert len(json.loads((tmp_path / report.RESULTS).read_text())) == 2 * len((*report.TAUGHT, *report.ARMS)) + 2
+    assert len(json.loads((tmp_path / report.RESULTS).read_text())) == 2 * len((*report.TAUGHT, *report.ARMS)) + 3
