@@ -23,6 +23,15 @@ Fill = Annotated[
 ]
 Optimizer = Literal["Adam8bit", "Adam", "AdamW"]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
+def _file_name(text: str) -> str:
+    if Path(text).name != text:
+        raise ValueError(f"should be a file name without a folder, got {text!r}")
+    return text
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
 Positive = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -146,7 +155,7 @@ class LoopConfig(Section):
     num_workers: int = Field(4, ge=0, description="threads that read audio")
     compile: bool = Field(False, description="compile the network with torch.compile")
     seed: Seed = Field(42, description="where every random choice comes from")
-    logfile: str = Field("train.log", pattern="^[^/]+$", description="name of the log in the experiment folder")
+    logfile: FileName = Field("train.log", description="name of the log in the experiment folder")
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:

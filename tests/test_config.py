@@ -158,6 +158,7 @@ def test_unknown_keys_inside_transforms_name_the_nearest() -> None:
         (["--warmup_epochs", ".inf"], "warmup_epochs: input should be a finite number"),
         (["--optimizer_args.betas", "[1.5, 0.9]"], "optimizer_args.betas.0: input should be less than 1"),
         (["--seed", "99999999999999999999999"], "seed: "),
+        (["--logfile", "a/b.log"], "logfile: should be a file name without a folder, got 'a/b.log'"),
     ],
 )
 def test_what_cannot_be_done_is_refused(words: list[str], message: str) -> None:

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 PARTS = ("main", "box", "extra")
 
 _children: set[subprocess.Popen[bytes]] = set()  # that run
+_ending = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ def perform(task: Task) -> None:
         print(*command, file=log, flush=True)
         child = subprocess.Popen(command, cwd=task.folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
         _children.add(child)
+        if _ending.is_set():  # it was begun while the others were told to end
+            child.terminate()
         code = child.wait()
         _children.remove(child)
     if code:
@@ -239,6 +243,7 @@ def _count(text: str) -> int:
 
 def _end(number: int, _: FrameType | None) -> None:
     """End with all that runs: what went on without this would be begun a second time by the next run."""
+    _ending.set()
     for child in list(_children):
         child.terminate()
     print("interrupted; the same command goes on", file=sys.stderr)

@@ -1,13 +1,14 @@
 """What the held-out fold says about networks that never heard it."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 from torch import nn
 
 from benchmarks.esc10 import plan, teachers
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 _LEAST = 1e-6  # a probability is taken to be at least, and as far from 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))  # a file of another version is no list of these
 class Verdict:
     """How good one network is on one held-out fold."""
 

@@ -131,11 +131,12 @@ def groundwork() -> list[Job]:
 
 def main(seed: int) -> list[Job]:
     """Return the arms that every fold has."""
+    unmixed = _unmixed()
     return [
         *(_labelled(arm, seed, changes) for arm, changes in LABELS.items()),
         *(_distilled(arm, seed, changes) for arm, changes in DISTILLED.items()),
-        _unmixed(),
-        *(_distilled(arm, seed, changes, _unmixed()) for arm, changes in OF_RECORDINGS.items()),
+        unmixed,
+        *(_distilled(arm, seed, changes, unmixed) for arm, changes in OF_RECORDINGS.items()),
     ]
 
 
@@ -171,7 +172,7 @@ def extra(seed: int) -> list[Job]:
 
 def box() -> list[Job]:
     """Return first weights and the student that ships: as `ced`, but larger and more slowly."""
-    # Sounds of any length are tagged by it, so what is left over at their ends is heard, too: no `pad_last` here.
+    # It meets sounds of any length, so unlike the others it hears what is left over at the end of one, padded.
     shape = {"model_args": _shape(BOX_WIDTH, BOX_DEPTH), "optimizer_args": {"lr": 1e-3}}
     slowly = {"epochs": 108, "epoch_length": 25, "valid_every": 1, "warmup_iters": 27}
     first = _masked("mae_box", BOX_WIDTH, shape)

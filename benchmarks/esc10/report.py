@@ -104,9 +104,8 @@ def _place(verdict: Verdict) -> tuple[str, int, int]:
 
 def write(results: Results, out: Path) -> None:
     """Write the page, its plot and the numbers."""
-    if out.resolve() != results.path.parent.resolve():
-        with written_aside(out / RESULTS) as path:
-            path.write_bytes(results.path.read_bytes())
+    with written_aside(out / RESULTS) as path:
+        path.write_bytes(results.path.read_bytes())
     with written_aside(out / PAGE) as path:
         path.write_text("\n".join(_page(results)) + "\n", encoding="utf-8")
     with written_aside(out / PLOT) as path:

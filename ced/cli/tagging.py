@@ -2,9 +2,9 @@
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -51,7 +51,6 @@ def tag(
     A sound that cannot be read is named, the others are tagged all the same; the exit code is then 1.
     """
     from ced.model.onnx import open_model
-    from ced.tag import batch
     from ced.tag.inputs import find_inputs
     from ced.tag.recipe import Recipe, recording
     from ced.tag.tagger import Tagger
@@ -64,8 +63,9 @@ def tag(
     with reporting() as progress:
         graph = open_model(model, progress=progress)
     with reporting() as progress, Tagger(graph, jobs=jobs) as tagger:
-        text = str(EVENT_THRESHOLD) if threshold is None and events else threshold
-        least = None if text is None else thresholds(text, tagger.labels)
+        least: float | tuple[float, ...] | None = EVENT_THRESHOLD if events else None
+        if threshold is not None:
+            least = thresholds(threshold, tagger.labels)
         recipe = Recipe(
             window=window,
             hop=hop,
@@ -85,19 +85,8 @@ def tag(
         if out is None:
             failed = _print_records(inputs, process, kind, jobs, progress)
         else:
-            summary = batch.run(
-                inputs,
-                process,
-                out,
-                settings={"model": _fingerprint(graph.path), **recipe.settings()},
-                output=format or ["text"],
-                combined=combine,
-                jobs=jobs,
-                progress=progress,
-                failed=lambda outcome: complain(outcome.error),
-            )
-            failed = summary.failed
-            print(summary)
+            settings = {"model": _fingerprint(graph.path), **recipe.settings()}
+            failed = _write_records(inputs, process, out, settings, format or ["text"], combine, jobs, progress)
     if failed:
         raise typer.Exit(1)
 
@@ -167,6 +156,34 @@ def _print_records(
     for line in kind.lines(record for _, record in found):
         print(line, flush=True)
     return len(failed)
+
+
+def _write_records(
+    inputs: "Sequence[Input]",
+    process: "Callable[[Input], Record]",
+    out: Path,
+    settings: "Mapping[str, Any]",
+    output: "Sequence[str]",
+    combined: bool,
+    jobs: int,
+    progress: NotedProgress,
+) -> int:
+    """Write what is found in each sound into a folder; return how many failed."""
+    from ced.tag import batch
+
+    summary = batch.run(
+        inputs,
+        process,
+        out,
+        settings=settings,
+        output=output,
+        combined=combined,
+        jobs=jobs,
+        progress=progress,
+        failed=lambda outcome: complain(outcome.error),
+    )
+    print(summary)
+    return summary.failed
 
 
 def _without_failures(outcomes: "Iterable[Outcome[T]]", failed: list[str]) -> "Iterator[tuple[Input, T]]":

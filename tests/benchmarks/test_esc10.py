@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -224,10 +224,26 @@ def test_an_interrupted_run_says_so_and_ends_its_jobs(data: Path, tmp_path: Path
     assert run.returncode == 128 + signal.SIGINT
     assert "interrupted; the same command goes on" in said
     assert "Traceback" not in said
+    assert not (
+        tmp_path / "fold5/models/pictures.safetensors"
+    ).exists()  # it waits for its jobs: this one was cut short
 
 
-@pytest.mark.parametrize("text", ['[{"arm": "ced", "fold": 1}]', "{}", "[", '[{"arm": "ced"}, 1]'])
+GOOD = asdict(Verdict("ced", 1, 1, 0.5, 0.5, 0.1, 0.1, {"dog": 0.5}, 1000))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[",
+        "{}",
+        "[1]",
+        *(json.dumps([row]) for row in ({"arm": "ced"}, {**GOOD, "apart": 0.1}, {**GOOD, "accuracy": "a"})),
+    ],
+)
 def test_results_of_an_earlier_version_are_said_in_a_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / report.RESULTS).write_text(json.dumps([GOOD]))
+    assert [asdict(one) for one in report.Results(tmp_path / report.RESULTS).verdicts] == [GOOD]
     (tmp_path / report.RESULTS).write_text(text)
     with pytest.raises(ConfigError, match=r"results\.json is not as it is written now; delete it, and all is judged"):
         report.Results(tmp_path / report.RESULTS)
