@@ -14,7 +14,7 @@ test: .venv/dev.stamp  ## format, lint, types, tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 clean:  ## remove the environment and what `make demo` wrote
-	rm -rf .venv demo build ced.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv demo build ced_audio.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ced.errors import optional_packages
+
 if TYPE_CHECKING:
     from ced.model.loading import load_model as load_model
     from ced.model.zoo import list_models as list_models
@@ -18,4 +20,5 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that `import ced` costs nothing."""
     if name not in _HOMES:
         raise AttributeError(f"module 'ced' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    with optional_packages(f"ced.{name}"):
+        return getattr(import_module(_HOMES[name]), name)

@@ -1,5 +1,30 @@
 """What can go wrong, as one family of exceptions: the command line turns any of them into one line."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+DISTRIBUTION = "ced-audio"  # the name of this project on the package index; the name "ced" there is another project's
+# Optional modules: the package that brings each, and the smallest extra of this project that installs it.
+_OPTIONAL = {
+    "accelerate": ("accelerate", "hf"),
+    "av": ("av", "media"),
+    "bitsandbytes": ("bitsandbytes", "gpu"),
+    "fastapi": ("fastapi", "serve"),
+    "gradio": ("gradio", "app"),
+    "h5py": ("h5py", "train"),
+    "matplotlib": ("matplotlib", "train"),
+    "multipart": ("python-multipart", "serve"),
+    "prometheus_client": ("prometheus-client", "serve"),
+    "pyarrow": ("pyarrow", "parquet"),
+    "python_multipart": ("python-multipart", "serve"),
+    "sounddevice": ("sounddevice", "live"),
+    "starlette": ("starlette", "serve"),
+    "tensorboard": ("tensorboard", "train"),
+    "torch": ("torch", "train"),
+    "transformers": ("transformers", "hf"),
+    "uvicorn": ("uvicorn", "serve"),
+}
+
 
 class CedError(Exception):
     """Base of every error this package raises on purpose; its message says what came and what is allowed."""
@@ -51,3 +76,40 @@ class BusyError(CedError):
 
 class ClosedError(CedError):
     """Work that was still going on when whoever does it was closed."""
+
+
+class MissingPackageError(CedError, ImportError):
+    """An optional package that is not installed.
+
+    Attributes:
+        package: its name on the package index.
+        extra: the extra of this project that installs it.
+        command: the command that installs that extra.
+    """
+
+    def __init__(self, module: str, purpose: str = "") -> None:
+        """Explain which package brings `module`; `purpose` says what needs it, as the subject of a sentence."""
+        self.package, self.extra = _OPTIONAL[module]
+        self.command = install_command(self.extra)
+        super().__init__(f"{purpose or 'this'} needs the package {self.package}: {self.command}")
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra of this project."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
+
+
+@contextmanager
+def optional_packages(purpose: str = "") -> Iterator[None]:
+    """Import optional packages inside: one that is missing raises `MissingPackageError`.
+
+    Args:
+        purpose: what needs them, as the subject of the error's sentence.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in _OPTIONAL:
+            raise
+        raise MissingPackageError(module, purpose) from error

@@ -104,7 +104,7 @@ def test_what_cannot_be_shown_is_said_in_a_line() -> None:
             ),
             (
                 [sys.executable, "-c", WITHOUT_GRADIO, "app", "--port", "0"],
-                "ced: error: ced app needs the package gradio, which `pip install 'ced[app]'` brings\n",
+                "ced: error: ced app needs the package gradio: pip install 'ced-audio[app]'\n",
             ),
         ):
             done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)

@@ -16,7 +16,7 @@ from ced.model.vit import CED, ModelConfig
 from ced.sound.labels import ClassTable
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "onnx", "h5py", "pyarrow", "safetensors", "matplotlib")
+HEAVY = ("torch", "h5py", "pyarrow", "matplotlib")
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +90,15 @@ def test_the_model_in_the_package_needs_no_network(fresh: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("words", "extra"),
     [
-        (["train", "a.yaml"], "ced[train]"),
-        (["export", "-m", "a.safetensors"], "ced[train]"),
-        (["tag", "-m", "a.safetensors", "a.flac"], "ced[train]"),
-        (["tag", "-m", "small.onnx", "-f", "parquet", "-o", "out", "a.flac"], "ced[parquet]"),
-        (["tag", "-m", "small.onnx", "a.m4a"], "ced[media]"),
-        (["serve", "-m", "small.onnx", "--port", "0"], "ced[serve]"),
-        (["app", "-m", "small.onnx", "--port", "0"], "ced[app]"),
-        (["live", "-m", "small.onnx"], "ced[live]"),
-        (["live", "-m", "small.onnx", "http://127.0.0.1:1/"], "ced[media]"),
+        (["train", "a.yaml"], "ced-audio[train]"),
+        (["export", "-m", "a.safetensors"], "ced-audio[train]"),
+        (["tag", "-m", "a.safetensors", "a.flac"], "ced-audio[train]"),
+        (["tag", "-m", "small.onnx", "-f", "parquet", "-o", "out", "a.flac"], "ced-audio[parquet]"),
+        (["tag", "-m", "small.onnx", "a.m4a"], "ced-audio[media]"),
+        (["serve", "-m", "small.onnx", "--port", "0"], "ced-audio[serve]"),
+        (["app", "-m", "small.onnx", "--port", "0"], "ced-audio[serve]"),
+        (["live", "-m", "small.onnx"], "ced-audio[live]"),
+        (["live", "-m", "small.onnx", "http://127.0.0.1:1/"], "ced-audio[media]"),
     ],
 )
 def test_what_the_core_lacks_is_named(fresh: Path, graph: Path, tmp_path: Path, words: list[str], extra: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
-from ced.errors import CedError
+from ced.errors import CedError, MissingPackageError, optional_packages
 from ced.progress import NotedProgress, silent
 
 if TYPE_CHECKING:
@@ -50,11 +50,13 @@ class Commands(TyperGroup):
         except OSError as error:
             complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
             raise typer.Exit(1) from None
-        except ModuleNotFoundError as error:
-            if (error.name or "ced").partition(".")[0] == "ced":
-                raise
-            complain(f"this needs the package {error.name}, which `pip install 'ced[train]'` brings")
-            raise typer.Exit(1) from None
+        except ModuleNotFoundError:
+            try:
+                with optional_packages():
+                    raise
+            except MissingPackageError as missing:
+                complain(str(missing))
+                raise typer.Exit(1) from None
         except KeyboardInterrupt:
             raise _interrupted() from None
         except Exception as error:

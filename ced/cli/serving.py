@@ -13,7 +13,7 @@ import typer
 from ced.cli.console import reporting
 from ced.cli.listener import address, listen
 from ced.cli.options import Jobs, Model
-from ced.errors import ConfigError
+from ced.errors import ConfigError, optional_packages
 from ced.machine import allow_open_files, cores
 
 _log = logging.getLogger(__name__)
@@ -41,13 +41,9 @@ def serve(
 
     There are no passwords: put it behind a proxy that has them before other machines may reach it.
     """
-    try:
+    with optional_packages("ced serve"):
         from ced.tag.intake import Limits
         from ced.tag.server import Application, Server
-    except ModuleNotFoundError as error:
-        if (error.name or "ced").partition(".")[0] == "ced":
-            raise
-        raise ConfigError(f"serving needs the package {error.name}, which `pip install 'ced[serve]'` brings") from error
     from ced.model.onnx import open_model
 
     for option, value in (("--max-megabytes", max_megabytes), ("--max-seconds", max_seconds)):

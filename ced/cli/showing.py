@@ -10,7 +10,7 @@ import typer
 from ced.cli.console import reporting
 from ced.cli.listener import address, listen
 from ced.cli.options import Jobs, Model
-from ced.errors import ConfigError
+from ced.errors import optional_packages
 from ced.machine import cores
 
 
@@ -31,15 +31,11 @@ def show(
     Only this machine's users reach it, unless --host says otherwise.
     """
     listening = listen(host, port)
-    try:
+    with optional_packages("ced app"):
         import uvicorn
 
         from ced.tag.app import Server, serving
         from ced.tag.desk import Access
-    except ModuleNotFoundError as error:
-        if (error.name or "ced").partition(".")[0] == "ced":
-            raise
-        raise ConfigError(f"ced app needs the package {error.name}, which `pip install 'ced[app]'` brings") from error
     from ced.tag.hearing import Hearing, Limits
     from ced.tag.tagger import Tagger
 

@@ -30,7 +30,7 @@ from ced.distill.precision import half_type
 from ced.distill.recorder import Recorder
 from ced.distill.step import Loss, Stepper, learning_rate
 from ced.distill.targets import mixup_weights
-from ced.errors import ConfigError, TrainingError
+from ced.errors import ConfigError, TrainingError, install_command
 from ced.files import claimed
 from ced.model import checkpoints
 from ced.model.vit import CED
@@ -183,7 +183,7 @@ class Trainer:
         if half_type(config.mode, self.world.device) is None and config.mode == "amp":
             logger.warning("mode amp needs a GPU; computing in fp32")
         if config.optimizer == "Adam8bit" and type(self.stepper.optimizer) is torch.optim.Adam:
-            logger.warning("Adam8bit needs a CUDA GPU and bitsandbytes (pip install 'ced[gpu]'); using Adam")
+            logger.warning("Adam8bit needs a CUDA GPU and bitsandbytes (%s); using Adam", install_command("gpu"))
         if self.warmup >= config.epochs * self.steps:
             logger.warning(
                 "the warm-up of %d steps is as long as the run of %d", self.warmup, config.epochs * self.steps

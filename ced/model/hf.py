@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ced.errors import ConfigError
+from ced.errors import ConfigError, install_command, optional_packages
 from ced.model import zoo
 from ced.model.embedding import grid
 from ced.model.loading import config_of
@@ -21,29 +21,29 @@ from ced.model.vit import CED, ModelConfig, front_end
 from ced.sound.frontend import LogMel
 from ced.sound.labels import ClassTable, audioset, default_classes
 
-try:
+with optional_packages("ced.model.hf"):
     import transformers
-    from transformers import (
-        AutoConfig,
-        AutoFeatureExtractor,
-        AutoModel,
-        AutoModelForAudioClassification,
-        PreTrainedConfig,
-        PreTrainedModel,
-        initialization,
-    )
-    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-    from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
-    from transformers.utils import can_return_tuple
-except ImportError as error:
-    raise ConfigError(
-        f"ced.model.hf needs Transformers 5.23 or newer ({error.name} is missing): `pip install 'ced[hf]'` brings it"
-    ) from error
 
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23):
-    # Older audio pipelines apply a softmax to everything, so that probabilities would be wrong without a word.
-    raise ConfigError(f"ced.model.hf needs Transformers 5.23 or newer; {transformers.__version__} is installed")
+    # Older audio pipelines apply a softmax to every output, so multi-label probabilities would be silently wrong.
+    raise ConfigError(
+        f"ced.model.hf needs Transformers 5.23 or newer, {transformers.__version__} is installed:"
+        f" {install_command('hf')}"
+    )
+
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForAudioClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
+from transformers.utils import can_return_tuple
 
 from ced.model.hf_features import CedFeatureExtractor
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ced
-from ced.errors import CheckpointError, DownloadError, TableError
+from ced.errors import CheckpointError, DownloadError, TableError, optional_packages
 from ced.model import zoo
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
@@ -223,14 +223,9 @@ def _exported(checkpoint: Path) -> Path:
     path = zoo.cache_dir() / "exported" / f"{digest.hexdigest()[:32]}.onnx"
     if path.is_file():
         return path
-    try:
+    with optional_packages(f"exporting {checkpoint}"):
         from ced.model.export import export
         from ced.model.loading import load_model
-    except ModuleNotFoundError as error:
-        raise CheckpointError(
-            f"checkpoint {checkpoint} must be exported once, which needs the package {error.name}: "
-            "pip install 'ced[train]', or export it where that is installed and pass the .onnx file"
-        ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.is_file():

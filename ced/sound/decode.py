@@ -15,8 +15,8 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from ced.errors import AudioError
-from ced.sound.media import EXTRA, MEDIA_KINDS, Opened, is_address, is_installed, open_address, open_media
+from ced.errors import AudioError, install_command
+from ced.sound.media import MEDIA_KINDS, Opened, is_address, is_installed, open_address, open_media
 from ced.sound.plainwav import plain_wav
 from ced.sound.whole import announces_length, is_cut
 
@@ -137,7 +137,7 @@ def _open_file(file: BinaryIO, name: str, stack: ExitStack, path: str | bytes | 
     except soundfile.LibsndfileError as error:
         if (media := open_media(file, name, cut, stack)) is not None:
             return media
-        more = f", {MEDIA_KINDS}" if is_installed() else f"; {EXTRA} brings {MEDIA_KINDS}"
+        more = f", {MEDIA_KINDS}" if is_installed() else f"; {install_command('media')} adds {MEDIA_KINDS}"
         message = f"cannot decode {name}: {_reason(error)}; readable are whole files of {_KINDS}{more}"
         raise AudioError(message) from error
     except TypeError as error:  # soundfile wants to be told what headerless files (.raw) hold
@@ -146,7 +146,8 @@ def _open_file(file: BinaryIO, name: str, stack: ExitStack, path: str | bytes | 
     if sound.format == "MP3" and not announces_length(file):
         if (media := open_media(file, name, cut, stack)) is not None:
             return media
-        _log.warning("%s does not say how long it is, so its end may be missing; %s reads it whole", name, EXTRA)
+        whole = install_command("media")
+        _log.warning("%s does not say how long it is, so its end may be missing; to read it whole: %s", name, whole)
         announced = 0
     return sound.samplerate, sound.channels, partial(_file_blocks, sound, name, announced, cut)
 

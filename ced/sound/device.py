@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ced.errors import AudioError
+from ced.errors import AudioError, optional_packages
 from ced.sound.live import BLOCK, LiveSource, waves
 
 _STALL = 5.0  # seconds without sound, after which a device counts as lost: not all systems say when one is pulled out
@@ -124,10 +124,8 @@ def _blocks(portaudio: Any, index: int, rate: int, called: str) -> Iterator[NDAr
 def _portaudio() -> Any:
     """Return sounddevice, with what it needs."""
     try:
-        import sounddevice
-    except ModuleNotFoundError as error:
-        extra = "`pip install 'ced[live]'`"
-        raise AudioError(f"input devices need the package {error.name}, which {extra} brings") from error
+        with optional_packages("recording from an input device"):
+            import sounddevice
     except OSError as error:  # the package is there, the library it speaks to is not
         raise AudioError(f"input devices need the PortAudio library ({error}); {_LIBRARY}") from error
     return sounddevice

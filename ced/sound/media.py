@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from ced.errors import AudioError
+from ced.errors import AudioError, optional_packages
 
 if TYPE_CHECKING:
     from av import AudioFrame, AudioStream, FFmpegError, Packet
@@ -26,7 +26,6 @@ MEDIA_SUFFIXES = frozenset(
     | {".wma", ".wmv", ".avi", ".ac3", ".amr", ".mp2", ".mpg", ".mpeg", ".flv", ".ape", ".wv", ".tta"}
 )
 MEDIA_KINDS = "M4A, MP4, AAC, WebM, MKV, WMA, AVI"
-EXTRA = "`pip install 'ced[media]'`"
 # Rate, channels, and what reads so many frames a block.
 Opened = tuple[int, int, Callable[[int], Iterator[NDArray[Any]]]]
 
@@ -63,9 +62,8 @@ def open_address(address: str, stack: ExitStack, *, live: bool = False) -> Opene
         AudioError: PyAV is not installed, the address cannot be read, or there is no sound; by the blocks: it breaks
             off.
     """
-    if not is_installed():
-        raise AudioError(f"cannot read {address}: addresses need PyAV, which {EXTRA} brings")
-    import av
+    with optional_packages(f"reading {address}"):
+        import av
 
     try:
         options = {**_network_options(), **(_AT_ONCE if live else {})}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ced.errors import ConfigError
+from ced.errors import ConfigError, MissingPackageError
 from ced.files import written_aside
 from ced.sound.tables import write_table
 from ced.tag.tagger import Embedding
@@ -47,7 +47,7 @@ def check_suffix(path: Path) -> None:
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"embeddings go to a file named {' or '.join(SUFFIXES)}; got {path}")
     if path.suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise ConfigError(f"{path} needs the package pyarrow, which `pip install 'ced[parquet]'` brings")
+        raise MissingPackageError("pyarrow", f"writing {path}")
 
 
 def write_embeddings(path: Path, rows: Iterable[Row]) -> int:

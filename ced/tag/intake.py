@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from ced.errors import AudioError, CedError, ConfigError
+from ced.errors import AudioError, CedError, ConfigError, install_command
 from ced.sound import audio
-from ced.sound.media import EXTRA
 
 FIELD = "file"  # of a form, which holds the sound
 PCM = {"audio/l16": {"s16be": ">i2"}, "audio/pcm": {"s16le": "<i2", "f32le": "<f4"}}  # types, their formats, as numpy's
@@ -160,7 +159,8 @@ def load(upload: Upload, seconds: float) -> NDArray[np.float32]:
                 raise RefusedError(413, f"{upload.name} is longer than {seconds:g} s, which is the most in a request")
     except AudioError as error:
         # Samples have no name of their own, and what to install is nothing that a client could do.
-        message = str(error).replace(audio.name_of(upload.source), upload.name).partition(f"; {EXTRA}")[0]
+        message = str(error).replace(audio.name_of(upload.source), upload.name)
+        message = message.partition(f"; {install_command('media')}")[0]
         raise RefusedError(422, message) from error
     except CedError:
         raise

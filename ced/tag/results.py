@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from ced.errors import ConfigError
+from ced.errors import ConfigError, MissingPackageError
 from ced.files import written_aside
 from ced.tag.records import FORMAT_VERSION, Record, Tag, Tags
 
@@ -170,8 +170,7 @@ def formats(names: Sequence[str], *, shared: bool = False, lines: bool = False) 
         if lines and chosen.lines is None:
             raise ConfigError(f"the output format {name} is no text that could be printed; write it to a folder")
         if chosen.package and find_spec(chosen.package) is None:
-            extra = f"pip install 'ced[{name}]'"
-            raise ConfigError(f"the output format {name} needs the package {chosen.package}, which `{extra}` brings")
+            raise MissingPackageError(chosen.package, f"the output format {name}")
     return [FORMATS[name] for name in names]
 
 

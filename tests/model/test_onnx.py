@@ -299,12 +299,12 @@ class TestOpen:
         checkpoints.save(tmp_path / "a.safetensors", network)
         program = (
             "import sys; sys.modules['torch'] = None\n"
-            "from ced.errors import CheckpointError\n"
+            "from ced.errors import MissingPackageError\n"
             "from ced.model.onnx import open_model\n"
             "try: open_model(sys.argv[1])\n"
-            "except CheckpointError as error: print(error)\n"
+            "except MissingPackageError as error: print(error)\n"
         )
         done = subprocess.run(
             [sys.executable, "-c", program, tmp_path / "a.safetensors"], capture_output=True, text=True, check=True
         )
-        assert "must be exported once, which needs the package torch: pip install 'ced[train]'" in done.stdout
+        assert "needs the package torch: pip install 'ced-audio[train]'" in done.stdout

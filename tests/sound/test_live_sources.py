@@ -20,7 +20,7 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from ced.errors import AudioError, ConfigError
+from ced.errors import AudioError, ConfigError, MissingPackageError
 from ced.sound import device, live, media
 from ced.sound.audio import SAMPLE_RATE, Window, windows
 from ced.sound.live import Arrival, Listening, LiveSource
@@ -463,7 +463,7 @@ def test_a_device_that_gives_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", None)
-    with pytest.raises(AudioError, match=r"need the package sounddevice, which `pip install 'ced\[live\]'` brings$"):
+    with pytest.raises(MissingPackageError, match=r"sounddevice: pip install 'ced-audio\[live\]'$"):
         device.devices()
     monkeypatch.delitem(sys.modules, "sounddevice")
     (tmp_path / "sounddevice.py").write_text("raise OSError('PortAudio library not found')\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from ced.errors import AudioError, ConfigError
+from ced.errors import AudioError, ConfigError, MissingPackageError
 from ced.tag.records import Record, Tag, Tags
 from ced.tag.results import FORMATS, formats, text, write
 
@@ -175,7 +175,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(sys, "meta_path", [])
     monkeypatch.delitem(sys.modules, "pyarrow")
-    with pytest.raises(ConfigError, match=r"parquet needs the package pyarrow, which `pip install 'ced\[parquet\]'`"):
+    with pytest.raises(MissingPackageError, match=r"parquet .* pyarrow: pip install 'ced-audio\[parquet\]'"):
         formats(["parquet"])
 
 
