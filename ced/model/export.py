@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -31,6 +30,7 @@ from ced.model.onnx import (
     open_session,
     session_options,
 )
+from ced.model.ort import GraphOptimizationLevel, InferenceSession
 from ced.model.vit import CED, foreign_feature
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.grid import MIN_SAMPLES, PATCH
@@ -95,11 +95,11 @@ def optimize(path: Path) -> None:
     """Do to a graph what ONNX Runtime does whenever it opens one, so that it opens in half the time."""
     options = session_options(threads=1)
     # Beyond this level are changes for the processor at hand.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.graph_optimization_level = GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     said = {each.key: each.value for each in onnx.load(path).metadata_props}
     with TemporaryDirectory(dir=path.parent) as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        InferenceSession(path, options, providers=["CPUExecutionProvider"])
         made = onnx.load(options.optimized_model_filepath)
     # It lists all the operator sets that it knows; other versions of it may not know them.
     used = {node.domain for node in made.graph.node}

@@ -23,7 +23,7 @@ from ced.sound.grid import HOP_SECONDS, MIN_SAMPLES, PATCH
 from ced.sound.labels import ClassTable, default_classes, named_by_config, read_classes
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession, SessionOptions
+    from ced.model.ort import InferenceSession, SessionOptions
 
 GRAPH_VERSION = 2  # raised when exported graphs change: those in the cache are then made anew
 LABELS_FILE = "class_labels_indices.csv"
@@ -236,9 +236,9 @@ def _exported(checkpoint: Path) -> Path:
 
 def session_options(threads: int) -> "SessionOptions":
     """Return how graphs are run: by so many threads, without a word but of errors."""
-    import onnxruntime
+    from ced.model.ort import SessionOptions
 
-    options = onnxruntime.SessionOptions()
+    options = SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -251,12 +251,12 @@ def open_session(path: Path, threads: int) -> "InferenceSession":
     Raises:
         CheckpointError: the file is missing, damaged or no ONNX graph.
     """
-    import onnxruntime
+    from ced.model.ort import InferenceSession
 
     if not path.is_file():
         raise CheckpointError(f"no graph at {path}")
     try:
-        return onnxruntime.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
+        return InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
     except Exception as error:  # a damaged file may make ONNX Runtime fail in any way
         raise CheckpointError(f"graph {path} is damaged or no ONNX file ({_line(error)})") from error
 

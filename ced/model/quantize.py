@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from ced.errors import ConfigError, ExportError
 from ced.files import written_aside
@@ -20,6 +19,7 @@ from ced.model.export import optimize
 from ced.model.graph import RUNTIME
 from ced.model.metrics import accuracy, average_precision
 from ced.model.onnx import PRECISION, OnnxModel
+from ced.model.ort import quantization
 from ced.progress import Progress, silent
 from ced.sound import audio
 from ced.sound.labelled import LabelledClip, read_labelled
@@ -142,7 +142,7 @@ def _write(path: Path, out: Path) -> None:
     # The graph is as simple as it gets: the quantizer need not prepare it.
     onnx.helper.set_model_props(graph, {**metadata, "onnx.quant.pre_process": "onnxruntime.quant"})
     with _quiet():
-        quantize_dynamic(
+        quantization().quantize_dynamic(
             graph,
             out,
             op_types_to_quantize=["MatMul", "Attention"],
@@ -152,7 +152,7 @@ def _write(path: Path, out: Path) -> None:
             per_channel=True,
             # 7 bits: without VNNI instructions two products of 8 bits are added up in 16 bits, which would clip.
             reduce_range=True,
-            weight_type=QuantType.QInt8,
+            weight_type=quantization().QuantType.QInt8,
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of what ONNX Runtime's own operators give
         )
     quantized = onnx.load(out)

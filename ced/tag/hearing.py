@@ -21,7 +21,7 @@ from ced.tag.tagger import Tagger
 from ced.tag.timeline import Overview, Timeline
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+    from ced.model.ort import InferenceSession
 
 _BLOCK = 10.0  # seconds that are read, and whose features are computed, at once
 

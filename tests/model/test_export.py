@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from ced import __version__
 from ced.errors import ExportError
 from ced.model import graph
 from ced.model.export import ExportReport, export
+from ced.model.ort import InferenceSession
 from ced.model.vit import CED, ModelConfig
 from ced.sound.audio import load
 from ced.sound.frontend import LogMel
@@ -56,7 +56,7 @@ def mels(clips: int, frames: int) -> torch.Tensor:
 
 
 def run(path: Path, output: str, batch: torch.Tensor) -> NDArray[np.float32]:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = InferenceSession(path, providers=["CPUExecutionProvider"])
     (result,) = session.run([output], {session.get_inputs()[0].name: batch.numpy()})
     return np.asarray(result)
 
@@ -92,7 +92,7 @@ class TestWave:
         assert report.largest_difference < 1e-5
 
     def test_the_interface(self, report: ExportReport, tagger: CED) -> None:
-        session = onnxruntime.InferenceSession(report.path, providers=["CPUExecutionProvider"])
+        session = InferenceSession(report.path, providers=["CPUExecutionProvider"])
         found = [(each.name, each.type, each.shape) for each in (*session.get_inputs(), *session.get_outputs())]
         assert found == [
             ("waves", "tensor(float)", ["batch", "time"]),
@@ -212,7 +212,7 @@ class TestFeats:
         assert feats.largest_difference < 1e-5
 
     def test_the_interface(self, feats: ExportReport) -> None:
-        session = onnxruntime.InferenceSession(feats.path, providers=["CPUExecutionProvider"])
+        session = InferenceSession(feats.path, providers=["CPUExecutionProvider"])
         (source,), (prob,) = session.get_inputs(), session.get_outputs()
         assert (source.name, source.type, source.shape) == ("feats", "tensor(float)", ["batch", 64, "time"])
         assert (prob.name, prob.type, prob.shape) == ("prob", "tensor(float)", ["batch", 527])
