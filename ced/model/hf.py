@@ -19,7 +19,7 @@ from ced.model.loading import config_of
 from ced.model.published import checked_config
 from ced.model.vit import CED, ModelConfig, front_end
 from ced.sound.frontend import LogMel
-from ced.sound.labels import ClassTable, audioset, default_classes
+from ced.sound.labels import ClassTable, default_classes, named, named_by_config
 
 with optional_packages("ced.model.hf"):
     import transformers
@@ -56,10 +56,11 @@ _DEFAULT = config_of(zoo.MODELS[zoo.DEFAULT_MODEL])
 
 
 class CedConfig(PreTrainedConfig):
-    """The shape of a network, its classes and what kind of problem they are, under the published names.
+    """Configuration of a network and its classes, with the setting names of the published `config.json`.
 
-    Classes are `id2label`, from which `outputdim` and `label2id` follow; without them 527 are AudioSet's. Several may
-    hold at once (sigmoid) unless `problem_type` is "single_label_classification" (softmax).
+    `id2label` names the classes, and `outputdim` and `label2id` follow from it; without it, 527 classes are AudioSet's.
+    The published files cut AudioSet's names at the first comma; they are restored to the full names. The problem is
+    multi-label (sigmoid) unless `problem_type` is "single_label_classification" (softmax).
     """
 
     model_type = "ced"
@@ -94,6 +95,8 @@ class CedConfig(PreTrainedConfig):
         written, asked = kwargs.pop("outputdim", None), kwargs.pop("num_labels", None)
         if self.id2label is None or asked not in (None, len(self.id2label)):
             self.id2label = dict(enumerate(default_classes(asked or written or _DEFAULT.outputdim).names))
+        elif (table := named_by_config({"id2label": self.id2label})) is not None:
+            self.id2label = dict(enumerate(table.names))  # full names, where the published files cut them
         self.label2id = self._label2id
         super().__post_init__(**kwargs)
 
@@ -118,18 +121,18 @@ class CedConfig(PreTrainedConfig):
 
     @property
     def labels(self) -> ClassTable:
-        """The classes; AudioSet's with their identifiers.
+        """The class table; AudioSet's with its full names and identifiers.
 
         Raises:
-            ConfigError: `id2label` does not count from 0.
+            ConfigError: the indices of `id2label` do not count from 0.
+            TableError: two classes have the same name.
         """
         found = {int(index): name for index, name in (self.id2label or {}).items()}
         if sorted(found) != list(range(len(found))):
             raise ConfigError(
                 f"id2label has the keys {', '.join(map(str, sorted(found)))}; they must be 0 to {len(found) - 1}"
             )
-        names = tuple(found[index] for index in range(len(found)))
-        return audioset() if names == audioset().names else ClassTable(names)
+        return named(found[index] for index in range(len(found)))
 
     @property
     def network(self) -> ModelConfig:

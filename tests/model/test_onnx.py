@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ from ced.sound.audio import load
 from ced.sound.frontend import LogMel
 from ced.sound.labels import ClassTable, audioset
 
+HUB_CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 SMALL = ModelConfig(embed_dim=64, num_heads=1, depth=2, outputdim=3)
 OWN = ClassTable(("dog", "rain", "clock"), ("/m/1", "/m/2", "/m/3"))
 Waves = NDArray[np.float32]
@@ -178,6 +180,11 @@ class TestForeignGraphs:
 
     def test_527_scores_are_audioset(self, tmp_path: Path) -> None:
         assert OnnxModel(foreign(tmp_path / "a.onnx", "logits", ["b", "t"], classes=527)).labels is audioset()
+
+    def test_the_published_config_beside_it_gives_full_names(self, tmp_path: Path) -> None:
+        path = foreign(tmp_path / "model.onnx", "logits", ["b", "t"], classes=527)
+        shutil.copy(HUB_CONFIGS / "tiny.json", tmp_path / "config.json")
+        assert OnnxModel(path).labels is audioset()
 
     def test_no_embeddings(self, tmp_path: Path) -> None:
         model = OnnxModel(foreign(tmp_path / "a.onnx", "logits", ["b", "t"]))
