@@ -38,6 +38,7 @@ SHORT = {
     "pretrain": "--epochs 1 --warmup_epochs 0 --batch_size 2",
 }
 GIVEN = ("resources", "trainconfig", "logitconfig", "pretrainconfig", "scripts")
+SCORE = r" [01]\.\d{4}\b"
 PROGRAMS = ("inference.py", "run.py", "save_logits.py", "export_onnx.py")
 
 
@@ -120,8 +121,32 @@ def test_the_commands_of_a_page(page: str, place: Path, cache: Path) -> None:
         run([sys.executable, "-c", block], place, cache)
 
 
+@pytest.mark.parametrize("page", ["README.md", "resources/README.md", "docs/tag.md"])
+def test_printed_output_is_what_a_page_shows(page: str, place: Path, cache: Path) -> None:
+    shown = blocks(ROOT / page, "console")
+    assert shown
+    for block in shown:
+        command, _, expected = block.removeprefix("$ ").partition("\n")
+        printed = run(["bash", "-c", command], place, cache)
+        assert re.sub(SCORE, "", printed).strip() == re.sub(SCORE, "", expected).strip()
+        # Processors may round products of 8 bits differently.
+        assert [float(found) for found in re.findall(SCORE, printed)] == pytest.approx(
+            [float(found) for found in re.findall(SCORE, expected)], abs=0.02
+        )
+
+
+def test_recordings_are_small_and_credited() -> None:
+    files = sorted(path for path in (ROOT / "resources").iterdir() if path.name != "README.md")
+    rows = re.findall(r"^\| `(\S+)` \|.*\| (.+) \| .+ \|$", (ROOT / "resources" / "README.md").read_text(), re.M)
+    assert {path.name for path in files} == {name for name, _ in rows}
+    for name, licence in rows:
+        assert (ROOT / "resources" / name).stat().st_size <= 100_000
+        assert licence == "public domain" or licence.startswith("[CC BY ")
+        assert load(ROOT / "resources" / name).std() > 0.005
+
+
 def test_every_page_is_linked_and_every_link_leads_somewhere() -> None:
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [ROOT / "README.md", ROOT / "resources" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     linked = set()
     for page in pages:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
