@@ -5,14 +5,13 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from ced.errors import ConfigError
-from ced.sound.features import PATCH, FrontEnd
+from ced.sound.features import PATCH, PUBLISHED, FrontEnd
 
 Pooling = Literal["mean", "logit", "token", "dm"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "logit", "token", "dm")
 
 # Far above every useful network, so that a damaged or hostile file cannot ask for all memory.
 _LIMITS = {"embed_dim": 1 << 14, "num_heads": 1 << 10, "depth": 1 << 9, "outputdim": 1 << 20, "target_length": 1 << 17}
-_FRONT_END = FrontEnd()
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,13 @@ class ModelConfig:
     eval_avg: Literal["mean", "max"] = "mean"  # how the pieces of a long input are joined
     pad_last: bool = True  # fill the last piece of a long input up with zeros
     init_bn: bool = True
-    n_mels: int = _FRONT_END.n_mels
-    n_fft: int = _FRONT_END.n_fft
-    win_size: int = _FRONT_END.win_size
-    hop_size: int = _FRONT_END.hop_size
-    f_min: float = _FRONT_END.f_min
-    f_max: float = _FRONT_END.f_max
-    center: bool = _FRONT_END.center
+    n_mels: int = PUBLISHED.n_mels
+    n_fft: int = PUBLISHED.n_fft
+    win_size: int = PUBLISHED.win_size
+    hop_size: int = PUBLISHED.hop_size
+    f_min: float = PUBLISHED.f_min
+    f_max: float = PUBLISHED.f_max
+    center: bool = PUBLISHED.center
 
     def __post_init__(self) -> None:
         allowed = {
@@ -80,7 +79,7 @@ class ModelConfig:
     def unpublished_feature(self) -> str | None:
         """The first setting in which the features differ from the published ones; None where they are the same."""
         for field in fields(FrontEnd):
-            has, published = getattr(self, field.name), getattr(_FRONT_END, field.name)
+            has, published = getattr(self, field.name), getattr(PUBLISHED, field.name)
             if has != published:
                 return f"{field.name} {has} instead of {published}"
         return None

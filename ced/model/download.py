@@ -8,7 +8,6 @@ import base64
 import binascii
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -128,7 +127,9 @@ def _receive(url: str, part: Path, notes: Path, progress: Progress) -> _Origin:
         headers |= {"Range": f"bytes={start}-", "If-Range": origin.validator}
     with _open(Request(url, headers=headers), part) as response:
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise DownloadError(f"{url} came in encoding {response.headers['Content-Encoding']}, which was not asked for")
+            raise DownloadError(
+                f"{url} came in encoding {response.headers['Content-Encoding']}, which was not asked for"
+            )
         spans = re.match(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
         if origin is not None and response.status == 206 and spans and int(spans[1]) == start:
             total = int(spans[2])

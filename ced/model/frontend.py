@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ced.sound.features import POWER_FLOOR, TOP_DB, FrontEnd, hann_window, mel_filters
+from ced.sound.features import POWER_FLOOR, PUBLISHED, TOP_DB, FrontEnd, hann_window, mel_filters
 
 CLIPS_AT_ONCE = 2  # on a CPU
 
@@ -22,7 +22,7 @@ class LogMel(nn.Module):
     window: Tensor
     filters: Tensor
 
-    def __init__(self, settings: FrontEnd = FrontEnd()) -> None:
+    def __init__(self, settings: FrontEnd = PUBLISHED) -> None:
         super().__init__()
         self.settings = settings
         # Derived from constants, so never part of a checkpoint.

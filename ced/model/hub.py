@@ -44,18 +44,17 @@ def fetch(repo: str, file: str, revision: str, progress: Progress = silent) -> P
 
     endpoint = (os.environ.get("HF_ENDPOINT") or "").strip().rstrip("/") or None
     try:
-        with _Quiet():
-            return Path(
-                hf_hub_download(
-                    repo,
-                    file,
-                    revision=revision,
-                    endpoint=endpoint,
-                    local_files_only=offline(),
-                    library_name="ced-audio",
-                    tqdm_class=_bar(f"download {repo}", progress),
-                )
+        return Path(
+            hf_hub_download(
+                repo,
+                file,
+                revision=revision,
+                endpoint=endpoint,
+                local_files_only=offline(),
+                library_name="ced-audio",
+                tqdm_class=_bar(f"download {repo}", progress),
             )
+        )
     except Exception as error:  # HTTP, network and file errors of several libraries, and invalid addresses
         reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
         if offline():
@@ -71,24 +70,11 @@ def forget(path: Path) -> None:
     content.unlink(missing_ok=True)
 
 
-class _Quiet:
-    """Keep the client's own log lines off standard error while it works; what matters comes back as an error."""
-
-    def __enter__(self) -> None:
-        from huggingface_hub.utils import logging
-
-        self._logging, self._before = logging, logging.get_verbosity()
-        logging.set_verbosity_error()
-
-    def __exit__(self, *_: object) -> None:
-        self._logging.set_verbosity(self._before)
-
-
 def _bar(task: str, progress: Progress) -> Any:
     """Return a progress bar class that reports instead of drawing."""
     from tqdm import tqdm
 
-    class Bar(tqdm):  # type: ignore[type-arg,misc]
+    class Bar(tqdm):  # type: ignore[misc]
         """Passes each update on to `progress`."""
 
         def __init__(self, *given: Any, **settings: Any) -> None:

@@ -14,6 +14,7 @@ from ced.model.frontend import LogMel
 from ced.sound.features import PATCH
 from ced.sound.labels import ClassTable, default_classes
 
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection."""
 

@@ -71,7 +71,7 @@ class Weights:
 
 def save(path: Path, weights: Weights) -> None:
     """Write weights, configuration, classes and a digest to one safetensors file; a crash leaves no half file."""
-    arrays = {key: np.ascontiguousarray(value) for key, value in weights.arrays.items()}
+    arrays = {key: np.asarray(value, order="C") for key, value in weights.arrays.items()}
     header = {
         "format": FORMAT_VERSION,
         "config": asdict(weights.config),
@@ -183,7 +183,8 @@ def resized(embedding: Array, axis: int, size: int) -> Array:
     right = np.minimum(left + 1, places - 1)
     share = (at - left).astype(np.float32).reshape([-1 if other == axis else 1 for other in range(4)])
     embedding = embedding.astype(np.float32)
-    return embedding.take(left, axis) * (1 - share) + embedding.take(right, axis) * share
+    stretched: Array = embedding.take(left, axis) * (1 - share) + embedding.take(right, axis) * share
+    return stretched
 
 
 def average(paths: Sequence[Path]) -> Weights:
@@ -211,7 +212,7 @@ def fingerprint(arrays: Mapping[str, Array]) -> str:
     """Return a digest of names, types, shapes and values, sha256 in hex."""
     digest = hashlib.sha256()
     for key in sorted(arrays):
-        value = np.ascontiguousarray(arrays[key])
+        value = np.asarray(arrays[key], order="C")
         digest.update(f"{key} {value.dtype.str} {value.shape}\n".encode())
         digest.update(value.data if value.ndim else value.tobytes())
     return digest.hexdigest()
@@ -254,7 +255,7 @@ def _with_bfloat16(path: Path) -> dict[str, Array]:
     """Read a safetensors file in which bfloat16 arrays become float32, as NumPy has no bfloat16."""
     kinds = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "BF16": "<u2"}
     arrays: dict[str, Array] = {}
-    for key, entry in deserialize(path.read_bytes()):
+    for key, entry in deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]
         kind, shape = entry["dtype"], entry["shape"]
         if kind not in kinds:
             raise CheckpointError(f"checkpoint {path}: {key} is of type {kind}; known: {', '.join(kinds)}")
@@ -281,7 +282,9 @@ def _beside(path: Path) -> tuple[dict[str, Any], ClassTable | None]:
     return settings, named_by_config(settings)
 
 
-def _assembled(arrays: Mapping[str, Array], settings: Mapping[str, Any], labels: ClassTable | None, path: Path) -> Weights:
+def _assembled(
+    arrays: Mapping[str, Array], settings: Mapping[str, Any], labels: ClassTable | None, path: Path
+) -> Weights:
     """Put together what a file says of a network, under the published key names.
 
     The shapes of the arrays come first: settings that contradict them are an error, so that a header cannot ask for a
@@ -325,7 +328,8 @@ def _has_head(arrays: Mapping[str, Array]) -> bool:
 def _size(arrays: Mapping[str, Array], key: str, axis: int, path: Path) -> int:
     if key not in arrays or arrays[key].ndim <= axis:
         raise CheckpointError(f"{path} is not a CED checkpoint: {key} is missing or has fewer than {axis + 1} axes")
-    return arrays[key].shape[axis]
+    size: int = arrays[key].shape[axis]
+    return size
 
 
 def _hidden(arrays: Mapping[str, Array], path: Path) -> int:
@@ -438,6 +442,6 @@ def _same_model(path: Path) -> str:
     from ced.model import zoo
 
     for entry in zoo.MODELS.values():
-        if entry.file == path.name and entry.hub is not None:
+        if entry.zenodo.file == path.name and entry.hub is not None:
             return f"-m {entry.name}"
     return "save it as safetensors where torch is installed"

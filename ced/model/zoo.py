@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ced.errors import CheckpointError, DownloadError
 from ced.progress import Progress, silent
@@ -33,7 +33,12 @@ class Hub:
     revision: str
     sha256: str  # of WEIGHTS_FILE
 
-    licence = "Apache-2.0"
+    licence: ClassVar[str] = "Apache-2.0"
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people."""
+        return self.repo
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,12 @@ class Zenodo:
     record: int
     file: str
 
-    licence = "CC BY 4.0"
+    licence: ClassVar[str] = "CC BY 4.0"
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people."""
+        return f"Zenodo {self.record}"
 
     @property
     def url(self) -> str:
@@ -70,6 +80,11 @@ class Entry:
         from ced.model.config import ModelConfig
 
         return ModelConfig(embed_dim=self.width, num_heads=self.heads)
+
+    @property
+    def sources(self) -> tuple[Hub | Zenodo, ...]:
+        """Where its weights are published, the first source first."""
+        return (self.zenodo,) if self.hub is None else (self.hub, self.zenodo)
 
     @property
     def megabytes(self) -> float:

@@ -52,6 +52,9 @@ class FrontEnd:
         return (PATCH - 1) * self.hop_size
 
 
+PUBLISHED = FrontEnd()
+
+
 def frames_of(samples: int, hop: int = HOP) -> int:
     """Return the number of frames of a centred STFT over `samples` samples."""
     return 1 + samples // hop

@@ -14,6 +14,7 @@ Input = Literal["wave", "feats"]
 Precision = Literal["float32", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8")
 
+LABELS_FILE = "class_labels_indices.csv"  # beside a graph of features: the class table, written as AudioSet's is
 PROB, EMBEDDING, COLUMNS = "prob", "embedding", "columns"  # outputs
 # Keys of the metadata:
 CLASSES = "classes"  # the class table as JSON
@@ -21,6 +22,7 @@ OUTPUT = "output"  # what `prob` holds
 PROBABILITIES = "probabilities"
 PRECISION = "precision"
 PIECE = "piece"  # frames of one forward pass; longer waves are cut
+LONGEST = "longest"  # samples of the longest wave; only there where longer waves fail
 HEAD = "head"  # only there where the network has no output layer
 NO_HEAD = "none"
 

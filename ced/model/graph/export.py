@@ -15,7 +15,7 @@ from ced.errors import ExportError
 from ced.files import written_aside
 from ced.model import ort
 from ced.model.config import shapes
-from ced.model.graph import CLASSES, HEAD, NO_HEAD, OUTPUT, PIECE, PRECISION, PROBABILITIES, Input
+from ced.model.graph import CLASSES, HEAD, LABELS_FILE, LONGEST, NO_HEAD, OUTPUT, PIECE, PRECISION, PROBABILITIES, Input
 from ced.model.graph.network import feats_graph, wave_graph
 from ced.model.weights import HEAD as HEAD_KEYS
 from ced.model.weights import Weights
@@ -23,7 +23,6 @@ from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable
 
 LARGEST_DIFFERENCE = 1e-4  # in probability, between a float graph and the network
-LABELS_FILE = "class_labels_indices.csv"  # beside a graph of features: the class table, as AudioSet's is written
 
 
 @dataclass(frozen=True)
@@ -38,17 +37,27 @@ class ExportReport:
 def export(weights: Weights, path: Path, source: Input = "wave") -> ExportReport:
     """Write a graph, `wave` as in `write_graph` or `feats` as in `write_feats_graph`.
 
-    Where torch is installed it is compared with the network first; nothing is written when they differ.
+    Beside a graph of features goes its class table, `class_labels_indices.csv` with the columns index, mid,
+    display_name. Where torch is installed it is compared with the network first; nothing is written when they differ.
 
     Raises:
         CheckpointError: the weights do not fit their configuration, or have no output layer to score with.
-        ExportError: as in those functions, or the graph differs from the network by more than `LARGEST_DIFFERENCE`.
+        ExportError: as in those functions, or the class table of another model is in the way, or the graph differs from
+            the network by more than `LARGEST_DIFFERENCE`.
     """
     from ced.model.graph.compare import largest_difference
 
-    difference = None
+    difference, labels_path, table = None, None, _labels_text(weights.classes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if source == "feats":
+        labels_path = path.with_name(LABELS_FILE)
+        if labels_path.is_file() and labels_path.read_text(encoding="utf-8") != table:
+            raise ExportError(
+                f"{labels_path} belongs to a model with other classes; export {path.name} into another folder"
+            )
     with written_aside(path) as aside:
-        labels_path = write_graph(weights, aside) if source == "wave" else write_feats_graph(weights, aside)
+        write = write_graph if source == "wave" else write_feats_graph
+        write(weights, aside)
         if find_spec("torch") is not None:
             difference = largest_difference(weights, aside)
             if not difference <= LARGEST_DIFFERENCE:
@@ -56,6 +65,9 @@ def export(weights: Weights, path: Path, source: Input = "wave") -> ExportReport
                     f"the graph {path} differs from the network by {difference:.2g} in probability; "
                     f"at most {LARGEST_DIFFERENCE:g} is allowed"
                 )
+    if labels_path is not None:
+        with written_aside(labels_path) as aside:
+            aside.write_text(table, encoding="utf-8", newline="\n")
     return ExportReport(path, difference, labels_path)
 
 
@@ -80,38 +92,26 @@ def write_graph(weights: Weights, path: Path) -> None:
         optimize(aside)
 
 
-def write_feats_graph(weights: Weights, path: Path) -> Path:
-    """Write a graph of features as other runtimes read it, and return the class table beside it.
+def write_feats_graph(weights: Weights, path: Path) -> None:
+    """Write a graph of features as other runtimes read it.
 
-    Its input is `feats` float32 (batch, 64, time) in dB, at least 16 frames; its output is `prob`; the class table
-    `class_labels_indices.csv` has the columns index, mid, display_name.
+    Its input is `feats` float32 (batch, 64, time) in dB, at least 16 frames; its output is `prob`.
 
     Raises:
         CheckpointError: the weights do not fit their configuration, or have no output layer.
-        ExportError: the network takes features that no such runtime makes, or the class table of another model is in
-            the way.
+        ExportError: the network takes features that no such runtime makes.
     """
     if (other := weights.config.unpublished_feature) is not None:
         raise ExportError(f"a graph of features is fed the published ones, but this network takes others: {other}")
     made = feats_graph(weights)
     onnx.helper.set_model_props(made, _published_metadata())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    labels_path, table = path.with_name(LABELS_FILE), _labels_text(weights.classes)
-    if labels_path.is_file() and labels_path.read_text(encoding="utf-8") != table:
-        raise ExportError(
-            f"{labels_path} belongs to a model with other classes; export {path.name} into another folder"
-        )
     with written_aside(path) as aside:
         onnx.save(made, aside)
-    with written_aside(labels_path) as aside:
-        aside.write_text(table, encoding="utf-8", newline="\n")
-    return labels_path
 
 
 def optimize(path: Path) -> None:
     """Do to a graph what ONNX Runtime does whenever it opens one, so that it opens in half the time."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options = ort.session_options(threads=1)
     # Beyond this level are changes for the processor at hand.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     properties = {each.key: each.value for each in onnx.load(path, load_external_data=False).metadata_props}
@@ -139,16 +139,22 @@ def _published_metadata() -> dict[str, str]:
 
 def _metadata(weights: Weights) -> dict[str, str]:
     config = weights.config
-    head = {} if weights.has_head else {HEAD: NO_HEAD}
-    return _published_metadata() | head | {
-        CLASSES: json.dumps(asdict(weights.classes), ensure_ascii=False),
-        OUTPUT: PROBABILITIES,
-        PRECISION: "float32",
-        "sample_rate": str(SAMPLE_RATE),
-        "hop": str(config.hop_size),
-        PIECE: str(config.target_length),
-        "preprocessing": json.dumps(asdict(config.front_end)),
-    }
+    special = {} if weights.has_head else {HEAD: NO_HEAD}
+    if not config.pad_last:
+        special[LONGEST] = str(config.target_length * config.hop_size - 1)
+    return (
+        _published_metadata()
+        | special
+        | {
+            CLASSES: json.dumps(asdict(weights.classes), ensure_ascii=False),
+            OUTPUT: PROBABILITIES,
+            PRECISION: "float32",
+            "sample_rate": str(SAMPLE_RATE),
+            "hop": str(config.hop_size),
+            PIECE: str(config.target_length),
+            "preprocessing": json.dumps(asdict(config.front_end)),
+        }
+    )
 
 
 def _with_empty_head(weights: Weights) -> Weights:

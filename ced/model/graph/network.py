@@ -52,7 +52,9 @@ def feats_graph(weights: Weights) -> onnx.ModelProto:
         CheckpointError: the weights do not fit their configuration, or have no output layer.
     """
     if not weights.has_head:
-        raise CheckpointError(f"{weights.source} has no output layer (masked pre-training leaves none): nothing to score")
+        raise CheckpointError(
+            f"{weights.source} has no output layer (masked pre-training leaves none): nothing to score"
+        )
     nodes, (config, arrays) = Nodes(), configured(weights)
     network = _Network(nodes, config, arrays, fused=False)
     tokens, pieces = network.tokens(nodes.add("Transpose", "feats", perm=[0, 2, 1]))
@@ -170,9 +172,7 @@ class _Network:
         nodes, arrays = self.nodes, self.arrays
         mixed = self._attention(f"{name}.attn", nodes.layer_norm(f"{name}.norm1", arrays, x, BLOCK_EPSILON))
         x = nodes.add("Add", x, mixed)
-        hidden = nodes.linear(
-            f"{name}.mlp.fc1", arrays, nodes.layer_norm(f"{name}.norm2", arrays, x, BLOCK_EPSILON)
-        )
+        hidden = nodes.linear(f"{name}.mlp.fc1", arrays, nodes.layer_norm(f"{name}.norm2", arrays, x, BLOCK_EPSILON))
         return nodes.add("Add", x, nodes.linear(f"{name}.mlp.fc2", arrays, self._gelu(hidden)))
 
     def _attention(self, name: str, x: str) -> str:
