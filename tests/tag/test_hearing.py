@@ -28,8 +28,8 @@ def beep(path: Path, seconds: int, begin: float, hertz: float = 1000.0) -> Path:
 
 def test_the_picture_is_what_models_hear(tagger: Tagger, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    from ced.sound.audio import load
     from ced.model.frontend import LogMel
+    from ced.sound.audio import load
 
     path = tmp_path / "a.wav"
     soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 4 * RATE), RATE)

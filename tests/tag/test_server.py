@@ -25,10 +25,10 @@ from prometheus_client import generate_latest
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from ced.model.config import ModelConfig
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
 from ced.model.runtime import OnnxModel
-from ced.model.config import ModelConfig
 from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 from ced.tag.api import PATH
