@@ -5,6 +5,7 @@ keys are `encoder.*` and `outputlayer.*`. The network and its features are those
 them the names and the habits that Transformers knows.
 """
 
+import os
 from dataclasses import asdict, fields
 from typing import Any, Literal, Self
 
@@ -20,7 +21,9 @@ from ced.model.published import checked_config
 from ced.model.vit import CED, ModelConfig, front_end
 from ced.sound.frontend import LogMel
 from ced.sound.labels import ClassTable, default_classes, named, named_by_config
+from ced.telemetry import SWITCHES
 
+os.environ.update(SWITCHES)
 with optional_packages("ced.model.hf"):
     import transformers
 

@@ -1,5 +1,6 @@
 """The log-mel front end as a feature extractor of Transformers; `ced.model.hf` registers it."""
 
+import os
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
@@ -7,14 +8,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import BatchFeature
-from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
 from ced.errors import AudioError, ConfigError
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.decode import LOUDEST
 from ced.sound.frontend import F_MAX, F_MIN, N_FFT, N_MELS, LogMel
 from ced.sound.grid import HOP, PATCH
+from ced.telemetry import SWITCHES
+
+os.environ.update(SWITCHES)
+
+from transformers import BatchFeature
+from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
 Wave = NDArray[np.floating[Any]] | Sequence[float]
 

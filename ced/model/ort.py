@@ -4,8 +4,9 @@ import os
 from importlib import import_module
 from types import ModuleType
 
-# ONNX Runtime reads this once, when it is imported; setting it later, or calling its API, leaves files and look-ups.
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+from ced.telemetry import SWITCHES
+
+os.environ.update(SWITCHES)
 
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 
