@@ -11,8 +11,10 @@ import pytest
 import soundfile
 import torch
 
-from ced.model.export import export
-from ced.model.vit import CED, ModelConfig
+from ced.model.graph.export import export
+from ced.model.loading import weights_of
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +49,7 @@ def network() -> CED:
 @pytest.fixture(scope="module")
 def graph(network: CED, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("graph") / "small.onnx"
-    export(network, path)
+    export(weights_of(network), path)
     return path
 
 

@@ -23,10 +23,11 @@ import torch
 import yaml
 
 from ced.cli import main
-from ced.model import checkpoints, zoo
-from ced.model.export import export
-from ced.model.loading import config_of
-from ced.model.vit import CED, ModelConfig
+from ced.model import loading, weights, zoo
+from ced.model.graph.export import export
+from ced.model.loading import weights_of
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.audio import load
 from ced.sound.labels import ClassTable
 
@@ -70,7 +71,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save(CED(config_of(entry)).state_dict(), folder / entry.file)
     small = CED(SMALL).eval()
     for name in ("ced_tiny", "ced_mini"):
-        export(small, folder / zoo.MODELS[name].onnx_file)
+        export(weights_of(small), folder / zoo.MODELS[name].onnx_file)
     return folder
 
 
@@ -197,7 +198,7 @@ def test_a_linear_probe_on_esc10(
     statistics.momentum = 0.5
     for row in chosen[::4]:
         network.init_bn(network.front_end(torch.from_numpy(load(whole / "audio" / row.split("\t")[0]))[None]))
-    checkpoints.save(tmp_path / "made.safetensors", network)
+    loading.save(tmp_path / "made.safetensors", network)
     monkeypatch.chdir(tmp_path)
     (command,) = blocks(DOCS / "probe.md", "")[:1]
     monkeypatch.setattr(sys, "argv", command.replace("ced_tiny", "made.safetensors").split())
@@ -225,7 +226,7 @@ def test_transformers_from_the_pipeline_to_the_trainer(tmp_path: Path, monkeypat
     network = CED(SMALL).eval()
     CedForAudioClassification.from_network(network).save_pretrained("published")
     CedFeatureExtractor().save_pretrained("published")
-    checkpoints.save(Path("experiments/mine/averaged.safetensors"), network)
+    loading.save(Path("experiments/mine/averaged.safetensors"), network)
     rng = np.random.default_rng(0)
     clips = [
         {"wave": rng.uniform(-loud, loud, 8_000 + 800 * loud).astype(np.float32), "label": int(loud > 1)}
@@ -237,7 +238,7 @@ def test_transformers_from_the_pipeline_to_the_trainer(tmp_path: Path, monkeypat
         code = code.replace('classify("a.wav"', 'found = classify(clips[0]["wave"]')
         exec(code, names)
     assert len(names["found"]) == 3
-    again = checkpoints.build(checkpoints.read(Path("mine.safetensors")))
+    again = loading.load_model(Path("mine.safetensors"))
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in again.state_dict().items())
-    tuned = checkpoints.read(Path("dog_or_rain"))
+    tuned = weights.read(Path("dog_or_rain"))
     assert (tuned.labels, tuned.config.activation) == (ClassTable(("dog", "rain")), "softmax")

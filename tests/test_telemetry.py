@@ -23,8 +23,9 @@ import soundfile
 import torch
 
 from ced import telemetry
-from ced.model import checkpoints
-from ced.model.vit import CED, ModelConfig
+from ced.model import loading
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 
 ROOT = Path(__file__).parents[1]
@@ -148,7 +149,7 @@ def machine(tmp_path: Path) -> Machine:
     torch.manual_seed(0)
     config = ModelConfig(embed_dim=32, num_heads=2, depth=1, outputdim=3, target_length=112)
     network = CED(config, ClassTable(("bark", "bell", "rain"))).eval()
-    checkpoints.save(tmp_path / "work" / "small.safetensors", network)
+    loading.save(tmp_path / "work" / "small.safetensors", network)
     return Machine(tmp_path)
 
 

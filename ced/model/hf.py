@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from ced.errors import ConfigError, install_command, optional_packages
 from ced.model import zoo
+from ced.model.config import ModelConfig, checked_config
 from ced.model.embedding import grid
-from ced.model.loading import config_of
-from ced.model.published import checked_config
-from ced.model.vit import CED, ModelConfig, front_end
-from ced.sound.frontend import LogMel
+from ced.model.frontend import LogMel
+from ced.model.vit import CED
 from ced.sound.labels import ClassTable, default_classes, named, named_by_config
 from ced.telemetry import SWITCHES
 
@@ -55,7 +54,7 @@ __all__ = ["CedConfig", "CedFeatureExtractor", "CedForAudioClassification", "Ced
 Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
 MULTI_LABEL: Problem = "multi_label_classification"
 SINGLE_LABEL: Problem = "single_label_classification"
-_DEFAULT = config_of(zoo.MODELS[zoo.DEFAULT_MODEL])
+_DEFAULT = zoo.MODELS[zoo.DEFAULT_MODEL].config
 
 
 class CedConfig(PreTrainedConfig):
@@ -181,7 +180,7 @@ class CedPreTrainedModel(PreTrainedModel):
     def from_network(cls, network: CED) -> Self:
         """Return a model with a copy of the weights of a network: `from_network(ced.load_model("experiments/mine"))`.
 
-        The way back is `.network`, which `ced.model.checkpoints.save` writes.
+        The way back is `.network`, which `ced.model.loading.save` writes.
         """
         model = cls(CedConfig.from_network(network))
         wanted = model.network.state_dict().keys()
@@ -193,7 +192,7 @@ class CedPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Fill a module that was not loaded; while this runs, `torch.nn.init` leaves loaded tensors alone."""
         if isinstance(module, LogMel):  # made of constants, which no file holds
-            for name, value in front_end(self.config.network).named_buffers():
+            for name, value in LogMel(self.config.network.front_end).named_buffers():
                 initialization.copy_(getattr(module, name), value)
         elif isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)

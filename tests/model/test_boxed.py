@@ -10,7 +10,7 @@ import pytest
 from benchmarks.esc10 import box, split
 from benchmarks.esc10.report import EXTRA_FOLD
 from ced.demo.sounds import generate
-from ced.model.onnx import open_model
+from ced.model.runtime import open_model
 from ced.model.zoo import BOXED
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.tables import read_table, write_table

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ced.errors import CheckpointError
 from ced.model.checkpoints import Checkpoint, average, build, load_state, read, save
-from ced.model.vit import CED, ModelConfig
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.frontend import mel_filters
 from ced.sound.labels import ClassTable, audioset
 

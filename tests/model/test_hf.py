@@ -21,9 +21,9 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from ced.errors import AudioError, ConfigError, MissingPackageError, TableError
-from ced.model import checkpoints, zoo
-from ced.model.loading import config_of
-from ced.model.vit import CED, ModelConfig
+from ced.model import loading, weights, zoo
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.audio import load as load_sound
 from ced.sound.labels import ClassTable, audioset
 from ced.tag.tagger import Tagger
@@ -158,14 +158,14 @@ class TestFolders:
         own = network(
             replace(SMALL, activation="softmax", pooling="token", eval_avg="max", outputdim=3, target_length=320), OWN
         )
-        checkpoints.save(tmp_path / "own.safetensors", own)
-        read = checkpoints.build(checkpoints.read(tmp_path / "own.safetensors"))
+        loading.save(tmp_path / "own.safetensors", own)
+        read = loading.load_model(tmp_path / "own.safetensors")
         CedForAudioClassification.from_network(read).save_pretrained(tmp_path / "hub")
-        from_hub = checkpoints.build(checkpoints.read(tmp_path / "hub"))
+        from_hub = loading.load_model(tmp_path / "hub")
         assert_same(from_hub, own)
         assert (from_hub.config, from_hub.labels) == (own.config, own.labels)
         back = CedForAudioClassification.from_pretrained(tmp_path / "hub").network
-        checkpoints.save(tmp_path / "back.safetensors", back)
+        loading.save(tmp_path / "back.safetensors", back)
         assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "own.safetensors").read_bytes()
 
     def test_an_encoder_is_saved_under_the_same_names(self, folder: Path, tagger: CED, tmp_path: Path) -> None:
@@ -237,20 +237,20 @@ class TestPublishedConfigs:
         assert config.id2label == dict(enumerate(audioset().names))
         assert config.label2id == {name: index for index, name in enumerate(audioset().names)}
         assert (config.labels, config.outputdim) == (audioset(), 527)
-        assert config.network == config_of(zoo.MODELS[f"ced_{size}"])
+        assert config.network == zoo.MODELS[f"ced_{size}"].config
         assert config.to_dict()["id2label"][1] == "Male speech, man speaking"
 
     @pytest.mark.parametrize("size", SIZES)
     def test_each_size_loads(self, size: str, tmp_path: Path) -> None:
-        model = network(replace(config_of(zoo.MODELS[f"ced_{size}"]), depth=1))
+        model = network(replace(zoo.MODELS[f"ced_{size}"].config, depth=1))
         folder = published_folder(tmp_path / size, model, size)
         loaded = AutoModelForAudioClassification.from_pretrained(folder)
         assert_same(loaded.network, model)
         assert loaded.network.labels is audioset()
-        assert checkpoints.read(folder).labels is audioset()
+        assert weights.read(folder).labels is audioset()
 
     def test_tiny_at_its_full_size(self, tmp_path: Path) -> None:
-        model = network(config_of(zoo.MODELS["ced_tiny"]))
+        model = network(zoo.MODELS["ced_tiny"].config)
         folder = published_folder(tmp_path / "tiny", model)
         assert json.loads((folder / "config.json").read_text()) == hub_config("tiny")  # nothing had to be changed
         classify = pipeline("audio-classification", model=str(folder))

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ced.cli import main
 from ced.demo.sounds import generate
-from ced.model.onnx import open_model
+from ced.model.runtime import open_model
 from ced.sound.labels import ClassTable
 from ced.tag.hearing import Hearing, Limits
 from ced.tag.tagger import Scorer, Tagger

@@ -6,7 +6,7 @@ import soundfile
 
 from ced.demo.sounds import generate
 from ced.errors import AudioError, CheckpointError
-from ced.model.onnx import open_model
+from ced.model.runtime import open_model
 from ced.tag.hearing import DETAILS, Hearing, Limits
 from ced.tag.tagger import Tagger
 
@@ -29,7 +29,7 @@ def beep(path: Path, seconds: int, begin: float, hertz: float = 1000.0) -> Path:
 def test_the_picture_is_what_models_hear(tagger: Tagger, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from ced.sound.audio import load
-    from ced.sound.frontend import LogMel
+    from ced.model.frontend import LogMel
 
     path = tmp_path / "a.wav"
     soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 4 * RATE), RATE)
