@@ -166,7 +166,8 @@ def test_the_citation_is_the_same_everywhere() -> None:
 
 
 def test_every_page_is_linked_and_every_link_leads_somewhere() -> None:
-    pages = [ROOT / "README.md", ROOT / "resources" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    others = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "resources/README.md")]
+    pages = [ROOT / "README.md", *others, *sorted((ROOT / "docs").glob("*.md"))]
     linked = set()
     for page in pages:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
