@@ -31,7 +31,8 @@ from ced.errors import (
 from ced.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from ced.model.vit import CED, Pooling
+    from ced.model.config import Pooling
+    from ced.model.vit import CED
     from ced.model.zoo import list_models as list_models
     from ced.tag.options import TagOptions as TagOptions
     from ced.tag.records import Record as Record

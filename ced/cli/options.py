@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ced.model.graph import Precision as GraphPrecision
 from ced.tag.options import EVENT_THRESHOLD, TOP_K
 
 _INPUT, _WINDOWS, _SELECTION, _EVENTS, _OUTPUT = "Input", "Windows", "Selection", "Events", "Output"  # panels of --help
@@ -27,7 +28,7 @@ Model = Annotated[
     ),
 ]
 Precision = Annotated[
-    str,
+    GraphPrecision,
     typer.Option(
         rich_help_panel=_INPUT, help="float32, or int8: a smaller and faster model whose scores differ a little."
     ),

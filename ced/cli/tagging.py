@@ -215,7 +215,7 @@ def thresholds(text: str, labels: "ClassTable") -> float | tuple[float, ...]:
 
 def _fingerprint(model: "Scorer") -> str:
     """Return the digest of a model's graph, which tells it from others that were at the same path before."""
-    from ced.model.onnx import OnnxModel
+    from ced.model.runtime import OnnxModel
 
     assert isinstance(model, OnnxModel)  # opened by a name or path
     with model.path.open("rb") as file:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ced.errors import CheckpointError, ConfigError
 from ced.model.vit import CED
-from ced.sound.grid import HOP_SECONDS, PATCH
+from ced.sound.features import HOP_SECONDS, PATCH
 from ced.sound.labels import ClassTable
 
 Waves = NDArray[np.float32]
@@ -89,7 +89,7 @@ def _columns(network: CED, waves: Tensor) -> Tensor:
 
     def scores(tokens: Tensor) -> Tensor:
         patches = tokens[:, 1:] if config.pooling == "token" else tokens
-        by_column = patches.unflatten(1, (config.n_mels // PATCH, -1)).mean(1)  # frequency is slowest
+        by_column = patches.unflatten(1, (config.rows, -1)).mean(1)  # frequency is slowest
         return network.activate(network.outputlayer(by_column))
 
     by_piece = network.in_pieces(mel, scores)  # (b, pieces, columns, c)

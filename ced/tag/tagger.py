@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, CheckpointError, ClosedError, ConfigError
+from ced.model.graph import PRECISIONS, Precision
 from ced.model.zoo import DEFAULT_MODEL
 from ced.parallel import attempts, in_order
 from ced.progress import Progress, silent
@@ -28,7 +29,6 @@ from ced.tag.records import Record, Scored, Tags
 if TYPE_CHECKING:
     from ced.model.vit import CED
 
-PRECISIONS = ("float32", "int8")
 DEVICES = ("cpu",)  # of graphs
 _AHEAD = 2  # windows in memory for each thread that scores
 _ROUNDING = 1e-6  # how far a probability may lie outside [0, 1]
@@ -66,6 +66,14 @@ class ColumnScorer(Protocol):
 
     def column_starts(self, count: int) -> NDArray[np.float64]:
         """Return the start of each of the `count` columns of a wave, (count,) seconds."""
+
+
+@runtime_checkable
+class WindowLimited(Protocol):
+    """A model that may not take windows of any length."""
+
+    def check_window(self, seconds: float) -> None:
+        """Raise ConfigError if the model does not take windows of this length."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +120,7 @@ class Tagger:
         model: "str | os.PathLike[str] | CED | Scorer" = DEFAULT_MODEL,
         *,
         device: str | None = None,
-        precision: str = "float32",
+        precision: Precision = "float32",
         jobs: int = 1,
         name: str | None = None,
         progress: Progress = silent,
@@ -123,6 +131,7 @@ class Tagger:
         self.name = name or (os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__)
         self._jobs = jobs
         self._closed = False
+        self._fitting: TagOptions | None = None  # the options that were checked last, as checking may run the model
         self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="scorer") if jobs > 1 else None
         self._room = Semaphore(_AHEAD * jobs)  # bounds the windows in memory, however many sounds are read at once
 
@@ -228,7 +237,7 @@ class Tagger:
             CheckpointError: the model gives no embeddings, or some that are not finite.
             ConfigError: an argument is out of range.
         """
-        options = TagOptions(window=window, hop=hop, channel=channel, strict=strict)
+        options = self.checked(TagOptions(window=window, hop=hop, channel=channel, strict=strict))
         windows = self._ahead(_windows(source, options), lambda piece: (piece.start, piece.end, self._vector(piece)))
         starts, ends, vectors = zip(*windows, strict=True)
         return Embedding(np.array(starts), np.array(ends), np.stack(vectors))
@@ -238,12 +247,16 @@ class Tagger:
 
         Raises:
             CheckpointError: the model cannot score columns.
-            ConfigError: an option is out of range, or does not fit the model's classes.
+            ConfigError: an option is out of range, or does not fit the model (its classes, its longest window).
         """
         options = replace(options or TagOptions(), **changes)
-        options.check(self.labels)
-        if options.columns:
-            self._column_scorer()
+        if options != self._fitting:
+            options.check(self.labels)
+            if options.columns:
+                self._column_scorer()
+            if isinstance(self.scorer, WindowLimited):
+                self.scorer.check_window(options.window)
+            self._fitting = options
         return options
 
     def score_window(self, window: Window, options: TagOptions) -> list[Scored]:
@@ -356,7 +369,7 @@ def _windows(source: Source, options: TagOptions) -> Iterator[Window]:
 
 
 def _open(
-    model: "str | os.PathLike[str] | CED | Scorer", device: str | None, precision: str, progress: Progress
+    model: "str | os.PathLike[str] | CED | Scorer", device: str | None, precision: Precision, progress: Progress
 ) -> Scorer:
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; allowed: {', '.join(PRECISIONS)}")
@@ -375,11 +388,9 @@ def _open(
         if precision != "float32":
             raise ConfigError(f"precision is {precision}; a model that is open already runs in its own")
         return cast(Scorer, model)
-    if precision != "float32":
-        raise ConfigError(f"precision is {precision}; only float32 graphs can be made")
-    from ced.model.onnx import open_model
+    from ced.model.runtime import open_model
 
-    return open_model(model, progress=progress)
+    return open_model(model, precision=precision, progress=progress)
 
 
 def _level(wave: Array) -> float:

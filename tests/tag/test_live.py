@@ -90,7 +90,7 @@ def test_a_line_is_a_record() -> None:
     piece = Tags(1.5, 2.25, (Tag("loud", 0, None, 0.75),))
     stamp = datetime(2026, 1, 31, 12, 3, 11, 250_000).astimezone()
     values = Report("end", 7, stamp.timestamp(), piece).to_json("the shed", "small.onnx")
-    assert Record.from_json(values) == Record("the shed", "small.onnx", 2.25, (piece,))
+    assert Record.from_json(values) == Record("the shed", "small.onnx", 2.25, (piece,), "events")
     assert (values["state"], values["event"]) == ("end", 7)
     assert datetime.fromisoformat(values["time"]) == stamp
 

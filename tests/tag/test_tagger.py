@@ -13,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, CheckpointError, ClosedError, ConfigError
-from ced.model import checkpoints
-from ced.model.export import export
-from ced.model.onnx import OnnxModel
+from ced.model import loading
+from ced.model.config import ModelConfig
+from ced.model.graph.export import export
+from ced.model.loading import weights_of
+from ced.model.runtime import OnnxModel
 from ced.model.torch_scorer import TorchScorer
-from ced.model.vit import CED, ModelConfig
+from ced.model.vit import CED
 from ced.sound.audio import Source, Window
 from ced.sound.labels import ClassTable
 from ced.tag.options import TagOptions
@@ -115,7 +117,7 @@ def test_a_torch_network_answers_as_itself(tmp_path: Path) -> None:
     np.testing.assert_allclose(scores, expected, atol=1e-6)
     np.testing.assert_allclose(TorchScorer(network)(wave[:1]), expected[:1], atol=1e-6)  # whatever the batch
 
-    checkpoints.save(tmp_path / "model.safetensors", network)
+    loading.save(tmp_path / "model.safetensors", network)
     for model in (network, tmp_path / "model.safetensors", str(tmp_path / "model.safetensors")):
         (tags,) = Tagger(model).tag((wave[0], RATE), top_k=4)
         assert {tag.label for tag in tags.tags} == {"a", "b", "c", "d"}
@@ -141,7 +143,7 @@ def test_a_file_sounds_the_same_as_its_bytes_and_samples(tmp_path: Path) -> None
 
 def test_columns_of_a_window_of_several_pieces_keep_time(tmp_path: Path) -> None:
     """A network that hears 112 frames at once has 7 columns of each 1.12 s; one of 120 leaves 0.08 s to none."""
-    export(CED(replace(small_network().config, target_length=120)).eval(), tmp_path / "a.onnx")
+    export(weights_of(CED(replace(small_network().config, target_length=120)).eval()), tmp_path / "a.onnx")
     wave = np.random.default_rng(0).uniform(-0.5, 0.5, 5 * RATE).astype(np.float32)
     starts = [one.start for one in Tagger(tmp_path / "a.onnx").score((wave, RATE), window=10.0, columns=True)]
     expected = [piece * 1.2 + column * 0.16 for piece in range(5) for column in range(7)]
@@ -324,7 +326,7 @@ def test_a_model_runs_where_and_how_it_can() -> None:
     with pytest.raises(ConfigError, match="device is 'cuda'; allowed: cpu"):
         Tagger("esc10", device="cuda")
     with pytest.raises(ConfigError, match="precision is 'int4'; allowed: float32, int8"):
-        Tagger("esc10", precision="int4")
+        Tagger("esc10", precision="int4")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="int8"):
         Tagger(small_network(), precision="int8")
     with pytest.raises(ConfigError, match="device is 'nowhere'"):
@@ -348,7 +350,7 @@ def test_a_model_runs_where_and_how_it_can() -> None:
 )
 def test_a_torch_network_has_the_outputs_of_its_graph(changes: dict[str, Any], tmp_path: Path) -> None:
     network = spread(CED(replace(small_network().config, **changes)))
-    export(network, tmp_path / "a.onnx")
+    export(weights_of(network), tmp_path / "a.onnx")
     graph, scorer = OnnxModel(tmp_path / "a.onnx"), TorchScorer(network)
     for samples in (1_000, 2_400, 16_000, 17_760, 50_000):  # padded, one patch, one piece, and several
         waves = np.random.default_rng(samples).uniform(-0.5, 0.5, (2, samples)).astype(np.float32)
