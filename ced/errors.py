@@ -46,7 +46,23 @@ class CedError(Exception):
 
 
 class AudioError(CedError):
-    """A sound that cannot be read: missing, empty, of an unknown kind, or with samples that are not numbers."""
+    """A sound that cannot be read: missing, empty, of an unknown kind, or with samples that are not numbers.
+
+    Attributes:
+        reason: what is wrong, without the name.
+        name: what the sound is called; None where `reason` says it all.
+    """
+
+    def __init__(self, reason: str, name: str | None = None) -> None:
+        super().__init__(reason, name)
+        self.reason, self.name = reason, name
+
+    def __str__(self) -> str:
+        return self.reason if self.name is None else f"{self.name}: {self.reason}"
+
+
+class TooLongError(AudioError):
+    """A sound with more samples than the caller allows."""
 
 
 class ConfigError(CedError):

@@ -212,7 +212,7 @@ def test_embeddings_of_sounds_and_of_windows(graph: Path, sounds: Path) -> None:
     assert not Path("none.npy").exists()
     done = ced("embed", "-m", graph, sounds, "-o", "e.npy")
     assert "8 vectors of 8 sounds, 1 failed" in said(done, 1)
-    assert "in/bad.wav is empty" in done.stderr.decode()
+    assert "in/bad.wav: empty" in done.stderr.decode()
 
 
 @pytest.mark.parametrize("model", ["a graph", "esc10"])

@@ -188,7 +188,7 @@ def test_a_bad_file_is_reported_and_tried_again(tree: Path) -> None:
     assert (summary.files, summary.failed) == (14, 3)
     errors = lines(Path("out/errors.jsonl"))
     assert [error["file"] for error in errors] == ["in/0/03.wav", "in/0/04.wav", "missing.wav"]
-    assert errors[2]["error"] == "cannot read missing.wav: No such file or directory"
+    assert errors[2]["error"] == "missing.wav: cannot be read: No such file or directory"
     assert [outcome.error for outcome in failed] == [error["error"] for error in errors]
     assert str(summary).startswith("14 files: 11 tagged, 3 failed; 0.01 h of sound, ")
     sound(Path("in/0/03.wav"))

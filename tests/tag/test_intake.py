@@ -84,7 +84,7 @@ def test_limits_that_cannot_be() -> None:
 
 
 def test_clients_are_not_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ced.sound.media.find_spec", lambda name: None)
-    with pytest.raises(RefusedError, match=r"cannot decode a: .*; readable are whole files of WAV") as refused:
+    monkeypatch.setattr("ced.sound.ffmpeg.find_spec", lambda name: None)
+    with pytest.raises(RefusedError, match=r"a: .*cannot be decoded.*; readable are complete files of WAV") as refused:
         load(Upload("a", SoundBytes(b"\0\0\0\x20ftypM4A " + bytes(100), "a")), 1.0)
     assert "pip" not in str(refused.value)
