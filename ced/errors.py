@@ -53,12 +53,10 @@ class AudioError(CedError):
         name: what the sound is called; None where `reason` says it all.
     """
 
-    def __init__(self, reason: str, name: str | None = None) -> None:
-        super().__init__(reason, name)
+    def __init__(self, reason: str, name: str | None = None, *, hint: str = "") -> None:
+        super().__init__(reason if name is None else f"{name}: {reason}", hint=hint)
+        self.args = reason, name  # what copies of it are made from
         self.reason, self.name = reason, name
-
-    def __str__(self) -> str:
-        return self.reason if self.name is None else f"{self.name}: {self.reason}"
 
 
 class TooLongError(AudioError):
@@ -88,6 +86,7 @@ class WriteError(CedError, OSError):
         """Explain why `path` cannot be written."""
         self.path = os.fspath(path)
         super().__init__(f"cannot write {self.path}: {reason}")
+        self.args = self.path, reason  # what copies of it are made from
 
 
 class DownloadError(CedError):
@@ -136,6 +135,7 @@ class MissingPackageError(CedError, ImportError):
         self.package, self.extra = _OPTIONAL[module]
         self.command = install_command(self.extra)
         super().__init__(f"{purpose or 'this'} needs the package {self.package}: {self.command}")
+        self.args = module, purpose  # what copies of it are made from
 
 
 def install_command(extra: str) -> str:
