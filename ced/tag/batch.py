@@ -1,16 +1,14 @@
 """Many files: tagged side by side, with outputs, a report of failures, and a journal that a broken run goes on from."""
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from ced.errors import AudioError, CedError, ConfigError
+from ced.errors import AudioError, ConfigError
 from ced.files import claimed, make_folders, open_to_append, remove_leftovers, writing
+from ced.parallel import attempts
 from ced.progress import NotedProgress, silent
 from ced.tag.inputs import Input
 from ced.tag.journal import Journal, stamp_of
@@ -19,7 +17,6 @@ from ced.tag.results import FORMATS, Format, formats, write
 from ced.text import json_line
 
 JOURNAL_NAME, ERRORS_NAME, COMBINED_STEM = "journal.jsonl", "errors.jsonl", "tags"
-_AHEAD = 32  # files that may be done before the one whose turn it is
 
 
 class Timed(Protocol):
@@ -88,30 +85,15 @@ def results(
     if jobs < 1:
         raise ConfigError(f"jobs is {jobs}; it must be 1 or more")
     began, seconds = time.monotonic(), 0.0
-    pool = ThreadPoolExecutor(jobs, "ced-file")
-    try:
-        ahead = (pool.submit(_attempt, process, item) for item in inputs)
-        waiting: deque[Future[Outcome[T]]] = deque(islice(ahead, jobs + _AHEAD))
-        for done in range(1, len(inputs) + 1):
-            outcome = waiting.popleft().result()
-            waiting.extend(islice(ahead, 1))
-            if outcome.result is not None:
-                seconds += outcome.result.seconds
-            progress(task, done, len(inputs), _speed(seconds, time.monotonic() - began))
-            yield outcome
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _attempt(process: Callable[[Input], T], item: Input) -> Outcome[T]:
-    try:
-        return Outcome(item, process(item))
-    except AudioError as error:
-        return Outcome(item, None, _line(str(error)))
-    except CedError:
-        raise
-    except Exception as error:  # whatever a decoder comes up with must not stop the other files
-        return Outcome(item, None, _line(f"{item.name}: {type(error).__name__}: {error}"))
+    found = attempts(process, inputs, jobs, name=lambda item: item.name)
+    for done, (item, result) in enumerate(zip(inputs, found, strict=True), start=1):
+        if isinstance(result, AudioError):
+            outcome: Outcome[T] = Outcome(item, None, _line(str(result)))
+        else:
+            outcome = Outcome(item, result)
+            seconds += result.seconds
+        progress(task, done, len(inputs), _speed(seconds, time.monotonic() - began))
+        yield outcome
 
 
 def _line(message: str) -> str:

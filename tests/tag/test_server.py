@@ -25,10 +25,10 @@ from prometheus_client import generate_latest
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from ced.model.config import ModelConfig
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
 from ced.model.runtime import OnnxModel
-from ced.model.config import ModelConfig
 from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 from ced.tag.api import PATH
@@ -198,9 +198,9 @@ def test_thresholds_labels_events_and_embeddings(client: httpx.Client, graph: Pa
         ({"topk": 3}, "there is no option topk"),
         ({f"o{number}": 1 for number in range(30)}, "there is no option o9; and 20 more faults"),
         ({"top_k": [1, 2]}, "top_k is given 2 times; it has one value"),
-        ({"window": 1, "hop": 2}, "what lies between would not be heard"),
-        ({"events": True, "top_k": 3}, "top_k=3 does not apply to events"),
-        ({"release": 0.4}, "release, gap and shortest are of events"),
+        ({"window": 1, "hop": 2}, "hop is 2.0 s, window 1.0 s"),
+        ({"events": True, "top_k": 3}, "top_k 3 does not apply to events"),
+        ({"release": 0.4}, "release, gap and shortest are options of events"),
         ({"labels": "barks"}, "did you mean 'bark'"),
         ({"rollup": True}, "roll-up needs classes with AudioSet's mids"),
     ],
