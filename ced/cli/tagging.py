@@ -156,9 +156,9 @@ def _print_records(
     failed: list[str] = []
     shown = silent if sys.stdout.isatty() else progress  # results on a terminal are progress enough
     found = _without_failures(batch.results(inputs, process, jobs=jobs, progress=shown), failed)
-    assert kind.lines is not None
-    for line in kind.lines(record for _, record in found):
-        print(line, flush=True)
+    assert kind.text is not None
+    for text in kind.text(record for _, record in found):
+        print(text, end="", flush=True)
     return len(failed)
 
 

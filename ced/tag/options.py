@@ -4,6 +4,7 @@ The command line shows their defaults, so importing this module imports neither 
 """
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -13,11 +14,11 @@ from ced.errors import ConfigError
 if TYPE_CHECKING:
     from ced.sound.labels import ClassTable
     from ced.tag.events import Merging
+    from ced.tag.records import Scored, Tags
     from ced.tag.select import Selection
 
 TOP_K = 3  # tags of a window, where neither `top_k` nor thresholds are given
 EVENT_THRESHOLD = 0.5  # of events, where no thresholds are given
-CHANNELS = ("mean", "left", "right")  # or the number of a channel
 _SHORTEST, _LONGEST = 0.001, 2.0**31  # seconds of a window or hop
 
 
@@ -32,8 +33,8 @@ class TagKeywords(TypedDict, total=False):
     strict: bool
     top_k: int | None
     thresholds: float | tuple[float, ...] | None
-    only: tuple[str, ...]
-    exclude: tuple[str, ...]
+    only: Sequence[str]
+    exclude: Sequence[str]
     rollup: bool
     events: bool
     release: float
@@ -77,8 +78,8 @@ class TagOptions:
     strict: bool = False
     top_k: int | None = None
     thresholds: float | tuple[float, ...] | None = None
-    only: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    only: Sequence[str] = ()
+    exclude: Sequence[str] = ()
     rollup: bool = False
     events: bool = False
     release: float = 0.5
@@ -92,8 +93,10 @@ class TagOptions:
             object.__setattr__(self, name, tuple(value))
         if not isinstance(self.thresholds, int | float | tuple | None):
             object.__setattr__(self, "thresholds", tuple(map(float, self.thresholds)))
+        from ced.sound.audio import check_channel
+
+        check_channel(self.channel)
         self._check_windows()
-        self._check_channel()
         self._check_numbers()
 
     def _check_windows(self) -> None:
@@ -106,12 +109,6 @@ class TagOptions:
             raise ConfigError(f"hop is {self.hop} s; leave it out: overlapping windows would score columns twice")
         if self.silence is not None and not self.silence < 0:
             raise ConfigError(f"silence is {self.silence} dB of full scale; it must be below 0, as -60")
-
-    def _check_channel(self) -> None:
-        if self.channel in CHANNELS or (isinstance(self.channel, int) and self.channel >= 1):
-            return
-        allowed = ", ".join(CHANNELS)
-        raise ConfigError(f"channel is {self.channel!r}; allowed: {allowed}, or a channel's number, from 1")
 
     def _check_numbers(self) -> None:
         if self.top_k is not None and self.top_k < 1:
@@ -161,6 +158,19 @@ class TagOptions:
         from ced.tag.events import Merging
 
         return Merging(self.selection(labels), release=self.release, gap=self.gap, shortest=self.shortest)
+
+    def pieces(self, scored: "Iterable[Scored]", labels: "ClassTable") -> "Iterator[Tags]":
+        """Yield the windows, or events, that scored windows become.
+
+        Raises:
+            ConfigError: as for `check`.
+        """
+        selection = self.selection(labels)
+        if not self.events:
+            return map(selection.tags, scored)
+        from ced.tag.events import events
+
+        return events(scored, selection, release=self.release, gap=self.gap, shortest=self.shortest)
 
     def settings(self) -> dict[str, Any]:
         """Return the options as JSON has them, with the values that stand for None."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,45 @@ class Tags:
 
 
 Kind = Literal["windows", "events"]
+Channel = str | int  # "mean", "left", "right", or a number from 1
+
+
+class Timeline(Protocol):
+    """The tags of one sound as writers take them: a `Record`, or a `TagStream` whose pieces are still to come.
+
+    `seconds`, `complete` and `expected_seconds` are final once the pieces have been iterated over.
+    """
+
+    @property
+    def file(self) -> str:
+        """The name of the sound."""
+
+    @property
+    def model(self) -> str:
+        """The name of the model."""
+
+    @property
+    def kind(self) -> Kind:
+        """Whether the pieces are windows or events."""
+
+    @property
+    def channel(self) -> Channel:
+        """What was tagged of a sound of several channels."""
+
+    @property
+    def seconds(self) -> float:
+        """How much of the sound was tagged, from its start."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether that is the whole sound."""
+
+    @property
+    def expected_seconds(self) -> float | None:
+        """The length of the sound according to its header."""
+
+    def __iter__(self) -> Iterator[Tags]:
+        """Yield the windows or events, by time."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +103,9 @@ class Record:
         seconds: how much of the sound was tagged, from its start.
         pieces: the windows or events, by time.
         kind: which of both the pieces are.
+        channel: what was tagged of a sound of several channels: "mean", "left", "right", or a number from 1.
+        complete: False if the file is cut short, so that `pieces` cover only a part of the sound.
+        expected_seconds: the length of the sound according to its header; None if that does not say.
     """
 
     file: str
@@ -71,6 +113,9 @@ class Record:
     seconds: float
     pieces: tuple[Tags, ...]
     kind: Kind = "windows"
+    channel: Channel = "mean"
+    complete: bool = True
+    expected_seconds: float | None = None
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -113,7 +158,9 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as a value for `json.dumps`."""
-        return {"format": FORMAT_VERSION, **asdict(self)}
+        values = asdict(self)
+        pieces = values.pop("pieces")
+        return {"format": FORMAT_VERSION, **values, "pieces": pieces}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Record":
@@ -127,4 +174,5 @@ class Record:
         pieces = tuple(
             Tags(piece["start"], piece["end"], tuple(Tag(**tag) for tag in piece["tags"])) for piece in values["pieces"]
         )
-        return cls(values["file"], values["model"], values["seconds"], pieces, values.get("kind", "windows"))
+        fields = ("file", "model", "seconds", "kind", "channel", "complete", "expected_seconds")
+        return cls(**{name: values[name] for name in fields if name in values}, pieces=pieces)

@@ -20,7 +20,7 @@ from ced.model.loading import weights_of
 from ced.model.runtime import OnnxModel
 from ced.model.torch_scorer import TorchScorer
 from ced.model.vit import CED
-from ced.sound.audio import Source, Window
+from ced.sound.audio import Source, Window, open_sound
 from ced.sound.labels import ClassTable
 from ced.tag.options import TagOptions
 from ced.tag.records import Record, Tag, Tags
@@ -233,8 +233,47 @@ def test_windows_before_a_fault_come_out_first(tmp_path: Path) -> None:
     for jobs in (1, 2):
         found: list[Tags] = []
         with pytest.raises(AudioError, match="cut short"):
-            found.extend(Tagger(Levels(), jobs=jobs).stream(tmp_path / "half.wav", window=1.0))
+            found.extend(Tagger(Levels(), jobs=jobs).stream(tmp_path / "half.wav", window=1.0, strict=True))
         assert [tags.end for tags in found] == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_a_cut_file_is_tagged_as_far_as_it_goes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    soundfile.write(tmp_path / "a.flac", np.random.default_rng(0).uniform(0.0, 0.5, 10 * RATE), RATE)
+    whole, cut = (tmp_path / "a.flac").read_bytes(), tmp_path / "cut.flac"
+    cut.write_bytes(whole[: len(whole) * 3 // 4])
+    record = Tagger(Levels()).tag(cut, window=5.0)
+    assert (record.complete, record.expected_seconds) == (False, 10.0)
+    assert 7.0 < record.seconds < 7.5
+    assert [piece.end for piece in record] == [5.0, record.seconds]
+    (warning,) = caplog.records
+    assert f"{cut}: cut short" in warning.getMessage()
+    record = Tagger(Levels()).tag(tmp_path / "a.flac")
+    assert (record.complete, record.expected_seconds) == (True, 10.0)
+
+
+def test_one_channel_is_tagged(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.stack([np.full(RATE, 0.25), np.full(RATE, 0.75)], axis=1), RATE)
+    for channel, level in (("mean", 0.5), ("left", 0.25), ("right", 0.75), (1, 0.25), (2, 0.75)):
+        record = Tagger(Levels()).tag(tmp_path / "a.wav", channel=channel, only=["high"])
+        assert record.channel == channel
+        assert record[0].prob == pytest.approx(level, abs=1e-4)
+    with pytest.raises(AudioError, match="no channel 3"):
+        Tagger(Levels()).tag(tmp_path / "a.wav", channel=3)
+
+
+def test_an_open_sound_is_tagged(tmp_path: Path) -> None:
+    wave = np.random.default_rng(0).uniform(0.0, 1.0, 3 * RATE).astype(np.float32)
+    with open_sound((wave, RATE)) as sound:
+        record = Tagger(Levels()).tag(sound, window=1.0, name="a.wav")
+    assert record == Tagger(Levels()).tag((wave, RATE), window=1.0, name="a.wav")
+
+
+def test_a_stream_knows_how_far_it_is() -> None:
+    stream = Tagger(Levels()).stream((np.zeros(5 * RATE, np.float32), RATE), window=2.0)
+    next(stream)
+    assert (stream.seconds, stream.complete, stream.expected_seconds) == (2.0, False, 5.0)
+    assert [piece.end for piece in stream] == [4.0, 5.0]
+    assert (stream.seconds, stream.complete) == (5.0, True)
 
 
 def test_a_scorer_must_fit_its_class_table() -> None:
