@@ -107,5 +107,5 @@ def test_a_model_without_columns_says_so(tmp_path: Path) -> None:
 
     hearing = Hearing(Tagger(Coarse()), "m")
     clip = hearing.take_in(beep(tmp_path / "a.wav", 1, 0.0), "a.wav", tmp_path)
-    with pytest.raises(CheckpointError, match="has no columns"):
+    with pytest.raises(CheckpointError, match="cannot score columns"):
         hearing.score(clip, DETAILS["0.16 s"])
