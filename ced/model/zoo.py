@@ -6,6 +6,7 @@ Zenodo record, or both.
 
 import difflib
 import hashlib
+import logging
 import os
 import pickle
 import zipfile
@@ -21,6 +22,8 @@ from ced.progress import Progress, silent
 if TYPE_CHECKING:
     from ced.model.config import ModelConfig
     from ced.model.weights import Weights
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 ZENODO = "https://zenodo.org"
@@ -297,6 +300,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _from_hub(source: Hub, progress: Progress) -> Path:
     from ced.model import hub
 
+    if hub.cached(source.repo, WEIGHTS_FILE, source.revision) is None and not hub.offline():
+        logger.info("downloading %s from the Hugging Face hub, once", source.repo)
     path = hub.fetch(source.repo, WEIGHTS_FILE, source.revision, progress)
     if (wrong := damage(source, path)) is not None:
         hub.forget(path)
