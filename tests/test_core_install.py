@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import torch
 
+from ced.model import loading
 from ced.model.config import ModelConfig
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
@@ -186,3 +187,26 @@ def test_published_names_give_the_scores_of_the_network(
         ced("embed", "-m", name, "--windows", "-o", "vectors.npy", str(path))
         np.testing.assert_allclose(np.load(tmp_path / "vectors.npy")[0], embedding[0], atol=1e-4)
         assert len(hub.downloads()) == 1
+
+
+def test_tagging_imports_no_more_than_it_needs(fresh: Path, network: CED, tmp_path: Path) -> None:
+    loading.save(tmp_path / "a.safetensors", network)
+    soundfile.write(tmp_path / "a.flac", np.zeros(16_000), 16_000)
+    environment = {**os.environ, "CED_CACHE": str(tmp_path / "cache")}
+    command: list[str | Path] = [
+        fresh / "python",
+        "-X",
+        "importtime",
+        "-m",
+        "ced",
+        "tag",
+        "-m",
+        "a.safetensors",
+        "a.flac",
+    ]
+    for cached in (False, True):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+        imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+        assert "onnxruntime" in imported
+        heavy = {"torch", "transformers", "huggingface_hub", "onnx", "safetensors"} & imported
+        assert heavy == (set() if cached else {"onnx", "safetensors"})

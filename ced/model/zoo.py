@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 ZENODO = "https://zenodo.org"
+# Of a folder, the first one present is read: experiments, then Hugging Face folders.
+CHECKPOINT_FILES = ("averaged.safetensors", "last.safetensors", "averaged.pt", "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,24 @@ def damage(source: Hub | Zenodo, path: Path) -> str | None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     return None if found == source.sha256 else f"its sha256 is {found}, published is {source.sha256}"
+
+
+def checkpoint_file(path: Path) -> Path:
+    """Return the file of a checkpoint, which may be given as the folder that it is in.
+
+    Raises:
+        CheckpointError: nothing is there, or an empty file, or the folder holds none.
+    """
+    if path.is_dir():
+        for name in CHECKPOINT_FILES:
+            if (path / name).is_file():
+                return checkpoint_file(path / name)
+        raise CheckpointError(f"folder {path} holds no checkpoint; it needs one of {', '.join(CHECKPOINT_FILES)}")
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    if not path.stat().st_size:
+        raise CheckpointError(f"checkpoint {path} is empty (0 bytes)")
+    return path
 
 
 def local_path(name_or_path: str | os.PathLike[str]) -> Path:
