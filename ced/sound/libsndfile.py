@@ -25,7 +25,6 @@ _MOST_FAULTS = 1000  # in a row; behind a fault in an MP3 file, libsndfile looks
 _MOST_FRAMES = 1 << 50  # more are libsndfile's way to say that the number is not known
 _INSPECTED = {"WAV", "WAVEX", "RF64", "AIFF", "AU", "CAF", "W64", "OGG", "FLAC", "MP3"}  # by ced.sound.truncation
 _TRUNCATED = re.compile("should be|truncated")  # in libsndfile's log, of other formats
-_ID3 = b"ID3\x03\0\0\0\0\0\x0a" + bytes(10)  # an empty tag; without one, libsndfile does not recognise MP3
 
 
 class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile ships no types
@@ -51,9 +50,9 @@ def open_part(
     Raises:
         AudioError: neither can read it, or there is no sound in it; also from the blocks.
     """
-    seen = view.within(part.start, part.end, part.corrections, _ID3 if part.kind else b"")
+    seen = view.within(part.start, part.end, part.corrections, part.prefix)
     buffered = io.BufferedReader(seen, _BUFFER)  # libsndfile reads MP3 in pieces of a frame
-    if part.kind == "mp3 stream" and (media := open_media(seen, reading, complete, stack)) is not None:
+    if not part.counted and (media := open_media(seen, reading, complete, stack)) is not None:
         return media
     if path is None or part != Part(0, view.size):
         file = _open(buffered, stack)
@@ -68,7 +67,7 @@ def open_part(
     if file.format not in _INSPECTED and _TRUNCATED.search(file.extra_info):
         complete = False
     # Of a stream, libsndfile guesses the length; of a cut OGG file, it takes what is there.
-    unknown = file.frames > _MOST_FRAMES or part.kind == "mp3 stream" or (complete is False and file.format == "OGG")
+    unknown = file.frames > _MOST_FRAMES or not part.counted or (complete is False and file.format == "OGG")
     announced = None if unknown else file.frames
     blocks = partial(_blocks, file, buffered, reading, announced, complete)
     seconds = None if announced is None else announced / file.samplerate
