@@ -15,9 +15,8 @@ SLACK = 0.1  # seconds; what is less than that is padding, or a rounded length
 _CHUNK = 1 << 20  # bytes read at a time in searches
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
-_FLAC_START = b"fLaC\x00\x00\x00\x22"  # the marker, and the header of the block that is always first
 _MOST_PAGES = 1 << 20  # of an OGG file; 4 GB of ordinary ones
-_MOST_PARTS = 1000  # joined files; what follows is read with the last
+_MOST_PARTS = 1000  # joined files
 _BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # an MP4 or MOV file begins with one of them
 _METADATA = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"cue ", b"smpl", b"JUNK", b"junk", b"FLLR", b"PAD ", b"guan")
 
@@ -72,6 +71,9 @@ def inspect(file: View) -> Structure:
         found = _inspect(file.within(start, file.size))
         parts += (replace(part, start=part.start + start, end=part.end + start) for part in found.parts)
         warnings.update(dict.fromkeys(found.warnings))
+        if len(parts) >= _MOST_PARTS:
+            warnings[f"it is joined from more than {_MOST_PARTS} files; what is behind these may be missing"] = None
+            found = replace(found, complete=False)
         if parts[-1].end >= file.size or len(parts) >= _MOST_PARTS:
             parts[-1] = replace(parts[-1], end=file.size)
             return replace(found, parts=tuple(parts), warnings=tuple(warnings))
@@ -305,9 +307,11 @@ def _ogg(file: View) -> Structure:
 
 
 def _flac(file: View) -> Structure:
-    starts = [0]
-    while len(starts) < _MOST_PARTS and (place := _find(file, _FLAC_START, starts[-1] + 4)) > 0:
-        starts.append(place)
+    starts, place = [0], 4
+    while len(starts) < _MOST_PARTS and (place := _find(file, b"fLaC", place)) > 0:
+        if file.at(place + 4, 4) in (b"\0\0\0\x22", b"\x80\0\0\x22"):  # the header of the block that is always first
+            starts.append(place)
+        place += 4
     # The last 36 bits of these 5 bytes are how many frames there are.
     unknown = not int.from_bytes(file.at(starts[-1] + 21, 5)) & (1 << 36) - 1
     warnings = ("its header does not say how long it is, so its end may be missing",) if unknown else ()
