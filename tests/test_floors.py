@@ -10,7 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "ced").rglob("*.py"))
+OTHERS = ("tests", "benchmarks", "scripts")
 SCRIPTS = ["inference.py", "run.py", "save_logits.py", "export_onnx.py", "scripts/wavlist_to_hdf5.py"]
+
+# Libraries that send usage data unless they are told not to.
+REPORTING = ("onnxruntime", "huggingface_hub", "transformers", "ray")
 
 # A module imports from its own floor's entry and from those that it lists.
 FLOORS: dict[str, set[str]] = {
@@ -46,6 +50,21 @@ def imports(path: Path) -> Iterator[str]:
         yield from (name for name in names if name.split(".")[0] == "ced")
 
 
+def libraries(path: Path) -> dict[str, list[int]]:
+    """Return the top-level packages that a file imports anywhere, with the lines of these imports."""
+    found: dict[str, list[int]] = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        else:
+            continue
+        for name in names:
+            found.setdefault(name.split(".")[0], []).append(node.lineno)
+    return found
+
+
 def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
@@ -64,6 +83,21 @@ def test_the_floors_hold_every_folder() -> None:
     assert folders == FLOORS.keys() - {"base"}
 
 
+def test_only_one_module_imports_onnxruntime() -> None:
+    for path in (*MODULES, *(path for folder in OTHERS for path in (ROOT / folder).rglob("*.py"))):
+        if "onnxruntime" in libraries(path):
+            assert name_of(path) == "ced.model.ort"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_libraries_that_send_usage_data_are_imported_with_it_switched_off(path: Path) -> None:
+    found = libraries(path)
+    imported = [line for library in REPORTING for line in found.get(library, [])]
+    if imported:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert any(line.startswith("os.environ.update(SWITCHES)") for line in lines[: min(imported)])
+
+
 def run_python(program: str) -> str:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     return done.stdout.strip()
@@ -75,8 +109,9 @@ def run_python(program: str) -> str:
         ("ced", ["torch", "onnxruntime", "soundfile", "numpy"]),
         ("ced.sound.audio", ["torch"]),
         ("ced.sound.labels", ["torch"]),
+        ("ced.tag.options", ["torch", "numpy", "onnxruntime"]),
         ("ced.tag.tagger", ["torch", "onnx", "pydantic", "rich.progress", "pyarrow"]),
-        ("ced.model.onnx", ["torch", "onnx", "onnxruntime"]),
+        ("ced.model.runtime", ["torch", "onnx", "huggingface_hub", "safetensors", "pydantic"]),
         ("ced.model.zoo", ["torch", "onnx", "onnxruntime"]),
         ("ced.tag.results", ["torch"]),
         ("ced.config", ["torch"]),
@@ -97,9 +132,32 @@ def test_an_import_sets_nothing_up() -> None:
 
 
 def test_public_names_are_there() -> None:
-    program = "import ced; print(*(f'{name}={type(getattr(ced, name)).__name__}' for name in ced.__all__))"
-    assert run_python(program) == "Tagger=type __version__=str list_models=function load_model=function"
-    assert run_python("from ced import *; print(Tagger.__module__, __version__)").startswith("ced.tag.tagger ")
+    import ced
+
+    assert set(ced.__all__) <= set(dir(ced))
+    everyday = {"Tagger", "TagOptions", "Record", "load_model", "list_models", "__version__"}
+    errors = {name for name, value in vars(ced.errors).items() if isinstance(value, type) and name.endswith("Error")}
+    assert set(ced.__all__) == everyday | errors
+    assert all(issubclass(getattr(ced, name), ced.CedError) for name in errors)
+
+
+def test_a_core_install_has_all_public_names() -> None:
+    program = """if True:
+        import sys
+        class NoTorch:
+            def find_spec(self, name, *_):
+                if name.partition(".")[0] == "torch":
+                    raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        sys.meta_path.insert(0, NoTorch())
+        from ced import *
+        import ced
+        assert all(getattr(ced, name) is globals()[name] for name in ced.__all__)
+        try:
+            load_model("ced_tiny")
+        except MissingPackageError as error:
+            print(error.package, error.command)
+    """
+    assert run_python(program) == "torch pip install 'ced-audio[train]'"
 
 
 def test_an_unknown_public_name_is_an_attribute_error() -> None:

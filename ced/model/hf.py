@@ -1,10 +1,11 @@
-"""CED in Hugging Face Transformers. Importing this registers it with the Auto classes; no remote code is ever run.
+"""CED as model classes of Hugging Face Transformers; importing this module registers them with the Auto classes.
 
-Folders are laid out as `mispeech/ced-*` are: `config.json`, `preprocessor_config.json` and `model.safetensors`, whose
-keys are `encoder.*` and `outputlayer.*`. The network and its features are those of this package: what is here gives
-them the names and the habits that Transformers knows.
+Folders have the layout of `mispeech/ced-*`: `config.json`, `preprocessor_config.json` and `model.safetensors` with the
+keys `encoder.*` and `outputlayer.*`. The network and its features are those of this package, and code from the hub is
+never run.
 """
 
+import os
 from dataclasses import asdict, fields
 from typing import Any, Literal, Self
 
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 
 from ced.errors import ConfigError, install_command, optional_packages
 from ced.model import zoo
+from ced.model.config import ModelConfig, checked_config
 from ced.model.embedding import grid
-from ced.model.loading import config_of
-from ced.model.published import checked_config
-from ced.model.vit import CED, ModelConfig, front_end
-from ced.sound.frontend import LogMel
-from ced.sound.labels import ClassTable, audioset, default_classes
+from ced.model.frontend import LogMel
+from ced.model.vit import CED
+from ced.sound.labels import ClassTable, default_classes, named, named_by_config
+from ced.telemetry import SWITCHES
 
+os.environ.update(SWITCHES)
 with optional_packages("ced.model.hf"):
     import transformers
 
@@ -52,14 +54,15 @@ __all__ = ["CedConfig", "CedFeatureExtractor", "CedForAudioClassification", "Ced
 Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
 MULTI_LABEL: Problem = "multi_label_classification"
 SINGLE_LABEL: Problem = "single_label_classification"
-_DEFAULT = config_of(zoo.MODELS[zoo.DEFAULT_MODEL])
+_DEFAULT = zoo.MODELS[zoo.DEFAULT_MODEL].config
 
 
 class CedConfig(PreTrainedConfig):
-    """The shape of a network, its classes and what kind of problem they are, under the published names.
+    """Configuration of a network and its classes, with the setting names of the published `config.json`.
 
-    Classes are `id2label`, from which `outputdim` and `label2id` follow; without them 527 are AudioSet's. Several may
-    hold at once (sigmoid) unless `problem_type` is "single_label_classification" (softmax).
+    `id2label` names the classes, and `outputdim` and `label2id` follow from it; without it, 527 classes are AudioSet's.
+    The published files cut AudioSet's names at the first comma; they are restored to the full names. The problem is
+    multi-label (sigmoid) unless `problem_type` is "single_label_classification" (softmax).
     """
 
     model_type = "ced"
@@ -94,12 +97,14 @@ class CedConfig(PreTrainedConfig):
         written, asked = kwargs.pop("outputdim", None), kwargs.pop("num_labels", None)
         if self.id2label is None or asked not in (None, len(self.id2label)):
             self.id2label = dict(enumerate(default_classes(asked or written or _DEFAULT.outputdim).names))
+        elif (table := named_by_config({"id2label": self.id2label})) is not None:
+            self.id2label = dict(enumerate(table.names))  # full names, where the published files cut them
         self.label2id = self._label2id
         super().__post_init__(**kwargs)
 
     @classmethod
     def from_network(cls, network: CED) -> Self:
-        """Describe a network of this package."""
+        """Return the configuration of a network of this package."""
         settings = asdict(network.config)
         del settings["outputdim"]
         softmax = settings.pop("activation") == "softmax"
@@ -118,25 +123,25 @@ class CedConfig(PreTrainedConfig):
 
     @property
     def labels(self) -> ClassTable:
-        """The classes; AudioSet's with their identifiers.
+        """The class table; AudioSet's with its full names and identifiers.
 
         Raises:
-            ConfigError: `id2label` does not count from 0.
+            ConfigError: the indices of `id2label` do not count from 0.
+            TableError: two classes have the same name.
         """
         found = {int(index): name for index, name in (self.id2label or {}).items()}
         if sorted(found) != list(range(len(found))):
             raise ConfigError(
                 f"id2label has the keys {', '.join(map(str, sorted(found)))}; they must be 0 to {len(found) - 1}"
             )
-        names = tuple(found[index] for index in range(len(found)))
-        return audioset() if names == audioset().names else ClassTable(names)
+        return named(found[index] for index in range(len(found)))
 
     @property
     def network(self) -> ModelConfig:
         """The configuration of the network.
 
         Raises:
-            ConfigError: a value is out of its limits, or the problem is a regression.
+            ConfigError: a value is out of its range, or `problem_type` is not one of the two classification types.
         """
         if self.problem_type not in (MULTI_LABEL, SINGLE_LABEL):
             raise ConfigError(f"problem_type is {self.problem_type!r}; allowed: {MULTI_LABEL}, {SINGLE_LABEL}")
@@ -146,7 +151,7 @@ class CedConfig(PreTrainedConfig):
         return checked_config(settings | {"activation": "sigmoid" if self.problem_type == MULTI_LABEL else "softmax"})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything that `config.json` holds."""
+        """Return the content of `config.json`."""
         found: dict[str, Any] = super().to_dict()
         return found | {"outputdim": self.outputdim, "label2id": self._label2id}
 
@@ -156,7 +161,7 @@ class CedConfig(PreTrainedConfig):
 
 
 class CedPreTrainedModel(PreTrainedModel):
-    """What both models share: a network of this package as `.network`, and how it is filled with weights."""
+    """Base of both models: a network of this package as `.network`, and the initialisation of its weights."""
 
     config_class = CedConfig
     base_model_prefix = "network"
@@ -175,7 +180,7 @@ class CedPreTrainedModel(PreTrainedModel):
     def from_network(cls, network: CED) -> Self:
         """Return a model with a copy of the weights of a network: `from_network(ced.load_model("experiments/mine"))`.
 
-        The way back is `.network`, which `ced.model.checkpoints.save` writes.
+        The way back is `.network`, which `ced.model.loading.save` writes.
         """
         model = cls(CedConfig.from_network(network))
         wanted = model.network.state_dict().keys()
@@ -185,9 +190,9 @@ class CedPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Fill a module that was not loaded; while this runs, `torch.nn.init` leaves loaded tensors alone."""
-        if isinstance(module, LogMel):  # made of constants, which no file holds
-            for name, value in front_end(self.config.network).named_buffers():
+        """Initialise a module; Transformers makes `torch.nn.init` skip tensors that were loaded from a file."""
+        if isinstance(module, LogMel):  # constants, which are not in the file
+            for name, value in LogMel(self.config.network.front_end).named_buffers():
                 initialization.copy_(getattr(module, name), value)
         elif isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
@@ -210,10 +215,10 @@ class CedModel(CedPreTrainedModel):
 
     @can_return_tuple
     def forward(self, input_values: Tensor) -> BaseModelOutputWithPooling:
-        """Embed features.
+        """Return an embedding of each patch.
 
         Args:
-            input_values: (b, f, n) dB, as `CedFeatureExtractor` gives them.
+            input_values: (b, f, n) dB, from `CedFeatureExtractor`.
 
         Returns:
             `last_hidden_state` (b, patches, d), frequency slowest, and `pooler_output` (b, d), their mean.
@@ -223,7 +228,7 @@ class CedModel(CedPreTrainedModel):
 
 
 class CedForAudioClassification(CedPreTrainedModel):
-    """A tagger: log-mel features in, one logit a class out."""
+    """A tagger: log-mel features in, a logit for each class out."""
 
     def __init__(self, config: CedConfig) -> None:
         super().__init__(config)
@@ -232,18 +237,18 @@ class CedForAudioClassification(CedPreTrainedModel):
 
     @can_return_tuple
     def forward(self, input_values: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
-        """Score features, and compare the scores with labels if there are any.
+        """Return logits, and with labels the loss.
 
         Args:
-            input_values: (b, f, n) dB, as `CedFeatureExtractor` gives them.
-            labels: (b,) the class of each clip for single-label problems (cross-entropy), (b, c) one number in [0, 1] a
-                class for multi-label ones (binary cross-entropy).
+            input_values: (b, f, n) dB, from `CedFeatureExtractor`.
+            labels: for single-label problems (b,), the index of the class of each clip (cross-entropy); for multi-label
+                problems (b, c), a number in [0, 1] for each class (binary cross-entropy).
 
         Returns:
-            `loss` if there are labels, and `logits` (b, c): no sigmoid or softmax has been applied.
+            `loss` where labels are given, and `logits` (b, c) before the sigmoid or softmax.
 
         Raises:
-            ConfigError: the labels have another shape.
+            ConfigError: the labels do not have that shape.
         """
         logits = self.network.logits_mel(input_values)
         loss = None if labels is None else self._loss(logits, labels)
@@ -261,7 +266,7 @@ class CedForAudioClassification(CedPreTrainedModel):
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
-# From the names in the file to ours, applied in this order; saving goes through them backwards.
+# From the keys in the file to those of the network, in this order; saving applies them in reverse.
 register_checkpoint_conversion_mapping(
     CedConfig.model_type,
     [

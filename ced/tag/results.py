@@ -5,13 +5,13 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from ced.errors import ConfigError, MissingPackageError
 from ced.files import written_aside
-from ced.tag.records import FORMAT_VERSION, Record, Tag, Tags
+from ced.tag.records import FORMAT_VERSION, Tag, Tags, Timeline
 
 COLUMNS = ("file", "start", "end", "label", "mid", "prob")  # of CSV and Parquet; seconds, and a probability
 RAVEN_COLUMNS = (
@@ -32,34 +32,44 @@ _ROW_GROUP = 1 << 16  # rows of a Parquet file that are in memory at a time
 _BREAKS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")  # what would break a line or a column that nothing quotes
 
 
-def text(name: str, timeline: Iterable[Tags]) -> Iterator[str]:
-    """Yield lines for a reader: a heading with the name, then each window's tags, a blank line between windows.
-
-    The heading comes with the first window, so a sound that cannot be read leaves none behind.
-    """
-    for number, window in enumerate(timeline):
-        yield "" if number else f"===== {_plain(name)} ====="
-        for rank, tag in enumerate(window.tags, start=1):
-            yield f"[{window.start:.1f}s]-[{window.end:.1f}s] Topk-{rank} {tag.label} {tag.prob:.4f}"
-
-
-def _texts(records: Iterable[Record]) -> Iterator[str]:
+def text(records: Iterable[Timeline]) -> Iterator[str]:
+    """Yield lines for a reader: a heading with the name, then each window's tags, a blank line after each window."""
     for record in records:
-        yield from text(record.file, record.pieces or (Tags(0.0, record.seconds, ()),))
-        yield ""
+        yield f"===== {_plain(record.file)} =====\n"
+        for number, piece in enumerate(record):
+            if number:
+                yield "\n"
+            for rank, tag in enumerate(piece.tags, start=1):
+                yield f"[{piece.start:.1f}s]-[{piece.end:.1f}s] Topk-{rank} {tag.label} {tag.prob:.4f}\n"
+        yield "\n"
 
 
-def jsonl(records: Iterable[Record]) -> Iterator[str]:
-    """Yield each record as a line of JSON."""
+def jsonl(records: Iterable[Timeline]) -> Iterator[str]:
+    """Yield each record as a line of JSON, piece by piece; an interrupted one is closed, as not complete."""
     for record in records:
-        yield json.dumps(record.to_json(), ensure_ascii=False)
+        head = {"format": FORMAT_VERSION, "file": record.file, "model": record.model, "kind": record.kind}
+        yield f'{json.dumps({**head, "channel": record.channel}, ensure_ascii=False)[:-1]}, "pieces": ['
+        try:
+            for number, piece in enumerate(record):
+                yield ", " * (number > 0) + json.dumps(asdict(piece), ensure_ascii=False)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            yield _end(record, complete=False)
+            raise
+        yield _end(record, complete=record.complete)
 
 
-def csv(records: Iterable[Record]) -> Iterator[str]:
+def _end(record: Timeline, complete: bool) -> str:
+    values = {"seconds": record.seconds, "complete": complete, "expected_seconds": record.expected_seconds}
+    return f"], {json.dumps(values)[1:]}\n"
+
+
+def csv(records: Iterable[Timeline]) -> Iterator[str]:
     """Yield a header and a line a tag, quoted as RFC 4180 has it."""
-    yield ",".join(COLUMNS)
+    yield ",".join(COLUMNS) + "\n"
     line = io.StringIO()
-    writer = rfc4180.writer(line, lineterminator="")
+    writer = rfc4180.writer(line, lineterminator="\n")
     for record, piece, tag in _rows(records):
         times = (f"{piece.start:.6f}", f"{piece.end:.6f}")
         writer.writerow((record.file, *times, tag.label, tag.mid or "", f"{tag.prob:.6f}"))
@@ -68,35 +78,35 @@ def csv(records: Iterable[Record]) -> Iterator[str]:
         line.truncate()
 
 
-def audacity(records: Iterable[Record]) -> Iterator[str]:
+def audacity(records: Iterable[Timeline]) -> Iterator[str]:
     """Yield a label a tag, for Audacity's File > Import > Labels.
 
     A label is all that Audacity shows of it, so the probability is a part of its text.
     """
     for _, piece, tag in _rows(records):
-        yield f"{piece.start:.6f}\t{piece.end:.6f}\t{_plain(tag.label)} {tag.prob:.2f}"
+        yield f"{piece.start:.6f}\t{piece.end:.6f}\t{_plain(tag.label)} {tag.prob:.2f}\n"
 
 
-def raven(records: Iterable[Record]) -> Iterator[str]:
+def raven(records: Iterable[Timeline]) -> Iterator[str]:
     """Yield a selection table for Raven: a header and a row a tag, over all frequencies that models hear.
 
     Raven opens several sounds as one sequence: "Begin Time (s)" counts from the start of the first,
     "File Offset (s)" from the start of each.
     """
-    yield "\t".join(RAVEN_COLUMNS)
+    yield "\t".join(RAVEN_COLUMNS) + "\n"
     number, before = 0, 0.0
     for record in records:
         for _, piece, tag in _rows([record]):
             number += 1
             times = f"{before + piece.start:.6f}\t{before + piece.end:.6f}\t0.0\t{HIGHEST:.1f}"
             where = f"{_plain(record.file)}\t{piece.start:.6f}"
-            yield f"{number}\tSpectrogram 1\t1\t{times}\t{where}\t{_plain(tag.label)}\t{tag.prob:.6f}"
+            yield f"{number}\tSpectrogram 1\t1\t{times}\t{where}\t{_plain(tag.label)}\t{tag.prob:.6f}\n"
         before += record.seconds
 
 
-def _rows(records: Iterable[Record]) -> Iterator[tuple[Record, Tags, Tag]]:
+def _rows(records: Iterable[Timeline]) -> Iterator[tuple[Timeline, Tags, Tag]]:
     for record in records:
-        for piece in record.pieces:
+        for piece in record:
             for tag in piece.tags:
                 yield record, piece, tag
 
@@ -105,7 +115,7 @@ def _plain(words: str) -> str:
     return _BREAKS.sub(" ", words)
 
 
-def _write_parquet(records: Iterable[Record], path: Path) -> None:
+def _write_parquet(records: Iterable[Timeline], path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -135,13 +145,13 @@ class Format:
     """A way to write records."""
 
     suffix: str  # of its files, behind the name of the sound
-    lines: Callable[[Iterable[Record]], Iterator[str]] | None  # what a file holds, line by line; None: no text
+    text: Callable[[Iterable[Timeline]], Iterator[str]] | None  # yields text as pieces come; None: binary
     shared: bool = True  # whether the sounds of several files can share one output
     package: str | None = None  # what writing needs beyond the core installation
 
 
 FORMATS: Mapping[str, Format] = {
-    "text": Format(".txt", _texts),
+    "text": Format(".txt", text),
     "jsonl": Format(".jsonl", jsonl),
     "csv": Format(".csv", csv),
     "audacity": Format(".labels.txt", audacity, shared=False),
@@ -167,22 +177,21 @@ def formats(names: Sequence[str], *, shared: bool = False, lines: bool = False) 
         chosen = FORMATS[name]
         if shared and not chosen.shared:
             raise ConfigError(f"the output format {name} has no place for a file's name; write an output for each file")
-        if lines and chosen.lines is None:
+        if lines and chosen.text is None:
             raise ConfigError(f"the output format {name} is no text that could be printed; write it to a folder")
         if chosen.package and find_spec(chosen.package) is None:
             raise MissingPackageError(chosen.package, f"the output format {name}")
     return [FORMATS[name] for name in names]
 
 
-def write(chosen: Format, records: Iterable[Record], path: Path) -> None:
+def write(chosen: Format, records: Iterable[Timeline], path: Path) -> None:
     """Write records to a file, which is there whole or not at all; of any number of them few are in memory.
 
     Text is UTF-8; of a file name that is not valid text, the bytes that are none are written as escapes.
     """
     with written_aside(path, sync=False) as aside:
-        if chosen.lines is None:
+        if chosen.text is None:
             _write_parquet(records, aside)
             return
         with aside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            for line in chosen.lines(records):
-                file.write(f"{line}\n")
+            file.writelines(chosen.text(records))

@@ -25,9 +25,11 @@ from prometheus_client import generate_latest
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from ced.model.export import export
-from ced.model.onnx import OnnxModel
-from ced.model.vit import CED, ModelConfig
+from ced.model.config import ModelConfig
+from ced.model.graph.export import export
+from ced.model.loading import weights_of
+from ced.model.runtime import OnnxModel
+from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 from ced.tag.api import PATH
 from ced.tag.events import events
@@ -85,7 +87,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ClassTable(("bark", "bell", "rain")),
     ).eval()
     path = tmp_path_factory.mktemp("graph") / "small.onnx"
-    export(network, path)
+    export(weights_of(network), path)
     return path
 
 
@@ -133,7 +135,7 @@ def test_a_file_has_the_record_that_the_tagger_gives(client: httpx.Client, graph
     answer = client.post(PATH, files={"file": ("a.wav", file(sound))}, params={"top_k": 2, "window": 1, "hop": 0.5})
     assert answer.status_code == 200
     expected = tuple(Tagger(graph).tag((sound, RATE), top_k=2, window=1.0, hop=0.5))
-    assert Record.from_json(answer.json()) == Record("a.wav", "small", 2.5, expected)
+    assert Record.from_json(answer.json()) == Record("a.wav", "small", 2.5, expected, expected_seconds=2.5)
 
 
 def test_a_raw_body_and_samples_are_heard_as_a_form_is(client: httpx.Client) -> None:
@@ -196,9 +198,9 @@ def test_thresholds_labels_events_and_embeddings(client: httpx.Client, graph: Pa
         ({"topk": 3}, "there is no option topk"),
         ({f"o{number}": 1 for number in range(30)}, "there is no option o9; and 20 more faults"),
         ({"top_k": [1, 2]}, "top_k is given 2 times; it has one value"),
-        ({"window": 1, "hop": 2}, "what lies between would not be heard"),
-        ({"events": True, "top_k": 3}, "top_k=3 does not apply to events"),
-        ({"release": 0.4}, "release, gap and shortest are of events"),
+        ({"window": 1, "hop": 2}, "hop is 2.0 s, window 1.0 s"),
+        ({"events": True, "top_k": 3}, "top_k 3 does not apply to events"),
+        ({"release": 0.4}, "release, gap and shortest are options of events"),
         ({"labels": "barks"}, "did you mean 'bark'"),
         ({"rollup": True}, "roll-up needs classes with AudioSet's mids"),
     ],
