@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -64,6 +65,8 @@ class Record:
         seconds: how much of the sound was tagged, from its start.
         pieces: the windows or events, by time.
         kind: which of both the pieces are.
+        rate: the sampling rate of the sound, in Hz, before it was resampled; None: not known.
+        began: the time of the clock at the start of the sound; without a time zone where none is known.
     """
 
     file: str
@@ -71,6 +74,8 @@ class Record:
     seconds: float
     pieces: tuple[Tags, ...]
     kind: Kind = "windows"
+    rate: int | None = None
+    began: datetime | None = None
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -111,9 +116,23 @@ class Record:
             for tag in piece.tags
         ]
 
+    def clock_times(self, piece: Tags) -> tuple[str, str] | tuple[None, None]:
+        """Return when a window or event started and ended by the clock, in ISO 8601; None if it is not known."""
+        if self.began is None:
+            return None, None
+        start, end = (self.began + timedelta(seconds=seconds) for seconds in (piece.start, piece.end))
+        return start.isoformat(timespec="milliseconds"), end.isoformat(timespec="milliseconds")
+
     def to_json(self) -> dict[str, Any]:
-        """Return the record as a value for `json.dumps`."""
-        return {"format": FORMAT_VERSION, **asdict(self)}
+        """Return the record as a value for `json.dumps`; with a clock, pieces have `start_time` and `end_time`."""
+        values = {"format": FORMAT_VERSION, **asdict(self)}
+        if self.began is None:
+            del values["began"]
+            return values
+        values["began"] = self.began.isoformat()
+        for piece, described in zip(self.pieces, values["pieces"], strict=True):
+            described["start_time"], described["end_time"] = self.clock_times(piece)
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Record":
@@ -127,4 +146,13 @@ class Record:
         pieces = tuple(
             Tags(piece["start"], piece["end"], tuple(Tag(**tag) for tag in piece["tags"])) for piece in values["pieces"]
         )
-        return cls(values["file"], values["model"], values["seconds"], pieces, values.get("kind", "windows"))
+        began = None if values.get("began") is None else datetime.fromisoformat(values["began"])
+        return cls(
+            values["file"],
+            values["model"],
+            values["seconds"],
+            pieces,
+            values.get("kind", "windows"),
+            values.get("rate"),
+            began,
+        )
