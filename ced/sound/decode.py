@@ -151,10 +151,11 @@ def _open_file(file: BinaryIO, reading: Reading, stack: ExitStack, path: str | b
         if (media := open_media(file, reading, cut, stack)) is not None:
             return media
         more = f", {MEDIA_KINDS}" if is_installed() else f"; {install_command('media')} adds {MEDIA_KINDS}"
-        message = f"cannot be decoded: {_reason(error)}; readable are complete files of {_KINDS}{more}"
-        raise AudioError(message, reading.name) from error
+        hint = f"readable are complete files of {_KINDS}{more}"
+        raise AudioError(f"cannot be decoded: {_reason(error)}", reading.name, hint=hint) from error
     except TypeError as error:  # soundfile wants to be told what headerless files (.raw) hold
-        raise AudioError(f"cannot be decoded: it has no header; readable are {_KINDS}", reading.name) from error
+        hint = f"readable are {_KINDS}"
+        raise AudioError("cannot be decoded: it has no header", reading.name, hint=hint) from error
     announced = sound.frames
     if sound.format == "MP3" and not announces_length(file):
         if (media := open_media(file, reading, cut, stack)) is not None:

@@ -37,6 +37,7 @@ class Outcome(Generic[T]):
     input: Input
     result: T | None
     error: str = ""  # why there is no result, in one line
+    hint: str = ""  # what would help, the same for all sounds with such an error
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def results(
     found = attempts(process, inputs, jobs, name=lambda item: item.name)
     for done, (item, result) in enumerate(zip(inputs, found, strict=True), start=1):
         if isinstance(result, AudioError):
-            outcome: Outcome[T] = Outcome(item, None, _line(str(result)))
+            outcome: Outcome[T] = Outcome(item, None, _line(result.message), result.hint)
         else:
             outcome = Outcome(item, result)
             seconds += result.seconds
