@@ -1,14 +1,17 @@
 """The results of tagging: the scores of a window, its tags, and one record for each sound."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import ConfigError
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 1  # of the record, and so of every output that is made of it
 
@@ -139,20 +142,44 @@ class Record:
         """Return the record that `to_json` described.
 
         Raises:
-            ValueError: it is of another format version.
+            ValueError, LookupError, TypeError: it is of another format version, or not a record.
         """
         if values.get("format") != FORMAT_VERSION:
             raise ValueError(f"a record of format {values.get('format')}; this program reads format {FORMAT_VERSION}")
-        pieces = tuple(
-            Tags(piece["start"], piece["end"], tuple(Tag(**tag) for tag in piece["tags"])) for piece in values["pieces"]
-        )
-        began = None if values.get("began") is None else datetime.fromisoformat(values["began"])
+        kind, rate, began = values.get("kind", "windows"), values.get("rate"), values.get("began")
+        if kind not in ("windows", "events"):
+            raise ValueError(f"kind is {kind!r}; expected windows or events")
         return cls(
-            values["file"],
-            values["model"],
-            values["seconds"],
-            pieces,
-            values.get("kind", "windows"),
-            values.get("rate"),
-            began,
+            _checked(values["file"], str),
+            _checked(values["model"], str),
+            _number(values["seconds"]),
+            tuple(
+                Tags(_number(piece["start"]), _number(piece["end"]), tuple(_tag(tag) for tag in piece["tags"]))
+                for piece in values["pieces"]
+            ),
+            kind,
+            None if rate is None else _checked(rate, int),
+            None if began is None else datetime.fromisoformat(_checked(began, str)),
         )
+
+
+def _tag(values: dict[str, Any]) -> Tag:
+    index, mid = values["index"], values["mid"]
+    return Tag(
+        _checked(values["label"], str),
+        None if index is None else _checked(index, int),
+        None if mid is None else _checked(mid, str),
+        _number(values["prob"]),
+    )
+
+
+def _checked(value: Any, kind: type[T]) -> T:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{value!r:.40} in place of a {kind.__name__}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r:.40} in place of a number")
+    return value
