@@ -45,6 +45,7 @@ def tag(
     gap: options.Gap = TagOptions.gap,
     shortest: options.Shortest = TagOptions.shortest,
     format: options.Formats = None,
+    clock: options.Clock = None,
     out: options.Out = None,
     combine: options.Combine = False,
     jobs: options.Jobs = None,
@@ -69,9 +70,10 @@ def tag(
         release=release,
         gap=gap,
         shortest=shortest,
+        clock=clock,
     )
     inputs = find_inputs(sounds, sys.stdin.buffer)
-    kind = _checked_output(format, out, combine, len(inputs))
+    kind = _checked_output(format, out, combine, len(inputs), clock)
     with (
         reporting() as progress,
         Tagger(model, precision=precision, jobs=jobs or cores(), progress=progress) as tagger,
@@ -132,7 +134,9 @@ def embed(
         raise typer.Exit(1)
 
 
-def _checked_output(names: list[str] | None, out: Path | None, combine: bool, sounds: int) -> "Format":
+def _checked_output(
+    names: list[str] | None, out: Path | None, combine: bool, sounds: int, clock: str | None
+) -> "Format":
     """Refuse impossible outputs before any work is done for them; return the first, which may be printed."""
     from ced.tag.results import formats
 
@@ -140,7 +144,10 @@ def _checked_output(names: list[str] | None, out: Path | None, combine: bool, so
         raise ConfigError("--combine says how files are written; name their folder with --out")
     if out is None and len(names or ()) > 1:
         raise ConfigError(f"{' and '.join(names or ())} cannot be printed at once; name a folder with --out")
-    return formats(names or ["text"], shared=combine or (out is None and sounds > 1), printed=out is None)[0]
+    if clock not in (None, "auto") and sounds > 1:
+        raise ConfigError(f"--clock {clock} is the start of one sound; {sounds} are named")
+    shared = combine or (out is None and sounds > 1)
+    return formats(names or ["text"], shared=shared, printed=out is None, clock=clock is not None)[0]
 
 
 def _print_records(

@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import ConfigError
+from ced.tag.clock import iso_time
 
 T = TypeVar("T")
 
 FORMAT_VERSION = 1  # of the record, and so of every output that is made of it
+CLOCK_KEYS = ("start_time", "end_time")  # of windows and events, with a clock: ISO 8601
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +107,10 @@ class Record:
         return self.pieces
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """Return a row for each tag, with the columns of the CSV output: file, start, end, label, mid, prob."""
+        """Return a row for each tag, with the columns of the CSV output: file, start, end, label, mid, prob.
+
+        With a clock there are `start_time` and `end_time`, too, in ISO 8601.
+        """
         return [
             {
                 "file": self.file,
@@ -114,6 +119,7 @@ class Record:
                 "label": tag.label,
                 "mid": tag.mid,
                 "prob": tag.prob,
+                **({} if self.began is None else dict(zip(CLOCK_KEYS, self.clock_times(piece), strict=True))),
             }
             for piece in self.pieces
             for tag in piece.tags
@@ -134,7 +140,7 @@ class Record:
             return values
         values["began"] = self.began.isoformat()
         for piece, described in zip(self.pieces, values["pieces"], strict=True):
-            described["start_time"], described["end_time"] = self.clock_times(piece)
+            described.update(zip(CLOCK_KEYS, self.clock_times(piece), strict=True))
         return values
 
     @classmethod
@@ -152,14 +158,14 @@ class Record:
         return cls(
             _checked(values["file"], str),
             _checked(values["model"], str),
-            _number(values["seconds"]),
+            _seconds(values["seconds"]),
             tuple(
-                Tags(_number(piece["start"]), _number(piece["end"]), tuple(_tag(tag) for tag in piece["tags"]))
+                Tags(_seconds(piece["start"]), _seconds(piece["end"]), tuple(_tag(tag) for tag in piece["tags"]))
                 for piece in values["pieces"]
             ),
             kind,
             None if rate is None else _checked(rate, int),
-            None if began is None else datetime.fromisoformat(_checked(began, str)),
+            None if began is None else _time(began),
         )
 
 
@@ -177,6 +183,20 @@ def _checked(value: Any, kind: type[T]) -> T:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{value!r:.40} in place of a {kind.__name__}")
     return value
+
+
+def _time(value: Any) -> datetime:
+    time = iso_time(_checked(value, str))
+    if time is None:
+        raise ValueError(f"{value!r:.40} in place of a date and time")
+    return time
+
+
+def _seconds(value: Any) -> float:
+    seconds = _number(value)
+    if not 0 <= seconds < 1e10:
+        raise ValueError(f"{seconds} in place of a number of seconds")
+    return seconds
 
 
 def _number(value: Any) -> float:

@@ -10,11 +10,10 @@ from pathlib import Path
 from ced.errors import ConfigError, MissingPackageError
 from ced.files import written_aside
 from ced.sound.ffmpeg import is_address
-from ced.tag.records import FORMAT_VERSION, Record, Tag, Tags
+from ced.tag.records import CLOCK_KEYS, FORMAT_VERSION, Record, Tag, Tags
 from ced.text import cell, csv_lines, json_line, printable
 
 COLUMNS = ("file", "start", "end", "label", "mid", "prob")  # of CSV and Parquet; seconds, and a probability
-CLOCK_COLUMNS = ("start_time", "end_time")  # behind them, with a clock: ISO 8601
 RAVEN_COLUMNS = (
     "Selection",
     "View",
@@ -62,7 +61,7 @@ def csv(records: Iterable[Record], *, clock: bool = False) -> Iterator[str]:
 
     Args:
         records: what to write.
-        clock: add `CLOCK_COLUMNS`, empty for sounds whose clock time is not known.
+        clock: add `CLOCK_KEYS`, empty for sounds whose clock time is not known.
     """
     return csv_lines(_table(records, clock))
 
@@ -82,7 +81,7 @@ def _inert(value: str) -> str:
 
 
 def _table(records: Iterable[Record], clock: bool) -> Iterator[tuple[str, ...]]:
-    yield COLUMNS + CLOCK_COLUMNS if clock else COLUMNS
+    yield COLUMNS + CLOCK_KEYS if clock else COLUMNS
     for record, piece, tag in _rows(records):
         row = (record.file, f"{piece.start:.6f}", f"{piece.end:.6f}", tag.label, tag.mid or "", f"{tag.prob:.6f}")
         yield (*row, *(time or "" for time in record.clock_times(piece))) if clock else row
@@ -132,7 +131,7 @@ def _write_parquet(records: Iterable[Record], path: Path, *, clock: bool = False
     from pyarrow import parquet
 
     kinds = (pa.string(), pa.float64(), pa.float64(), pa.string(), pa.string(), pa.float32())
-    names = COLUMNS + CLOCK_COLUMNS if clock else COLUMNS
+    names = COLUMNS + CLOCK_KEYS if clock else COLUMNS
     fields = list(zip(names, kinds + (pa.string(),) * (len(names) - len(kinds)), strict=True))
     schema = pa.schema(fields, {"ced.format": str(FORMAT_VERSION)})
     columns: list[list[object]] = [[] for _ in names]
