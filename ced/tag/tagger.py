@@ -24,6 +24,7 @@ from ced.progress import Progress, silent
 from ced.sound import audio
 from ced.sound.audio import Sound, Source, Window, name_of, open_sound
 from ced.sound.labels import ClassTable
+from ced.tag import clock
 from ced.tag.options import TagKeywords, TagOptions
 from ced.tag.records import Kind, Record, Scored, Tags
 
@@ -375,7 +376,7 @@ class TagStream:
     """The windows or events of one sound, each as soon as it is known; a `Timeline` for writers.
 
     Attributes:
-        file, model, kind, channel: as in a `Record`.
+        file, model, kind, channel, rate, began: as in a `Record`; `rate` is known with the first piece.
         seconds: how much of the sound has been tagged so far.
         complete: whether the whole sound has been tagged.
         expected_seconds: the length of the sound according to its header, as far as that is known by now.
@@ -385,6 +386,8 @@ class TagStream:
         self.file = name or (source.name if isinstance(source, Sound) else name_of(source))
         self.model, self.channel = tagger.name, options.channel
         self.kind: Kind = "events" if options.events else "windows"
+        self.began = None if options.clock is None else clock.begin(source, self.file, options.clock)
+        self.rate: int | None = None
         self.seconds, self.complete = 0.0, False
         self.expected_seconds: float | None = None
         self._pieces = self._tagged(tagger, source, options)
@@ -407,10 +410,13 @@ class TagStream:
             self.channel,
             self.complete,
             self.expected_seconds,
+            self.rate,
+            self.began,
         )
 
     def _tagged(self, tagger: Tagger, source: Source | Sound, options: TagOptions) -> Iterator[Tags]:
         with tagger.reading(source, options) as sound:
+            self.rate = sound.rate
             yield from options.pieces(self._scored(tagger, sound, options), tagger.labels)
             self.complete = sound.complete
 
