@@ -91,6 +91,7 @@ class Answer(BaseModel):
     pieces: list[Tags]
     kind: Kind = Field(description="Whether the pieces are windows or events.")
     channel: Channel = Field(description="What was tagged of a sound of several channels.")
+    rate: int | None = Field(description="The sampling rate of the sound, in Hz.")
     complete: bool = Field(description="False: the sound is cut short.")
     expected_seconds: float | None = Field(description="The length of the sound according to its header.")
     embeddings: list[Vector] = Field([], description="Only there when asked for.")

@@ -22,9 +22,11 @@ from ced.model.zoo import DEFAULT_MODEL
 from ced.parallel import attempts, in_order
 from ced.progress import Progress, silent
 from ced.sound import audio
-from ced.sound.audio import Sound, Source, Window, name_of, open_sound
+from ced.sound.audio import SAMPLE_RATE, Sound, Source, Window, name_of, open_sound
+from ced.sound.features import MIN_SAMPLES
 from ced.sound.labels import ClassTable
-from ced.tag.options import TagKeywords, TagOptions
+from ced.tag import clock
+from ced.tag.options import TagKeywords, TagOptions, Tail
 from ced.tag.records import Kind, Record, Scored, Tags
 
 if TYPE_CHECKING:
@@ -210,6 +212,7 @@ class Tagger:
         window: float = TagOptions.window,
         hop: float | None = None,
         columns: bool = False,
+        tail: Tail = TagOptions.tail,
         silence: float | None = None,
         channel: str | int = TagOptions.channel,
         strict: bool = False,
@@ -220,7 +223,9 @@ class Tagger:
         with the iteration.
         """
         options = self.checked(
-            TagOptions(window=window, hop=hop, columns=columns, silence=silence, channel=channel, strict=strict)
+            TagOptions(
+                window=window, hop=hop, columns=columns, tail=tail, silence=silence, channel=channel, strict=strict
+            )
         )
         return self._scores(source, options)
 
@@ -230,6 +235,7 @@ class Tagger:
         *,
         window: float = TagOptions.window,
         hop: float | None = None,
+        tail: Tail = TagOptions.tail,
         channel: str | int = TagOptions.channel,
         strict: bool = False,
     ) -> Embedding:
@@ -242,9 +248,9 @@ class Tagger:
             CheckpointError: the model gives no embeddings, or some that are not finite.
             ConfigError: an argument is out of range.
         """
-        options = self.checked(TagOptions(window=window, hop=hop, channel=channel, strict=strict))
+        options = self.checked(TagOptions(window=window, hop=hop, tail=tail, channel=channel, strict=strict))
         with self.reading(source, options) as sound:
-            windows = audio.cut(sound.blocks(), options.window, options.step)
+            windows = audio.cut(sound.blocks(), options.window, options.step, tail=options.tail)
             found = list(self._ahead(windows, lambda window: (window.start, window.end, self._vector(window))))
         starts, ends, vectors = zip(*found, strict=True)
         return Embedding(np.array(starts), np.array(ends), np.stack(vectors))
@@ -279,9 +285,13 @@ class Tagger:
             return [Scored(window.start, window.end, probs)]
         model = self._column_scorer()
         (rows,) = self._probs(model.columns(window.wave[None]), 3)
-        # The samples after the last whole column belong to the last one.
+        # The samples after the last whole column belong to the last one; what earlier windows have is left out.
         times = [*(window.start + model.column_starts(len(rows))).tolist(), window.end]
-        return [Scored(start, end, row) for row, (start, end) in zip(rows, pairwise(times), strict=True)]
+        return [
+            Scored(max(start, window.new), end, row)
+            for row, (start, end) in zip(rows, pairwise(times), strict=True)
+            if end > window.new
+        ]
 
     @contextmanager
     def reading(self, source: Source | Sound, options: TagOptions) -> Iterator[Sound]:
@@ -300,7 +310,7 @@ class Tagger:
 
     def score_windows(self, sound: Sound, options: TagOptions) -> Iterator[list[Scored]]:
         """Yield the scores of each window of an open sound, as `score_window` does."""
-        windows = audio.cut(sound.blocks(), options.window, options.step)
+        windows = audio.cut(sound.blocks(), options.window, options.step, tail=options.tail)
         return self._ahead(windows, partial(self.score_window, options=options))
 
     def _scores(self, source: Source, options: TagOptions) -> Iterator[Scored]:
@@ -375,7 +385,7 @@ class TagStream:
     """The windows or events of one sound, each as soon as it is known; a `Timeline` for writers.
 
     Attributes:
-        file, model, kind, channel: as in a `Record`.
+        file, model, kind, channel, rate, began: as in a `Record`; `rate` is known with the first piece.
         seconds: how much of the sound has been tagged so far.
         complete: whether the whole sound has been tagged.
         expected_seconds: the length of the sound according to its header, as far as that is known by now.
@@ -385,6 +395,8 @@ class TagStream:
         self.file = name or (source.name if isinstance(source, Sound) else name_of(source))
         self.model, self.channel = tagger.name, options.channel
         self.kind: Kind = "events" if options.events else "windows"
+        self.began = None if options.clock is None else clock.begin(source, self.file, options.clock)
+        self.rate: int | None = None
         self.seconds, self.complete = 0.0, False
         self.expected_seconds: float | None = None
         self._pieces = self._tagged(tagger, source, options)
@@ -407,12 +419,17 @@ class TagStream:
             self.channel,
             self.complete,
             self.expected_seconds,
+            self.rate,
+            self.began,
         )
 
     def _tagged(self, tagger: Tagger, source: Source | Sound, options: TagOptions) -> Iterator[Tags]:
         with tagger.reading(source, options) as sound:
+            self.rate = sound.rate
             yield from options.pieces(self._scored(tagger, sound, options), tagger.labels)
             self.complete = sound.complete
+            if self.seconds * SAMPLE_RATE < MIN_SAMPLES:
+                _log.warning("%s: only %.3f s long, too short to be tagged reliably", self.file, self.seconds)
 
     def _scored(self, tagger: Tagger, sound: Sound, options: TagOptions) -> Iterator[Scored]:
         for window in tagger.score_windows(sound, options):
