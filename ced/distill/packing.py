@@ -2,9 +2,11 @@
 
 A pack is a table with a row a clip, `labels/<stem>.tsv`, and the files that its column `hdf5path` names,
 `hdf5/<stem>_<i>.h5` (see `packfile`). File i holds the clips of the table's rows from i * size_per_file on. Clips that
-could not be read have no row; they are listed in `labels/<stem>.failed.tsv`.
+could not be read have no row; they are listed in `labels/<stem>.failed.tsv`. `labels/<stem>.tsv.sha256` has the digest
+of the table, as `sha256sum` writes and checks it.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -120,6 +122,7 @@ def _write_parts(parts: Sequence[Part], index: Path, workers: int, progress: Pro
                 outcomes += before
                 progress("pack", len(outcomes), total)
                 continue
+            digest_path(index).unlink(missing_ok=True)
             index.unlink(missing_ok=True)
             # A pack can be made again, so it does not wait for the disk.
             with written_aside(part.path, sync=False) as aside:
@@ -143,8 +146,16 @@ def _write_index(
     if len(failed) == len(outcomes):
         raise PackError(f"none of {len(failed)} clips could be read; the first: {failed[0][1]} (all: {failures})")
     packed = [row for row, outcome in enumerate(outcomes) if isinstance(outcome, int)]
+    digest_path(index).unlink(missing_ok=True)
     write_table(index, {name: [column[row] for row in packed] for name, column in columns.items()})
+    with written_aside(digest_path(index)) as path:
+        path.write_text(f"{hashlib.sha256(index.read_bytes()).hexdigest()}  {index.name}\n", encoding="utf-8")
     return PackReport(index, failures if failed else None, len(packed), tuple(failed), parts, kept)
+
+
+def digest_path(index: Path) -> Path:
+    """Return where the digest of a pack's table is."""
+    return index.with_name(f"{index.name}.sha256")
 
 
 def _check_names(filenames: Sequence[str], settings: Settings, table: Path) -> None:
