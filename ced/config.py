@@ -60,7 +60,7 @@ class ShiftArgs(Section):
 class TimeMaskingArgs(Section):
     """Blank a random band of frames."""
 
-    time_mask_param: Positive = 192
+    time_mask_param: Positive | None = Field(None, description="null: 192 for 10 s, in proportion for shorter chunks")
 
 
 class FrequencyMaskingArgs(Section):
@@ -135,6 +135,8 @@ class StoreConfig(Section):
 class LoopConfig(Section):
     """Keys that every training command has."""
 
+    command: ClassVar[str]  # the command that trains with this configuration
+
     train_data: UserPath = Field(description="table of the audio pack to train on")
     outputpath: UserPath = Field(Path("experiments"), description="folder for experiments")
     model: str = Field(description="the network: a model name or a checkpoint")
@@ -179,6 +181,7 @@ class TaggerConfig(LoopConfig):
 class TrainConfig(TaggerConfig):
     """Keys of `ced train`: distil a student from a view store."""
 
+    command = "train"
     logitspath: UserPath = Field(description="the view store: folder with logits_ep<e>_<rank>.h5")
     num_classes: Positive = Field(527, description="classes of the store and of the student")
     label_type: Fill = Field("zero", description="scores outside the top k")
@@ -191,6 +194,7 @@ class TrainConfig(TaggerConfig):
 class FinetuneConfig(TaggerConfig):
     """Keys of `ced finetune`: learn a labelled table."""
 
+    command = "finetune"
     classes: UserPath | None = Field(None, description="class table (index, name); null: AudioSet's 527")
     task: Literal["multi", "single"] = Field("multi", description="any number of classes a clip, or exactly one")
     trainable: Literal["all", "head"] = Field("all", description="what learns: the whole network or its head")
@@ -225,6 +229,7 @@ class PretrainOptimizerArgs(OptimizerArgs):
 class PretrainConfig(LoopConfig):
     """Keys of `ced pretrain`: a masked autoencoder learns to fill in hidden patches; the defaults are as published."""
 
+    command = "pretrain"
     refused = dict.fromkeys(
         TaggerConfig.model_fields.keys() - LoopConfig.model_fields.keys(),
         "pre-training knows no labels: nothing is validated or mixed, and last.safetensors is the result",

@@ -238,7 +238,12 @@ def _split(words: list[str] | None, resume: Path | None = None, command: str = "
 
 
 def _name(path: Path | None, model: str) -> str:
-    return path.stem if path is not None else Path(model).stem
+    """Name a run after its configuration, after the experiment that the configuration is of, or after its model."""
+    from ced.distill.experiment import run_name
+
+    if path is None:
+        return run_name(Path(model)) or Path(model).stem
+    return run_name(path) or path.stem
 
 
 def _result(path: Path) -> None:

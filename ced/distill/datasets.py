@@ -4,6 +4,7 @@ One data set serves all walks. The teacher cuts clips into chunks and draws new 
 store, and evaluation takes whole clips without a view.
 """
 
+import hashlib
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,7 @@ from ced.sound.decode import FULL_SCALE
 from ced.sound.grid import MIN_SAMPLES
 
 _INT16_STEP = 1 / FULL_SCALE
+_FINGERPRINTED = 256  # chunks whose samples tell audio that was packed again from the audio before
 
 Items = Sequence[int] | NDArray[np.int64]  # which chunks of a data set, (b,)
 
@@ -72,6 +74,30 @@ def cut(pack: WavPack, chunk_length: float) -> Chunks:
                 starts.append(start)
                 stops.append(stop)
     return Chunks(np.array(clips, np.int64), np.array(starts, np.int64), np.array(stops, np.int64))
+
+
+def fingerprint(
+    pack: WavPack,
+    chunks: Chunks,
+    filenames: NDArray[np.object_],
+    starts: NDArray[np.float32],
+    ends: NDArray[np.float32],
+) -> str:
+    """Return a digest of the names and times of chunks, and of the samples of some: all of them would take long.
+
+    Args:
+        pack: where the chunks are.
+        chunks: n pieces of its clips.
+        filenames: (n,) str, the name of each chunk's clip.
+        starts: (n,) seconds.
+        ends: (n,) seconds.
+    """
+    digest = hashlib.sha256("\n".join(filenames).encode(errors="surrogateescape"))
+    digest.update(starts.tobytes() + ends.tobytes())
+    some = np.linspace(0, len(chunks) - 1, min(len(chunks), _FINGERPRINTED)).astype(int)
+    for item in some.tolist():
+        digest.update(pack.read(*chunks.place(item)).tobytes())
+    return digest.hexdigest()
 
 
 def stored(pack: WavPack, rows: Rows, chunk_length: float) -> Chunks:

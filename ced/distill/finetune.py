@@ -12,9 +12,9 @@ from ced.config import FinetuneConfig
 from ced.distill.datasets import ViewDataset, chunk_samples, crop
 from ced.distill.evaluate import validation
 from ced.distill.loop import VIEWS, EpochData, Task, run
-from ced.distill.start import start_network, warn_of_cuts
+from ced.distill.start import start_network, warn_of_cuts, warn_of_padding
 from ced.distill.step import Loss
-from ced.distill.views import recipe_of
+from ced.distill.views import check_masks, recipe_of
 from ced.distill.wavpack import WavPack
 from ced.errors import TableError
 from ced.model.vit import CED
@@ -69,7 +69,9 @@ class LabelledClips:
                         f"table {config.train_data}, row {number} ({filename}) has {len(row)} labels; "
                         "task single needs exactly one a clip"
                     )
-        self.recipe = recipe_of(config.wavtransforms, config.spectransforms)
+        self.recipe = recipe_of(config.wavtransforms, config.spectransforms, self.samples)
+        check_masks(self.recipe, self.samples)
+        warn_of_padding(self.pack, self.samples)
         self.seed = config.seed
 
     def epoch(self, epoch: int) -> EpochData:

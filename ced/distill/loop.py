@@ -90,7 +90,7 @@ def run(
         BusyError: another process is training in this experiment.
     """
     if resume is not None:
-        experiment.check_resumable(config, resume)
+        experiment.check_resumable(config, resume, config.command)
     world = join()
     state = (experiment.load_state(resume) if resume else None) or State(world_size=world.size)
     if resume and state.finished:
@@ -100,6 +100,7 @@ def run(
     task = prepare()
     share(world.rank, world.size, config.batch_size)  # refuses before a folder is made
     folder: Path = resume or world.broadcast(experiment.create(config, name) if world.is_main else None)
+    state.config = experiment.config_digest(folder)
     with ExitStack() as stack:
         if world.is_main:
             stack.enter_context(claimed(folder / experiment.STATE_NAME))
@@ -185,8 +186,11 @@ class Trainer:
         if config.optimizer == "Adam8bit" and type(self.stepper.optimizer) is torch.optim.Adam:
             logger.warning("Adam8bit needs a CUDA GPU and bitsandbytes (%s); using Adam", install_command("gpu"))
         if self.warmup >= config.epochs * self.steps:
+            total = config.epochs * self.steps
             logger.warning(
-                "the warm-up of %d steps is as long as the run of %d", self.warmup, config.epochs * self.steps
+                "the warm-up of %d steps is as long as the run of %d, so that the learning rate never reaches lr; "
+                "set warmup_iters to %d, a tenth of the run",
+                *(self.warmup, total, total // 10),
             )
         parameters = sum(parameter.numel() for parameter in (self.task.learner or self.network).parameters())
         logger.info(

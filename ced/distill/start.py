@@ -1,16 +1,19 @@
-"""The network that a training run starts from."""
+"""The network that a training run starts from, and checks of whether it suits the length of the clips."""
 
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from ced.config import LoopConfig
+from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError
 from ced.model.loading import create
 from ced.model.vit import CED
 from ced.progress import Progress
+from ced.sound.audio import SAMPLE_RATE
 from ced.sound.frontend import frames_of
 from ced.sound.labels import ClassTable
 
@@ -49,9 +52,21 @@ def warn_of_cuts(network: CED, samples: int) -> None:
     frames, piece = frames_of(samples, network.config.hop_size), network.config.target_length
     if frames > piece:
         logger.warning(
-            "items of %d frames are cut into pieces of %d, which the network hears one by one; with "
-            "model_args.target_length %d it hears them whole",
+            "items of %d frames are cut into pieces of %d, which the network scores one by one; with "
+            "model_args.target_length %d it scores them whole",
             *(frames, piece, frames),
+        )
+
+
+def warn_of_padding(pack: WavPack, samples: int) -> None:
+    """Warn when most of what is learned from, in items of `samples` samples, would be the padding of short clips."""
+    lengths = np.array([pack.samples(clip) for clip in range(len(pack))])
+    padding = 1 - np.minimum(lengths, samples).mean() / samples
+    if padding > 0.5:
+        logger.warning(
+            "%.0f %% of what is learned from would be padding: chunk_length is %g s, half of the clips have at most "
+            "%.2f s; set chunk_length to about the length of the clips",
+            *(100 * padding, samples / SAMPLE_RATE, float(np.median(lengths)) / SAMPLE_RATE),
         )
 
 
