@@ -44,7 +44,7 @@ def serve(
     with optional_packages("ced serve"):
         from ced.tag.intake import Limits
         from ced.tag.server import Application, Server
-    from ced.model.onnx import open_model
+    from ced.model.runtime import open_model
 
     for option, value in (("--max-megabytes", max_megabytes), ("--max-seconds", max_seconds)):
         if not 0 < value < math.inf:

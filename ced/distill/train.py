@@ -25,7 +25,6 @@ from ced.distill.views import blanking
 from ced.distill.viewstore import Rows, ViewStore
 from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, PackError, StoreError
-from ced.model.vit import foreign_feature
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import default_classes
@@ -58,8 +57,8 @@ def _task(config: TrainConfig, progress: Progress) -> Task:
         raise StoreError(f"view store {config.logitspath} has no views")
     views.check_audio()
     network = start_network(config, labels, {"pooling": "logit", "activation": "sigmoid"}, progress)
-    if foreign := foreign_feature(network.config):
-        raise ConfigError(f"the student has {foreign}; its features have to be those of its teachers")
+    if other := network.config.unpublished_feature:
+        raise ConfigError(f"the student has {other}; its features have to be those of its teachers")
     warn_of_cuts(network, views.samples)
     if problem := blanking(views.recipe, views.samples):
         logger.warning("the views of %s were stored with masks too wide: %s; store them again", store.folder, problem)

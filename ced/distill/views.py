@@ -16,7 +16,7 @@ from torch import Tensor
 from ced.config import SpecTransforms, WavTransforms
 from ced.errors import ConfigError
 from ced.sound.audio import SAMPLE_RATE
-from ced.sound.frontend import N_MELS, frames_of
+from ced.sound.features import PUBLISHED, frames_of
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def blanked(recipe: ViewRecipe, samples: int) -> float:
 
     A mask has the width u P, with u uniform in [0, 1) and P the widest: it covers n frames with probability 1 - n / P.
     """
-    sizes = ((recipe.time_mask, frames_of(samples)), (recipe.freq_mask, N_MELS))
+    sizes = ((recipe.time_mask, frames_of(samples)), (recipe.freq_mask, PUBLISHED.n_mels))
     return max(0.0, *(1 - size / widest for widest, size in sizes if widest is not None))
 
 
@@ -78,7 +78,10 @@ def blanking(recipe: ViewRecipe, samples: int) -> str | None:
         fits = f"at most {frames} fit; {suited} is as large a part of the chunk as in the published settings"
     else:
         key, widest = "spectransforms.FrequencyMasking.freq_mask_param", recipe.freq_mask or 0
-        what, fits = f"a chunk has {N_MELS} mel bins", f"at most {N_MELS} fit; 24 is the published width"
+        what, fits = (
+            f"a chunk has {PUBLISHED.n_mels} mel bins",
+            f"at most {PUBLISHED.n_mels} fit; 24 is the published width",
+        )
     return f"{key} is {widest} and {what}: the mask blanks {share:.0%} of the views; {fits}"
 
 
