@@ -21,7 +21,6 @@ import re
 import secrets
 import shlex
 import shutil
-import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,7 +33,7 @@ import torch
 
 from ced.config import LoopConfig, dump, load
 from ced.errors import ConfigError, TrainingError
-from ced.files import errors_held, written_aside
+from ced.files import errors_held, writing, written_aside
 from ced.model import loading, weights
 from ced.model.vit import CED
 
@@ -240,7 +239,5 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is logging's)
         """Raise what failed."""
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            error.filename = error.filename or self.baseFilename
-        raise
+        with writing(Path(self.baseFilename)):
+            raise

@@ -59,7 +59,7 @@ class Settings:
         try:
             samples = load_stored(filename, self.stereo)
         except AudioError as error:
-            return str(error)
+            return error.message
         return to_int16(samples) if self.dtype == "int16" else to_float(samples)
 
 
@@ -85,7 +85,7 @@ def write(part: Part, path: Path, pool: Executor, threads: int) -> Iterator[Outc
     The threads only decode: clips are written here, in their order, so that the bytes do not depend on the threads.
 
     Raises:
-        OSError: the disk is full, or `path` cannot be written to.
+        OSError: the disk is full.
     """
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_obj_track_times(False)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ced.distill.packfile import DType, Outcome, Part, Settings, outcomes_of, write
-from ced.errors import ConfigError, PackError
-from ced.files import claimed, written_aside
+from ced.errors import ConfigError, PackError, WriteError
+from ced.files import claimed, remove_leftovers, written_aside
 from ced.machine import cores
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
@@ -98,6 +98,8 @@ def pack(
     ]
     try:
         outcomes, kept = _write_parts(parts, index, workers, progress)
+    except WriteError:
+        raise
     except OSError as error:
         raise PackError(f"cannot write the pack to {outdir}: {error}") from error
     _note_leftovers(parts, stem)
@@ -124,6 +126,7 @@ def _write_parts(parts: Sequence[Part], index: Path, workers: int, progress: Pro
                 continue
             digest_path(index).unlink(missing_ok=True)
             index.unlink(missing_ok=True)
+            remove_leftovers(part.path)
             # A pack can be made again, so it does not wait for the disk.
             with written_aside(part.path, sync=False) as aside:
                 for outcome in write(part, aside, pool, workers):

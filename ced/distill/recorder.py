@@ -18,7 +18,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-
 from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 
 from ced.distill.experiment import METRICS_NAME, State
-from ced.files import written_aside
+from ced.errors import WriteError
+from ced.files import writing, written_aside
 
 CURVES_NAME = "curves.png"
 DRAW_EVERY = 60  # seconds between drawings of the curves, each of which takes a third of a second
@@ -85,12 +86,11 @@ class _Board:
             writer.write(event.SerializeToString())
         size = self._path.stat().st_size if self._path.exists() else 0
         try:
-            with self._path.open("ab") as file:
+            with writing(self._path), self._path.open("ab") as file:
                 file.write(records.getvalue())
-        except OSError as error:
+        except WriteError:
             with suppress(OSError):  # half a record would be taken for damage
                 os.truncate(self._path, size)
-            error.filename = error.filename or str(self._path)
             raise
 
 

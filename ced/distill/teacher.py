@@ -27,7 +27,7 @@ from ced.distill.views import check_masks, mask, recipe_of
 from ced.distill.viewstore import META_NAME, Rows, StoreMeta, epoch_seeds
 from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, StoreError
-from ced.files import claimed
+from ced.files import claimed, remove_leftovers
 from ced.model.frontend import LogMel
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
@@ -204,6 +204,7 @@ def _missing_parts(folder: Path, meta: StoreMeta, epochs: int) -> set[Part]:
     Raises:
         StoreError: there are views without a meta.json, or the settings differ.
     """
+    remove_leftovers(folder)
     if not (folder / META_NAME).exists():
         if any(folder.glob("logits_ep*.h5")):
             raise StoreError(f"{folder} has views but no {META_NAME}; choose another outputpath")

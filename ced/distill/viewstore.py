@@ -195,7 +195,7 @@ def write_part(folder: Path, epoch: int, rank: int, rows: Rows) -> dict[str, str
         The SHA-256 of each file, by its name.
 
     Raises:
-        OSError: a file cannot be written; what was there before is as it was.
+        WriteError: a file cannot be written; what was there before is as it was.
     """
     path = part_path(folder, epoch, rank)
     columns = [pa.array(rows.filenames, pa.large_string()), pa.array(rows.starts), pa.array(rows.ends)]

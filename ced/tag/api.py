@@ -8,10 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 
 from ced.errors import ConfigError
-from ced.tag.defaults import EVENT_THRESHOLD, TOP_K
 from ced.tag.intake import FIELD, PCM
-from ced.tag.recipe import Recipe
-from ced.tag.records import Tags
+from ced.tag.options import EVENT_THRESHOLD, TOP_K, TagOptions
+from ced.tag.records import Kind, Tags
 
 PATH = "/v1/audio/classification"
 _LEAST_WINDOW, _LEAST_HOP, _LONGEST = 0.16, 0.02, 3600.0  # seconds
@@ -53,19 +52,14 @@ class Options(BaseModel):
         "none", description="Vectors that scores are made from, for the sound or for each window."
     )
 
-    def recipe(self) -> Recipe:
-        """Return what is asked for as all of the package has it.
+    def tag_options(self) -> TagOptions:
+        """Return the options as all of the package has them.
 
         Raises:
-            ConfigError: it contradicts itself.
+            ConfigError: they contradict each other.
         """
-        if self.events and self.top_k is not None:
-            raise ConfigError(f"top_k={self.top_k} does not apply to events, which have one class each; leave it out")
-        threshold = EVENT_THRESHOLD if self.threshold is None and self.events else self.threshold
-        top_k = TOP_K if self.top_k is None and threshold is None else self.top_k
-        given = self.model_dump(exclude={"top_k", "threshold", "labels", "embeddings"})
-        given["exclude"] = tuple(self.exclude)
-        return Recipe(top_k=top_k, thresholds=threshold, only=tuple(self.labels), **given)
+        given = self.model_dump(exclude={"threshold", "labels", "embeddings"})
+        return TagOptions(**given, thresholds=self.threshold, only=tuple(self.labels))
 
 
 def check_once(names: Sequence[str]) -> None:
@@ -95,6 +89,7 @@ class Answer(BaseModel):
     model: str
     seconds: float = Field(description="The length of the sound.")
     pieces: list[Tags]
+    kind: Kind = Field(description="Whether the pieces are windows or events.")
     embeddings: list[Vector] = Field([], description="Only there when asked for.")
 
 

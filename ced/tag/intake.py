@@ -169,14 +169,14 @@ def load(upload: Upload, seconds: float) -> NDArray[np.float32]:
     return np.concatenate(blocks)
 
 
-def check_cost(samples: int, window: float, hop: float | None, seconds: float) -> None:
+def check_cost(samples: int, window: float, hop: float, seconds: float) -> None:
     """Make sure that scoring so many samples window by window is no more than is allowed.
 
     Raises:
         RefusedError: it is (413).
     """
     length = samples / audio.SAMPLE_RATE
-    count = 1 + max(0, math.ceil((length - window) / (hop or window)))
+    count = 1 + max(0, math.ceil((length - window) / hop))
     cost = count * max(LEAST_COST, min(window, length))
     if count > 1 and cost > seconds + window:  # of windows end to end, the last may reach past the sound
         raise RefusedError(

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from ced.errors import ConfigError
 from ced.sound.live import Arrival, Listening, LiveSource
-from ced.tag.events import Event, Merging
-from ced.tag.recipe import Recipe
+from ced.tag.events import Event
+from ced.tag.options import TagOptions
 from ced.tag.records import Record, Tags
 from ced.tag.tagger import Tagger
 
@@ -17,7 +17,7 @@ LULL = 10.0  # seconds without any sound to hear, after which what was going on 
 
 # Windows that a sound fills leave room within two seconds for the hop, a block and the scoring. Short pauses belong to
 # an event: a dog that barks three times is one event.
-RECIPE = Recipe(window=1.5, hop=0.25, thresholds=0.5, events=True, gap=2.0)
+OPTIONS = TagOptions(window=1.5, hop=0.25, thresholds=0.5, events=True, gap=2.0)
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Report:
     def to_json(self, source: str, model: str) -> dict[str, Any]:
         """Return it as JSON has it: a record with one piece, and what is new about it."""
         piece = Tags(round(self.piece.start, 3), round(self.piece.end, 3), self.piece.tags)  # as the clock's time
-        record = Record(source, model, piece.end, (piece,)).to_json()
+        record = Record(source, model, piece.end, (piece,), "events").to_json()
         stamp = datetime.fromtimestamp(self.time).astimezone().isoformat(timespec="milliseconds")
         return {**record, "state": self.state, "event": self.event, "time": stamp}
 
@@ -45,27 +45,22 @@ class Listener:
     Args:
         tagger: who scores, one window after the other.
         source: what is listened to.
-        recipe: windows, thresholds and how they become events.
+        options: windows, thresholds, and how windows are merged into events.
 
     Attributes:
         stopped: set to True, from anywhere, it ends `reports` within a fraction of a second.
 
     Raises:
-        ConfigError: the recipe is not one of events in overlapping or neighbouring windows, or contradicts itself.
+        ConfigError: the options are not of events, or do not fit the model.
     """
 
-    def __init__(self, tagger: Tagger, source: LiveSource, recipe: Recipe = RECIPE) -> None:
-        if not recipe.events or recipe.columns:
-            raise ConfigError("what is reported of live sound are events of whole windows; the recipe says otherwise")
-        hop = recipe.window if recipe.hop is None else recipe.hop
-        if hop > recipe.window:
-            raise ConfigError(
-                f"the window hop is {hop} s, the length {recipe.window} s; what lies between would not be heard"
-            )
-        self._selection = recipe.selection(tagger.labels)
-        self._merging = Merging(self._selection, release=recipe.release, gap=recipe.gap, shortest=recipe.shortest)
-        self._score = tagger.scoring(silence=recipe.silence)
-        self._listening = Listening(source, recipe.window, hop)
+    def __init__(self, tagger: Tagger, source: LiveSource, options: TagOptions = OPTIONS) -> None:
+        if not options.events or options.columns:
+            raise ConfigError("live tagging reports events of whole windows; set events, and leave out columns")
+        self._tagger, self._options = tagger, tagger.checked(options)
+        self._selection = options.selection(tagger.labels)
+        self._merging = options.merging(tagger.labels)
+        self._listening = Listening(source, options.window, options.step)
         self._told: dict[int, tuple[int, float]] = {}  # the events that go on, by class: number, when they began
         self._count = 0
         self._zero = 0.0  # what the clock would show at the time 0 of the last window; a stream that stalls moves it
@@ -95,7 +90,7 @@ class Listener:
             yield from self._over(self._merging.finish())
 
     def _hear(self, arrival: Arrival) -> Iterator[Report]:
-        for scored in self._score(arrival.window):
+        for scored in self._tagger.score_window(arrival.window, self._options):
             yield from self._over(self._merging.add(scored))  # they are of the windows before
             self._zero = arrival.clock - arrival.window.end
             for event in self._merging.begun():

@@ -4,7 +4,6 @@ import asyncio
 import json
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -19,9 +18,8 @@ from ced.sound.audio import SAMPLE_RATE
 from ced.tag import intake
 from ced.tag.api import Options
 from ced.tag.embeddings import rows_of
-from ced.tag.inputs import Input
 from ced.tag.intake import Allowance, Limits, RefusedError, Room, Upload
-from ced.tag.recipe import Recipe, recording
+from ced.tag.options import TagOptions
 from ced.tag.tagger import Scorer, Tagger
 from ced.tag.together import Asker, SharedModel
 
@@ -101,27 +99,27 @@ class Service:
             raise RefusedError(503, BUSY, 1.0)
         gone = Event()
         try:
-            recipe = options.recipe()
+            chosen = options.tag_options()
             upload = await intake.receive(request, self.limits)
-            job = self._pool.submit(self._work, upload, recipe, options.embeddings, gone)
+            job = self._pool.submit(self._work, upload, chosen, options.embeddings, gone)
         except BaseException:
             self.room.leave()
             raise
         job.add_done_callback(lambda _: self.room.leave())
         return await _outcome(job, request, gone)
 
-    def _work(self, upload: Upload, recipe: Recipe, embeddings: str, gone: Event) -> bytes:
+    def _work(self, upload: Upload, options: TagOptions, embeddings: str, gone: Event) -> bytes:
         if embeddings != "none" and not self._has_embeddings:
             raise RefusedError(422, f"the model {self.name} gives no embeddings")
-        tagger = Tagger(Asker(self._model, gone))
-        process = recording(tagger, recipe, self.name)
+        tagger = Tagger(Asker(self._model, gone), name=self.name)
+        options = tagger.checked(options)
         wave = intake.load(upload, self.limits.seconds)
-        intake.check_cost(len(wave), recipe.window, recipe.hop, self.limits.seconds)
+        intake.check_cost(len(wave), options.window, options.step, self.limits.seconds)
         source = (wave, SAMPLE_RATE)
-        record = process(Input(upload.name, source, Path(upload.name)))
+        record = tagger.tag(source, options, name=upload.name)
         answer = record.to_json()
         if embeddings != "none":
-            found = tagger.embed(source, window=recipe.window, hop=recipe.hop)
+            found = tagger.embed(source, window=options.window, hop=options.hop)
             rows = rows_of(upload.name, found, windows=embeddings == "windows")
             answer["embeddings"] = [{"start": row.start, "end": row.end, "vector": row.vector.tolist()} for row in rows]
         self.meters.heard.inc(record.seconds)

@@ -136,11 +136,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
 
 
-def whole(folder: Path) -> dict[str, bytes]:
-    """Return the contents without what killed processes left of files that have no name yet."""
-    return {name: content for name, content in contents(folder).items() if not name.endswith(".partial")}
-
-
 def subprocess_run(words: list[str], runs: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     Path("program.py").write_text(PROGRAM)
     config = [word for key, value in settings().items() for word in (f"--{key}", str(value))]
@@ -241,7 +236,7 @@ def test_a_killed_run_ends_as_an_unbroken_one() -> None:
         )
         times = {name: (folder / name).stat().st_mtime_ns for name in ("logits_ep1_0.h5", "logits_ep1_0.parquet")}
         assert run(outputpath="killed") == folder
-        assert whole(folder) == unbroken
+        assert contents(folder) == unbroken  # and nothing is left of the killed run
         assert {name: (folder / name).stat().st_mtime_ns for name in times} == times
         shutil.rmtree(folder)
 

@@ -28,8 +28,8 @@ def beep(path: Path, seconds: int, begin: float, hertz: float = 1000.0) -> Path:
 
 def test_the_picture_is_what_models_hear(tagger: Tagger, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    from ced.sound.audio import load
     from ced.model.frontend import LogMel
+    from ced.sound.audio import load
 
     path = tmp_path / "a.wav"
     soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 4 * RATE), RATE)
@@ -107,5 +107,5 @@ def test_a_model_without_columns_says_so(tmp_path: Path) -> None:
 
     hearing = Hearing(Tagger(Coarse()), "m")
     clip = hearing.take_in(beep(tmp_path / "a.wav", 1, 0.0), "a.wav", tmp_path)
-    with pytest.raises(CheckpointError, match="has no columns"):
+    with pytest.raises(CheckpointError, match="cannot score columns"):
         hearing.score(clip, DETAILS["0.16 s"])

@@ -43,17 +43,17 @@ def test_a_room_has_so_many_places() -> None:
 @pytest.mark.parametrize(
     ("samples", "window", "hop", "allowed"),
     [
-        (60 * RATE, 10.0, None, True),
-        (60 * RATE, 7.0, None, True),  # the last window is as short as what is left
-        (60 * RATE, 60.0, None, True),
-        (60 * RATE, 0.5, None, False),  # 120 windows, a second each
-        (29 * RATE, 0.5, None, True),
+        (60 * RATE, 10.0, 10.0, True),
+        (60 * RATE, 7.0, 7.0, True),  # the last window is as short as what is left
+        (60 * RATE, 60.0, 60.0, True),
+        (60 * RATE, 0.5, 0.5, False),  # 120 windows, a second each
+        (29 * RATE, 0.5, 0.5, True),
         (60 * RATE, 10.0, 5.0, False),
         (30 * RATE, 10.0, 5.0, True),
         (100, 0.5, 0.1, True),
     ],
 )
-def test_what_windows_cost(samples: int, window: float, hop: float | None, allowed: bool) -> None:
+def test_what_windows_cost(samples: int, window: float, hop: float, allowed: bool) -> None:
     if allowed:
         check_cost(samples, window, hop, 60)
         return
@@ -84,7 +84,7 @@ def test_limits_that_cannot_be() -> None:
 
 
 def test_clients_are_not_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ced.sound.media.find_spec", lambda name: None)
-    with pytest.raises(RefusedError, match=r"cannot decode a: .*; readable are whole files of WAV") as refused:
+    monkeypatch.setattr("ced.sound.ffmpeg.find_spec", lambda name: None)
+    with pytest.raises(RefusedError, match=r"a: .*cannot be decoded.*; readable are complete files of WAV") as refused:
         load(Upload("a", SoundBytes(b"\0\0\0\x20ftypM4A " + bytes(100), "a")), 1.0)
     assert "pip" not in str(refused.value)
