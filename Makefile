@@ -11,7 +11,7 @@ test: .venv/dev.stamp  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not network"
 
 clean:  ## remove the environment and what `make demo` wrote
 	rm -rf .venv demo build ced_audio.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
