@@ -180,18 +180,12 @@ def evaluate(
 
 def _eval_data(experiment: Path) -> Path:
     """Return the table that an experiment was validated on."""
-    import yaml
-
+    from ced.config import read_file
     from ced.distill.experiment import CONFIG_NAME
 
     path = experiment / CONFIG_NAME
-    if path.is_file():
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from error
-        if isinstance(values, dict) and isinstance(table := values.get("eval_data"), str):
-            return Path(table)
+    if path.is_file() and isinstance(table := read_file(path).get("eval_data"), str):
+        return Path(table)
     raise ConfigError(f"{experiment} names no eval_data; give a labelled table with --test_data")
 
 
