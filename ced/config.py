@@ -228,7 +228,7 @@ class FinetuneConfig(TaggerConfig):
     """Keys of `ced finetune`: learn a labelled table."""
 
     command = "finetune"
-    classes: UserPath | None = Field(None, description="class table (index, name); null: AudioSet's 527")
+    classes: UserPath | None = Field(None, description="class table (index, name); audioset or null: AudioSet's 527")
     task: Literal["multi", "single"] = Field("multi", description="any number of classes a clip, or exactly one")
     trainable: Literal["all", "head"] = Field("all", description="what learns: the whole network or its head")
     chunk_length: float = Field(

@@ -1,4 +1,4 @@
-"""Learn a labelled table: train a tagger from scratch, or make one out of a network that heard other things."""
+"""Learn a labelled table: train a tagger from scratch, or fine-tune one that was trained on other classes."""
 
 from pathlib import Path
 
@@ -16,11 +16,14 @@ from ced.distill.start import start_network, warn_of_cuts, warn_of_padding
 from ced.distill.step import Loss
 from ced.distill.views import check_masks, recipe_of
 from ced.distill.wavpack import WavPack
-from ced.errors import TableError
+from ced.errors import ConfigError, TableError
 from ced.model.vit import CED
 from ced.progress import Progress, silent
 from ced.sound.labels import ClassTable, audioset, read_classes
 from ced.sound.tables import multi_hot, parse_labels
+from ced.text import quoted
+
+AUDIOSET = "audioset"  # as a class table: AudioSet's
 
 
 def finetune(config: FinetuneConfig, *, name: str, resume: Path | None = None, progress: Progress = silent) -> Path:
@@ -28,14 +31,18 @@ def finetune(config: FinetuneConfig, *, name: str, resume: Path | None = None, p
 
     Raises:
         TableError: a table lacks a column, or a clip has a label out of range, or other than one with task `single`.
+        ConfigError: there is no class table for classes that are not AudioSet's, or the masks blank whole chunks.
         PackError: the pack lacks a clip.
     """
     return run(config, lambda: _task(config, progress), name=name, resume=resume, progress=progress)
 
 
 def _task(config: FinetuneConfig, progress: Progress) -> Task:
-    labels = audioset() if config.classes is None else read_classes(config.classes)
+    named = config.classes if config.classes != Path(AUDIOSET) else None
+    labels = audioset() if named is None else read_classes(named)
     clips = LabelledClips(config, labels)
+    if config.classes is None:
+        refuse_numbered_classes(clips)
     single = config.task == "single"
     needs = {"pooling": "logit", "activation": "softmax" if single else "sigmoid"}
     network = start_network(config, labels, needs, progress)
@@ -44,6 +51,24 @@ def _task(config: FinetuneConfig, progress: Progress) -> Task:
         learn_head(network)
     loss: Loss = F.cross_entropy if single else F.binary_cross_entropy_with_logits
     return Task(network, len(clips.pack), clips.epoch, loss, validation(config, labels), config.mixup)
+
+
+def refuse_numbered_classes(clips: "LabelledClips") -> None:
+    """Refuse a table whose labels are 0, 1, 2, ... to a last one, where no class table says what they are.
+
+    As indices of AudioSet's classes they would be "Speech", "Male speech, man speaking", and so on.
+
+    Raises:
+        ConfigError: the labels are of that kind.
+    """
+    used = sorted({label for labels in clips.labels for label in labels})
+    if used == list(range(len(used))) and len(used) < clips.num_classes:
+        first = ", ".join(map(quoted, audioset().names[: min(len(used), 3)]))
+        raise ConfigError(
+            f"the labels of {clips.pack.table.path} are 0 to {used[-1]}, and as AudioSet's classes they would be "
+            f"{first}{', ...' if len(used) > 3 else ''}; give a class table (index, name) with --classes, or, if they "
+            f"are AudioSet's, --classes {AUDIOSET}"
+        )
 
 
 def learn_head(network: CED) -> None:

@@ -35,6 +35,7 @@ from ced.files import claimed
 from ced.model import loading
 from ced.model.vit import CED
 from ced.progress import Progress, silent
+from ced.text import quoted
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +201,7 @@ class Trainer:
         )
         if (validation := self.task.validation) and (missing := validation.evaluator.missing):
             table = validation.config.eval_data
-            logger.info("no clip of %s has: %s (left out of mAP)", table, ", ".join(missing))
+            logger.info("no clip of %s has: %s (left out of mAP)", table, ", ".join(map(quoted, missing)))
 
     def _rate(self, step: int) -> float:
         config = self.config
@@ -242,8 +243,8 @@ class Trainer:
             return
         step = int((~finite).nonzero()[0])
         raise TrainingError(
-            f"the loss is {float(losses[step])} at step {step + 1} of epoch {epoch}; a lower learning rate, a longer "
-            "warm-up or mode off may help, if the audio and the targets are sound"
+            f"the loss is {float(losses[step])} at step {step + 1} of epoch {epoch}; a lower optimizer_args.lr, larger "
+            "warmup_iters or mode off may help, if the audio and the targets are right"
         )
 
     def _validate(self, epoch: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 
 from ced.config import LoopConfig
 from ced.distill.wavpack import WavPack
-from ced.errors import ConfigError
+from ced.errors import CheckpointError, ConfigError, DownloadError
 from ced.model.loading import create
 from ced.model.vit import CED
 from ced.progress import Progress
@@ -37,14 +37,19 @@ def start_network(config: LoopConfig, labels: ClassTable, needs: Mapping[str, st
     for key, needed in needs.items():
         if (given := config.model_args.get(key, needed)) != needed:
             raise ConfigError(f"model_args.{key} is {given!r}; this training needs {needed!r}")
-    with seeded(config.seed):
-        return create(
-            config.model,
-            model_args={**config.model_args, **needs},
-            pretrained=config.pretrained,
-            labels=labels,
-            progress=progress,
-        )
+    try:
+        with seeded(config.seed):
+            return create(
+                config.model,
+                model_args={**config.model_args, **needs},
+                pretrained=config.pretrained,
+                labels=labels,
+                progress=progress,
+            )
+    except (CheckpointError, DownloadError) as error:
+        if config.pretrained is not False:
+            error.hint = error.hint or "--pretrained false starts from fresh weights"
+        raise
 
 
 def warn_of_cuts(network: CED, samples: int) -> None:

@@ -44,7 +44,11 @@ def train(config: TrainConfig, *, name: str, resume: Path | None = None, progres
 
 
 def _task(config: TrainConfig, progress: Progress) -> Task:
-    store = ViewStore(config.logitspath)
+    try:
+        store = ViewStore(config.logitspath)
+    except StoreError as error:
+        error.hint = error.hint or "logitspath is the folder that `ced store` prints"
+        raise
     meta = store.meta
     if meta.num_classes != config.num_classes:
         raise ConfigError(

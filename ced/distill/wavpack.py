@@ -14,7 +14,7 @@ import numpy as np
 
 from ced.distill.packfile import Clips, Layout, Place, Wave, checksum_in, checksum_of, key_of
 from ced.distill.packing import PackReport, digest_path, pack
-from ced.errors import PackError
+from ced.errors import PackError, TableError
 from ced.sound.tables import Table, read_table
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,9 @@ class WavPack:
             TableError: the table cannot be read, lacks a column, or has no rows.
             PackError: a file of the pack is missing.
         """
-        self.table = read_table(table, required=("filename", "hdf5path"))
+        self.table = read_table(table, required=("filename",))
+        if "hdf5path" not in self.table.columns:
+            raise TableError(f"table {table} has no column 'hdf5path'", hint="`ced pack` makes a pack, and its table")
         _check_table(self.table.path)
         paths = self.table.column("hdf5path")
         numbers = {path: number for number, path in enumerate(dict.fromkeys(paths))}
