@@ -230,6 +230,10 @@ class FinetuneConfig(TaggerConfig):
     command = "finetune"
     classes: UserPath | None = Field(None, description="class table (index, name); audioset or null: AudioSet's 527")
     task: Literal["multi", "single"] = Field("multi", description="any number of classes a clip, or exactly one")
+    balanced: bool = Field(False, description="draw clips so that all classes come up equally often")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="part of each target that is spread evenly: over yes and no, or over the classes"
+    )
     trainable: Literal["all", "head"] = Field("all", description="what learns: the whole network or its head")
     chunk_length: float = Field(
         10, gt=0, le=3600, description="seconds a training item is cut or padded to: about the length of the clips"

@@ -225,6 +225,23 @@ def shuffled(count: int, batch_size: int, seed: Sequence[int]) -> Iterator[NDArr
         pool = pool[batch_size:]
 
 
+def drawn(
+    weights: NDArray[np.float64], batch_size: int, batches: int, seed: Sequence[int]
+) -> Iterator[NDArray[np.int64]]:
+    """Yield batches of items drawn in proportion to their weights, (n,), in a random order.
+
+    Of N draws, an item gets N times its part of all weights, rounded up or down (systematic sampling): its number of
+    draws varies as little as it can.
+    """
+    rng = np.random.default_rng(seed)
+    count = batches * batch_size
+    order = rng.permutation(len(weights))  # so that the rounding does not favour the same items each time
+    places = (np.arange(count) + rng.random()) / count
+    bounds = np.cumsum(weights[order]) / np.sum(weights)
+    items = order[np.searchsorted(bounds, places, side="right").clip(max=len(weights) - 1)]
+    yield from rng.permutation(items).reshape(batches, batch_size)
+
+
 def prefetch(dataset: ViewDataset, batches: Iterable[Items], workers: int) -> Generator[Batch, None, None]:
     """Yield the batches in their order, read ahead by `workers` threads (0: in this one).
 

@@ -1,5 +1,7 @@
 """Learn a labelled table: train a tagger from scratch, or fine-tune one that was trained on other classes."""
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +79,16 @@ def learn_head(network: CED) -> None:
     network.outputlayer.requires_grad_(True)
 
 
+def balancing(labels: Sequence[tuple[int, ...]]) -> NDArray[np.float64]:
+    """Return how often to draw each clip so that all classes come up about equally often, (n,).
+
+    Each class of a clip adds one n-th to it, n being the clips of that class; clips without any are one more class.
+    """
+    groups = [row or (-1,) for row in labels]
+    counts = Counter(label for row in groups for label in row)
+    return np.array([sum(1 / counts[label] for label in row) for row in groups])
+
+
 class LabelledClips:
     """A labelled table as training data: of each clip one random crop an epoch, under a view of its own."""
 
@@ -98,6 +110,10 @@ class LabelledClips:
         check_masks(self.recipe, self.samples)
         warn_of_padding(self.pack, self.samples)
         self.seed = config.seed
+        self.weights = balancing(self.labels) if config.balanced else None
+        # Of a class among all, or of yes and no for each class.
+        even = 1 / self.num_classes if config.task == "single" else 0.5
+        self.smoothing, self.offset = config.label_smoothing, config.label_smoothing * even
 
     def epoch(self, epoch: int) -> EpochData:
         """Return the data of a training epoch (1, 2, ...)."""
@@ -107,6 +123,6 @@ class LabelledClips:
 
         def targets(items: NDArray[np.int64], generator: torch.Generator) -> Tensor:
             rows = multi_hot([self.labels[item] for item in items], self.num_classes)
-            return torch.from_numpy(rows).float()
+            return torch.from_numpy(rows).float() * (1 - self.smoothing) + self.offset
 
-        return EpochData(ViewDataset(self.pack, chunks, self.recipe, seeds, self.samples), targets)
+        return EpochData(ViewDataset(self.pack, chunks, self.recipe, seeds, self.samples), targets, self.weights)

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ced.config import LoopConfig
 from ced.distill import experiment
-from ced.distill.datasets import ViewDataset, prefetch, shuffled
+from ced.distill.datasets import ViewDataset, drawn, prefetch, shuffled
 from ced.distill.distributed import World, join
 from ced.distill.evaluate import Evaluation, Validation
 from ced.distill.experiment import LAST_NAME, RESULT_NAME, State
@@ -45,10 +44,11 @@ CHECK_EVERY = 100  # steps between looks at the loss; each makes a GPU wait
 
 @dataclass(frozen=True, eq=False)
 class EpochData:
-    """What one epoch is trained on."""
+    """The data of one epoch."""
 
     dataset: ViewDataset
     targets: Callable[[NDArray[np.int64], torch.Generator], Tensor]  # items (b,), for what is random -> (b, c)
+    weights: NDArray[np.float64] | None = None  # (n,) how often items are drawn; None: each once
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,8 +217,12 @@ class Trainer:
     def _train(self, data: EpochData, epoch: int) -> float:
         """Train one epoch and return its mean loss."""
         config, task = self.config, f"epoch {epoch} of {self.config.epochs}"
-        order = shuffled(len(data.dataset), config.batch_size, [config.seed, ORDER, epoch])
-        items = list(islice(order, self.steps))  # each step's, all processes together
+        seed = [config.seed, ORDER, epoch]
+        # The items of each step, of all processes together.
+        if data.weights is None:
+            items = list(islice(shuffled(len(data.dataset), config.batch_size, seed), self.steps))
+        else:
+            items = list(drawn(data.weights, config.batch_size, self.steps, seed))
         batches = prefetch(data.dataset, [batch[self.mine] for batch in items], config.num_workers)
         losses = torch.zeros(self.steps, device=self.world.device)
         for step, batch in enumerate(batches):
@@ -259,9 +263,6 @@ class Trainer:
         return {"mAP": found.map} | ({} if found.accuracy is None else {"accuracy": found.accuracy})
 
     def _evaluate(self, validation: Validation, network: CED) -> Evaluation:
-        if self.world.size > 1:  # BatchNorm's statistics are each process's own
-            for buffer in network.buffers():
-                dist.broadcast(buffer, 0)
         return validation.evaluator(experiment.as_tagger(network), world=self.world, progress=self.progress)
 
     def _save(self) -> None:
