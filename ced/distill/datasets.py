@@ -24,6 +24,7 @@ from ced.errors import ConfigError, PackError
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.decode import FULL_SCALE
 from ced.sound.features import MIN_SAMPLES
+from ced.text import quoted
 
 _INT16_STEP = 1 / FULL_SCALE
 _FINGERPRINTED = 256  # chunks whose samples tell audio that was packed again from the audio before
@@ -122,8 +123,8 @@ def stored(pack: WavPack, rows: Rows, chunk_length: float) -> Chunks:
         if off.any():
             item = int(off.argmax())
             raise PackError(
-                f"clip {rows.filenames[item]}: the store says {stored_seconds[item]:.5f} s where the pack has "
-                f"{seconds[item]:.5f} s; was it packed again after its views were stored?"
+                f"clip {quoted(str(rows.filenames[item]))}: the store says {stored_seconds[item]:.5f} s where the pack "
+                f"has {seconds[item]:.5f} s; was it packed again after its views were stored?"
             )
     return Chunks(clips, starts, stops)
 

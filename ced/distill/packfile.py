@@ -26,6 +26,7 @@ from ced.errors import AudioError, PackError
 from ced.files import errors_held
 from ced.sound.audio import SAMPLE_RATE, load_stored
 from ced.sound.decode import FULL_SCALE, to_float
+from ced.text import quoted
 
 FORMAT = "ced-pack"
 FORMAT_VERSION = 2
@@ -239,7 +240,8 @@ class Clips:
             key = os.path.basename(filename)
             owner = owners.setdefault(key, filename)
             if owner != filename and whole_key(owner) != whole_key(filename):
-                raise PackError(f"{self._file.filename} has one clip {key} for two rows, {owner} and {filename}")
+                both = f"{quoted(owner)} and {quoted(filename)}"
+                raise PackError(f"{self._file.filename} has one clip {quoted(key)} for two rows, {both}")
         return whole
 
     def place(self, key: str) -> Place | None:
@@ -258,7 +260,9 @@ class Clips:
         shape, dtype = dataset.shape, self._dtype(dataset)
         if len(shape) not in (1, 2) or not (dtype.kind == "f" or (dtype.kind, dtype.itemsize) == ("i", 2)):
             kinds = "int16 or float samples, (t,) or (t, channels)"
-            raise PackError(f"clip {key} in {self._file.filename} is {dtype} of shape {shape}; expected {kinds}")
+            raise PackError(
+                f"clip {quoted(key)} in {self._file.filename} is {dtype} of shape {shape}; expected {kinds}"
+            )
         self._check_storage(key, dataset, math.prod(shape) * dtype.itemsize)
         first = len(shape) == 2 and shape[0] < shape[1]
         samples, channels = (shape[1], shape[0]) if first else (shape[0], shape[1] if len(shape) == 2 else 1)
@@ -269,10 +273,14 @@ class Clips:
         """Refuse samples that lie in another file, or of which the file has less than it claims."""
         creation, there = dataset.get_create_plist(), dataset.get_storage_size()
         if creation.get_layout() == h5py.h5d.VIRTUAL or creation.get_external_count():
-            raise PackError(f"clip {key} of {self._file.filename} lies in another file; a pack holds its clips itself")
+            raise PackError(
+                f"clip {quoted(key)} of {self._file.filename} lies in another file; a pack holds its clips itself"
+            )
         contiguous = creation.get_layout() == h5py.h5d.CONTIGUOUS
         if size > (there if contiguous else there * _LARGEST_RATIO):
-            raise PackError(f"{self._file.filename} is damaged: clip {key} claims {size:,} bytes and has {there:,}")
+            raise PackError(
+                f"{self._file.filename} is damaged: clip {quoted(key)} claims {size:,} bytes and has {there:,}"
+            )
 
     def _dtype(self, dataset: h5py.h5d.DatasetID) -> np.dtype[Any]:
         kind = dataset.get_type()

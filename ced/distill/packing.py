@@ -22,6 +22,7 @@ from ced.machine import cores
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.tables import read_table, write_table
+from ced.text import quoted
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +169,8 @@ def _check_names(filenames: Sequence[str], settings: Settings, table: Path) -> N
         key = settings.key(filename)
         if (first := rows.setdefault(key, row)) != row:
             hint = "" if settings.fullname else "; rename one, or name clips by their whole filename (--fullname)"
-            both = f"{filenames[first]} (row {first + 1}) and {filename} (row {row + 1})"
-            raise PackError(f"two clips of {table} have the name {key}: {both}{hint}")
+            both = f"{quoted(filenames[first])} (row {first + 1}) and {quoted(filename)} (row {row + 1})"
+            raise PackError(f"two clips of {table} have the name {quoted(key)}: {both}{hint}")
 
 
 def _note_leftovers(parts: Sequence[Part], stem: str) -> None:

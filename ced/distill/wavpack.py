@@ -16,6 +16,7 @@ from ced.distill.packfile import Clips, Layout, Place, Wave, checksum_in, checks
 from ced.distill.packing import PackReport, digest_path, pack
 from ced.errors import PackError, TableError
 from ced.sound.tables import Table, read_table
+from ced.text import quoted
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +100,10 @@ class WavPack:
         """
         row = self._rows.get(name)
         if row is None:
-            raise PackError(f"pack {self.table.path} has no clip {name}")
+            raise PackError(f"pack {self.table.path} has no clip {quoted(name)}")
         if name in self._ambiguous:
             both = f"rows {row + 1} and {self._ambiguous[name] + 1}"
-            raise PackError(f"pack {self.table.path} has more than one clip {name}: {both}")
+            raise PackError(f"pack {self.table.path} has more than one clip {quoted(name)}: {both}")
         return row
 
     def samples(self, row: int) -> int:
@@ -128,7 +129,7 @@ class WavPack:
         """
         samples = self.samples(row)
         if not 0 <= start <= stop <= samples:
-            raise PackError(f"clip {self.names[row]} has {samples} samples, not {start} to {stop}")
+            raise PackError(f"clip {quoted(self.names[row])} has {samples} samples, not {start} to {stop}")
         number, layout, offset = int(self._file[row]), self._kinds[self._layouts[row]], int(self._offsets[row])
         if not self._checked[row]:
             self._check(row, number, layout, offset, samples)
@@ -157,8 +158,8 @@ class WavPack:
                 found = checksum_of(np.frombuffer(data, np.uint8, samples * layout.frame, offset))
             if found != expected:
                 raise PackError(
-                    f"{self._paths[number]} is damaged: clip {self.names[row]} does not have its checksum; remove the "
-                    "file and run `ced pack` again"
+                    f"{self._paths[number]} is damaged: clip {quoted(self.names[row])} does not have its checksum; remove "
+                    "the file and run `ced pack` again"
                 )
         self._checked[row] = True
 
@@ -178,9 +179,9 @@ class WavPack:
                 for row in rows.tolist():
                     place = clips.place(key_of(filenames[row], self._whole[number]))
                     if place is None:
-                        raise PackError(f"{path} lacks clip {names[row]}, row {row + 1} of {self.table.path}")
+                        raise PackError(f"{path} lacks clip {quoted(names[row])}, row {row + 1} of {self.table.path}")
                     if place.offset is not None and place.offset + place.samples * place.layout.frame > size:
-                        raise PackError(f"{path} is cut short: clip {names[row]} lies beyond its end")
+                        raise PackError(f"{path} is cut short: clip {quoted(names[row])} lies beyond its end")
                     places.append(place)
             kinds, samples, offsets = zip(*places, strict=True)
             self._kinds += set(kinds) - set(self._kinds)
