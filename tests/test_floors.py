@@ -20,8 +20,9 @@ FLOORS: dict[str, set[str]] = {
     "model": {"base", "sound"},
     "distill": {"base", "sound", "model"},
     "tag": {"base", "sound", "model"},
+    "serve": {"base", "sound", "model", "tag"},
     "demo": {"base", "sound", "model", "distill", "tag"},
-    "cli": {"base", "sound", "model", "distill", "tag", "demo"},
+    "cli": {"base", "sound", "model", "distill", "tag", "serve", "demo"},
 }
 
 

@@ -29,9 +29,6 @@ def serve(
         float, typer.Option(help="The most sound in a request, counted as often as windows hear it.")
     ] = 600.0,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; further ones are told to come back.")] = 16,
-    rate: Annotated[
-        int | None, typer.Option(min=1, help="Requests of one client in a minute.", show_default="no limit")
-    ] = None,
     proxy: Annotated[
         list[str] | None,
         typer.Option(help="Address or network of a proxy whose X-Forwarded-For is believed; may be repeated."),
@@ -42,14 +39,15 @@ def serve(
     There are no passwords: put it behind a proxy that has them before other machines may reach it.
     """
     with optional_packages("ced serve"):
-        from ced.tag.intake import Limits
-        from ced.tag.server import Application, Server
+        from ced.serve.app import Application
+        from ced.serve.body import Limits
+        from ced.serve.server import Server
     from ced.model.runtime import open_model
 
     for option, value in (("--max-megabytes", max_megabytes), ("--max-seconds", max_seconds)):
         if not 0 < value < math.inf:
             raise ConfigError(f"{option} is {value}; it must be a number above 0")
-    limits = Limits(max_megabytes, max_seconds, queue, rate)
+    limits = Limits(max_megabytes, max_seconds, queue)
     proxies = [_network(each) for each in proxy or ()]
     allow_open_files()
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # forms that are broken are their clients' affair
