@@ -10,9 +10,9 @@ const RAVEN_COLUMNS = [
 /** Formats by name: suffix and media type of their files, what makes lines of records, and whether sounds can share one. */
 export const FORMATS = {
   csv: { name: "CSV", suffix: ".csv", type: "text/csv", lines: csv, shared: true },
-  jsonl: { name: "JSON lines", suffix: ".jsonl", type: "application/jsonl", lines: jsonl, shared: true },
-  audacity: { name: "Audacity labels", suffix: ".labels.txt", type: "text/plain", lines: audacity },
-  raven: { name: "Raven selections", suffix: ".selections.txt", type: "text/plain", lines: raven, shared: true },
+  jsonl: { name: "JSONL", suffix: ".jsonl", type: "application/jsonl", lines: jsonl, shared: true },
+  audacity: { name: "Audacity", suffix: ".labels.txt", type: "text/plain", lines: audacity },
+  raven: { name: "Raven", suffix: ".selections.txt", type: "text/plain", lines: raven, shared: true },
 };
 
 /** The text of a file with records in a format. */

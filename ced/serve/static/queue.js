@@ -5,12 +5,13 @@ import { element, icon } from "./dom.js";
 import { Clip, Overview, Scores } from "./state.js";
 import { clock } from "./time.js";
 
-const OVERVIEW_COLUMNS = 24_000; // of a sound, about; that many tell more than a screen can show
+const OVERVIEW_COLUMNS = 60_000; // of a sound, about: 4 MB
 const FINEST = 100; // overview columns a second at most
 const BUSY_RETRIES = 20; // when the server has no room
 
 export class Queue {
-  #stop = null; // ends the clip that is being sent
+  #current = null; // the clip that is being sent
+  #stop = null; // an AbortController that ends it
   #items = new Map();
 
   /**
@@ -41,15 +42,11 @@ export class Queue {
 
   /** Tag a clip again, with other windows, say. */
   again(clip) {
-    if (clip === this.#current) this.#stop.abort();
     Object.assign(clip, { status: "waiting", error: "", sent: 0, scores: null, overview: null, windows: this.store.windows });
     this.#draw(clip);
     this.handlers.onGrow(clip);
-    this.run();
-  }
-
-  get #current() {
-    return this.store.clips.find(({ status }) => status === "uploading" || status === "tagging");
+    if (clip === this.#current) this.#stop.abort(); // and `run` comes to it again
+    else this.run();
   }
 
   /** Cancel a clip that is not done; remove one that is. */
@@ -66,23 +63,24 @@ export class Queue {
     }
   }
 
-  /** Send the next clip that waits, if none is being sent. */
+  /** Send the clips that wait, one after the other, unless that is going on. */
   async run() {
     if (this.#current || !this.store.model) return;
-    const clip = this.store.clips.find(({ status }) => status === "waiting");
-    if (!clip) return;
-    const stop = (this.#stop = new AbortController());
-    this.#change(clip, { status: "uploading" });
-    try {
-      await this.#send(clip, stop.signal);
-      this.#change(clip, { status: "done" });
-    } catch (error) {
-      if (!stop.signal.aborted) this.#change(clip, { status: "failed", error: error.message });
-      // When it is to be tagged again, it waits already.
-      else if (clip.status !== "waiting") this.#change(clip, { status: "cancelled" });
+    let clip;
+    while ((clip = this.store.clips.find(({ status }) => status === "waiting"))) {
+      this.#current = clip;
+      this.#stop = new AbortController();
+      this.#change(clip, { status: "uploading" });
+      try {
+        await this.#send(clip, this.#stop.signal);
+        this.#change(clip, { status: "done" });
+      } catch (error) {
+        if (!this.#stop.signal.aborted) this.#change(clip, { status: "failed", error: error.message });
+        else if (clip.status !== "waiting") this.#change(clip, { status: "cancelled" });
+      }
+      this.handlers.onGrow(clip);
     }
-    this.handlers.onGrow(clip);
-    this.run();
+    this.#current = null;
   }
 
   async #send(clip, signal) {
