@@ -14,7 +14,8 @@ RUN useradd --system --uid 10001 --no-create-home ced \
     && install -d -o ced -g ced /var/cache/ced
 COPY --from=build /opt/ced /opt/ced
 # One thread a window: the server runs as many windows at a time as there are cores.
-ENV PATH=/opt/ced/bin:$PATH PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 CED_CACHE=/var/cache/ced
+ENV PATH=/opt/ced/bin:$PATH PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 CED_CACHE=/var/cache/ced \
+    ORT_DISABLE_TELEMETRY=1 HF_HUB_DISABLE_TELEMETRY=1 DO_NOT_TRACK=1
 USER ced
 VOLUME /var/cache/ced
 EXPOSE 8000

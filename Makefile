@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: demo test clean
 
 demo: .venv/train.stamp  ## tag a few sounds, then teach a student on generated ones, from files to tags
-	$(BIN)/ced tag -m esc10 resources/clock_mono_16k.ogg
+	$(BIN)/ced tag -m esc10 resources/rooster.ogg
 	$(BIN)/ced demo
 
 test: .venv/dev.stamp  ## format, lint, types, tests

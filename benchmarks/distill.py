@@ -30,7 +30,7 @@ from ced.distill import datasets, targets, teacher, views, wavpack
 from ced.distill.distributed import World
 from ced.distill.step import Stepper
 from ced.distill.viewstore import ViewStore, part_path
-from ced.model import checkpoints, loading
+from ced.model import loading
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import audioset
 
@@ -229,7 +229,7 @@ def main() -> None:
         sounds = make_sounds(folder / "sounds", arguments.clips)
         pack_table = wavpack.pack(sounds, folder / "pack", workers=2).index
         checkpoint = folder / "teacher.safetensors"
-        checkpoints.save(checkpoint, loading.create("ced_tiny", model_args={}, pretrained=False, labels=audioset()))
+        loading.save(checkpoint, loading.create("ced_tiny", model_args={}, pretrained=False, labels=audioset()))
         machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         print(f"{machine}, torch {torch.__version__}")
         print(f"{arguments.clips} clips of {SECONDS} s, medians of {arguments.rounds} rounds\n")

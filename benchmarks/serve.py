@@ -30,9 +30,9 @@ import soundfile
 import torch
 
 from ced.machine import cores
-from ced.model.export import export
-from ced.model.loading import config_of
-from ced.model.onnx import OnnxModel
+from ced.model.graph.export import export
+from ced.model.loading import weights_of
+from ced.model.runtime import OnnxModel
 from ced.model.vit import CED
 from ced.model.zoo import MODELS
 from ced.tag.together import SharedModel
@@ -145,7 +145,7 @@ def main() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder, "model.onnx")
-        export(CED(config_of(MODELS[given.model])).eval(), graph)
+        export(weights_of(CED(MODELS[given.model].config).eval()), graph)
         if "load" in given.only:
             load(graph, given.jobs, given.clients, given.rounds, given.seconds)
         if "together" in given.only:

@@ -28,10 +28,12 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ced.model.export import export
-from ced.model.loading import config_of
-from ced.model.onnx import OnnxModel, open_session
-from ced.model.quantize import int8_path, quantize
+from ced.model.graph.compare import export_int8
+from ced.model.graph.export import export
+from ced.model.graph.int8 import int8_path
+from ced.model.loading import weights_of
+from ced.model.ort import open_session
+from ced.model.runtime import OnnxModel
 from ced.model.vit import CED
 from ced.model.zoo import MODELS
 from ced.sound.audio import SAMPLE_RATE
@@ -58,14 +60,14 @@ class Exported:
 
     def __init__(self, model: str, folder: Path) -> None:
         torch.manual_seed(0)
-        self.network = CED(config_of(MODELS[f"ced_{model}"])).eval()
+        self.network = CED(MODELS[f"ced_{model}"].config).eval()
         with torch.no_grad():  # scores that differ from class to class
             self.network.outputlayer.get_submodule("1").get_parameter("weight").mul_(10.0)
         self.wave, self.feats = folder / f"{model}.wave.onnx", folder / f"{model}.feats.onnx"
-        export(self.network, self.wave, "wave")
-        self.labels = export(self.network, self.feats, "feats").labels_path
+        export(weights_of(self.network), self.wave, "wave")
+        self.labels = export(weights_of(self.network), self.feats, "feats").labels_path
         for path in (self.wave, self.feats):
-            quantize(path)
+            export_int8(path)
 
     def engine(self, name: str, threads: int) -> Engine:
         """Return an engine, warm."""

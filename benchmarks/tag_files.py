@@ -23,10 +23,11 @@ import numpy as np
 import soundfile
 import torch
 
-from ced.model import checkpoints
-from ced.model.export import export
-from ced.model.loading import config_of
-from ced.model.quantize import int8_path, quantize
+from ced.model import loading
+from ced.model.graph.compare import export_int8
+from ced.model.graph.export import export
+from ced.model.graph.int8 import int8_path
+from ced.model.loading import weights_of
 from ced.model.vit import CED
 from ced.model.zoo import MODELS
 
@@ -61,12 +62,12 @@ LAUNCH = """if True:
 def models(name: str) -> Iterator[dict[str, Path]]:
     """Give a network with random weights as a checkpoint, a graph and an int8 graph."""
     torch.manual_seed(0)
-    network = CED(config_of(MODELS[name])).eval()
+    network = CED(MODELS[name].config).eval()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, graph = Path(folder, "model.safetensors"), Path(folder, "model.onnx")
-        checkpoints.save(checkpoint, network)
-        export(network, graph)
-        quantize(graph)
+        loading.save(checkpoint, network)
+        export(weights_of(network), graph)
+        export_int8(graph)
         yield {"plain": checkpoint, "ced tag": graph, "ced tag int8": int8_path(graph)}
 
 

@@ -13,9 +13,9 @@ matplotlib.use("svg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from ced.model.vit import ModelConfig
+from ced.model.config import ModelConfig
 from ced.model.zoo import MODELS
-from ced.sound.grid import PATCH
+from ced.sound.features import PATCH
 
 OUT = Path(__file__).parents[1] / "docs" / "taggers.svg"
 FRAMES = 1001  # ten seconds

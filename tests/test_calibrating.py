@@ -9,8 +9,9 @@ import pytest
 import soundfile
 import torch
 
-from ced.model import checkpoints
-from ced.model.vit import CED, ModelConfig
+from ced.model import loading
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     """A small network and six clips, one of which is no sound."""
     torch.manual_seed(0)
     config = ModelConfig(embed_dim=32, num_heads=2, depth=1, outputdim=3, target_length=112)
-    checkpoints.save(tmp_path / "small.safetensors", CED(config, CLASSES))
+    loading.save(tmp_path / "small.safetensors", CED(config, CLASSES))
     generator = np.random.default_rng(0)
     (tmp_path / "audio").mkdir()
     for number in range(5):

@@ -16,8 +16,9 @@ import soundfile
 import torch
 
 from ced.cli.console import LINE_SECONDS
-from ced.model import checkpoints
-from ced.model.vit import CED, ModelConfig
+from ced.model import loading
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +96,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = ModelConfig(embed_dim=32, num_heads=2, depth=1, outputdim=3, target_length=112)
     path = tmp_path_factory.mktemp("model") / "small.safetensors"
-    checkpoints.save(path, CED(config, ClassTable(("bark", "bell", "rain"))))
+    loading.save(path, CED(config, ClassTable(("bark", "bell", "rain"))))
     return path
 
 

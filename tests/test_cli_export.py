@@ -11,8 +11,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 from ced.cli import app
-from ced.model import checkpoints
-from ced.model.vit import CED, ModelConfig
+from ced.model import loading
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 
 
@@ -24,7 +25,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CED_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
     config = ModelConfig(embed_dim=64, num_heads=1, depth=1, outputdim=2)
-    checkpoints.save(tmp_path / "student.safetensors", CED(config, ClassTable(("low", "high"))))
+    loading.save(tmp_path / "student.safetensors", CED(config, ClassTable(("low", "high"))))
     (tmp_path / "clips").mkdir()
     lines = ["filename\tlabel"]
     for number in range(4):

@@ -21,8 +21,10 @@ import pytest
 import soundfile
 import torch
 
-from ced.model.export import export
-from ced.model.vit import CED, ModelConfig
+from ced.model.graph.export import export
+from ced.model.loading import weights_of
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 from ced.tag.tagger import Tagger
 
@@ -39,7 +41,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ClassTable(("bark", "bell", "rain")),
     ).eval()
     path = tmp_path_factory.mktemp("graph") / "small.onnx"
-    export(network, path)
+    export(weights_of(network), path)
     return path
 
 

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "ced").rglob("*.py"))
+OTHERS = ("tests", "benchmarks", "scripts")
 SCRIPTS = ["inference.py", "run.py", "save_logits.py", "export_onnx.py", "scripts/wavlist_to_hdf5.py"]
 
 # A module imports from its own floor's entry and from those that it lists.
@@ -65,6 +66,16 @@ def test_the_floors_hold_every_folder() -> None:
     assert folders == FLOORS.keys() - {"base"}
 
 
+def test_only_one_module_imports_onnxruntime() -> None:
+    """Its telemetry is switched off there, before the import."""
+    for path in (*MODULES, *(path for folder in OTHERS for path in (ROOT / folder).rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found = any(name.split(".")[0] == "onnxruntime" for name in names)
+            assert not found or name_of(path) == "ced.model.ort", f"{path} imports onnxruntime"
+
+
 def run_python(program: str) -> str:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     return done.stdout.strip()
@@ -77,7 +88,7 @@ def run_python(program: str) -> str:
         ("ced.sound.audio", ["torch"]),
         ("ced.sound.labels", ["torch"]),
         ("ced.tag.tagger", ["torch", "onnx", "pydantic", "rich.progress", "pyarrow"]),
-        ("ced.model.onnx", ["torch", "onnx", "onnxruntime"]),
+        ("ced.model.runtime", ["torch", "onnx", "onnxruntime"]),
         ("ced.model.zoo", ["torch", "onnx", "onnxruntime"]),
         ("ced.tag.results", ["torch"]),
         ("ced.config", ["torch"]),

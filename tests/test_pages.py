@@ -21,10 +21,11 @@ import soundfile
 import torch
 
 from ced.cli import main
-from ced.model import checkpoints, zoo
-from ced.model.export import export
-from ced.model.loading import config_of
-from ced.model.vit import CED, ModelConfig
+from ced.model import loading, weights, zoo
+from ced.model.graph.export import export
+from ced.model.loading import weights_of
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.audio import load
 from ced.sound.labels import ClassTable
 
@@ -38,6 +39,7 @@ SHORT = {
     "pretrain": "--epochs 1 --warmup_epochs 0 --batch_size 2",
 }
 GIVEN = ("resources", "trainconfig", "logitconfig", "pretrainconfig", "scripts")
+SCORE = r" [01]\.\d{4}\b"
 PROGRAMS = ("inference.py", "run.py", "save_logits.py", "export_onnx.py")
 
 
@@ -67,7 +69,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save(CED(config_of(entry)).state_dict(), folder / entry.file)
     small = CED(SMALL).eval()
     for name in ("ced_tiny", "ced_mini"):
-        export(small, folder / zoo.MODELS[name].onnx_file)
+        export(weights_of(small), folder / zoo.MODELS[name].onnx_file)
     return folder
 
 
@@ -120,8 +122,32 @@ def test_the_commands_of_a_page(page: str, place: Path, cache: Path) -> None:
         run([sys.executable, "-c", block], place, cache)
 
 
+@pytest.mark.parametrize("page", ["README.md", "resources/README.md", "docs/tag.md"])
+def test_printed_output_is_what_a_page_shows(page: str, place: Path, cache: Path) -> None:
+    shown = blocks(ROOT / page, "console")
+    assert shown
+    for block in shown:
+        command, _, expected = block.removeprefix("$ ").partition("\n")
+        printed = run(["bash", "-c", command], place, cache)
+        assert re.sub(SCORE, "", printed).strip() == re.sub(SCORE, "", expected).strip()
+        # Processors may round products of 8 bits differently.
+        assert [float(found) for found in re.findall(SCORE, printed)] == pytest.approx(
+            [float(found) for found in re.findall(SCORE, expected)], abs=0.02
+        )
+
+
+def test_recordings_are_small_and_credited() -> None:
+    files = sorted(path for path in (ROOT / "resources").iterdir() if path.name != "README.md")
+    rows = re.findall(r"^\| `(\S+)` \|.*\| (.+) \| .+ \|$", (ROOT / "resources" / "README.md").read_text(), re.M)
+    assert {path.name for path in files} == {name for name, _ in rows}
+    for name, licence in rows:
+        assert (ROOT / "resources" / name).stat().st_size <= 100_000
+        assert licence == "public domain" or licence.startswith("[CC BY ")
+        assert load(ROOT / "resources" / name).std() > 0.005
+
+
 def test_every_page_is_linked_and_every_link_leads_somewhere() -> None:
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [ROOT / "README.md", ROOT / "resources" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     linked = set()
     for page in pages:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
@@ -153,7 +179,7 @@ def test_a_linear_probe_on_esc10(
     statistics.momentum = 0.5
     for row in chosen[::4]:
         network.init_bn(network.front_end(torch.from_numpy(load(whole / "audio" / row.split("\t")[0]))[None]))
-    checkpoints.save(tmp_path / "made.safetensors", network)
+    loading.save(tmp_path / "made.safetensors", network)
     monkeypatch.chdir(tmp_path)
     (command,) = blocks(DOCS / "probe.md", "")[:1]
     monkeypatch.setattr(sys, "argv", command.replace("ced_tiny", "made.safetensors").split())
@@ -181,7 +207,7 @@ def test_transformers_from_the_pipeline_to_the_trainer(tmp_path: Path, monkeypat
     network = CED(SMALL).eval()
     CedForAudioClassification.from_network(network).save_pretrained("published")
     CedFeatureExtractor().save_pretrained("published")
-    checkpoints.save(Path("experiments/mine/averaged.safetensors"), network)
+    loading.save(Path("experiments/mine/averaged.safetensors"), network)
     rng = np.random.default_rng(0)
     clips = [
         {"wave": rng.uniform(-loud, loud, 8_000 + 800 * loud).astype(np.float32), "label": int(loud > 1)}
@@ -193,7 +219,7 @@ def test_transformers_from_the_pipeline_to_the_trainer(tmp_path: Path, monkeypat
         code = code.replace('classify("a.wav"', 'found = classify(clips[0]["wave"]')
         exec(code, names)
     assert len(names["found"]) == 3
-    again = checkpoints.build(checkpoints.read(Path("mine.safetensors")))
+    again = loading.load_model(Path("mine.safetensors"))
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in again.state_dict().items())
-    tuned = checkpoints.read(Path("dog_or_rain"))
+    tuned = weights.read(Path("dog_or_rain"))
     assert (tuned.labels, tuned.config.activation) == (ClassTable(("dog", "rain")), "softmax")

@@ -9,11 +9,12 @@ import numpy as np
 from benchmarks.esc10 import plan
 from benchmarks.esc10.report import EXTRA_FOLD
 from ced.files import written_aside
-from ced.model.export import export
-from ced.model.loading import load_model
+from ced.model.graph.compare import export_int8
+from ced.model.graph.export import export
+from ced.model.graph.int8 import int8_path
+from ced.model.loading import load_model, weights_of
 from ced.model.metrics import accuracy, average_precision
-from ced.model.onnx import OnnxModel
-from ced.model.quantize import int8_path, quantize
+from ced.model.runtime import OnnxModel
 from ced.model.zoo import BOXED
 from ced.sound.audio import load
 from ced.sound.labelled import read_labelled
@@ -61,8 +62,8 @@ def ship(work: Path, data: Path, graph: Path = GRAPH) -> None:
     network = load_model(folder / plan.MODELS / box.name)
     with TemporaryDirectory() as scratch:
         exact = Path(scratch) / "exact.onnx"
-        export(network, exact)
-        quantize(exact)
+        export(weights_of(network), exact)
+        export_int8(exact)
         graph.parent.mkdir(exist_ok=True)
         with written_aside(graph) as aside:
             aside.write_bytes(int8_path(exact).read_bytes())

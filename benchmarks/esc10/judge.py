@@ -15,9 +15,9 @@ from benchmarks.esc10 import plan, teachers
 from ced.distill.datasets import ViewDataset, whole
 from ced.distill.evaluate import Evaluator
 from ced.distill.wavpack import WavPack
+from ced.model.frontend import LogMel
 from ced.model.loading import load_model
 from ced.model.metrics import accuracy, average_precision
-from ced.sound.frontend import LogMel
 from ced.sound.labels import read_classes
 
 ENSEMBLE = "ensemble"

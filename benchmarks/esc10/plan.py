@@ -16,7 +16,7 @@ from benchmarks.esc10.split import MIXED, MIXTURES, SECONDS
 from ced.config import FinetuneConfig, LoopConfig, PretrainConfig, Section, StoreConfig, TrainConfig, check
 from ced.distill.teacher import store_folder
 from ced.sound.audio import SAMPLE_RATE
-from ced.sound.frontend import frames_of
+from ced.sound.features import frames_of
 
 MODELS = Path("models")  # what has been trained, by the name of its job
 CLASSES = 10

@@ -23,7 +23,8 @@ from ced.distill.targets import mixup, mixup_weights
 from ced.distill.views import mask
 from ced.errors import CedError
 from ced.files import written_aside
-from ced.sound.frontend import N_MELS, LogMel
+from ced.model.frontend import LogMel
+from ced.sound.features import FrontEnd
 from ced.sound.labels import ClassTable, read_classes
 
 CLASSES = Path("classes.tsv")
@@ -89,7 +90,9 @@ class Series(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(conv_time(N_MELS, width, kernel=5, stride=2), conv_time(width, width, stride=2))
+        self.stem = nn.Sequential(
+            conv_time(FrontEnd.n_mels, width, kernel=5, stride=2), conv_time(width, width, stride=2)
+        )
         self.blocks = nn.ModuleList(conv_time(width, width, dilation=dilation) for dilation in (1, 2, 4, 8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +113,7 @@ class Recurrent(nn.Module):
             *(conv(1, w, kernel=7, stride=4), conv(w, 2 * w), nn.AvgPool2d(2)),
             *(conv(2 * w, 2 * w), nn.AvgPool2d((2, 1))),
         )
-        self.memory = nn.GRU(2 * w * N_MELS // 16, 2 * w, batch_first=True, bidirectional=True)
+        self.memory = nn.GRU(2 * w * FrontEnd.n_mels // 16, 2 * w, batch_first=True, bidirectional=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (b, 4 w, n')."""

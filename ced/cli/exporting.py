@@ -1,4 +1,4 @@
-"""Commands about models: which there are, and how they leave as ONNX."""
+"""Commands about models: which exist, whether the cached ones are intact, and how they are exported to ONNX."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -6,32 +6,63 @@ from typing import Annotated
 
 import typer
 
-from ced.cli.console import reporting
+from ced.cli.console import complain, reporting
 
 
-class Input(StrEnum):
+class Source(StrEnum):
     """What an exported graph takes; the names of `ced.model.graph.Input`."""
 
     WAVE = "wave"
     FEATS = "feats"
 
 
-def models() -> None:
-    """List the models: the published ones, what of them lies in the cache, and those that come with the package."""
-    from ced.model.zoo import BOXED, MODELS, cache_dir
+def models(
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the cached files with their published checksums or format.")
+    ] = False,
+) -> None:
+    """List the models: their sources and licences, which are cached, and those that come with the package.
 
-    rows = [("name", "params", "mAP", "licence", "cached", "")]
-    for entry in MODELS.values():
+    With --verify a damaged file is named, and the exit code is then 1.
+    """
+    from ced.model import zoo
+
+    if verify:
+        _verify()
+        return
+    rows = [("name", "params", "mAP", "size", "source", "licence", "cached", "")]
+    for entry in zoo.MODELS.values():
         score = "-" if entry.map is None else f"{entry.map:.1f}"
-        files = {"onnx": entry.onnx_file, "weights": entry.file}
-        cached = " + ".join(kind for kind, file in files.items() if (cache_dir() / file).exists()) or "no"
-        rows.append((entry.name, f"{entry.params:g} M", score, entry.licence, cached, entry.note))
+        cached = zoo.cached(entry)
+        named = (entry.name, f"{entry.params:g} M", score, f"{entry.megabytes:.0f} MB")
+        for number, source in enumerate(entry.sources):
+            kept, note = "yes" if source in cached else "no", "" if number else entry.note
+            rows.append((*(("",) * 4 if number else named), source.place, source.licence, kept, note))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(f"\nmAP is the published one on AudioSet's evaluation set, percent. The cache is {cache_dir()}.")
-    for name, graph in BOXED.items():
-        print(f"{name} is in the package and needs no network; what it is and is not: {graph.with_suffix('.md')}")
+    print("\nmAP is the published one on AudioSet's evaluation set, percent. Files of the hub are in the hub's cache,")
+    print(f"those of Zenodo, and the graphs made of weights, in {zoo.cache_dir()}.")
+    for name, graph in zoo.BOXED.items():
+        print(f"{name} is in the package and needs no network; its scope is described in {graph.with_suffix('.md')}")
+
+
+def _verify() -> None:
+    from ced.model import zoo
+
+    damaged = 0
+    found = [(entry, source, path) for entry in zoo.MODELS.values() for source, path in zoo.cached(entry).items()]
+    for entry, source, path in found:
+        if (wrong := zoo.damage(source, path)) is None:
+            checked = "sha256" if isinstance(source, zoo.Hub) else "format"
+            print(f"{entry.name}: {path}: {checked} correct")
+        else:
+            damaged += 1
+            complain(f"{entry.name}: {path} is damaged: {wrong}; delete it to download it again")
+    if not found:
+        print("no model is cached")
+    if damaged:
+        raise typer.Exit(1)
 
 
 def export(
@@ -40,9 +71,9 @@ def export(
     ] = "ced_mini",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: MODEL.onnx.")] = None,
     source: Annotated[
-        Input,
-        typer.Option("--input", help="wave: the front end is inside; feats: as sherpa-onnx has it."),
-    ] = Input.WAVE,
+        Source,
+        typer.Option("--input", help="wave: the front end is inside; feats: log-mel features, as for sherpa-onnx."),
+    ] = Source.WAVE,
     int8: Annotated[bool, typer.Option("--int8/--no-int8", help="Write MODEL.int8.onnx, too.")] = False,
     check: Annotated[
         Path | None,
@@ -54,26 +85,27 @@ def export(
         float, typer.Option(help="Points of mAP that int8 may cost there; past it no file is left.")
     ] = 0.3,
 ) -> None:
-    """Export a model to one ONNX graph that gives probabilities, compared with the network on the spot."""
-    from ced.model.export import export as write
-    from ced.model.export import largest_difference
-    from ced.model.loading import load_model
-    from ced.model.quantize import int8_path, quantize
+    """Export a model to one ONNX graph that gives probabilities.
+
+    Where torch is installed, the graph is compared with the network before it is written.
+    """
+    from ced.model import zoo
+    from ced.model.graph.compare import export_int8
+    from ced.model.graph.export import export as write
+    from ced.model.graph.int8 import int8_path
 
     if check is not None and not int8:
         raise typer.BadParameter("--check compares int8 with float: it needs --int8")
     path = out or Path(f"{Path(model).stem}.onnx")
     with reporting() as progress:
-        network = load_model(model, progress=progress)
-        report = write(network, path, source.value)
-        print(f"{report.path}: probabilities differ from the network's by {report.largest_difference:.1g} at most")
+        report = write(zoo.read(model, progress), path, source.value)
+        if report.largest_difference is None:
+            print(f"{report.path}: not compared with the network, as torch is not installed")
+        else:
+            print(f"{report.path}: probabilities differ from the network's by {report.largest_difference:.1g} at most")
         if report.labels_path is not None:
             print(report.labels_path)
         if not int8:
             return
-        found = quantize(path, check=check, bound=bound, progress=progress)
-    if found is None:
-        change = largest_difference(network, int8_path(path))
-        print(f"{int8_path(path)}: by {change:.1g} at most on noise; --check tells what it costs")
-    else:
-        print(f"{int8_path(path)}: {found.summary}")
+        found = export_int8(path, check=check, bound=bound, progress=progress)
+    print(f"{int8_path(path)}: {found.summary if found else '--check measures what int8 costs on labelled clips'}")

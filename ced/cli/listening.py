@@ -54,7 +54,7 @@ def live(
     if format not in FORMATS:
         raise ConfigError(f"there is no live format {format}; allowed: {', '.join(FORMATS)}")
     source = _source(address, device)
-    from ced.model.onnx import open_model
+    from ced.model.runtime import open_model
     from ced.tag.live import RECIPE, Listener
     from ced.tag.tagger import Tagger
 

@@ -42,7 +42,7 @@ def serve(
         from ced.serve.app import Application
         from ced.serve.body import Limits
         from ced.serve.server import Server
-    from ced.model.onnx import open_model
+    from ced.model.runtime import open_model
 
     for option, value in (("--max-megabytes", max_megabytes), ("--max-seconds", max_seconds)):
         if not 0 < value < math.inf:

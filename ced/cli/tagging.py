@@ -50,7 +50,7 @@ def tag(
 
     A sound that cannot be read is named, the others are tagged all the same; the exit code is then 1.
     """
-    from ced.model.onnx import open_model
+    from ced.model.runtime import open_model
     from ced.tag.inputs import find_inputs
     from ced.tag.recipe import Recipe, recording
     from ced.tag.tagger import Tagger

@@ -17,7 +17,7 @@ from ced.config import (
 )
 from ced.distill.viewstore import ViewStore
 from ced.sound.audio import SAMPLE_RATE
-from ced.sound.frontend import N_MELS, frames_of
+from ced.sound.features import FrontEnd, frames_of
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Plan:
         """What a view does to a clip's mel: masks up to a part of the picture."""
         return SpecTransforms(
             TimeMasking=TimeMaskingArgs(time_mask_param=round(self.settings.mask * self._frames)),
-            FrequencyMasking=FrequencyMaskingArgs(freq_mask_param=round(self.settings.mask * N_MELS)),
+            FrequencyMasking=FrequencyMaskingArgs(freq_mask_param=round(self.settings.mask * FrontEnd.n_mels)),
         )
 
     @property

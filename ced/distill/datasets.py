@@ -22,7 +22,7 @@ from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, PackError
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.decode import FULL_SCALE
-from ced.sound.grid import MIN_SAMPLES
+from ced.sound.features import MIN_SAMPLES
 
 _INT16_STEP = 1 / FULL_SCALE
 

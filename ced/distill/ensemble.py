@@ -18,7 +18,7 @@ from ced.config import Mode
 from ced.distill.precision import autocast
 from ced.errors import ConfigError, StoreError
 from ced.model.loading import load_model
-from ced.model.vit import CED, foreign_feature
+from ced.model.vit import CED
 from ced.progress import Progress, silent
 from ced.sound.labels import ClassTable
 
@@ -60,8 +60,8 @@ def load_teacher(
     if not isinstance(found, CED):
         labels = getattr(found, "labels", None)
         return Teacher(spec, found, labels if isinstance(labels, ClassTable) else None, _fingerprint(found))
-    if foreign := foreign_feature(found.config):
-        raise ConfigError(f"teacher {spec} hears with {foreign}; all teachers of a store see one mel")
+    if other := found.config.unpublished_feature:
+        raise ConfigError(f"teacher {spec} takes features with {other}; all teachers of a store see one mel")
     return Teacher(spec, lambda mel: found.as_probs(found.forward_mel(mel)), found.labels, _fingerprint(found))
 
 

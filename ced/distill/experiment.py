@@ -28,7 +28,7 @@ import torch
 from ced.config import LoopConfig, dump, load
 from ced.errors import ConfigError, TrainingError
 from ced.files import written_aside
-from ced.model import checkpoints
+from ced.model import loading, weights
 from ced.model.vit import CED
 
 CONFIG_NAME = "config.yaml"
@@ -126,7 +126,7 @@ def remove_unkept(folder: Path, state: State) -> None:
 
 def save_network(path: Path, network: CED) -> None:
     """Save a network as a tagger: one that answers with probabilities, whatever it was trained with."""
-    checkpoints.save(path, as_tagger(network))
+    loading.save(path, as_tagger(network))
 
 
 def as_tagger(network: CED) -> CED:
@@ -139,8 +139,8 @@ def as_tagger(network: CED) -> CED:
 def make_result(folder: Path, state: State, average: bool) -> None:
     """Write the result of a validated run: the mean of its best networks, or the very best."""
     paths = [folder / name for _, _, name in state.kept]
-    result = checkpoints.average(paths if average else paths[:1])
-    checkpoints.save(folder / RESULT_NAME, checkpoints.build(result))
+    result = weights.average(paths if average else paths[:1])
+    loading.save(folder / RESULT_NAME, loading.build(result))
 
 
 @contextmanager

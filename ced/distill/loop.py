@@ -32,7 +32,7 @@ from ced.distill.step import Loss, Stepper, learning_rate
 from ced.distill.targets import mixup_weights
 from ced.errors import ConfigError, TrainingError, install_command
 from ced.files import claimed
-from ced.model import checkpoints
+from ced.model import loading
 from ced.model.vit import CED
 from ced.progress import Progress, silent
 
@@ -281,7 +281,7 @@ class Trainer:
         if self.world.is_main:
             experiment.make_result(self.folder, self.state, average)
         self.world.barrier()
-        network = checkpoints.build(checkpoints.read(self.folder / RESULT_NAME)).to(self.world.device)
+        network = loading.load_model(self.folder / RESULT_NAME).to(self.world.device)
         found = self._evaluate(validation, network)
         if self.world.is_main:
             kept = len(self.state.kept)

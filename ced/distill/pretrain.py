@@ -20,7 +20,7 @@ from ced.distill.wavpack import WavPack
 from ced.model.mae import MaskedAutoencoder, error_of_hidden, patches, picture
 from ced.model.vit import CED
 from ced.progress import Progress, silent
-from ced.sound.grid import PATCH
+from ced.sound.features import PATCH
 from ced.sound.labels import ClassTable
 
 PICTURE_NAME = "reconstruction.png"

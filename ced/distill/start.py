@@ -11,7 +11,7 @@ from ced.errors import ConfigError
 from ced.model.loading import create
 from ced.model.vit import CED
 from ced.progress import Progress
-from ced.sound.frontend import frames_of
+from ced.sound.features import frames_of
 from ced.sound.labels import ClassTable
 
 logger = logging.getLogger(__name__)

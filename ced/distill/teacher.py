@@ -27,9 +27,9 @@ from ced.distill.viewstore import META_NAME, Rows, StoreMeta
 from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, StoreError
 from ced.files import claimed
+from ced.model.frontend import LogMel
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
-from ced.sound.frontend import LogMel
 
 _log = logging.getLogger(__name__)
 

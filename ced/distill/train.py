@@ -23,7 +23,6 @@ from ced.distill.targets import spread
 from ced.distill.viewstore import Rows, ViewStore
 from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, StoreError
-from ced.model.vit import foreign_feature
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import default_classes
@@ -52,8 +51,8 @@ def _task(config: TrainConfig, progress: Progress) -> Task:
     if not views.items:
         raise StoreError(f"view store {config.logitspath} has no views")
     network = start_network(config, labels, {"pooling": "logit", "activation": "sigmoid"}, progress)
-    if foreign := foreign_feature(network.config):
-        raise ConfigError(f"the student would hear with {foreign}; it has to see the mel that its teachers saw")
+    if other := network.config.unpublished_feature:
+        raise ConfigError(f"the student would take features with {other}; it has to see the mel that its teachers saw")
     warn_of_cuts(network, views.samples)
     loss = F.binary_cross_entropy_with_logits
     return Task(network, views.items, views.epoch, loss, validation(config, labels), config.mixup)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ced.model.vit import CED
-from ced.sound.grid import PATCH
+from ced.sound.features import PATCH
 
 
 def grid(network: CED, mel: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ced.model import loading, zoo
 from ced.model.embedding import grid
 from ced.model.vit import CED
 from ced.sound.audio import SAMPLE_RATE
-from ced.sound.grid import PATCH
+from ced.sound.features import PATCH
 
 AT_ONCE = 16  # clips encoded together
 

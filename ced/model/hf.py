@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from ced.errors import ConfigError, install_command, optional_packages
 from ced.model import zoo
+from ced.model.config import ModelConfig, checked_config
 from ced.model.embedding import grid
-from ced.model.loading import config_of
-from ced.model.published import checked_config
-from ced.model.vit import CED, ModelConfig, front_end
-from ced.sound.frontend import LogMel
-from ced.sound.labels import ClassTable, audioset, default_classes
+from ced.model.frontend import LogMel
+from ced.model.vit import CED
+from ced.sound.labels import ClassTable, default_classes, named, named_by_config
 
 with optional_packages("ced.model.hf"):
     import transformers
@@ -52,14 +51,15 @@ __all__ = ["CedConfig", "CedFeatureExtractor", "CedForAudioClassification", "Ced
 Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
 MULTI_LABEL: Problem = "multi_label_classification"
 SINGLE_LABEL: Problem = "single_label_classification"
-_DEFAULT = config_of(zoo.MODELS[zoo.DEFAULT_MODEL])
+_DEFAULT = zoo.MODELS[zoo.DEFAULT_MODEL].config
 
 
 class CedConfig(PreTrainedConfig):
-    """The shape of a network, its classes and what kind of problem they are, under the published names.
+    """Configuration of a network and its classes, with the setting names of the published `config.json`.
 
-    Classes are `id2label`, from which `outputdim` and `label2id` follow; without them 527 are AudioSet's. Several may
-    hold at once (sigmoid) unless `problem_type` is "single_label_classification" (softmax).
+    `id2label` names the classes, and `outputdim` and `label2id` follow from it; without it, 527 classes are AudioSet's.
+    The published files cut AudioSet's names at the first comma; they are restored to the full names. The problem is
+    multi-label (sigmoid) unless `problem_type` is "single_label_classification" (softmax).
     """
 
     model_type = "ced"
@@ -94,6 +94,8 @@ class CedConfig(PreTrainedConfig):
         written, asked = kwargs.pop("outputdim", None), kwargs.pop("num_labels", None)
         if self.id2label is None or asked not in (None, len(self.id2label)):
             self.id2label = dict(enumerate(default_classes(asked or written or _DEFAULT.outputdim).names))
+        elif (table := named_by_config({"id2label": self.id2label})) is not None:
+            self.id2label = dict(enumerate(table.names))  # full names, where the published files cut them
         self.label2id = self._label2id
         super().__post_init__(**kwargs)
 
@@ -118,18 +120,18 @@ class CedConfig(PreTrainedConfig):
 
     @property
     def labels(self) -> ClassTable:
-        """The classes; AudioSet's with their identifiers.
+        """The class table; AudioSet's with its full names and identifiers.
 
         Raises:
-            ConfigError: `id2label` does not count from 0.
+            ConfigError: the indices of `id2label` do not count from 0.
+            TableError: two classes have the same name.
         """
         found = {int(index): name for index, name in (self.id2label or {}).items()}
         if sorted(found) != list(range(len(found))):
             raise ConfigError(
                 f"id2label has the keys {', '.join(map(str, sorted(found)))}; they must be 0 to {len(found) - 1}"
             )
-        names = tuple(found[index] for index in range(len(found)))
-        return audioset() if names == audioset().names else ClassTable(names)
+        return named(found[index] for index in range(len(found)))
 
     @property
     def network(self) -> ModelConfig:
@@ -175,7 +177,7 @@ class CedPreTrainedModel(PreTrainedModel):
     def from_network(cls, network: CED) -> Self:
         """Return a model with a copy of the weights of a network: `from_network(ced.load_model("experiments/mine"))`.
 
-        The way back is `.network`, which `ced.model.checkpoints.save` writes.
+        The way back is `.network`, which `ced.model.loading.save` writes.
         """
         model = cls(CedConfig.from_network(network))
         wanted = model.network.state_dict().keys()
@@ -187,7 +189,7 @@ class CedPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Fill a module that was not loaded; while this runs, `torch.nn.init` leaves loaded tensors alone."""
         if isinstance(module, LogMel):  # made of constants, which no file holds
-            for name, value in front_end(self.config.network).named_buffers():
+            for name, value in LogMel(self.config.network.front_end).named_buffers():
                 initialization.copy_(getattr(module, name), value)
         elif isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)

@@ -11,10 +11,10 @@ from transformers import BatchFeature
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
 from ced.errors import AudioError, ConfigError
+from ced.model.frontend import LogMel
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.decode import LOUDEST
-from ced.sound.frontend import F_MAX, F_MIN, N_FFT, N_MELS, LogMel
-from ced.sound.grid import HOP, PATCH
+from ced.sound.features import HOP, PATCH, FrontEnd
 
 Wave = NDArray[np.floating[Any]] | Sequence[float]
 
@@ -27,12 +27,12 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
     def __init__(
         self,
         sampling_rate: int = SAMPLE_RATE,
-        n_mels: int = N_MELS,
-        n_fft: int = N_FFT,
-        win_size: int = N_FFT,
+        n_mels: int = FrontEnd.n_mels,
+        n_fft: int = FrontEnd.n_fft,
+        win_size: int = FrontEnd.win_size,
         hop_size: int = HOP,
-        f_min: float = F_MIN,
-        f_max: float = F_MAX,
+        f_min: float = FrontEnd.f_min,
+        f_max: float = FrontEnd.f_max,
         center: bool = True,
         **others: Any,
     ) -> None:
@@ -95,7 +95,9 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
         batch = np.zeros((len(waves), max(*lengths, to, (PATCH - 1) * self.hop_size)), np.float32)
         for row, wave in zip(batch, waves, strict=True):
             row[: len(wave)] = wave
-        mel = _front_end(self.n_mels, self.n_fft, self.win_size, self.hop_size, self.f_min, self.f_max, self.center)
+        mel = _front_end(
+            FrontEnd(self.n_mels, self.n_fft, self.win_size, self.hop_size, self.f_min, self.f_max, self.center)
+        )
         with torch.no_grad():
             features = mel(torch.from_numpy(batch)).numpy()
         return BatchFeature({"input_values": features}, tensor_type=return_tensors)
@@ -118,8 +120,8 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
 
 
 @cache
-def _front_end(*settings: Any) -> LogMel:
-    return LogMel(*settings)
+def _front_end(settings: FrontEnd) -> LogMel:
+    return LogMel(settings)
 
 
 def _waves(raw_speech: Wave | Sequence[Wave]) -> list[NDArray[Any]]:

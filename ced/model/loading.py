@@ -1,25 +1,24 @@
-"""How a name or a path becomes a torch network; the names themselves are in `zoo`, which needs no torch."""
+"""Weights as torch networks: by name or path to tag with, or freshly made to be trained."""
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ced.errors import ConfigError
-from ced.model import checkpoints, zoo
-from ced.model.checkpoints import Checkpoint
-from ced.model.published import checked_config
-from ced.model.vit import CED, ModelConfig, Pooling
+from ced.model import weights, zoo
+from ced.model.config import ModelConfig, Pooling, checked_config
+from ced.model.vit import CED
+from ced.model.weights import Weights
 from ced.progress import Progress, silent
-from ced.sound.labels import ClassTable, default_classes
+from ced.sound.labels import ClassTable
 
-
-def config_of(entry: zoo.Entry) -> ModelConfig:
-    """Return the configuration of a published model."""
-    return ModelConfig(embed_dim=entry.width, num_heads=entry.heads)
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -32,7 +31,7 @@ def load_model(
     """Return a network in eval mode, with its class table as `.labels`, by published name or from a file or folder.
 
     Args:
-        name_or_path: one of `list_models()`, or what `checkpoints.read` reads.
+        name_or_path: one of `list_models()`, or a checkpoint as `weights.read` reads it.
         pooling: how tokens become scores; None keeps the checkpoint's own ("mean" in published files).
         target_length: frames of one forward pass; None keeps the checkpoint's own.
         progress: told of a download, in bytes.
@@ -41,7 +40,40 @@ def load_model(
         CheckpointError: neither a name nor a checkpoint, or weights that do not fit.
         DownloadError: a file that is not in the cache and cannot be fetched.
     """
-    return checkpoints.build(_read(name_or_path, progress), pooling=pooling, target_length=target_length)
+    return build(zoo.read(name_or_path, progress), pooling=pooling, target_length=target_length)
+
+
+def build(given: Weights, *, pooling: Pooling | None = None, target_length: int | None = None) -> CED:
+    """Make the network of a checkpoint, in eval mode; None keeps the checkpoint's own setting.
+
+    Weights of masked pre-training have no head: the network then has a fresh one, and a warning is logged.
+
+    Raises:
+        CheckpointError: the weights do not fit their configuration, or lack what the pooling needs.
+        ConfigError: the settings contradict each other.
+    """
+    config, arrays = weights.configured(given, pooling=pooling, target_length=target_length)
+    model = CED(config, given.labels)
+    if not given.has_head:
+        logger.warning("%s has no output layer (masked pre-training): that of the network is random", given.source)
+    _fill(model, arrays)
+    return model.eval()
+
+
+def weights_of(model: CED) -> Weights:
+    """Return the weights of a network; on a CPU the arrays share memory with it."""
+    arrays = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    return Weights(
+        {key: (value.float() if value.dtype == torch.bfloat16 else value).numpy() for key, value in arrays.items()},
+        model.config,
+        model.labels,
+        "the network",
+    )
+
+
+def save(path: Path, model: CED) -> None:
+    """Write a network, its configuration and its class table to one safetensors file; a crash leaves no half file."""
+    weights.save(path, weights_of(model))
 
 
 def create(
@@ -67,22 +99,21 @@ def create(
         CheckpointError: no such name, or weights that do not fit.
         DownloadError: a file that is not in the cache and cannot be fetched.
     """
-    config = config_of(zoo.MODELS[name]) if name in zoo.MODELS else _read(name, progress).config
+    config = zoo.MODELS[name].config if name in zoo.MODELS else zoo.read(name, progress).config
     model = CED(_adapted(config, model_args, labels), labels)
-    # Where nothing is known yet, one class of all is likely. From even odds, the first steps would go into saying no to
-    # every class, at the cost of what pre-training taught. After a softmax it makes no difference.
+    # With nothing known yet, one class of all is likely. From even odds, the first steps would only lower every class,
+    # at the cost of what pre-training taught. After a softmax it makes no difference.
     nn.init.constant_(model.outputlayer.get_parameter("1.bias"), -math.log(max(len(labels) - 1, 1)))
     if pretrained is not False:
-        checkpoint = _read(name if pretrained is True else pretrained, progress)
-        theirs = checkpoint.labels or default_classes(checkpoint.config.outputdim)
-        checkpoints.load_state(model, checkpoint, head=checkpoint.has_head and theirs.names == labels.names)
+        given = zoo.read(name if pretrained is True else pretrained, progress)
+        head = given.has_head and given.classes.names == labels.names
+        _fill(model, weights.fitted(given, model.config, head=head))
     return model
 
 
-def _read(name_or_path: str | Path, progress: Progress) -> Checkpoint:
-    if isinstance(name_or_path, str) and name_or_path in zoo.MODELS:
-        return checkpoints.read(zoo.fetch(name_or_path, progress))
-    return checkpoints.read(zoo.local_path(name_or_path))
+def _fill(model: CED, arrays: Mapping[str, weights.Array]) -> None:
+    """Copy arrays that fit into a network; the others of its own stay."""
+    model.load_state_dict({key: torch.as_tensor(value) for key, value in arrays.items()}, strict=False)
 
 
 def _adapted(config: ModelConfig, model_args: Mapping[str, Any], labels: ClassTable) -> ModelConfig:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ced.errors import ConfigError
 from ced.model.vit import CED, Block
-from ced.sound.grid import PATCH
+from ced.sound.features import PATCH
 
 EPSILON = 1e-6  # dB^2, added to a patch's variance: a patch of digital silence has none
 

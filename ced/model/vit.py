@@ -1,86 +1,18 @@
-"""The network: a vision transformer over a log-mel picture, and the configuration that fixes its shape."""
+"""The network: a vision transformer over a log-mel picture."""
 
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ced.errors import ConfigError
-from ced.sound.audio import SAMPLE_RATE
-from ced.sound.frontend import F_MAX, F_MIN, N_FFT, N_MELS, LogMel
-from ced.sound.grid import HOP, PATCH
+from ced.model.config import ModelConfig
+from ced.model.frontend import LogMel
+from ced.sound.features import PATCH
 from ced.sound.labels import ClassTable, default_classes
-
-Pooling = Literal["mean", "logit", "token", "dm"]
-POOLINGS: tuple[Pooling, ...] = ("mean", "logit", "token", "dm")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a network and how its scores are read; the names are those of the published configuration."""
-
-    embed_dim: int  # width d
-    num_heads: int
-    depth: int = 12
-    mlp_ratio: float = 4.0
-    outputdim: int = 527  # classes c
-    target_length: int = 1012  # frames of one forward pass; longer inputs are cut
-    pooling: Pooling = "mean"
-    activation: Literal["sigmoid", "softmax"] = "sigmoid"  # softmax: exactly one class a clip
-    eval_avg: Literal["mean", "max"] = "mean"  # how the pieces of a long input are joined
-    pad_last: bool = True  # fill the last piece of a long input up with zeros
-    init_bn: bool = True
-    n_mels: int = N_MELS
-    n_fft: int = N_FFT
-    win_size: int = N_FFT
-    hop_size: int = HOP
-    f_min: float = F_MIN
-    f_max: float = F_MAX
-    center: bool = True
-
-    def __post_init__(self) -> None:
-        allowed = {
-            "pooling": POOLINGS,
-            "activation": ("sigmoid", "softmax"),
-            "eval_avg": ("mean", "max"),
-        }
-        for field, values in allowed.items():
-            if getattr(self, field) not in values:
-                raise ConfigError(f"{field} is {getattr(self, field)!r}; allowed: {', '.join(values)}")
-        for field in ("embed_dim", "num_heads", "depth", "outputdim", "n_fft", "win_size", "hop_size"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 1")
-        if self.embed_dim % self.num_heads:
-            raise ConfigError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
-        if self.n_mels < PATCH or self.n_mels % PATCH:
-            raise ConfigError(f"n_mels is {self.n_mels}; it must be a multiple of {PATCH}")
-        if self.target_length < PATCH:
-            raise ConfigError(f"target_length is {self.target_length}; one patch is {PATCH} frames")
-        if self.win_size > self.n_fft:
-            raise ConfigError(f"win_size {self.win_size} is longer than n_fft {self.n_fft}")
-        if not 0 <= self.f_min < self.f_max <= SAMPLE_RATE / 2:
-            raise ConfigError(f"f_min {self.f_min} and f_max {self.f_max} must rise within 0-{SAMPLE_RATE // 2} Hz")
-
-
-def foreign_feature(config: ModelConfig) -> str | None:
-    """Name the first setting in which a network's front end is not the published one; None if it is that one."""
-    for name in ("n_mels", "n_fft", "win_size", "hop_size", "f_min", "f_max", "center"):
-        has, published = getattr(config, name), getattr(ModelConfig, name)
-        if has != published:
-            return f"{name} {has} instead of {published}"
-    return None
-
-
-def front_end(config: ModelConfig) -> LogMel:
-    """Return the front end that a network of this configuration hears through."""
-    return LogMel(
-        config.n_mels, config.n_fft, config.win_size, config.hop_size, config.f_min, config.f_max, config.center
-    )
 
 
 class Attention(nn.Module):
@@ -163,13 +95,13 @@ class CED(nn.Module):
         if len(self.labels) != config.outputdim:
             raise ConfigError(f"the class table has {len(self.labels)} classes, the network {config.outputdim} outputs")
         dim = config.embed_dim
-        self.front_end = front_end(config)
+        self.front_end = LogMel(config.front_end)
         # Every mel bin is a channel; published state dicts know the layer as "init_bn.1".
         layers = {"1": nn.BatchNorm1d(config.n_mels, momentum=0.01)} if config.init_bn else {}
         self.init_bn = nn.Sequential(OrderedDict(layers))
         self.patch_embed = PatchEmbed(dim)
-        self.time_pos_embed = nn.Parameter(torch.empty(1, dim, 1, config.target_length // PATCH))
-        self.freq_pos_embed = nn.Parameter(torch.empty(1, dim, config.n_mels // PATCH, 1))
+        self.time_pos_embed = nn.Parameter(torch.empty(1, dim, 1, config.columns))
+        self.freq_pos_embed = nn.Parameter(torch.empty(1, dim, config.rows, 1))
         if config.pooling == "token":
             self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
             self.token_pos_embed = nn.Parameter(torch.empty(1, dim))
@@ -197,7 +129,7 @@ class CED(nn.Module):
         Returns:
             (b, c) probabilities; with pooling "logit", logits.
         """
-        missing = (PATCH - 1) * self.config.hop_size - waves.shape[-1]
+        missing = self.config.front_end.min_samples - waves.shape[-1]
         return self.forward_mel(self.front_end(F.pad(waves, (0, max(missing, 0)))))
 
     def forward_mel(self, mel: Tensor) -> Tensor:
@@ -231,8 +163,7 @@ class CED(nn.Module):
         if frames > limit and not self.config.pad_last:
             pieces = [piece for piece in mel.split(limit, dim=-1) if piece.shape[-1] >= PATCH]
             return torch.stack([score(self._encode(piece)) for piece in pieces], dim=1)
-        # One path for every length, and an explicit copy, so that an exported graph holds for every length too.
-        length = torch.sym_min(frames, limit)
+        length = min(frames, limit)
         count = (frames + length - 1) // length
         mel = F.pad(mel, (0, count * length - frames)).unflatten(-1, (count, length))
         mel = mel.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(0, 1)
@@ -295,7 +226,7 @@ class CED(nn.Module):
     def _scored(self, tokens: Tensor) -> Tensor:
         """Pool tokens (b, tokens, d) for the output layer, -> (b, c); with pooling "dm" (b, columns, c)."""
         if self.config.pooling == "dm":
-            tokens = tokens.unflatten(1, (self.config.n_mels // PATCH, -1))
+            tokens = tokens.unflatten(1, (self.config.rows, -1))
         logits: Tensor = self.outputlayer(tokens[:, 0] if self.config.pooling == "token" else tokens.mean(1))
         return logits
 

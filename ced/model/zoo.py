@@ -1,17 +1,64 @@
-"""The published models as a table, and how a name or a path becomes a file. It needs no torch."""
+"""The published models as a table, and how a name or a path becomes weights. It needs no torch.
+
+Every name has a pinned source: a revision of a Hugging Face repository with the sha256 of its weights, a file of a
+Zenodo record, or both.
+"""
 
 import difflib
+import hashlib
 import os
+import pickle
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from ced.errors import CheckpointError, DownloadError
 from ced.progress import Progress, silent
 
-# Of a folder, the first one present is read: experiments, then Hugging Face folders.
-CHECKPOINT_FILES = ("averaged.safetensors", "last.safetensors", "averaged.pt", "model.safetensors")
-HUB = "https://huggingface.co"  # $HF_ENDPOINT stands for it
+if TYPE_CHECKING:
+    from ced.model.config import ModelConfig
+    from ced.model.weights import Weights
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A repository of the Hugging Face hub at one revision; the licence there is Apache-2.0."""
+
+    repo: str
+    revision: str
+    sha256: str  # of WEIGHTS_FILE
+
+    licence: ClassVar[str] = "Apache-2.0"
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people."""
+        return self.repo
+
+
+@dataclass(frozen=True)
+class Zenodo:
+    """A file of a Zenodo record; the licence there is CC BY 4.0."""
+
+    record: int
+    file: str
+
+    licence: ClassVar[str] = "CC BY 4.0"
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people."""
+        return f"Zenodo {self.record}"
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return f"https://zenodo.org/records/{self.record}/files/{self.file}?download=1"
 
 
 @dataclass(frozen=True)
@@ -22,57 +69,106 @@ class Entry:
     width: int
     heads: int
     params: float  # millions
-    url: str
-    file: str  # its name in the cache
     map: float | None  # mAP on AudioSet's evaluation set as published, percent; None: not a tagger yet
     note: str
-    hub: str | None  # the repository of its ONNX graph, if one is published
-    licence: str = "CC BY 4.0"
-    sha256: str | None = None
+    hub: Hub | None  # the first source, where there is one
+    zenodo: Zenodo
 
     @property
-    def onnx_file(self) -> str:
-        """The name of its ONNX graph in the cache."""
-        return f"{self.name}.onnx"
+    def config(self) -> "ModelConfig":
+        """The configuration of the network."""
+        from ced.model.config import ModelConfig
+
+        return ModelConfig(embed_dim=self.width, num_heads=self.heads)
 
     @property
-    def onnx_url(self) -> str | None:
-        """The address of its ONNX graph; None: no one is published."""
-        endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
-        return None if self.hub is None else f"{endpoint}/{self.hub}/resolve/main/model.onnx"
+    def sources(self) -> tuple[Hub | Zenodo, ...]:
+        """Where its weights are published, the first source first."""
+        return (self.zenodo,) if self.hub is None else (self.hub, self.zenodo)
+
+    @property
+    def megabytes(self) -> float:
+        """The size of its weights, about: four bytes a parameter."""
+        return 4 * self.params
 
 
 DEFAULT_MODEL = "ced_mini"
 
 _TINY, _MINI, _SMALL, _BASE = (192, 3, 5.5), (256, 4, 9.6), (384, 6, 22.0), (768, 12, 86.0)  # width, heads, params
-
 _DISTILLED = "distilled from an ensemble of five teachers"
 _MASKED = "masked pre-training, where students start: its output layer is untrained"
-_TEACHER = "the one released teacher"
+_MAIN_RECORD = 8275347
 
 
-def _entry(
-    name: str, size: tuple[int, int, float], score: float | None, record: int, file: str, note: str, hub: str | None
-) -> Entry:
-    url = f"https://zenodo.org/records/{record}/files/{file}?download=1"
-    return Entry(name, *size, url=url, file=file, map=score, note=note, hub=hub)
+def _distilled(name: str, size: tuple[int, int, float], score: float, hub: Hub, zenodo: Zenodo) -> Entry:
+    return Entry(name, *size, map=score, note=_DISTILLED, hub=hub, zenodo=zenodo)
+
+
+def _masked(name: str, size: tuple[int, int, float]) -> Entry:
+    return Entry(name, *size, None, _MASKED, None, Zenodo(_MAIN_RECORD, f"{name}_mae_as_10s.pt"))
 
 
 MODELS: Mapping[str, Entry] = {
-    row[0]: _entry(*row)
-    for row in (
-        ("ced_tiny", _TINY, 48.1, 8275347, "audiotransformer_tiny_mAP_4814.pt", _DISTILLED, "mispeech/ced-tiny"),
-        ("ced_mini", _MINI, 49.0, 8275347, "audiotransformer_mini_mAP_4896.pt", _DISTILLED, "mispeech/ced-mini"),
-        ("ced_small", _SMALL, 49.6, 8275347, "audiotransformer_small_mAP_4958.pt", _DISTILLED, "mispeech/ced-small"),
-        ("ced_base", _BASE, 50.0, 8275347, "audiotransformer_base_mAP_4999.pt", _DISTILLED, "mispeech/ced-base"),
-        ("audiotransformer_tiny", _TINY, None, 8275347, "audiotransformer_tiny_mae_as_10s.pt", _MASKED, None),
-        ("audiotransformer_mini", _MINI, None, 8275347, "audiotransformer_mini_mae_as_10s.pt", _MASKED, None),
-        ("audiotransformer_small", _SMALL, None, 8275347, "audiotransformer_small_mae_as_10s.pt", _MASKED, None),
-        ("audiotransformer_base", _BASE, None, 8275347, "audiotransformer_base_mae_as_10s.pt", _MASKED, None),
-        ("audiotransformer_base_4740", _BASE, 47.4, 7964975, "audiotransformer_base_mAP_47_40.pt", _TEACHER, None),
+    entry.name: entry
+    for entry in (
+        _distilled(
+            "ced_tiny",
+            _TINY,
+            48.1,
+            Hub(
+                "mispeech/ced-tiny",
+                "ace276d29dd0bb3f3517b0fa8cf300738c409019",
+                "0e086f0cd62814c6def89001f3f25193f75955696f6975ef6800af31d00d6dd7",
+            ),
+            Zenodo(_MAIN_RECORD, "audiotransformer_tiny_mAP_4814.pt"),
+        ),
+        _distilled(
+            "ced_mini",
+            _MINI,
+            49.0,
+            Hub(
+                "mispeech/ced-mini",
+                "26c3ebcae85d4330f4fc26763f029539a3afcda0",
+                "e4070d02ca53ec7a1df83bbf779a0e70bc2bbc0a9bacde6330e1dc37c990b215",
+            ),
+            Zenodo(_MAIN_RECORD, "audiotransformer_mini_mAP_4896.pt"),
+        ),
+        _distilled(
+            "ced_small",
+            _SMALL,
+            49.6,
+            Hub(
+                "mispeech/ced-small",
+                "06bb40c5ec089e96867ebc5246be02441f4a71e4",
+                "a495e319a620dec4c8b7ca7bb927667ed68169a9efc1a943ccbf5d5c6f9c0c71",
+            ),
+            Zenodo(8275319, "audiotransformer_small_mAP_4958.pt"),
+        ),
+        _distilled(
+            "ced_base",
+            _BASE,
+            50.0,
+            Hub(
+                "mispeech/ced-base",
+                "db3e14a8db4c21b56b165261c39649741a900e7f",
+                "314935693ed1dcef07576ca0c41277c51c642f3847bc5eb03918c5277eb79af9",
+            ),
+            Zenodo(_MAIN_RECORD, "audiotransformer_base_mAP_4999.pt"),
+        ),
+        _masked("audiotransformer_tiny", _TINY),
+        _masked("audiotransformer_mini", _MINI),
+        _masked("audiotransformer_small", _SMALL),
+        _masked("audiotransformer_base", _BASE),
+        Entry(
+            "audiotransformer_base_4740",
+            *_BASE,
+            47.4,
+            "the one released teacher",
+            None,
+            Zenodo(7964975, "audiotransformer_base_mAP_47_40.pt"),
+        ),
     )
 }
-
 
 BOXED: Mapping[str, Path] = {  # graphs that come with the package, for tagging; a card lies beside each
     "esc10": Path(__file__).parent / "boxed" / "esc10.onnx",
@@ -85,60 +181,89 @@ def list_models() -> list[str]:
 
 
 def cache_dir() -> Path:
-    """Return the folder of downloaded files: $CED_CACHE, else $XDG_CACHE_HOME/ced, else ~/.cache/ced."""
+    """Return the folder of Zenodo's files and of graphs made here: $CED_CACHE, else $XDG_CACHE_HOME/ced, else
+    ~/.cache/ced.
+    """
     if given := os.environ.get("CED_CACHE"):
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ced"
 
 
+def read(name_or_path: str | os.PathLike[str], progress: Progress = silent) -> "Weights":
+    """Return the weights of a published name, downloaded on first use, or of a checkpoint.
+
+    Raises:
+        CheckpointError: neither a name nor a checkpoint.
+        DownloadError: a file that is not cached and could not be downloaded.
+        MissingPackageError: a `.pt` file where torch is not installed.
+    """
+    from ced.model import weights
+
+    if isinstance(name_or_path, str) and name_or_path in MODELS:
+        return weights.read(fetch(name_or_path, progress))
+    return weights.read(local_path(name_or_path))
+
+
 def fetch(name: str, progress: Progress = silent) -> Path:
-    """Return the weights of a published model, downloaded on first use.
+    """Return the weights of a published model, downloaded on first use and checked on every use.
+
+    They come from the hub, as safetensors. Where the hub fails, a `.pt` of the same model is taken from the cache, or
+    from Zenodo where torch, which reads it, is installed.
 
     Raises:
         CheckpointError: no such name.
-        DownloadError: the file is not in the cache and cannot be fetched.
+        DownloadError: the file is not cached and could not be downloaded, or its content is not what was published;
+            it is removed then.
     """
     entry = entry_of(name)
-    return _in_cache(name, entry.url, cache_dir() / entry.file, entry.sha256, progress)
+    beside = cache_dir() / entry.zenodo.file
+    if entry.hub is None:
+        return beside if beside.is_file() else _from_zenodo(entry, progress)
+    try:
+        return _from_hub(entry.hub, progress)
+    except DownloadError as error:
+        if beside.is_file():
+            return beside
+        if find_spec("torch") is not None:
+            try:
+                return _from_zenodo(entry, progress)
+            except DownloadError as second:
+                error = DownloadError(f"{error}; {second}")
+        raise DownloadError(
+            f"{name} is not cached: {error}; pass the path of a local file instead of the name, or use a model that"
+            f" comes with the package: -m {', '.join(BOXED)}"
+        ) from error
 
 
-def fetch_onnx(name: str, progress: Progress = silent) -> Path:
-    """Return the ONNX graph of a published model, downloaded on first use.
+def cached(entry: Entry) -> dict[Hub | Zenodo, Path]:
+    """Return the sources of a model whose files are cached, with their paths."""
+    from ced.model import hub
 
-    Raises:
-        CheckpointError: no such name, or no graph is published of it.
-        DownloadError: the file is not in the cache and cannot be fetched.
+    found: dict[Hub | Zenodo, Path] = {}
+    if entry.hub is not None and (path := hub.cached(entry.hub.repo, WEIGHTS_FILE, entry.hub.revision)) is not None:
+        found[entry.hub] = path
+    if (path := cache_dir() / entry.zenodo.file).is_file():
+        found[entry.zenodo] = path
+    return found
+
+
+def damage(source: Hub | Zenodo, path: Path) -> str | None:
+    """Return what is wrong with the content of a source's file; None for nothing.
+
+    The hub's files are compared with their pinned sha256. Zenodo publishes none: there the format is checked.
     """
-    entry = entry_of(name)
-    if entry.onnx_url is None:
-        raise CheckpointError(f"no ONNX graph of {name} is published")
-    boxed = f"; without network there is what comes with the package: -m {', '.join(BOXED)}"
-    return _in_cache(name, entry.onnx_url, cache_dir() / entry.onnx_file, None, progress, instead=boxed)
-
-
-def checkpoint_file(path: Path) -> Path:
-    """Return the file of a checkpoint, which may be given as the folder that it is in.
-
-    Raises:
-        CheckpointError: nothing is there, or an empty file, or the folder holds none.
-    """
-    if path.is_dir():
-        for name in CHECKPOINT_FILES:
-            if (path / name).is_file():
-                return checkpoint_file(path / name)
-        raise CheckpointError(f"folder {path} holds no checkpoint; it needs one of {', '.join(CHECKPOINT_FILES)}")
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
-    if not path.stat().st_size:
-        raise CheckpointError(f"checkpoint {path} is empty (0 bytes)")
-    return path
+    if isinstance(source, Zenodo):
+        return None if _is_torch_file(path) else "it is not a complete file of torch.save"
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    return None if found == source.sha256 else f"its sha256 is {found}, published is {source.sha256}"
 
 
 def local_path(name_or_path: str | os.PathLike[str]) -> Path:
-    """Return what is no name as a path.
+    """Return the path that is given instead of a name.
 
     Raises:
-        CheckpointError: nothing is there, and it looks more like a misspelt name; the message says which there are.
+        CheckpointError: nothing is there, and it looks more like a misspelt name; the message lists the names.
     """
     path = Path(name_or_path).expanduser()
     if not path.exists() and isinstance(name_or_path, str) and path.name == name_or_path and not path.suffix:
@@ -150,7 +275,7 @@ def entry_of(name: str) -> Entry:
     """Return the row of a published model.
 
     Raises:
-        CheckpointError: no such name; the message says which there are.
+        CheckpointError: no such name; the message lists the names.
     """
     if name in BOXED:
         raise CheckpointError(f"{name} comes as a graph, without the weights that this needs; it can tag and embed")
@@ -168,16 +293,34 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
-def _in_cache(name: str, url: str, path: Path, sha256: str | None, progress: Progress, *, instead: str = "") -> Path:
-    if path.is_file():
-        return path
-    from ced.model.download import download  # brings an HTTP client
+def _from_hub(source: Hub, progress: Progress) -> Path:
+    from ced.model import hub
 
-    try:
-        download(url, path, sha256=sha256, progress=progress)
-    except DownloadError as error:
-        raise DownloadError(
-            f"{name} is not in the cache ({path}) and not to be had: {error}; put the file there by hand, or pass the "
-            f"path of a local file instead of the name{instead}"
-        ) from error
+    path = hub.fetch(source.repo, WEIGHTS_FILE, source.revision, progress)
+    if (wrong := damage(source, path)) is not None:
+        hub.forget(path)
+        raise DownloadError(f"{source.repo}/{WEIGHTS_FILE} is damaged or was changed: {wrong}; removed")
     return path
+
+
+def _from_zenodo(entry: Entry, progress: Progress) -> Path:
+    """Download from the record of the entry; where it has no such file, from the other record of these models."""
+    from ced.model.download import NotFoundError, download
+
+    first, path = entry.zenodo, cache_dir() / entry.zenodo.file
+    others = [Zenodo(record, first.file) for record in (_MAIN_RECORD, 8275319) if record != first.record]
+    for source in (first, *others):
+        try:
+            download(source.url, path, verify=lambda part: damage(first, part), progress=progress)
+        except NotFoundError:
+            continue
+        return path
+    raise DownloadError(f"no Zenodo record of {entry.name} has {first.file}")
+
+
+def _is_torch_file(path: Path) -> bool:
+    """Whether a file is complete as torch.save writes it: a zip file, which ends with its table, or an old pickle."""
+    if zipfile.is_zipfile(path):
+        return True
+    with path.open("rb") as file:
+        return file.read(2) == pickle.PROTO + b"\x02"  # the form before torch 1.6, which begins with a pickled number

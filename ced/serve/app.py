@@ -32,7 +32,7 @@ from ced.serve.middleware import LIVENESS, POLICY, Gate, problem
 from ced.serve.schema import CLASSIFY, LIVE_PATH, STREAM, Options, StreamOptions
 from ced.serve.service import DOWN, Plan, Service, encode_line
 from ced.sound.audio import SAMPLE_RATE
-from ced.sound.grid import HOP_SECONDS, PATCH
+from ced.sound.features import HOP_SECONDS, PATCH
 from ced.tag.tagger import Scorer
 
 STATIC = Path(__file__).with_name("static")

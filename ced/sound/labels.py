@@ -2,6 +2,7 @@
 
 import csv
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -45,15 +46,42 @@ def audioset() -> ClassTable:
     return read_classes(Path(__file__).with_name("audioset_classes.tsv"))
 
 
-def named_by_config(settings: object) -> ClassTable | None:
-    """Return the class table of a Hugging Face configuration, if it has one that tells classes apart."""
-    names = settings.get("id2label") if isinstance(settings, dict) else None
-    if not isinstance(names, dict) or not names or names.keys() != {str(index) for index in range(len(names))}:
-        return None
-    ordered = tuple(str(names[str(index)]) for index in range(len(names)))
-    if ordered == audioset().names:
+def named(names: Iterable[str]) -> ClassTable:
+    """Return the class table with these names; AudioSet's, with its identifiers, where the names are AudioSet's.
+
+    The published `config.json` files cut AudioSet's names at the first comma, so that "Inside" stands for three
+    classes. Such names, too, give AudioSet's table with its full names.
+
+    Raises:
+        TableError: a name occurs more than once.
+    """
+    names = tuple(names)
+    if names in (audioset().names, _cut_audioset_names()):
         return audioset()
-    return ClassTable(ordered) if len(set(ordered)) == len(ordered) else None
+    return ClassTable(names)
+
+
+def named_by_config(settings: object) -> ClassTable | None:
+    """Return the class table of a Hugging Face configuration, restored as `named` does it.
+
+    Only `id2label` is read: with cut names, classes overwrite each other in `label2id`. None if it is missing, does
+    not count from 0, or gives two classes the same name.
+    """
+    given = settings.get("id2label") if isinstance(settings, dict) else None
+    if not isinstance(given, dict) or not given:
+        return None
+    by_index = {str(index): str(name) for index, name in given.items()}
+    if by_index.keys() != {str(index) for index in range(len(given))}:
+        return None
+    try:
+        return named(by_index[str(index)] for index in range(len(given)))
+    except TableError:
+        return None
+
+
+@cache
+def _cut_audioset_names() -> tuple[str, ...]:
+    return tuple(name.partition(",")[0] for name in audioset().names)
 
 
 def read_classes(path: Path) -> ClassTable:

@@ -12,16 +12,17 @@ import soundfile
 from numpy.typing import NDArray
 
 from ced.errors import AudioError
-from ced.model.onnx import FRONT_END, open_session
+from ced.model.ort import open_session
+from ced.model.runtime import front_end_file
 from ced.progress import Progress, silent
 from ced.sound import audio
 from ced.sound.audio import SAMPLE_RATE
-from ced.sound.grid import HOP
+from ced.sound.features import HOP
 from ced.tag.tagger import Tagger
 from ced.tag.timeline import Overview, Timeline
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+    from ced.model.ort import InferenceSession
 
 _BLOCK = 10.0  # seconds that are read, and whose features are computed, at once
 
@@ -124,4 +125,4 @@ class Hearing:
 
     @cached_property
     def _features(self) -> "InferenceSession":
-        return open_session(FRONT_END, 1)
+        return open_session(front_end_file(), 1)

@@ -25,7 +25,7 @@ from ced.tag.records import Scored, Tags
 from ced.tag.select import Selection
 
 if TYPE_CHECKING:
-    from ced.model.onnx import OnnxModel
+    from ced.model.runtime import OnnxModel
     from ced.model.vit import CED
 
 _AHEAD = 2  # windows that wait for each thread
@@ -37,7 +37,7 @@ T = TypeVar("T")
 class Scorer(Protocol):
     """Anything that scores waves: a graph, a network behind an adapter, a function with a class table.
 
-    What also has `embed`, or `columns` and `column_starts`, as `ced.model.onnx.OnnxModel` has all of them, gives
+    What also has `embed`, or `columns` and `column_starts`, as `ced.model.runtime.OnnxModel` has all of them, gives
     embeddings or fine timelines too.
     """
 
@@ -113,7 +113,7 @@ class Tagger:
         progress: Progress = silent,
     ) -> None:
         if isinstance(model, str | os.PathLike):
-            from ced.model.onnx import open_model
+            from ced.model.runtime import open_model
 
             model = open_model(model, progress=progress)
         # A torch network is known by its method `probs`: torch itself need not be there to ask.

@@ -21,7 +21,7 @@ from ced.distill.views import draw, mask
 from ced.distill.viewstore import ViewStore
 from ced.distill.wavpack import WavPack
 from ced.model.vit import CED
-from ced.sound.frontend import LogMel
+from ced.model.frontend import LogMel
 
 _BESIDE = Path(__file__).parents[3] / "shared" / "data" / "published_store"
 PUBLISHED = Path(os.environ.get("CED_PUBLISHED_STORE", _BESIDE))

@@ -15,7 +15,8 @@ from ced.distill.experiment import (
     save_state,
 )
 from ced.errors import TrainingError
-from ced.model.vit import CED, ModelConfig
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 
 
 def test_runs_begun_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:

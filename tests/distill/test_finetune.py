@@ -11,9 +11,10 @@ from ced.distill.evaluate import evaluate
 from ced.distill.finetune import LabelledClips, finetune
 from ced.distill.recorder import Recorder
 from ced.errors import ConfigError, TableError
-from ced.model import checkpoints
+from ced.model import loading
 from ced.model.loading import load_model
-from ced.model.vit import CED, ModelConfig
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.labels import ClassTable, read_classes
 
 CLASSES = ClassTable(("low", "middle", "high", "noise"))
@@ -50,7 +51,7 @@ def save_tagger(path: Path, classes: tuple[str, ...] = ("one", "two")) -> dict[s
     network.get_buffer("init_bn.1.running_mean").fill_(-40)
     network.get_buffer("init_bn.1.running_var").fill_(400)
     network.get_buffer("init_bn.1.num_batches_tracked").fill_(1000)
-    checkpoints.save(path, network)
+    loading.save(path, network)
     return load_file(path)
 
 

@@ -18,9 +18,10 @@ from ced.distill.pretrain import Crops, make_autoencoder, pretrain
 from ced.distill.start import seeded
 from ced.distill.train import train
 from ced.errors import CedError, ConfigError
-from ced.model import checkpoints
+from ced.model import loading, weights
 from ced.model.loading import load_model
-from ced.model.vit import CED, ModelConfig
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = {"embed_dim": 32, "num_heads": 2, "depth": 2, "target_length": 112}
@@ -79,7 +80,7 @@ def test_an_experiment_holds_the_network_and_a_picture(learned: Path) -> None:
 
 
 def test_the_result_is_a_network_without_a_trained_head(learned: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert not checkpoints.read(learned).has_head
+    assert not weights.read(learned).has_head
     model = load_model(learned)
     assert (model.config.pooling, model.labels.names) == ("mean", ("untrained",))
     assert "has no output layer (masked pre-training)" in caplog.text
@@ -121,7 +122,7 @@ def test_pre_training_goes_on_from_any_weights(sounds: Path, tmp_path: Path, lea
     again = pretrain(config_of(sounds, tmp_path, pretrained=str(learned), **still), name="again")
     starts_from(load_file(again / "last.safetensors"), load_file(learned / "last.safetensors"))
     tagger = CED(ModelConfig(32, 2, depth=2, target_length=112))
-    checkpoints.save(tmp_path / "tagger.safetensors", tagger)
+    loading.save(tmp_path / "tagger.safetensors", tagger)
     other = pretrain(
         config_of(sounds, tmp_path, pretrained=str(tmp_path / "tagger.safetensors"), **still), name="other"
     )

@@ -3,7 +3,8 @@ import logging
 import pytest
 
 from ced.distill.start import warn_of_cuts
-from ced.model.vit import CED, ModelConfig
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 
 
 def test_items_a_little_too_long_are_told(caplog: pytest.LogCaptureFixture) -> None:

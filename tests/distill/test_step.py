@@ -13,7 +13,8 @@ from ced.distill.distributed import World
 from ced.distill.step import Stepper, calibrate, learning_rate, make_optimizer
 from ced.distill.views import NO_VIEW, ViewRecipe, mask
 from ced.errors import ConfigError, TrainingError
-from ced.model.vit import CED, ModelConfig
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -19,9 +19,10 @@ from ced.distill.views import ViewRecipe, mask
 from ced.distill.viewstore import ViewStore
 from ced.distill.wavpack import WavPack
 from ced.errors import CedError, ConfigError, StoreError
-from ced.model import checkpoints
-from ced.model.vit import CED, ModelConfig
-from ced.sound.frontend import LogMel
+from ced.model import loading
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
+from ced.model.frontend import LogMel
 from ced.sound.labels import ClassTable
 
 SECONDS = {"a.wav": 2.0, "b.wav": 5.0, "c.wav": 0.5, "d.wav": 1.0, "e.wav": 1.5}
@@ -126,7 +127,7 @@ def save_tiny(path: str, seed: int, **changes: Any) -> CED:
     settings = {"embed_dim": 32, "num_heads": 1, "depth": 1, "outputdim": 10, "target_length": 208} | changes
     model = CED(ModelConfig(**settings), ClassTable(tuple("abcdefghij"))).eval()
     torch.nn.init.normal_(model.get_parameter("outputlayer.1.weight"))
-    checkpoints.save(Path(path), model)
+    loading.save(Path(path), model)
     return model
 
 
@@ -335,7 +336,7 @@ def test_what_cannot_be_stored_is_said_in_one_line(changes: Mapping[str, Any], k
 def test_teachers_with_other_class_tables_are_refused() -> None:
     torch.manual_seed(0)
     config = ModelConfig(embed_dim=32, num_heads=1, depth=1, outputdim=10)
-    checkpoints.save(Path("other.safetensors"), CED(config, ClassTable(tuple("klmnopqrst"))))
+    loading.save(Path("other.safetensors"), CED(config, ClassTable(tuple("klmnopqrst"))))
     with pytest.raises(ConfigError, match=r"teachers homemade:linear, other\.safetensors do not have the same class"):
         run(model=["homemade:linear", "other.safetensors"])
 

@@ -18,12 +18,15 @@ from torch import Tensor
 
 from ced.errors import CheckpointError
 from ced.model.checkpoints import Checkpoint, average, build, load_state, read, save
-from ced.model.vit import CED, ModelConfig
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.frontend import mel_filters
 from ced.sound.labels import ClassTable, audioset
 
 CONFIG = ModelConfig(embed_dim=64, num_heads=1, depth=2)
 OWN = ClassTable(("dog", "rain", "clock"), ("/m/1", "/m/2", "/m/3"))
+HUB_CONFIG = json.loads((Path(__file__).parents[1] / "data" / "hub_configs" / "tiny.json").read_text(encoding="utf-8"))
+HUB_NAMES = {name: HUB_CONFIG[name] for name in ("id2label", "label2id")}  # cut at the first comma
 WAVES = torch.rand(2, 8_000, generator=torch.Generator().manual_seed(9)) - 0.5
 
 
@@ -229,6 +232,7 @@ class TestHuggingFace:
     def test_its_names_of_classes(self, tmp_path: Path, model: CED) -> None:
         names = {str(index): name for index, name in enumerate(audioset().names)}
         assert read(hugging_face(tmp_path / "a", model, id2label=names)).labels is audioset()
+        assert read(hugging_face(tmp_path / "hub", model, **HUB_NAMES)).labels is audioset()
         assert read(hugging_face(tmp_path / "b", model, id2label={"0": "LABEL_0", "1": "LABEL_1"})).labels is None
         small = network(replace(CONFIG, outputdim=2))
         own = read(hugging_face(tmp_path / "c", small, id2label={"1": "cat", "0": "dog"})).labels

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -18,9 +17,11 @@ from ced import __version__
 from ced.errors import ExportError
 from ced.model import graph
 from ced.model.export import ExportReport, export
-from ced.model.vit import CED, ModelConfig
+from ced.model.ort import InferenceSession
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.audio import load
-from ced.sound.frontend import LogMel
+from ced.model.frontend import LogMel
 from ced.sound.labels import ClassTable
 
 SMALL = ModelConfig(embed_dim=64, num_heads=1, depth=1, outputdim=3, target_length=96)
@@ -56,7 +57,7 @@ def mels(clips: int, frames: int) -> torch.Tensor:
 
 
 def run(path: Path, output: str, batch: torch.Tensor) -> NDArray[np.float32]:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = InferenceSession(path, providers=["CPUExecutionProvider"])
     (result,) = session.run([output], {session.get_inputs()[0].name: batch.numpy()})
     return np.asarray(result)
 
@@ -77,12 +78,12 @@ def tagger() -> CED:
 
 @pytest.fixture(scope="module")
 def report(tagger: CED, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
-    return export(tagger, tmp_path_factory.mktemp("wave") / "new" / "ced_v0.1.onnx")
+    return export(weights_of(tagger), tmp_path_factory.mktemp("wave") / "new" / "ced_v0.1.onnx")
 
 
 @pytest.fixture(scope="module")
 def feats(tagger: CED, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
-    return export(tagger, tmp_path_factory.mktemp("feats") / "new" / "ced_v0.1.onnx", "feats")
+    return export(weights_of(tagger), tmp_path_factory.mktemp("feats") / "new" / "ced_v0.1.onnx", "feats")
 
 
 class TestWave:
@@ -92,7 +93,7 @@ class TestWave:
         assert report.largest_difference < 1e-5
 
     def test_the_interface(self, report: ExportReport, tagger: CED) -> None:
-        session = onnxruntime.InferenceSession(report.path, providers=["CPUExecutionProvider"])
+        session = InferenceSession(report.path, providers=["CPUExecutionProvider"])
         found = [(each.name, each.type, each.shape) for each in (*session.get_inputs(), *session.get_outputs())]
         assert found == [
             ("waves", "tensor(float)", ["batch", "time"]),
@@ -163,17 +164,17 @@ class TestWave:
     )
     def test_other_settings(self, changes: dict[str, Any], tmp_path: Path) -> None:
         model = spread(replace(SMALL, **changes))
-        found = export(model, tmp_path / "a.onnx")
+        found = export(weights_of(model), tmp_path / "a.onnx")
         assert_agree(found.path, model, [waves(2, 20_000), waves(1, 5_000), waves(2, 40_000)])
 
     def test_the_network_is_left_as_it_was(self, tmp_path: Path) -> None:
         model = network(SMALL, OWN).train()
-        export(model, tmp_path / "a.onnx")
+        export(weights_of(model), tmp_path / "a.onnx")
         assert model.training
 
     def test_a_front_end_that_has_no_graph(self, tmp_path: Path) -> None:
         with pytest.raises(ExportError, match="only a centred front end"):
-            export(network(replace(SMALL, center=False), OWN), tmp_path / "a.onnx")
+            export(weights_of(network(replace(SMALL, center=False), OWN)), tmp_path / "a.onnx")
 
 
 def spread(config: ModelConfig) -> CED:
@@ -212,7 +213,7 @@ class TestFeats:
         assert feats.largest_difference < 1e-5
 
     def test_the_interface(self, feats: ExportReport) -> None:
-        session = onnxruntime.InferenceSession(feats.path, providers=["CPUExecutionProvider"])
+        session = InferenceSession(feats.path, providers=["CPUExecutionProvider"])
         (source,), (prob,) = session.get_inputs(), session.get_outputs()
         assert (source.name, source.type, source.shape) == ("feats", "tensor(float)", ["batch", 64, "time"])
         assert (prob.name, prob.type, prob.shape) == ("prob", "tensor(float)", ["batch", 527])
@@ -237,19 +238,19 @@ class TestFeats:
         assert lines[-1] == ""
 
     def test_own_classes(self, tmp_path: Path) -> None:
-        found = export(network(SMALL, OWN), tmp_path / "a.onnx", "feats")
+        found = export(weights_of(network(SMALL, OWN)), tmp_path / "a.onnx", "feats")
         assert found.labels_path is not None
         with found.labels_path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file))[1:]
         assert rows == [["0", "", "dog"], ["1", "", 'rain, "heavy"'], ["2", "", "clock"]]
 
     def test_the_class_table_of_another_model_is_not_overwritten(self, tmp_path: Path) -> None:
-        export(network(SMALL, OWN), tmp_path / "a.onnx", "feats")
-        export(network(SMALL, OWN), tmp_path / "b.onnx", "feats")  # the same classes
+        export(weights_of(network(SMALL, OWN)), tmp_path / "a.onnx", "feats")
+        export(weights_of(network(SMALL, OWN)), tmp_path / "b.onnx", "feats")  # the same classes
         before = (tmp_path / "class_labels_indices.csv").read_bytes()
         other = ClassTable(("dog", "rain", "clock"))
         with pytest.raises(ExportError, match=r"class_labels_indices\.csv belongs to a model with other classes"):
-            export(network(SMALL, other), tmp_path / "c.onnx", "feats")
+            export(weights_of(network(SMALL, other)), tmp_path / "c.onnx", "feats")
         assert (tmp_path / "class_labels_indices.csv").read_bytes() == before
         assert sorted(os.listdir(tmp_path)) == ["a.onnx", "b.onnx", "class_labels_indices.csv"]
 
@@ -264,23 +265,23 @@ class TestFeats:
     )
     def test_other_settings(self, changes: dict[str, Any], tmp_path: Path) -> None:
         model = network(replace(SMALL, **changes), OWN)
-        found = export(model, tmp_path / "a.onnx", "feats")
+        found = export(weights_of(model), tmp_path / "a.onnx", "feats")
         assert_agree(found.path, model, [mels(2, 96), mels(3, 40), mels(2, 250), mels(1, 192)])
 
     def test_features_of_another_kind(self, tmp_path: Path) -> None:
         with pytest.raises(ExportError, match="this network hears others: hop_size 128 instead of 160"):
-            export(network(replace(SMALL, hop_size=128), OWN), tmp_path / "a.onnx", "feats")
+            export(weights_of(network(replace(SMALL, hop_size=128), OWN)), tmp_path / "a.onnx", "feats")
 
     def test_no_filling(self, tmp_path: Path) -> None:
         model = network(replace(SMALL, pad_last=False), OWN)
-        found = export(model, tmp_path / "a.onnx", "feats")
+        found = export(weights_of(model), tmp_path / "a.onnx", "feats")
         assert_agree(found.path, model, [mels(2, 96), mels(3, 40), mels(1, 16)])
 
 
 def test_sherpa_onnx_hears_the_same(tmp_path: Path) -> None:
     sherpa_onnx = pytest.importorskip("sherpa_onnx")
     model = network(ModelConfig(embed_dim=64, num_heads=1, depth=2))
-    found = export(model, tmp_path / "a.onnx", "feats")
+    found = export(weights_of(model), tmp_path / "a.onnx", "feats")
     config = sherpa_onnx.AudioTaggingConfig(
         model=sherpa_onnx.AudioTaggingModelConfig(ced=str(found.path), num_threads=1),
         labels=str(found.labels_path),
@@ -308,5 +309,5 @@ def test_a_graph_that_answers_otherwise_is_not_handed_out(tmp_path: Path) -> Non
     with torch.no_grad():
         model.norm.bias[0] = torch.nan
     with pytest.raises(ExportError, match=r"a\.onnx differs from the network by nan in probability; at most 0\.0001"):
-        export(model, tmp_path / "a.onnx")
+        export(weights_of(model), tmp_path / "a.onnx")
     assert os.listdir(tmp_path) == []

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from ced.errors import AudioError, CheckpointError
-from ced.model import checkpoints, hear, loading
+from ced.model import hear, loading
 from ced.model.embedding import grid
-from ced.model.export import export
-from ced.model.loading import config_of
-from ced.model.onnx import OnnxModel
-from ced.model.vit import CED, ModelConfig
+from ced.model.graph.export import export
+from ced.model.loading import weights_of
+from ced.model.runtime import OnnxModel
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.model.zoo import MODELS
 
 SMALL = ModelConfig(embed_dim=64, num_heads=1, depth=1)
@@ -32,7 +33,7 @@ def noise(clips: int, seconds: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", ["ced_tiny", "ced_mini", "ced_small", "ced_base"])
 def test_what_the_hear_validator_checks(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ModelConfig(config_of(MODELS[size]).embed_dim, config_of(MODELS[size]).num_heads, depth=1)
+    config = ModelConfig(MODELS[size].config.embed_dim, MODELS[size].config.num_heads, depth=1)
     monkeypatch.setattr(loading, "load_model", lambda name: {size: CED(config)}[name])
     model = hear.load_model(size)
     assert isinstance(model, nn.Module)
@@ -79,7 +80,7 @@ def test_a_benchmark_need_not_name_a_model(monkeypatch: pytest.MonkeyPatch, netw
 
 
 def test_a_checkpoint_is_loaded_by_its_path(tmp_path: Path, network: CED) -> None:
-    checkpoints.save(tmp_path / "mine.safetensors", network)
+    loading.save(tmp_path / "mine.safetensors", network)
     model = hear.load_model(str(tmp_path / "mine.safetensors"))
     waves = noise(2, 1.0)
     expected = hear.get_scene_embeddings(waves, hear.CedEncoder(network))
@@ -89,7 +90,7 @@ def test_a_checkpoint_is_loaded_by_its_path(tmp_path: Path, network: CED) -> Non
 
 
 def test_a_scene_is_what_ced_embed_gives(tmp_path: Path, network: CED) -> None:
-    export(network, tmp_path / "mine.onnx")
+    export(weights_of(network), tmp_path / "mine.onnx")
     waves = noise(2, 3.0)
     expected = OnnxModel(tmp_path / "mine.onnx").embed(waves.numpy())
     found = hear.get_scene_embeddings(waves, hear.CedEncoder(network)).numpy()

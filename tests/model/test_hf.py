@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
-from ced.errors import AudioError, ConfigError, MissingPackageError
-from ced.model import checkpoints
-from ced.model.vit import CED, ModelConfig
+from ced.errors import AudioError, ConfigError, MissingPackageError, TableError
+from ced.model import loading, weights, zoo
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.audio import load as load_sound
 from ced.sound.labels import ClassTable, audioset
 from ced.tag.tagger import Tagger
@@ -44,6 +45,8 @@ from ced.model.hf import CedConfig, CedFeatureExtractor, CedForAudioClassificati
 
 SMALL = ModelConfig(embed_dim=64, num_heads=1, depth=1)
 OWN = ClassTable(("dog", "rain", "clock"))
+HUB_CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
+SIZES = ("tiny", "mini", "small", "base")
 WAVE = np.random.default_rng(0).uniform(-0.5, 0.5, 16_000).astype(np.float32)
 
 
@@ -58,8 +61,14 @@ def network(config: ModelConfig, labels: ClassTable | None = None) -> CED:
     return made
 
 
-def published_folder(folder: Path, model: CED) -> Path:
-    """Write a folder laid out as the published ones are, whose configurations name code that is not there."""
+def hub_config(size: str) -> dict[str, Any]:
+    """Return the published config.json of a size, in which class names are cut at the first comma."""
+    found: dict[str, Any] = json.loads((HUB_CONFIGS / f"{size}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def published_folder(folder: Path, model: CED, size: str = "tiny") -> Path:
+    """Write a folder as the hub has it: its keys, and the published config.json with the network's own shape."""
     folder.mkdir()
     state = {}
     for name, value in model.state_dict().items():
@@ -67,21 +76,7 @@ def published_folder(folder: Path, model: CED) -> Path:
         state[prefix + name.replace("init_bn.1.", "init_bn.")] = value
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     names = "embed_dim depth num_heads outputdim target_length pooling n_mels hop_size win_size n_fft center pad_last"
-    settings: dict[str, Any] = {name: getattr(model.config, name) for name in names.split()}
-    settings |= {
-        "architectures": ["CedForAudioClassification"],
-        "auto_map": {
-            "AutoConfig": "configuration_ced.CedConfig",
-            "AutoModelForAudioClassification": "modeling_ced.CedForAudioClassification",
-        },
-        "eval_avg": "mean",
-        "f_max": 8000,
-        "f_min": 0,
-        "id2label": {str(index): name for index, name in enumerate(model.labels.names)},
-        "label2id": {name: index for index, name in enumerate(model.labels.names)},
-        "model_type": "ced",
-        "torch_dtype": "float32",
-    }
+    settings = hub_config(size) | {name: getattr(model.config, name) for name in names.split()}
     (folder / "config.json").write_text(json.dumps(settings))
     features = {
         "auto_map": {"AutoFeatureExtractor": "feature_extraction_ced.CedFeatureExtractor"},
@@ -145,7 +140,15 @@ class TestFolders:
         for name in ("config.json", "preprocessor_config.json"):
             theirs = json.loads((folder / name).read_text())
             ours = json.loads((tmp_path / "made" / name).read_text())
-            ignored = {"auto_map", "torch_dtype"}  # code that we do not write; dtype is its new name
+            # Written by nobody else: settings of the published code that the network does not have. `dtype` is the
+            # new name of `torch_dtype`.
+            ignored = {"auto_map", "torch_dtype", "transformers_version", "name", "qkv_bias"}
+            ignored |= {"drop_rate", "attn_drop_rate", "drop_path_rate", "patch_size", "patch_stride"}
+            if name == "config.json":
+                full = audioset().names
+                assert ours.pop("id2label") == {str(index): name for index, name in enumerate(full)}
+                assert ours.pop("label2id") == {name: index for index, name in enumerate(full)}
+                ignored |= {"id2label", "label2id"}
             assert {key: ours[key] for key in theirs.keys() - ignored} == {
                 key: theirs[key] for key in theirs.keys() - ignored
             }
@@ -155,14 +158,14 @@ class TestFolders:
         own = network(
             replace(SMALL, activation="softmax", pooling="token", eval_avg="max", outputdim=3, target_length=320), OWN
         )
-        checkpoints.save(tmp_path / "own.safetensors", own)
-        read = checkpoints.build(checkpoints.read(tmp_path / "own.safetensors"))
+        loading.save(tmp_path / "own.safetensors", own)
+        read = loading.load_model(tmp_path / "own.safetensors")
         CedForAudioClassification.from_network(read).save_pretrained(tmp_path / "hub")
-        from_hub = checkpoints.build(checkpoints.read(tmp_path / "hub"))
+        from_hub = loading.load_model(tmp_path / "hub")
         assert_same(from_hub, own)
         assert (from_hub.config, from_hub.labels) == (own.config, own.labels)
         back = CedForAudioClassification.from_pretrained(tmp_path / "hub").network
-        checkpoints.save(tmp_path / "back.safetensors", back)
+        loading.save(tmp_path / "back.safetensors", back)
         assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "own.safetensors").read_bytes()
 
     def test_an_encoder_is_saved_under_the_same_names(self, folder: Path, tagger: CED, tmp_path: Path) -> None:
@@ -221,6 +224,61 @@ class TestFolders:
             CedModel(CedConfig(embed_dim=64, num_heads=3))
         with pytest.raises(ConfigError, match="problem_type is 'regression'; allowed: multi_label_classification, "):
             CedModel(CedConfig(problem_type="regression"))
+
+
+class TestPublishedConfigs:
+    """The config.json of the four published models as they are, with their cut class names."""
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_names_are_restored(self, size: str) -> None:
+        cut = hub_config(size)["id2label"]
+        assert (cut["1"], cut["506"], cut["507"], cut["508"]) == ("Male speech", "Inside", "Inside", "Inside")
+        config = CedConfig(**hub_config(size))
+        assert config.id2label == dict(enumerate(audioset().names))
+        assert config.label2id == {name: index for index, name in enumerate(audioset().names)}
+        assert (config.labels, config.outputdim) == (audioset(), 527)
+        assert config.network == zoo.MODELS[f"ced_{size}"].config
+        assert config.to_dict()["id2label"][1] == "Male speech, man speaking"
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_each_size_loads(self, size: str, tmp_path: Path) -> None:
+        model = network(replace(zoo.MODELS[f"ced_{size}"].config, depth=1))
+        folder = published_folder(tmp_path / size, model, size)
+        loaded = AutoModelForAudioClassification.from_pretrained(folder)
+        assert_same(loaded.network, model)
+        assert loaded.network.labels is audioset()
+        assert weights.read(folder).labels is audioset()
+
+    def test_tiny_at_its_full_size(self, tmp_path: Path) -> None:
+        model = network(zoo.MODELS["ced_tiny"].config)
+        folder = published_folder(tmp_path / "tiny", model)
+        assert json.loads((folder / "config.json").read_text()) == hub_config("tiny")  # nothing had to be changed
+        classify = pipeline("audio-classification", model=str(folder))
+        found = {each["label"]: each["score"] for each in classify(WAVE, top_k=527)}
+        with torch.inference_mode():
+            probs = model.probs(torch.from_numpy(WAVE)[None])[0]
+        assert found == pytest.approx(dict(zip(audioset().names, probs.tolist(), strict=True)), abs=1e-6)
+        classify.model.save_pretrained(tmp_path / "saved")
+        saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+        assert saved["id2label"]["1"] == "Male speech, man speaking"
+        assert len(saved["label2id"]) == 527
+        again = AutoModelForAudioClassification.from_pretrained(tmp_path / "saved")
+        assert_same(again.network, model)
+        assert again.config.id2label == dict(enumerate(audioset().names))
+
+    def test_the_pipeline_prints_full_names(self, tagger: CED, tmp_path: Path) -> None:
+        speech = CED(SMALL, tagger.labels).eval()
+        speech.load_state_dict(tagger.state_dict())
+        with torch.no_grad():
+            speech.state_dict()["outputlayer.1.bias"][1] = 100.0
+        classify = pipeline("audio-classification", model=str(published_folder(tmp_path / "speech", speech)))
+        assert classify(WAVE, top_k=1)[0]["label"] == "Male speech, man speaking"
+
+    def test_names_of_other_tables_stay(self) -> None:
+        names = {int(index): name for index, name in hub_config("tiny")["id2label"].items()}
+        assert CedConfig(id2label={0: "Male speech", 1: "Inside"}).id2label == {0: "Male speech", 1: "Inside"}
+        with pytest.raises(TableError, match="'Inside'"):
+            _ = CedConfig(id2label=names | {1: "Other speech"}).labels
 
 
 class TestFeatures:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ced.errors import CheckpointError, ConfigError, DownloadError
-from ced.model import checkpoints, download, loading, zoo
-from ced.model.vit import CED, ModelConfig
+from ced.model import download, loading, zoo
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.labels import ClassTable, audioset
 
 SMALL = ModelConfig(embed_dim=64, num_heads=1, depth=1)
@@ -116,7 +117,7 @@ def test_neither_a_name_nor_a_path(given: str | Path, message: str) -> None:
 
 def test_a_path(tmp_path: Path) -> None:
     student = CED(replace(SMALL, outputdim=3), OWN)
-    checkpoints.save(tmp_path / "run" / "averaged.safetensors", student)
+    loading.save(tmp_path / "run" / "averaged.safetensors", student)
     for path in (tmp_path / "run", str(tmp_path / "run" / "averaged.safetensors")):
         assert loading.load_model(path).labels == OWN
 
@@ -155,7 +156,7 @@ class TestCreate:
 
     def test_classes_must_agree_by_name_not_by_number(self, tmp_path: Path) -> None:
         student = CED(replace(SMALL, outputdim=3), OWN)
-        checkpoints.save(tmp_path / "a.safetensors", student)
+        loading.save(tmp_path / "a.safetensors", student)
         args = {"embed_dim": 64, "num_heads": 1, "depth": 1}
         for names, kept in ((OWN.names, True), (("dog", "clock", "rain"), False)):
             model = loading.create(
@@ -184,7 +185,7 @@ class TestCreate:
 
     def test_a_checkpoint_gives_the_size_and_where_to_start(self, tmp_path: Path) -> None:
         student = CED(replace(SMALL, outputdim=3, activation="softmax"), OWN)
-        checkpoints.save(tmp_path / "run" / "averaged.safetensors", student)
+        loading.save(tmp_path / "run" / "averaged.safetensors", student)
         model = loading.create(str(tmp_path / "run"), model_args={"pooling": "logit"}, pretrained=True, labels=OWN)
         assert model.config == replace(student.config, pooling="logit")
         assert all(torch.equal(value, self.state(model, name)) for name, value in student.state_dict().items())

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,14 +23,17 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from ced.errors import CheckpointError, DownloadError
-from ced.model import checkpoints, download, zoo
-from ced.model.export import export
-from ced.model.onnx import OnnxModel, open_model
-from ced.model.vit import CED, ModelConfig
+from ced.model import download, loading, zoo
+from ced.model.graph.export import export
+from ced.model.loading import weights_of
+from ced.model.runtime import OnnxModel, open_model
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.audio import load
-from ced.sound.frontend import LogMel
+from ced.model.frontend import LogMel
 from ced.sound.labels import ClassTable, audioset
 
+HUB_CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 SMALL = ModelConfig(embed_dim=64, num_heads=1, depth=2, outputdim=3)
 OWN = ClassTable(("dog", "rain", "clock"), ("/m/1", "/m/2", "/m/3"))
 Waves = NDArray[np.float32]
@@ -50,7 +54,7 @@ def network() -> CED:
 
 @pytest.fixture(scope="module")
 def graph(network: CED, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(network, tmp_path_factory.mktemp("graph") / "small.onnx").path
+    return export(weights_of(network), tmp_path_factory.mktemp("graph") / "small.onnx").path
 
 
 def foreign(path: Path, kind: str, shape: list[int | str], classes: int = 3) -> Path:
@@ -123,7 +127,7 @@ class TestOurGraphs:
     @pytest.mark.parametrize("changes", [{"pooling": "dm"}, {"pooling": "token"}, {"eval_avg": "max"}], ids=str)
     def test_batch_and_single_are_identical_in_pieces(self, changes: dict[str, Any], tmp_path: Path) -> None:
         network = CED(replace(SMALL, depth=1, target_length=96, **changes), OWN)
-        model, waves = OnnxModel(export(network, tmp_path / "a.onnx").path), noise(3, 50_000)
+        model, waves = OnnxModel(export(weights_of(network), tmp_path / "a.onnx").path), noise(3, 50_000)
         for answer in (model, model.embed, model.columns):
             np.testing.assert_array_equal(answer(waves), np.concatenate([answer(wave[None]) for wave in waves]))
 
@@ -153,7 +157,7 @@ class TestForeignGraphs:
         np.testing.assert_allclose(model(waves), sigmoid(mean + np.arange(3.0) - 1), atol=1e-5)
 
     def test_our_graph_of_features(self, network: CED, tmp_path: Path) -> None:
-        model = OnnxModel(export(network, tmp_path / "a.onnx", "feats").path)
+        model = OnnxModel(export(weights_of(network), tmp_path / "a.onnx", "feats").path)
         waves = noise(2, 20_000)
         with torch.inference_mode():
             expected = network.probs(torch.from_numpy(waves)).numpy()
@@ -162,7 +166,7 @@ class TestForeignGraphs:
 
     def test_our_graph_of_features_of_own_classes(self, tmp_path: Path) -> None:
         own = ClassTable(("dog", "rain", "clock"))  # without mids, so the file beside it has none
-        path = export(CED(replace(SMALL, depth=1), own), tmp_path / "a.onnx", "feats").path
+        path = export(weights_of(CED(replace(SMALL, depth=1), own)), tmp_path / "a.onnx", "feats").path
         assert OnnxModel(path).labels == own
 
     def test_class_tables_beside_it(self, tmp_path: Path) -> None:
@@ -178,6 +182,11 @@ class TestForeignGraphs:
 
     def test_527_scores_are_audioset(self, tmp_path: Path) -> None:
         assert OnnxModel(foreign(tmp_path / "a.onnx", "logits", ["b", "t"], classes=527)).labels is audioset()
+
+    def test_the_published_config_beside_it_gives_full_names(self, tmp_path: Path) -> None:
+        path = foreign(tmp_path / "model.onnx", "logits", ["b", "t"], classes=527)
+        shutil.copy(HUB_CONFIGS / "tiny.json", tmp_path / "config.json")
+        assert OnnxModel(path).labels is audioset()
 
     def test_no_embeddings(self, tmp_path: Path) -> None:
         model = OnnxModel(foreign(tmp_path / "a.onnx", "logits", ["b", "t"]))
@@ -268,14 +277,14 @@ class TestOpen:
     def test_a_checkpoint_is_exported_once(
         self, cache: Path, network: CED, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        checkpoints.save(tmp_path / "run" / "averaged.safetensors", network)
+        loading.save(tmp_path / "run" / "averaged.safetensors", network)
         model = open_model(tmp_path / "run")
         assert model.labels == OWN
         with caplog.at_level(logging.INFO, "ced"):
             assert open_model(str(tmp_path / "run" / "averaged.safetensors")).path == model.path
         assert caplog.messages == []
         other = CED(SMALL, OWN)
-        checkpoints.save(tmp_path / "run" / "averaged.safetensors", other)
+        loading.save(tmp_path / "run" / "averaged.safetensors", other)
         assert open_model(tmp_path / "run").path != model.path
         assert len(list((cache / "exported").glob("*.onnx"))) == 2
 
@@ -296,11 +305,11 @@ class TestOpen:
             open_model(given)
 
     def test_a_checkpoint_without_torch(self, network: CED, tmp_path: Path) -> None:
-        checkpoints.save(tmp_path / "a.safetensors", network)
+        loading.save(tmp_path / "a.safetensors", network)
         program = (
             "import sys; sys.modules['torch'] = None\n"
             "from ced.errors import MissingPackageError\n"
-            "from ced.model.onnx import open_model\n"
+            "from ced.model.runtime import open_model\n"
             "try: open_model(sys.argv[1])\n"
             "except MissingPackageError as error: print(error)\n"
         )

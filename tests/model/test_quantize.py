@@ -11,11 +11,13 @@ import torch
 
 from ced.errors import ConfigError, ExportError
 from ced.model import quantize as quantize_module
-from ced.model.export import export
+from ced.model.graph.export import export
+from ced.model.loading import weights_of
 from ced.model.graph import Input
-from ced.model.onnx import OnnxModel
+from ced.model.runtime import OnnxModel
 from ced.model.quantize import Comparison, Figures, quantize
-from ced.model.vit import CED, ModelConfig
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 
 OWN = ClassTable(("low", "high"))
@@ -46,7 +48,7 @@ def clips(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("source", ["wave", "feats"])
 def test_what_is_in_8_bits(network: CED, source: Input, tmp_path: Path) -> None:
-    report = export(network, tmp_path / "a.onnx", source)
+    report = export(weights_of(network), tmp_path / "a.onnx", source)
     assert quantize(report.path) is None
     made = onnx.load(tmp_path / "a.int8.onnx")
     weights = {tuple(each.dims): each for each in made.graph.initializer if each.data_type == onnx.TensorProto.INT8}
@@ -67,7 +69,7 @@ def test_what_is_in_8_bits(network: CED, source: Input, tmp_path: Path) -> None:
 
 
 def test_close_to_float(network: CED, tmp_path: Path) -> None:
-    report = export(network, tmp_path / "a.onnx")
+    report = export(weights_of(network), tmp_path / "a.onnx")
     quantize(report.path)
     waves = np.random.default_rng(0).normal(0, 0.1, (2, 20_000)).astype(np.float32)
     exact, int8 = OnnxModel(report.path), OnnxModel(tmp_path / "a.int8.onnx")
@@ -78,7 +80,7 @@ def test_close_to_float(network: CED, tmp_path: Path) -> None:
 
 
 def test_compared_on_clips(network: CED, clips: Path, tmp_path: Path) -> None:
-    report = export(network, tmp_path / "a.onnx")
+    report = export(weights_of(network), tmp_path / "a.onnx")
     found = quantize(report.path, check=clips, bound=100)
     assert found is not None
     assert found.clips == 6
@@ -88,7 +90,7 @@ def test_compared_on_clips(network: CED, clips: Path, tmp_path: Path) -> None:
 
 
 def test_refused_past_the_bound(network: CED, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = export(network, tmp_path / "a.onnx")
+    report = export(weights_of(network), tmp_path / "a.onnx")
     (tmp_path / "a.int8.onnx").write_bytes(b"of an earlier export")
     bad = Comparison(6, Figures(0.9, 1.0), Figures(0.89, 1.0), 0.01, 0.1)
     monkeypatch.setattr(quantize_module, "compare", lambda *_: bad)

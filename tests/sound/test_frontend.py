@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ced.sound.frontend import LogMel, frames_of, mel_filters
+from ced.model.frontend import LogMel, frames_of, mel_filters
 
 
 def golden_wave() -> NDArray[np.float32]:

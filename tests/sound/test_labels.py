@@ -1,9 +1,12 @@
+import json
 from pathlib import Path
 
 import pytest
 
 from ced.errors import TableError
-from ced.sound.labels import ClassTable, audioset, default_classes, numbered, read_classes
+from ced.sound.labels import ClassTable, audioset, default_classes, named, named_by_config, numbered, read_classes
+
+HUB_CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 
 
 def test_audioset() -> None:
@@ -76,6 +79,34 @@ def test_files_that_are_no_tables(tmp_path: Path, kind: str) -> None:
         path.write_bytes(b"\xff\xfe\x00index")
     with pytest.raises(TableError, match=r"cannot read class table .*classes\.tsv"):
         read_classes(path)
+
+
+class TestNamedByConfig:
+    @pytest.mark.parametrize("size", ["tiny", "mini", "small", "base"])
+    def test_cut_names_of_the_published_models_are_restored(self, size: str) -> None:
+        settings = json.loads((HUB_CONFIGS / f"{size}.json").read_text(encoding="utf-8"))
+        cut = settings["id2label"]
+        assert sum(cut[str(index)] != name for index, name in enumerate(audioset().names)) == 75
+        assert len(settings["label2id"]) == 524  # classes of one name overwrote each other
+        assert named_by_config(settings) is audioset()
+        assert named(cut[str(index)] for index in range(527)) is audioset()
+
+    def test_whole_names_are_audioset(self) -> None:
+        assert named_by_config({"id2label": {str(i): name for i, name in enumerate(audioset().names)}}) is audioset()
+        assert named_by_config({"id2label": dict(enumerate(audioset().names))}) is audioset()
+
+    def test_one_other_name_is_another_table(self) -> None:
+        cut = [name.partition(",")[0] for name in audioset().names]
+        assert named_by_config({"id2label": dict(enumerate([*cut[:-1], "Other"]))}) is None  # "Inside" is ambiguous
+        with pytest.raises(TableError, match="'Inside'"):
+            named([*cut[:-1], "Other"])
+        assert named_by_config({"id2label": dict(enumerate(cut[:100]))}) == ClassTable(tuple(cut[:100]))
+
+    @pytest.mark.parametrize(
+        "settings", [None, [], {}, {"id2label": {}}, {"id2label": ["a"]}, {"id2label": {"1": "a"}}]
+    )
+    def test_no_table(self, settings: object) -> None:
+        assert named_by_config(settings) is None
 
 
 def test_classes_must_be_named_once() -> None:

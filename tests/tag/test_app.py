@@ -24,7 +24,8 @@ import soundfile
 from numpy.typing import NDArray
 
 from ced.cli import main
-from ced.model.onnx import open_model
+from ced.demo.sounds import generate
+from ced.model.runtime import open_model
 from ced.sound.labels import ClassTable
 from ced.tag.hearing import Hearing, Limits
 from ced.tag.tagger import Scorer, Tagger
@@ -38,7 +39,6 @@ from ced.tag.desk import Access
 
 RATE = 16_000
 COLUMN = 2_560  # samples
-ROOT = Path(__file__).parents[2]
 PATIENCE = 120_000  # ms
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -190,8 +190,8 @@ def test_other_names_of_this_machine_and_other_tokens_are_refused(address: str) 
 def test_events_are_those_of_ced_tag(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    barks, _ = soundfile.read(ROOT / "resources" / "bark_mono_16k.flac", dtype="int16")
-    bells, _ = soundfile.read(ROOT / "resources" / "bell_mono_16k.wav", dtype="int16")
+    rng = np.random.default_rng(0)
+    barks, bells = generate("Bark", rng, 2.0), generate("Bell", rng, 2.5)
     soundfile.write(tmp_path / "a.wav", np.concatenate((barks, bells, barks)), RATE)
     monkeypatch.chdir(tmp_path)
     with shown(open_model("esc10"), "esc10", Limits()) as url:

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import soundfile
 
+from ced.demo.sounds import generate
 from ced.errors import AudioError, CheckpointError
-from ced.model.onnx import open_model
+from ced.model.runtime import open_model
 from ced.tag.hearing import DETAILS, Hearing, Limits
 from ced.tag.tagger import Tagger
 
 RATE = 16_000
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def beep(path: Path, seconds: int, begin: float, hertz: float = 1000.0) -> Path:
 def test_the_picture_is_what_models_hear(tagger: Tagger, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from ced.sound.audio import load
-    from ced.sound.frontend import LogMel
+    from ced.model.frontend import LogMel
 
     path = tmp_path / "a.wav"
     soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 4 * RATE), RATE)
@@ -55,7 +55,8 @@ def test_long_sounds_keep_their_axis(tagger: Tagger, tmp_path: Path) -> None:
 
 
 def test_what_is_kept_is_what_was_handed_over(tagger: Tagger, tmp_path: Path) -> None:
-    source = ROOT / "resources" / "bark_mono_16k.flac"
+    source = tmp_path / "a.flac"
+    soundfile.write(source, generate("Bark", np.random.default_rng(0), 2.0), RATE)
     clip = Hearing(tagger, "m").take_in(source, "a.flac", tmp_path)
     np.testing.assert_array_equal(soundfile.read(clip.path)[0], soundfile.read(source)[0])
 
@@ -81,8 +82,7 @@ def test_limits_are_said(tagger: Tagger, tmp_path: Path, limits: Limits, said: s
 @pytest.mark.parametrize(("name", "pieces"), [("10 s", 1), ("5 s", 1), ("2 s", 4), ("1 s", 9), ("0.16 s", 31)])
 def test_every_detail_scores_as_the_tagger_does(tagger: Tagger, tmp_path: Path, name: str, pieces: int) -> None:
     source = tmp_path / "a.wav"
-    bark, _ = soundfile.read(ROOT / "resources" / "bark_mono_16k.flac", dtype="int16")
-    soundfile.write(source, np.resize(bark, 5 * RATE), RATE)
+    soundfile.write(source, generate("Bark", np.random.default_rng(0), 5.0), RATE)
     hearing, detail = Hearing(tagger, "m"), DETAILS[name]
     told: list[tuple[str, int, int]] = []
     timeline = hearing.score(

@@ -25,9 +25,11 @@ from prometheus_client import generate_latest
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from ced.model.export import export
-from ced.model.onnx import OnnxModel
-from ced.model.vit import CED, ModelConfig
+from ced.model.graph.export import export
+from ced.model.loading import weights_of
+from ced.model.runtime import OnnxModel
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 from ced.tag.api import PATH
 from ced.tag.events import events
@@ -85,7 +87,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ClassTable(("bark", "bell", "rain")),
     ).eval()
     path = tmp_path_factory.mktemp("graph") / "small.onnx"
-    export(network, path)
+    export(weights_of(network), path)
     return path
 
 

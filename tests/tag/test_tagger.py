@@ -10,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, CheckpointError, ClosedError, ConfigError
-from ced.model import checkpoints
-from ced.model.export import export
-from ced.model.vit import CED, ModelConfig
+from ced.model import loading
+from ced.model.graph.export import export
+from ced.model.loading import weights_of
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 from ced.tag.records import Tag, Tags
 from ced.tag.tagger import Tagger, TorchScorer
@@ -94,7 +96,7 @@ def test_a_torch_network_answers_as_itself(tmp_path: Path) -> None:
     np.testing.assert_allclose(scores, expected, atol=1e-6)
     np.testing.assert_allclose(TorchScorer(network)(wave[:1]), expected[:1], atol=1e-6)  # whatever the batch
 
-    checkpoints.save(tmp_path / "model.safetensors", network)
+    loading.save(tmp_path / "model.safetensors", network)
     for model in (network, tmp_path / "model.safetensors", str(tmp_path / "model.safetensors")):
         (tags,) = Tagger(model).tag((wave[0], RATE), top_k=4)
         assert {tag.label for tag in tags.tags} == {"a", "b", "c", "d"}
@@ -120,7 +122,7 @@ def test_a_file_sounds_the_same_as_its_bytes_and_samples(tmp_path: Path) -> None
 
 def test_columns_of_a_window_of_several_pieces_keep_time(tmp_path: Path) -> None:
     """A network that hears 112 frames at once has 7 columns of each 1.12 s; one of 120 leaves 0.08 s to none."""
-    export(CED(replace(small_network().config, target_length=120)).eval(), tmp_path / "a.onnx")
+    export(weights_of(CED(replace(small_network().config, target_length=120)).eval()), tmp_path / "a.onnx")
     wave = np.random.default_rng(0).uniform(-0.5, 0.5, 5 * RATE).astype(np.float32)
     starts = [one.start for one in Tagger(tmp_path / "a.onnx").score((wave, RATE), window=10.0, columns=True)]
     expected = [piece * 1.2 + column * 0.16 for piece in range(5) for column in range(7)]

@@ -1,36 +1,41 @@
-"""A network as an ONNX graph, laid out for ONNX Runtime on a CPU. Needs the package onnx.
+"""A network as an ONNX graph, made from weights and laid out for ONNX Runtime on a CPU.
 
-It computes what `vit.CED` computes, written node for node rather than traced, so that it has no node too many: frames
-before mel bins, patches by a matrix product, attention as one node. `export` compares the two.
+It computes what `vit.CED` computes, written node for node rather than traced, so that it has no superfluous node:
+frames before mel bins, patches by a matrix product, attention as one node. Tests compare the two.
 """
 
-from typing import Literal
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
-from torch import nn
 
-from ced.model.melgraph import log_mel
-from ced.model.nodes import Nodes
-from ced.model.onnx import COLUMNS, EMBEDDING, PROB
-from ced.model.vit import CED, Attention, Block
-from ced.sound.frontend import LogMel
-from ced.sound.grid import PATCH
+from ced.errors import CheckpointError
+from ced.model.config import ModelConfig
+from ced.model.graph import COLUMNS, EMBEDDING, PROB
+from ced.model.graph.builder import Nodes
+from ced.model.graph.frontend import log_mel
+from ced.model.weights import Array, Weights, configured
+from ced.sound.features import PATCH, FrontEnd
 
-Input = Literal["wave", "feats"]
 Shape = list[str | int]
 RUNTIME = "com.microsoft"  # the domain of ONNX Runtime's own operators
+BLOCK_EPSILON = 1e-6  # of the LayerNorms in and behind the blocks
+NORM_EPSILON = 1e-5  # of the BatchNorm and of the LayerNorm in the output layer
 
 
-def wave_graph(model: CED) -> onnx.ModelProto:
+def wave_graph(weights: Weights) -> onnx.ModelProto:
     """Return a graph from `waves` (b, t) to `prob` (b, c), `embedding` (b, d) and `columns` (b, columns, c).
 
     It needs ONNX Runtime, some of whose own operators it uses.
+
+    Raises:
+        CheckpointError: the weights do not fit their configuration.
+        ExportError: the front end is not centred, or its window is not symmetric.
     """
-    nodes, config = Nodes(), model.config
-    mel = log_mel(nodes, model.front_end, "waves")
-    network = _Network(nodes, model, fused=True)
+    nodes, (config, arrays) = Nodes(), configured(weights)
+    mel = log_mel(nodes, config.front_end, "waves")
+    network = _Network(nodes, config, arrays, fused=True)
     tokens, pieces = network.tokens(mel)
     results: dict[str, tuple[str, Shape]] = {
         PROB: (network.probabilities(tokens, pieces), ["batch", config.outputdim]),
@@ -40,20 +45,28 @@ def wave_graph(model: CED) -> onnx.ModelProto:
     return _model(nodes.graph(("waves", ["batch", "time"]), results), opset=20)
 
 
-def feats_graph(model: CED) -> onnx.ModelProto:
-    """Return a graph from `feats` (b, f, n) dB to `prob` (b, c), of ONNX's own operators only."""
-    nodes, config = Nodes(), model.config
-    network = _Network(nodes, model, fused=False)
+def feats_graph(weights: Weights) -> onnx.ModelProto:
+    """Return a graph from `feats` (b, f, n) dB to `prob` (b, c), of ONNX's own operators only.
+
+    Raises:
+        CheckpointError: the weights do not fit their configuration, or have no output layer.
+    """
+    if not weights.has_head:
+        raise CheckpointError(
+            f"{weights.source} has no output layer (masked pre-training leaves none): nothing to score"
+        )
+    nodes, (config, arrays) = Nodes(), configured(weights)
+    network = _Network(nodes, config, arrays, fused=False)
     tokens, pieces = network.tokens(nodes.add("Transpose", "feats", perm=[0, 2, 1]))
     results: dict[str, tuple[str, Shape]] = {PROB: (network.probabilities(tokens, pieces), ["batch", config.outputdim])}
     return _model(nodes.graph(("feats", ["batch", config.n_mels, "time"]), results), opset=18)
 
 
-def front_end_graph(front_end: LogMel) -> onnx.ModelProto:
+def front_end_graph(settings: FrontEnd) -> onnx.ModelProto:
     """Return a graph from `waves` (b, t) to `feats` (b, f, n) dB."""
     nodes = Nodes()
-    feats = nodes.add("Transpose", log_mel(nodes, front_end, "waves"), perm=[0, 2, 1])
-    results: dict[str, tuple[str, Shape]] = {"feats": (feats, ["batch", len(front_end.filters), "frames"])}
+    feats = nodes.add("Transpose", log_mel(nodes, settings, "waves"), perm=[0, 2, 1])
+    results: dict[str, tuple[str, Shape]] = {"feats": (feats, ["batch", settings.n_mels, "frames"])}
     return _model(nodes.graph(("waves", ["batch", "time"]), results), opset=18)
 
 
@@ -68,8 +81,8 @@ def _model(graph: onnx.GraphProto, opset: int) -> onnx.ModelProto:
 class _Network:
     """Writes the parts of a network that `vit.CED` has."""
 
-    def __init__(self, nodes: Nodes, model: CED, fused: bool) -> None:
-        self.nodes, self.model, self.config, self.fused = nodes, model, model.config, fused
+    def __init__(self, nodes: Nodes, config: ModelConfig, arrays: Mapping[str, Array], fused: bool) -> None:
+        self.nodes, self.config, self.arrays, self.fused = nodes, config, arrays, fused
 
     def tokens(self, mel: str) -> tuple[str, str]:
         """Encode (b, n, f) in pieces of `target_length` frames -> (b pieces, tokens, d), and the pieces a clip has."""
@@ -87,10 +100,9 @@ class _Network:
         x = nodes.reshape(self._patches(mel, length), 0, -1, config.embed_dim)
         if config.pooling == "token":
             x = self._with_class_token(x)
-        for number, block in enumerate(self.model.blocks):
-            assert isinstance(block, Block)
-            x = self._block(f"blocks.{number}", block, x)
-        return nodes.layer_norm("norm", self.model.norm, x), pieces
+        for number in range(config.depth):
+            x = self._block(f"blocks.{number}", x)
+        return nodes.layer_norm("norm", self.arrays, x, BLOCK_EPSILON), pieces
 
     def probabilities(self, tokens: str, pieces: str) -> str:
         """Pool the tokens of each piece, score and join them, -> (b, c)."""
@@ -127,58 +139,60 @@ class _Network:
         """Apply the BatchNorm as one multiplication and one addition a mel bin."""
         if not self.config.init_bn:
             return mel
-        state = {name: value.double() for name, value in self.model.init_bn[0].state_dict().items()}
-        scale = state["weight"] / (state["running_var"] + self.model.init_bn[0].eps).sqrt()
-        shift = state["bias"] - state["running_mean"] * scale
+        weight, bias, mean, variance = (
+            self.arrays[f"init_bn.1.{name}"].astype(np.float64)
+            for name in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = weight / np.sqrt(variance + NORM_EPSILON)
+        shift = bias - mean * scale
         scaled = self.nodes.add("Mul", mel, self.nodes.weight("init_bn.scale", scale))
         return self.nodes.add("Add", scaled, self.nodes.weight("init_bn.shift", shift))
 
     def _patches(self, mel: str, length: str) -> str:
         """Embed patches, (b, n, f) -> (b, f // 16, columns, d): without overlap the convolution is a matrix product."""
-        nodes, rows = self.nodes, self.config.n_mels // PATCH
+        nodes, rows = self.nodes, self.config.rows
         columns = nodes.add("Div", length, nodes.ints(PATCH))
         mel = nodes.add("Slice", mel, nodes.ints(0), nodes.add("Mul", columns, nodes.ints(PATCH)), nodes.ints(1))
         patches = nodes.add("Transpose", nodes.reshape(mel, 0, -1, PATCH, rows, PATCH), perm=[0, 3, 1, 2, 4])
         patches = nodes.reshape(patches, 0, rows, -1, PATCH * PATCH)
-        projection = self.model.patch_embed.proj
-        assert projection.bias is not None
-        kernel = projection.weight[:, 0].permute(2, 1, 0).flatten(0, 1)  # (time bin, d): patches are time first
+        weight, bias = (self.arrays[f"patch_embed.proj.{part}"] for part in ("weight", "bias"))
+        kernel = weight[:, 0].transpose(2, 1, 0).reshape(PATCH * PATCH, -1)  # (time bin, d): patches are time first
         product = nodes.add("MatMul", patches, nodes.weight("patch_embed.weight", kernel))
-        places = self.model.time_pos_embed + self.model.freq_pos_embed + projection.bias[:, None, None]
-        constant = nodes.weight("pos_embed", places.permute(0, 2, 3, 1))
+        places = self.arrays["time_pos_embed"] + self.arrays["freq_pos_embed"] + bias[:, None, None]
+        constant = nodes.weight("pos_embed", places.transpose(0, 2, 3, 1))
         return nodes.add("Add", product, nodes.add("Slice", constant, nodes.ints(0), columns, nodes.ints(2)))
 
     def _with_class_token(self, x: str) -> str:
         nodes = self.nodes
-        token = nodes.weight("cls_token", self.model.cls_token + self.model.token_pos_embed)
+        token = nodes.weight("cls_token", self.arrays["cls_token"] + self.arrays["token_pos_embed"])
         one_each = nodes.add("Expand", token, nodes.joined(nodes.size(x, 0), 1, 1))
         return nodes.add("Concat", one_each, x, axis=1)
 
-    def _block(self, name: str, block: Block, x: str) -> str:
-        nodes = self.nodes
-        mixed = self._attention(f"{name}.attn", block.attn, nodes.layer_norm(f"{name}.norm1", block.norm1, x))
+    def _block(self, name: str, x: str) -> str:
+        nodes, arrays = self.nodes, self.arrays
+        mixed = self._attention(f"{name}.attn", nodes.layer_norm(f"{name}.norm1", arrays, x, BLOCK_EPSILON))
         x = nodes.add("Add", x, mixed)
-        hidden = nodes.linear(f"{name}.mlp.fc1", block.mlp.fc1, nodes.layer_norm(f"{name}.norm2", block.norm2, x))
-        return nodes.add("Add", x, nodes.linear(f"{name}.mlp.fc2", block.mlp.fc2, self._gelu(hidden)))
+        hidden = nodes.linear(f"{name}.mlp.fc1", arrays, nodes.layer_norm(f"{name}.norm2", arrays, x, BLOCK_EPSILON))
+        return nodes.add("Add", x, nodes.linear(f"{name}.mlp.fc2", arrays, self._gelu(hidden)))
 
-    def _attention(self, name: str, layer: Attention, x: str) -> str:
-        nodes, heads = self.nodes, layer.heads
+    def _attention(self, name: str, x: str) -> str:
+        nodes, arrays, heads = self.nodes, self.arrays, self.config.num_heads
         if self.fused:
-            weight = nodes.weight(f"{name}.qkv.weight", layer.qkv.weight.T)
-            bias = nodes.weight(f"{name}.qkv.bias", layer.qkv.bias)
+            weight = nodes.weight(f"{name}.qkv.weight", arrays[f"{name}.qkv.weight"].T)
+            bias = nodes.weight(f"{name}.qkv.bias", arrays[f"{name}.qkv.bias"])
             mixed = nodes.add("Attention", x, weight, bias, domain=RUNTIME, num_heads=heads)
-            return nodes.linear(f"{name}.proj", layer.proj, mixed)
+            return nodes.linear(f"{name}.proj", arrays, mixed)
         dim = self.config.embed_dim
         query, key, value = (
             nodes.reshape(part, 0, 0, heads, dim // heads)
-            for part in nodes.split(nodes.linear(f"{name}.qkv", layer.qkv, x), -1, 3)
+            for part in nodes.split(nodes.linear(f"{name}.qkv", arrays, x), -1, 3)
         )
         query = nodes.add("Mul", query, nodes.number((dim // heads) ** -0.5))
         query, value = (nodes.add("Transpose", part, perm=[0, 2, 1, 3]) for part in (query, value))
         scores = nodes.add("MatMul", query, nodes.add("Transpose", key, perm=[0, 2, 3, 1]))
         mixed = nodes.add("MatMul", nodes.add("Softmax", scores, axis=-1), value)
         mixed = nodes.reshape(nodes.add("Transpose", mixed, perm=[0, 2, 1, 3]), 0, 0, dim)
-        return nodes.linear(f"{name}.proj", layer.proj, mixed)
+        return nodes.linear(f"{name}.proj", arrays, mixed)
 
     def _gelu(self, x: str) -> str:
         nodes = self.nodes
@@ -207,14 +221,12 @@ class _Network:
     def _by_column(self, tokens: str) -> str:
         """Return the mean over frequency, (pieces, tokens, d) -> (pieces, columns, d)."""
         nodes, config = self.nodes, self.config
-        by_row = nodes.reshape(tokens, 0, config.n_mels // PATCH, -1, config.embed_dim)
+        by_row = nodes.reshape(tokens, 0, config.rows, -1, config.embed_dim)
         return nodes.add("ReduceMean", by_row, nodes.ints(1), keepdims=0)
 
     def _scored(self, x: str) -> str:
-        norm, layer = self.model.outputlayer
-        assert isinstance(norm, nn.LayerNorm)
-        assert isinstance(layer, nn.Linear)
-        return self.nodes.linear("outputlayer.1", layer, self.nodes.layer_norm("outputlayer.0", norm, x))
+        normed = self.nodes.layer_norm("outputlayer.0", self.arrays, x, NORM_EPSILON)
+        return self.nodes.linear("outputlayer.1", self.arrays, normed)
 
     def _activated(self, logits: str) -> str:
         if self.config.activation == "sigmoid":

@@ -1,18 +1,18 @@
-"""Nodes: the small language in which `graph` and `melgraph` write an ONNX graph. Needs the package onnx."""
+"""Builder of an ONNX graph: nodes and constants under names."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, nn
 
 Attribute = int | float | str | list[int]
 
 
 class Nodes:
-    """Collects nodes and constants; every value goes by the name that the method which adds it returns."""
+    """Collects nodes and constants; each method that adds a value returns its name."""
 
     def __init__(self) -> None:
         self._nodes: list[onnx.NodeProto] = []
@@ -36,10 +36,9 @@ class Nodes:
         self._nodes.append(node)
         return names
 
-    def weight(self, name: str, value: Tensor | NDArray[np.floating]) -> str:
+    def weight(self, name: str, value: NDArray[Any]) -> str:
         """Add a float32 constant."""
-        array = value.detach().numpy() if isinstance(value, Tensor) else value
-        self._constants[name] = numpy_helper.from_array(np.ascontiguousarray(array, np.float32), name)
+        self._constants[name] = numpy_helper.from_array(np.ascontiguousarray(value, np.float32), name)
         return name
 
     def number(self, value: float) -> str:
@@ -70,15 +69,15 @@ class Nodes:
         """Join constants and computed integers along their one axis."""
         return self.add("Concat", *(self.ints(part) if isinstance(part, int) else part for part in parts), axis=0)
 
-    def linear(self, name: str, layer: nn.Linear, x: str) -> str:
-        """Apply a linear layer."""
-        product = self.add("MatMul", x, self.weight(f"{name}.weight", layer.weight.T))
-        return self.add("Add", product, self.weight(f"{name}.bias", layer.bias))
+    def linear(self, name: str, arrays: Mapping[str, NDArray[Any]], x: str) -> str:
+        """Apply the linear layer of that name."""
+        product = self.add("MatMul", x, self.weight(f"{name}.weight", arrays[f"{name}.weight"].T))
+        return self.add("Add", product, self.weight(f"{name}.bias", arrays[f"{name}.bias"]))
 
-    def layer_norm(self, name: str, layer: nn.LayerNorm, x: str) -> str:
-        """Apply a LayerNorm over the last axis."""
-        weight, bias = self.weight(f"{name}.weight", layer.weight), self.weight(f"{name}.bias", layer.bias)
-        return self.add("LayerNormalization", x, weight, bias, axis=-1, epsilon=layer.eps)
+    def layer_norm(self, name: str, arrays: Mapping[str, NDArray[Any]], x: str, epsilon: float) -> str:
+        """Apply the LayerNorm of that name over the last axis."""
+        weight, bias = (self.weight(f"{name}.{part}", arrays[f"{name}.{part}"]) for part in ("weight", "bias"))
+        return self.add("LayerNormalization", x, weight, bias, axis=-1, epsilon=epsilon)
 
     def graph(
         self, source: tuple[str, list[str | int]], results: dict[str, tuple[str, list[str | int]]]

@@ -1,31 +1,77 @@
-"""int8: an exported graph with the weights of its matrix products in 8 bits, held to the graph in float.
+"""Compare graphs: a float graph with the torch network, an int8 graph with the float one on labelled clips."""
 
-Needs the package onnx.
-"""
-
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from ced.errors import ConfigError, ExportError
+from ced.errors import ConfigError, ExportError, optional_packages
 from ced.files import written_aside
-from ced.model.export import optimize
-from ced.model.graph import RUNTIME
+from ced.model import ort
+from ced.model.config import ModelConfig
+from ced.model.graph import PROB
+from ced.model.graph.int8 import int8_path, quantize
 from ced.model.metrics import accuracy, average_precision
-from ced.model.onnx import PRECISION, OnnxModel
+from ced.model.runtime import OnnxModel
+from ced.model.weights import Weights
 from ced.progress import Progress, silent
 from ced.sound import audio
+from ced.sound.audio import SAMPLE_RATE
+from ced.sound.features import PATCH
 from ced.sound.labelled import LabelledClip, read_labelled
 from ced.sound.tables import multi_hot
 
 BOUND = 0.3  # points of mAP
+
+
+def largest_difference(weights: Weights, path: Path) -> float:
+    """Return the largest difference in probability between a graph and the torch network of the same weights.
+
+    Both score noise and tones of several batch sizes and lengths, from less than one patch to more than one piece.
+
+    Raises:
+        MissingPackageError: torch is not installed.
+    """
+    with optional_packages("comparing a graph with the network"):
+        import torch
+
+        from ced.model.loading import build
+    network = build(weights)
+    session = ort.open_session(path, threads=1)
+    name = session.get_inputs()[0].name
+    differences = []
+    for batch in _example_waves(weights.config) if name == "waves" else _example_feats(weights.config):
+        with torch.inference_mode():
+            given = torch.from_numpy(batch)
+            expected = network.probs(given) if name == "waves" else network.as_probs(network.forward_mel(given))
+        found: NDArray[np.float32] = session.run([PROB], {name: batch})[0]
+        differences.append(float(np.abs(found - expected.numpy()).max()))
+    return max(differences)
+
+
+def _lengths(config: ModelConfig) -> list[tuple[int, int]]:
+    """Batch sizes and frames to compare at: one patch, short, the longest piece, and longer where that is allowed."""
+    longest = config.target_length
+    longer = [(1, longest + 1), (2, 2 * longest)] if config.pad_last else []
+    return [(1, PATCH), (3, longest // 4 + PATCH), (2, longest), *longer]
+
+
+def _example_feats(config: ModelConfig) -> Iterator[NDArray[np.float32]]:
+    generator = np.random.default_rng(0)
+    for clips, frames in _lengths(config):
+        yield generator.normal(-30.0, 15.0, (clips, config.n_mels, frames)).astype(np.float32)
+
+
+def _example_waves(config: ModelConfig) -> Iterator[NDArray[np.float32]]:
+    """Yield noise of different loudness, with a tone; first a wave that is shorter than one patch."""
+    generator, hop = np.random.default_rng(0), config.hop_size
+    lengths = [(clips, (frames - 1) * hop + hop // 2) for clips, frames in _lengths(config)]
+    for clips, samples in [(1, config.front_end.min_samples // 2), *lengths]:
+        noise = generator.normal(0.0, 1.0, (clips, samples)) * 10.0 ** -np.arange(1.0, clips + 1.0)[:, None]
+        tone = 0.1 * np.sin(2 * np.pi * 440.0 / SAMPLE_RATE * np.arange(samples))
+        yield (noise + tone).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -64,19 +110,10 @@ class Comparison:
         )
 
 
-def int8_path(path: Path) -> Path:
-    """Return where the int8 graph of a float one lies: beside it."""
-    return path.with_name(path.name.removesuffix(".onnx") + ".int8.onnx")
-
-
-def quantize(
+def export_int8(
     path: Path, *, check: Path | None = None, bound: float = BOUND, progress: Progress = silent
 ) -> Comparison | None:
     """Write the int8 graph of an exported float one beside it, `int8_path(path)`.
-
-    The weights of the blocks' linear layers are in 8 bits, with a scale for each output channel; what is multiplied
-    with them is quantised as it comes. The front end, the patches, attention itself and the output layer, where 8 bits
-    hurt most, stay in float.
 
     Args:
         path: what `export` wrote.
@@ -97,9 +134,7 @@ def quantize(
     clips = None if check is None else read_labelled(check, OnnxModel(path).labels)
     int8_path(path).unlink(missing_ok=True)  # of an earlier export: when this one is refused, none is left
     with written_aside(int8_path(path)) as aside:
-        _write(path, aside)
-        if any(node.domain == RUNTIME for node in onnx.load(path, load_external_data=False).graph.node):
-            optimize(aside)
+        quantize(path, aside)
         if clips is None:
             return None
         found = compare(path, aside, clips, progress)
@@ -132,41 +167,3 @@ def compare(exact: Path, int8: Path, clips: list[LabelledClip], progress: Progre
 
 def _figures(targets: NDArray[np.bool_], probs: NDArray[np.float32]) -> Figures:
     return Figures(float(np.nanmean(average_precision(targets, probs))), accuracy(targets, probs))
-
-
-def _write(path: Path, out: Path) -> None:
-    graph = onnx.load(path)
-    metadata = {each.key: each.value for each in graph.metadata_props}
-    if PRECISION in metadata:
-        metadata[PRECISION] = "int8"
-    # The graph is as simple as it gets: the quantizer need not prepare it.
-    onnx.helper.set_model_props(graph, {**metadata, "onnx.quant.pre_process": "onnxruntime.quant"})
-    with _quiet():
-        quantize_dynamic(
-            graph,
-            out,
-            op_types_to_quantize=["MatMul", "Attention"],
-            nodes_to_quantize=[
-                node.name for node in graph.graph.node if any(name.startswith("blocks.") for name in node.input)
-            ],
-            per_channel=True,
-            # 7 bits: without VNNI instructions two products of 8 bits are added up in 16 bits, which would clip.
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
-            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of what ONNX Runtime's own operators give
-        )
-    quantized = onnx.load(out)
-    quantized.ir_version = graph.ir_version
-    onnx.helper.set_model_props(quantized, metadata)
-    onnx.save(quantized, out)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the quantizer's advice on preparing a graph, which goes through the root logger, away from users."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

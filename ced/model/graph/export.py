@@ -1,0 +1,175 @@
+"""A graph as a file: with its metadata, optimised for ONNX Runtime, and beside it what other runtimes read."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+
+import ced
+from ced.errors import ExportError
+from ced.files import written_aside
+from ced.model import ort
+from ced.model.config import shapes
+from ced.model.graph import CLASSES, HEAD, LABELS_FILE, LONGEST, NO_HEAD, OUTPUT, PIECE, PRECISION, PROBABILITIES, Input
+from ced.model.graph.network import feats_graph, wave_graph
+from ced.model.weights import HEAD as HEAD_KEYS
+from ced.model.weights import Weights
+from ced.sound.audio import SAMPLE_RATE
+from ced.sound.labels import ClassTable
+
+LARGEST_DIFFERENCE = 1e-4  # in probability, between a float graph and the network
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote, and how far from the network it is (largest difference in probability)."""
+
+    path: Path
+    largest_difference: float | None  # None: not compared, as torch is not installed
+    labels_path: Path | None  # the class table beside a graph of features; other graphs have theirs inside
+
+
+def export(weights: Weights, path: Path, source: Input = "wave") -> ExportReport:
+    """Write a graph, `wave` as in `write_graph` or `feats` as in `write_feats_graph`.
+
+    Beside a graph of features goes its class table, `class_labels_indices.csv` with the columns index, mid,
+    display_name. Where torch is installed it is compared with the network first; nothing is written when they differ.
+
+    Raises:
+        CheckpointError: the weights do not fit their configuration, or have no output layer to score with.
+        ExportError: as in those functions, or the class table of another model is in the way, or the graph differs from
+            the network by more than `LARGEST_DIFFERENCE`.
+    """
+    from ced.model.graph.compare import largest_difference
+
+    difference, labels_path, table = None, None, _labels_text(weights.classes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if source == "feats":
+        labels_path = path.with_name(LABELS_FILE)
+        if labels_path.is_file() and labels_path.read_text(encoding="utf-8") != table:
+            raise ExportError(
+                f"{labels_path} belongs to a model with other classes; export {path.name} into another folder"
+            )
+    with written_aside(path) as aside:
+        write = write_graph if source == "wave" else write_feats_graph
+        write(weights, aside)
+        if find_spec("torch") is not None:
+            difference = largest_difference(weights, aside)
+            if not difference <= LARGEST_DIFFERENCE:
+                raise ExportError(
+                    f"the graph {path} differs from the network by {difference:.2g} in probability; "
+                    f"at most {LARGEST_DIFFERENCE:g} is allowed"
+                )
+    if labels_path is not None:
+        with written_aside(labels_path) as aside:
+            aside.write_text(table, encoding="utf-8", newline="\n")
+    return ExportReport(path, difference, labels_path)
+
+
+def write_graph(weights: Weights, path: Path) -> None:
+    """Write the graph that a tagger runs, from wave to probabilities.
+
+    Its input is `waves` float32 (batch, time), 16 kHz, any length; its outputs are `prob` (batch, classes), `embedding`
+    (batch, width) and `columns` (batch, columns, classes), the probabilities of each column of patches. Class names
+    and preprocessing are in its metadata. Inputs longer than the network's `target_length` are cut and joined as the
+    network does; with its `pad_last` off they must not be longer. Weights of masked pre-training have no output layer:
+    the graph then only embeds.
+
+    Raises:
+        CheckpointError: the weights do not fit their configuration.
+        ExportError: the front end cannot be written as a graph.
+    """
+    made = wave_graph(weights if weights.has_head else _with_empty_head(weights))
+    onnx.helper.set_model_props(made, _metadata(weights))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(path) as aside:
+        onnx.save(made, aside)
+        optimize(aside)
+
+
+def write_feats_graph(weights: Weights, path: Path) -> None:
+    """Write a graph of features as other runtimes read it.
+
+    Its input is `feats` float32 (batch, 64, time) in dB, at least 16 frames; its output is `prob`.
+
+    Raises:
+        CheckpointError: the weights do not fit their configuration, or have no output layer.
+        ExportError: the network takes features that no such runtime makes.
+    """
+    if (other := weights.config.unpublished_feature) is not None:
+        raise ExportError(f"a graph of features is fed the published ones, but this network takes others: {other}")
+    made = feats_graph(weights)
+    onnx.helper.set_model_props(made, _published_metadata())
+    with written_aside(path) as aside:
+        onnx.save(made, aside)
+
+
+def optimize(path: Path) -> None:
+    """Do to a graph what ONNX Runtime does whenever it opens one, so that it opens in half the time."""
+    options = ort.session_options(threads=1)
+    # Beyond this level are changes for the processor at hand.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    properties = {each.key: each.value for each in onnx.load(path, load_external_data=False).metadata_props}
+    with TemporaryDirectory(dir=path.parent) as folder:
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        made = onnx.load(options.optimized_model_filepath)
+    # It lists all the operator sets that it knows; other versions of it may not know them.
+    used = {node.domain for node in made.graph.node}
+    opsets = [opset for opset in made.opset_import if opset.domain in used]
+    del made.opset_import[:]
+    made.opset_import.extend(opsets)
+    onnx.helper.set_model_props(made, properties)
+    onnx.save(made, path)
+
+
+def _published_metadata() -> dict[str, str]:
+    return {
+        "model_type": "CED",
+        "version": ced.__version__,
+        "model_author": "ced",
+        "url": "https://arxiv.org/abs/2308.11957",
+    }
+
+
+def _metadata(weights: Weights) -> dict[str, str]:
+    config = weights.config
+    special = {} if weights.has_head else {HEAD: NO_HEAD}
+    if not config.pad_last:
+        special[LONGEST] = str(config.target_length * config.hop_size - 1)
+    return (
+        _published_metadata()
+        | special
+        | {
+            CLASSES: json.dumps(asdict(weights.classes), ensure_ascii=False),
+            OUTPUT: PROBABILITIES,
+            PRECISION: "float32",
+            "sample_rate": str(SAMPLE_RATE),
+            "hop": str(config.hop_size),
+            PIECE: str(config.target_length),
+            "preprocessing": json.dumps(asdict(config.front_end)),
+        }
+    )
+
+
+def _with_empty_head(weights: Weights) -> Weights:
+    """Return weights of masked pre-training with an output layer of zeros, and without the decoder."""
+    wanted = shapes(weights.config)
+    arrays = {key: value for key, value in weights.arrays.items() if key in wanted and not key.startswith(HEAD_KEYS)}
+    head = {key: np.zeros(shape, np.float32) for key, shape in wanted.items() if key.startswith(HEAD_KEYS)}
+    return replace(weights, arrays=arrays | head)
+
+
+def _labels_text(labels: ClassTable) -> str:
+    """Return the class table as AudioSet's, every name quoted: readers in other languages count on the quotes."""
+    mids: Sequence[str] = labels.mids or [""] * len(labels)
+    lines = ["index,mid,display_name"]
+    for index, (mid, name) in enumerate(zip(mids, labels.names, strict=True)):
+        quoted = name.replace('"', '""')
+        lines.append(f'{index},{mid},"{quoted}"')
+    return "\n".join(lines) + "\n"

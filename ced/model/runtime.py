@@ -1,0 +1,416 @@
+"""The runtime: a tagger as one ONNX graph from waveform to probabilities, run by ONNX Runtime without torch.
+
+Names and checkpoints become a graph once, in the cache. Our own graphs describe themselves in their metadata. Graphs
+from elsewhere, given as files, are probed once, when they are opened: some take a waveform, some features.
+"""
+
+import csv
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ced.errors import CheckpointError, ConfigError, TableError
+from ced.files import written_aside
+from ced.model import graph, ort, zoo
+from ced.model.graph import (
+    CLASSES,
+    COLUMNS,
+    EMBEDDING,
+    HEAD,
+    LABELS_FILE,
+    LONGEST,
+    OUTPUT,
+    PIECE,
+    PRECISION,
+    PRECISIONS,
+    PROB,
+    PROBABILITIES,
+    Precision,
+)
+from ced.progress import Progress, silent
+from ced.sound.audio import SAMPLE_RATE
+from ced.sound.features import HOP_SECONDS, MIN_SAMPLES, PATCH, PUBLISHED
+from ced.sound.labels import ClassTable, default_classes, named_by_config, read_classes
+
+AT_ONCE = 10 * SAMPLE_RATE  # samples: shorter waves are scored together up to this, longer ones gain nothing by it
+LARGEST_CONFIG = 16 << 20  # bytes
+
+logger = logging.getLogger(__name__)
+
+Waves = NDArray[np.float32]
+
+
+class OnnxModel:
+    """A tagger in ONNX Runtime: waves in, probabilities out. Several threads may call it at once.
+
+    A clip's scores never depend on its neighbours: only our float graphs score several short waves together. Our int8
+    graphs quantise a batch by its largest value, and of other graphs nothing is known.
+
+    Attributes:
+        labels: the classes, in the order of the scores.
+        at_once: samples of several waves that are scored together; 0: each wave by itself.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, threads: int = 1) -> None:
+        """Open a graph.
+
+        Its one input is a wave (batch, time) or log-mel features (batch, 64, time).
+
+        Args:
+            path: the .onnx file.
+            threads: how many work on one call.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, not an ONNX graph, or one with other inputs or outputs.
+        """
+        self.path = Path(path)
+        self._session = ort.open_session(self.path, threads)
+        self._input, self._front_end = self._find_input(threads)
+        self._outputs = {output.name: output for output in self._session.get_outputs()}
+        self._scores = self._find_scores()
+        meta = self._session.get_modelmeta().custom_metadata_map
+        self._ours = meta.get(OUTPUT) == PROBABILITIES
+        self._has_head = HEAD not in meta
+        self._piece = _whole_number(self.path, meta, PIECE, PATCH)  # graphs from elsewhere have no columns to place
+        self._longest = _whole_number(self.path, meta, LONGEST, 0) if LONGEST in meta else None  # samples; None: any
+        self.at_once = AT_ONCE if meta.get(PRECISION) == "float32" else 0
+        classes, self._logits = self._outputs[self._scores].shape[-1], False
+        if not self._ours:
+            probe = self._run(self._scores, _noise(SAMPLE_RATE))
+            classes, self._logits = probe.shape[-1], bool(probe.min() < 0 or probe.max() > 1)
+        self.labels = _labels(self.path, meta, classes)
+
+    @property
+    def precision(self) -> str | None:
+        """The precision of one of our graphs; None for graphs from elsewhere."""
+        return self._session.get_modelmeta().custom_metadata_map.get(PRECISION) if self._ours else None
+
+    def __call__(self, waves: Waves, /) -> NDArray[np.float32]:
+        """Return the probability of each class, (b, t) 16 kHz in [-1, 1] -> (b, c).
+
+        Waves shorter than one patch (2,400 samples) are padded with zeros.
+
+        Raises:
+            CheckpointError: the network has no output layer (masked pre-training), or the graph fails on this length.
+        """
+        self._check_head()
+        scores = self._run(self._scores, waves)
+        return _sigmoid(scores) if self._logits else scores
+
+    def embed(self, waves: Waves, /) -> NDArray[np.float32]:
+        """Return the embedding of waves, (b, t) -> (b, d): the mean over tokens after the last LayerNorm.
+
+        Raises:
+            CheckpointError: the graph has no such output.
+        """
+        return self._run(self._extra(EMBEDDING), waves)
+
+    def columns(self, waves: Waves, /) -> NDArray[np.float32]:
+        """Return the probabilities of each patch column (0.16 s), (b, t) -> (b, columns, c).
+
+        Raises:
+            CheckpointError: the graph has no such output.
+        """
+        self._check_head()
+        return self._run(self._extra(COLUMNS), waves)
+
+    def column_starts(self, count: int) -> NDArray[np.float64]:
+        """Return when each of the `count` columns of a wave begins, (count,) seconds.
+
+        A piece of a long wave that is not a whole number of patches long leaves a few frames outside every column.
+        """
+        pieces, places = np.divmod(np.arange(count, dtype=np.float64), self._piece // PATCH)
+        starts: NDArray[np.float64] = (pieces * self._piece + places * PATCH) * HOP_SECONDS
+        return starts
+
+    def check_window(self, seconds: float) -> None:
+        """Make sure that the graph takes windows of this length; one from elsewhere is tried with noise.
+
+        Raises:
+            ConfigError: it does not; the message names the longest window that it takes.
+        """
+        samples = round(seconds * SAMPLE_RATE)
+        if self._ours and self._longest is None:
+            return
+        if self._longest is None or samples > self._longest:
+            longest = self._find_longest(samples)
+            if samples > longest:
+                raise ConfigError(
+                    f"the window is {seconds:g} s; graph {self.path} takes at most {longest / SAMPLE_RATE:.2f} s"
+                )
+
+    def _find_longest(self, samples: int) -> int:
+        """Return the most samples, up to `samples`, that the graph takes, to a hundredth of a second."""
+        if self._ours and self._longest is not None:
+            return self._longest
+        if self._takes(samples):
+            return samples
+        good, bad = MIN_SAMPLES, samples
+        while bad - good > SAMPLE_RATE // 100:
+            middle = (good + bad) // 2
+            good, bad = (middle, bad) if self._takes(middle) else (good, middle)
+        return good
+
+    def _takes(self, samples: int) -> bool:
+        try:
+            self._run(self._scores, _noise(samples))
+        except CheckpointError:
+            return False
+        return True
+
+    def _find_input(self, threads: int) -> tuple[Any, ort.InferenceSession | None]:
+        """Return the one input and, if it takes features, the session that makes them."""
+        inputs = self._session.get_inputs()
+        shapes = ", ".join(f"{each.name} {each.shape}" for each in inputs)
+        if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) not in (2, 3):
+            raise CheckpointError(
+                f"graph {self.path} takes {shapes or 'nothing'}; a tagger takes one float32 input, waves (batch, time) "
+                "or features (batch, mels, time)"
+            )
+        batch = inputs[0].shape[0]
+        if isinstance(batch, int) and batch != 1:
+            raise CheckpointError(f"graph {self.path} takes batches of {batch} only; a tagger takes 1, or any number")
+        if len(inputs[0].shape) == 2:
+            return inputs[0], None
+        return inputs[0], ort.open_session(front_end_file(), threads)
+
+    def _find_scores(self) -> str:
+        if PROB in self._outputs:
+            return PROB
+        for name, output in self._outputs.items():
+            if len(output.shape) == 2 and output.type == "tensor(float)":
+                return str(name)
+        shapes = ", ".join(f"{name} {output.shape}" for name, output in self._outputs.items())
+        raise CheckpointError(f"graph {self.path} gives {shapes}; a tagger gives scores (batch, classes)")
+
+    def _extra(self, output: str) -> str:
+        if output not in self._outputs:
+            raise CheckpointError(
+                f"graph {self.path} has no output {output!r}, only {', '.join(self._outputs)}; the graphs of model"
+                " names, checkpoints and `ced export` have it"
+            )
+        return output
+
+    def _check_head(self) -> None:
+        if not self._has_head:
+            raise CheckpointError(
+                f"{self.path} has no output layer (masked pre-training leaves none), so it embeds but cannot tag;"
+                " distil or fine-tune it first"
+            )
+
+    def _run(self, output: str, waves: Waves) -> NDArray[np.float32]:
+        """Return one output for waves, (b, t) -> (b, ...)."""
+        missing = 0 if self._ours else MIN_SAMPLES - waves.shape[1]  # our graphs pad by themselves
+        if missing > 0:
+            waves = np.pad(waves, ((0, 0), (0, missing)))
+        step = max(1, self.at_once // waves.shape[1])
+        found = [self._run_some(output, waves[row : row + step]) for row in range(0, len(waves), step)]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _run_some(self, output: str, waves: Waves) -> NDArray[np.float32]:
+        waves = np.ascontiguousarray(waves, np.float32)
+        if self._front_end is not None:
+            (waves,) = self._front_end.run(None, {"waves": waves})
+        try:
+            (result,) = self._session.run([output], {self._input.name: waves})
+        except Exception as error:  # ONNX Runtime has no common class of its errors
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"graph {self.path} fails on an input of shape {waves.shape}: {reason}") from error
+        return np.asarray(result)
+
+
+def open_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    precision: Precision = "float32",
+    threads: int = 1,
+    progress: Progress = silent,
+) -> OnnxModel:
+    """Open a tagger by name, from a checkpoint (file or folder), or from an ONNX file.
+
+    The graph of a name or checkpoint is made once into the cache, from the float32 weights. The graphs of `zoo.BOXED`
+    are in the package and never need a network.
+
+    Args:
+        name_or_path: one of `zoo.list_models()`, or a path.
+        precision: "int8" makes the int8 graph of the same weights; an .onnx file must be one of ours for that. What is
+            int8 already stays so.
+        threads: how many work on one call.
+        progress: told of a download, in bytes.
+
+    Raises:
+        CheckpointError: neither a name nor a model, or a damaged one, or the cache cannot be written.
+        ConfigError: an unknown precision.
+        DownloadError: a file that is not cached and could not be downloaded.
+        ExportError: a front end that cannot be written as a graph.
+        MissingPackageError: a `.pt` checkpoint where torch is not installed.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}; allowed: {', '.join(PRECISIONS)}")
+    path = _graph_of(name_or_path, precision, progress)
+    try:
+        return OnnxModel(path, threads=threads)
+    except CheckpointError:
+        if path.parent != _graphs():
+            raise
+        path.unlink()  # a damaged file of the cache is made again
+        return OnnxModel(_graph_of(name_or_path, precision, progress), threads=threads)
+
+
+def _graphs() -> Path:
+    return zoo.cache_dir() / "graphs"
+
+
+def _graph_of(name_or_path: str | os.PathLike[str], precision: Precision, progress: Progress) -> Path:
+    """Return the graph of a name or path, made by the first who asks for it."""
+    if isinstance(name_or_path, str) and name_or_path in zoo.BOXED:
+        return zoo.BOXED[name_or_path]
+    if isinstance(name_or_path, str) and name_or_path in zoo.MODELS:
+        entry = zoo.MODELS[name_or_path]
+        if entry.hub is not None and (path := _cached(entry.hub.sha256, precision)).is_file():
+            return path
+        checkpoint = zoo.fetch(name_or_path, progress)
+        pinned = entry.hub is not None and checkpoint.suffix == ".safetensors"
+        digest = entry.hub.sha256 if pinned and entry.hub is not None else _digest(checkpoint)
+        return _made(checkpoint, _cached(digest, precision), precision, str(name_or_path))
+    path = zoo.local_path(name_or_path)
+    if path.suffix == ".onnx":
+        return path if precision == "float32" else _quantized(path)
+    from ced.model.weights import checkpoint_file
+
+    checkpoint = checkpoint_file(path)
+    return _made(checkpoint, _cached(_digest(checkpoint), precision), precision, str(path))
+
+
+def _cached(weights_digest: str, precision: str) -> Path:
+    """Return where the cache has the graph of some weights: named by them, by the graph's code and by precision."""
+    return _graphs() / f"{weights_digest[:32]}-{graph.code_digest()}-{precision}.onnx"
+
+
+def _digest(checkpoint: Path) -> str:
+    digest = hashlib.sha256()
+    for part in (checkpoint, checkpoint.with_name("config.json")):
+        if part.is_file():
+            with part.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _made(checkpoint: Path, path: Path, precision: Precision, name: str) -> Path:
+    def write(out: Path) -> None:
+        from ced.model import weights
+        from ced.model.graph.export import write_graph
+
+        given = weights.read(checkpoint)
+        if precision == "float32":
+            write_graph(given, out)
+            return
+        from ced.model.graph.int8 import quantize
+
+        with TemporaryDirectory(dir=out.parent) as folder:
+            write_graph(given, Path(folder) / "float32.onnx")
+            quantize(Path(folder) / "float32.onnx", out)
+
+    return _once(path, write, f"making the {precision} graph of {name}")
+
+
+def _quantized(path: Path) -> Path:
+    """Return the int8 graph of one of our graphs."""
+    found = OnnxModel(path).precision
+    if found == "int8":
+        return path
+    if found is None:
+        raise CheckpointError(f"graph {path} was not made by ced, so it cannot be made int8; pass its checkpoint")
+
+    def write(out: Path) -> None:
+        from ced.model.graph.int8 import quantize
+
+        quantize(path, out)
+
+    return _once(_cached(_digest(path), "int8"), write, f"making the int8 graph of {path}")
+
+
+def front_end_file() -> Path:
+    """Return the graph from waves (b, t) to features (b, f, n), which graphs of features need before them."""
+
+    def write(out: Path) -> None:
+        import onnx
+
+        from ced.model.graph.network import front_end_graph
+
+        with written_aside(out) as aside:
+            onnx.save(front_end_graph(PUBLISHED), aside)
+
+    return _once(_cached("front-end", "float32"), write, "")
+
+
+def _once(path: Path, write: Callable[[Path], None], task: str) -> Path:
+    """Return a file of the cache, written by the first process that needs it; the others wait for it."""
+    if path.is_file():
+        return path
+    from filelock import FileLock  # importing it takes longer than tagging a second of sound
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.is_file():
+                if task:
+                    logger.info("%s, once: %s", task, path)
+                write(path)
+        weights_digest, _, precision = path.name.rsplit("-", 2)
+        for other in path.parent.glob(f"{weights_digest}-*-{precision}"):
+            if other != path:  # of other code: nothing reads it again
+                other.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {error.filename or path}: {error.strerror or error}; CED_CACHE names another folder"
+        ) from error
+    return path
+
+
+def _whole_number(path: Path, meta: dict[str, str], key: str, default: int) -> int:
+    """Return a positive number of a graph's metadata."""
+    text = meta.get(key, str(default))
+    if not (text.isascii() and text.isdigit() and 0 < int(text[:20]) < 1 << 40):
+        raise CheckpointError(f"graph {path}: its metadata has {key} {text[:40]!r}; it must be a positive number")
+    return int(text)
+
+
+def _labels(path: Path, meta: dict[str, str], classes: int | str) -> ClassTable:
+    """Return the class table of a graph: its metadata, a file beside it, or the default for so many classes."""
+    try:
+        if CLASSES in meta:
+            table = ClassTable(**{name: values and tuple(values) for name, values in json.loads(meta[CLASSES]).items()})
+        elif path.with_name(LABELS_FILE).is_file():
+            table = read_classes(path.with_name(LABELS_FILE))
+        else:
+            table = _beside(path.with_name("config.json"), classes) or default_classes(int(classes))
+    except (ValueError, TypeError, AttributeError, TableError, OSError, csv.Error, RecursionError) as error:
+        raise CheckpointError(f"graph {path}: its class table cannot be read ({error})") from error
+    if len(table) != classes:
+        raise CheckpointError(f"graph {path} gives {classes} scores, but its class table has {len(table)} classes")
+    return table
+
+
+def _beside(config: Path, classes: int | str) -> ClassTable | None:
+    if not config.is_file() or config.stat().st_size > LARGEST_CONFIG:
+        return None
+    named = named_by_config(json.loads(config.read_bytes()))
+    return named if named is not None and len(named) == classes else None
+
+
+def _noise(samples: int) -> Waves:
+    """Return noise, (1, t): no tagger is so sure of it that all of its logits lie between 0 and 1."""
+    return np.random.default_rng(0).normal(0.0, 0.1, (1, samples)).astype(np.float32)
+
+
+def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(logits, -80.0, 80.0))), np.float32)
