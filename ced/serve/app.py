@@ -5,6 +5,7 @@ import base64
 import hashlib
 import logging
 import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -91,11 +91,18 @@ class Application:
         """Answer a request."""
         await self._gate(scope, receive, send)
 
-    def stop(self) -> None:
-        """Refuse requests whose work has not begun, and end live sessions."""
+    async def stop(self, patience: float) -> None:
+        """Refuse requests whose work has not begun, and end live sessions, which have some seconds for it."""
         self.service.stop()
-        for session in list(self.sessions):
-            session.stop()
+        end = time.monotonic() + patience
+        while self.sessions and time.monotonic() < end:
+            for session in list(self.sessions):
+                session.stop()
+            await asyncio.sleep(0.02)
+
+    def close(self) -> None:
+        """End all work after the steps that are running."""
+        self.service.close()
 
     def _observe(self, method: str, path: str, status: int, seconds: float) -> None:
         if method == "POST" and path in (CLASSIFY, STREAM):
@@ -107,7 +114,7 @@ class Application:
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
             yield
-            service.close()
+            self.close()
 
         app = FastAPI(
             title="ced serve",
@@ -171,7 +178,7 @@ class Application:
 
         @app.get("/metrics", include_in_schema=False)
         async def metrics() -> Response:
-            return Response(generate_latest(service.meters.registry), media_type=CONTENT_TYPE_LATEST)
+            return Response(service.meters.report(), media_type=CONTENT_TYPE_LATEST)
 
         app.get("/docs", include_in_schema=False)(_docs_page(app))
         app.mount("/", _Page(directory=STATIC, html=True))

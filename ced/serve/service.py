@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import os
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
@@ -14,7 +15,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.multiprocess import MultiProcessCollector
 
 import ced
 from ced.errors import AudioError, CedError, CheckpointError, ClosedError, ConfigError, install_command
@@ -29,6 +39,7 @@ from ced.tag.records import FORMAT_VERSION, Record, Scored, Tags
 from ced.tag.select import Selection
 from ced.tag.tagger import Embedding, Scorer, Tagger
 
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # environment variable that makes prometheus_client share its values
 LEAST_COST = 1.0  # seconds that a window counts at least
 _BLOCK = 1.0  # seconds decoded at a time, so that a header with a false rate costs little
 _LONGEST_ANSWER = 8_000_000  # bytes of JSON
@@ -39,22 +50,39 @@ T = TypeVar("T")
 
 
 class Meters:
-    """Metrics for Prometheus, in a registry of the server's own."""
+    """Metrics for Prometheus, in a registry of the server's own; several processes share their values in files."""
 
     def __init__(self, model: str) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        PlatformCollector(registry=self.registry)
-        info = Gauge("ced_info", "Version and model, as labels.", ["version", "model"], registry=self.registry)
-        info.labels(ced.__version__, model).set(1)
-        self.pending = Gauge("ced_pending_requests", "Requests that wait or are worked on.", registry=self.registry)
-        self.live = Gauge("ced_live_connections", "Live connections.", registry=self.registry)
-        self._answers = Counter("ced_requests", "Requests to tag, by status.", ["status"], registry=self.registry)
-        self._took = Histogram(
-            "ced_request_seconds", "Time from a request to its answer, for status 200.", registry=self.registry
+        self._shared = METRICS_FOLDER in os.environ
+        self._registry = registry = CollectorRegistry()
+        if not self._shared:
+            ProcessCollector(registry=registry)
+            PlatformCollector(registry=registry)
+        info = Gauge(
+            "ced_info", "Version and model.", ["version", "model"], registry=registry, multiprocess_mode="livemax"
         )
-        self.sound = Counter("ced_sound_seconds", "Seconds of sound that were tagged.", registry=self.registry)
-        self.windows = Counter("ced_windows", "Windows that were scored.", registry=self.registry)
+        info.labels(ced.__version__, model).set(1)
+        self.pending = Gauge(
+            "ced_pending_requests",
+            "Uploads that wait or are worked on.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.live = Gauge("ced_live_connections", "Live connections.", registry=registry, multiprocess_mode="livesum")
+        self._answers = Counter("ced_requests", "Requests to tag, by status.", ["status"], registry=registry)
+        self._took = Histogram(
+            "ced_request_seconds", "Time from a request to its answer, for status 200.", registry=registry
+        )
+        self.sound = Counter("ced_sound_seconds", "Seconds of sound that were tagged.", registry=registry)
+        self.windows = Counter("ced_windows", "Windows that were scored.", registry=registry)
+
+    def report(self) -> bytes:
+        """Return the values in Prometheus' text format, of all processes together."""
+        if not self._shared:
+            return generate_latest(self._registry)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
 
     def count(self, status: int, seconds: float) -> None:
         """Count the answer to a request."""
