@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel
 from pydantic.json_schema import SkipJsonSchema
 
 from ced.errors import ConfigError
+from ced.serve.overview import FINEST as OVERVIEW_RATE
 from ced.tag.defaults import EVENT_THRESHOLD, TOP_K
 from ced.tag.live import RECIPE as LIVE
 from ced.tag.recipe import Recipe
@@ -29,6 +30,7 @@ _Probability = Annotated[float, Field(ge=0, le=1)]
 _Level = Annotated[float, Field(ge=-200, lt=0)]
 _Hop = Annotated[float, Field(ge=_SHORTEST_HOP, le=_LONGEST)]
 _Seconds = Annotated[float, Field(ge=0, le=_LONGEST)]
+_Rate = Annotated[float, Field(gt=0, le=OVERVIEW_RATE)]
 _Missing = SkipJsonSchema[None]  # the value of an option that is left out; a query string cannot hold null
 
 
@@ -104,6 +106,9 @@ class StreamOptions(Options):
     )
     encoding: Literal["uint8", "float32"] = Field(
         "uint8", description="Encoding of these probabilities: uint8 is round(255 p), float32 is little-endian."
+    )
+    overview: _Rate | _Missing = Field(
+        None, description="Send peaks and a log-mel spectrogram as well, for drawing the sound: columns a second."
     )
 
     def recipe(self) -> Recipe:
@@ -217,6 +222,17 @@ class WindowLine(BaseModel):
     embedding: list[float] = Field([], description="With embeddings=windows.")
 
 
+class OverviewLine(BaseModel):
+    """The next columns of the overview: peaks and a log-mel spectrogram, each the maximum of what a column covers."""
+
+    type: Literal["overview"]
+    start: float = Field(description="Seconds.")
+    rate: float = Field(description="Columns a second.")
+    bands: int = Field(description="Mel bands of a column, m.")
+    peaks: str = Field(description="Base64, uint8 (n): 255 is full scale.")
+    mels: str = Field(description="Base64, uint8 (n, m), low bands first: 0.4 dB a step, from -60 dB.")
+
+
 class EventLine(BaseModel):
     """One event, as soon as no earlier one can follow."""
 
@@ -253,7 +269,10 @@ class ErrorLine(BaseModel):
 
 class StreamLine(
     RootModel[
-        Annotated[BeginLine | WindowLine | EventLine | ProgressLine | EndLine | ErrorLine, Field(discriminator="type")]
+        Annotated[
+            BeginLine | WindowLine | OverviewLine | EventLine | ProgressLine | EndLine | ErrorLine,
+            Field(discriminator="type"),
+        ]
     ]
 ):
     """A line of a stream."""

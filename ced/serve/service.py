@@ -29,6 +29,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 import ced
 from ced.errors import AudioError, CedError, CheckpointError, ClosedError, ConfigError, install_command
 from ced.serve.body import Bodies, Limits, RefusedError, Upload, busy
+from ced.serve.overview import Overview
 from ced.serve.schema import Options, StreamOptions
 from ced.sound import audio
 from ced.sound.audio import SAMPLE_RATE, Window
@@ -242,7 +243,8 @@ class Service:
         assert isinstance(options, StreamOptions)
         end, told, vectors = 0.0, time.monotonic(), []
         begun = False
-        async with aclosing(self._work(upload, plan)) as results:
+        overview = None if options.overview is None else Overview(options.overview)
+        async with aclosing(self._work(upload, plan, overview)) as results:
             async for found in results:
                 if not begun:
                     begun = True
@@ -264,18 +266,24 @@ class Service:
                     yield encode_line(**_window(found, options))
                 for piece in [] if events is None else _merged(events, found):
                     yield encode_line(type="event", **asdict(piece))
+                if overview is not None and (columns := overview.take()):
+                    yield encode_line(type="overview", **columns)
                 if time.monotonic() - told >= _PROGRESS_SECONDS:
                     told = time.monotonic()
                     yield encode_line(type="progress", seconds=end)
         for piece in [] if events is None else events.finish():
             yield encode_line(type="event", **asdict(piece))
+        if overview is not None and (columns := overview.take(finish=True)):
+            yield encode_line(type="overview", **columns)
         last: dict[str, Any] = {"format": FORMAT_VERSION, "file": upload.name, "model": self.name, "seconds": end}
         if vectors:
             last["embedding"] = _embeddings(vectors, "clip")[0]["vector"]
         yield encode_line(type="end", **last)
 
-    async def _work(self, upload: Upload, plan: Plan) -> AsyncGenerator[Found, None]:
+    async def _work(self, upload: Upload, plan: Plan, overview: Overview | None = None) -> AsyncGenerator[Found, None]:
         """Decode and score an upload window by window, in order; at the end it is closed and its place is free.
+
+        What is decoded is added to the overview, if there is one.
 
         While the pool has threads to spare, several windows of one sound are scored at the same time.
         """
@@ -283,7 +291,7 @@ class Service:
             upload.close()
             raise ClosedError(DOWN) if self.stopping else busy()
         cancelled = Event()
-        windows = _windows(upload, plan.recipe, self.limits.seconds, cancelled)
+        windows = _windows(upload, plan.recipe, self.limits.seconds, cancelled, overview)
         steps: set[Future[Any]] = set()  # that have not ended
         pending: deque[asyncio.Future[Found]] = deque()
         begun, cost = False, 0.0
@@ -391,7 +399,9 @@ def _embeddings(vectors: list[Found], kind: str) -> list[dict[str, Any]]:
     return [{"start": row.start, "end": row.end, "vector": row.vector.tolist()} for row in rows]
 
 
-def _windows(upload: Upload, recipe: Recipe, seconds: float, cancelled: Event) -> Generator[Window, None, None]:
+def _windows(
+    upload: Upload, recipe: Recipe, seconds: float, cancelled: Event, overview: Overview | None = None
+) -> Generator[Window, None, None]:
     """Decode an upload and cut it into windows, until `cancelled` is set.
 
     Raises:
@@ -406,6 +416,8 @@ def _windows(upload: Upload, recipe: Recipe, seconds: float, cancelled: Event) -
             held += len(block)
             if held > seconds * SAMPLE_RATE:
                 raise RefusedError(413, f"{upload.name} is longer than {seconds:g} s, the limit of this server")
+            if overview is not None:
+                overview.add(block)
             yield block
 
     try:
