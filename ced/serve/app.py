@@ -29,7 +29,7 @@ from ced.serve import schema
 from ced.serve.body import Limits, RefusedError, busy
 from ced.serve.live import LiveSession
 from ced.serve.middleware import LIVENESS, POLICY, Gate, problem
-from ced.serve.schema import CLASSIFY, LIVE_PATH, STREAM, Options, StreamOptions
+from ced.serve.schema import CLASSIFY, LIVE_PATH, STREAM, RequestOptions, StreamOptions
 from ced.serve.service import DOWN, Plan, Service, encode_line
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.features import HOP_SECONDS, PATCH
@@ -131,7 +131,7 @@ class Application:
             app.add_exception_handler(kind, _refused)
 
         @app.post(CLASSIFY, response_model=schema.Answer, responses=schema.REFUSALS, openapi_extra=schema.BODY)
-        async def classify(request: Request, options: Annotated[Options, Query()]) -> Response:
+        async def classify(request: Request, options: Annotated[RequestOptions, Query()]) -> Response:
             """Tag a sound: the most probable classes of each window, or events."""
             plan = self._plan(request, options)
             upload = await service.bodies.receive(request)
@@ -190,7 +190,7 @@ class Application:
         if self.service.full:
             raise busy()
 
-    def _plan(self, request: Request, options: Options) -> Plan:
+    def _plan(self, request: Request, options: RequestOptions) -> Plan:
         """Check a request before its body is read."""
         schema.check_repeated(name for name, _ in request.query_params.multi_items())
         plan = self.service.plan(options)
@@ -216,7 +216,7 @@ class Application:
         labels, limits = service.model.labels, service.limits
         mids = labels.mids or [None] * len(labels)
         named = enumerate(zip(labels.names, mids, strict=True))
-        window = Options.model_fields["window"].default
+        window = RequestOptions.model_fields["window"].default
         return schema.ModelInfo(
             version=ced.__version__,
             model=service.name,
