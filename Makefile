@@ -24,4 +24,4 @@ clean:  ## remove the environment and what `make demo` wrote
 	touch $@
 
 .venv/train.stamp: EXTRAS = train
-.venv/dev.stamp: EXTRAS = train,hf,media,app,dev
+.venv/dev.stamp: EXTRAS = train,hf,media,serve,dev

@@ -281,7 +281,7 @@ def check(kind: type[C], values: Mapping[str, Any], source: str) -> C:
         return kind.model_validate(values)
     except ValidationError as error:
         lines = [_explain(kind, problem) for problem in error.errors()]
-        raise ConfigError("\n".join([f"{source}: {len(lines)} error(s)", *lines])) from None
+        raise ConfigError(f"{source}: {len(lines)} error(s)", details=lines) from None
 
 
 def dump(config: Section) -> str:

@@ -1,6 +1,7 @@
 """What can go wrong, as one family of exceptions: the command line turns any of them into one line."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 DISTRIBUTION = "ced-audio"  # the name of this project on the package index; the name "ced" there is another project's
@@ -10,7 +11,6 @@ _OPTIONAL = {
     "av": ("av", "media"),
     "bitsandbytes": ("bitsandbytes", "gpu"),
     "fastapi": ("fastapi", "serve"),
-    "gradio": ("gradio", "app"),
     "h5py": ("h5py", "train"),
     "matplotlib": ("matplotlib", "train"),
     "multipart": ("python-multipart", "serve"),
@@ -23,15 +23,44 @@ _OPTIONAL = {
     "torch": ("torch", "train"),
     "transformers": ("transformers", "hf"),
     "uvicorn": ("uvicorn", "serve"),
+    "websockets": ("websockets", "serve"),
 }
 
 
 class CedError(Exception):
-    """Base of every error this package raises on purpose; its message says what came and what is allowed."""
+    """Base of every error this package raises on purpose; its message says what came and what is allowed.
+
+    Attributes:
+        message: one line about this very case.
+        details: further lines, such as each error of a configuration.
+        hint: what is allowed or would help, where that is the same for every error of the kind; it ends the first line.
+    """
+
+    def __init__(self, message: str = "", *, details: Iterable[str] = (), hint: str = "") -> None:
+        super().__init__(message)
+        self.message, self.details, self.hint = message, tuple(details), hint
+
+    def __str__(self) -> str:
+        first = f"{self.message}; {self.hint}" if self.hint else self.message
+        return "\n".join([first, *self.details])
 
 
 class AudioError(CedError):
-    """A sound that cannot be read: missing, empty, of an unknown kind, or with samples that are not numbers."""
+    """A sound that cannot be read: missing, empty, of an unknown kind, or with samples that are not numbers.
+
+    Attributes:
+        reason: what is wrong, without the name.
+        name: what the sound is called; None where `reason` says it all.
+    """
+
+    def __init__(self, reason: str, name: str | None = None, *, hint: str = "") -> None:
+        super().__init__(reason if name is None else f"{name}: {reason}", hint=hint)
+        self.args = reason, name  # what copies of it are made from
+        self.reason, self.name = reason, name
+
+
+class TooLongError(AudioError):
+    """A sound with more samples than the caller allows."""
 
 
 class ConfigError(CedError):
@@ -44,6 +73,20 @@ class TableError(CedError):
 
 class CheckpointError(CedError):
     """Weights that do not fit the network, or a file that holds none."""
+
+
+class WriteError(CedError, OSError):
+    """A file that cannot be written: the disk is full, a folder is read-only, a link leads elsewhere.
+
+    Attributes:
+        path: the file, as the user named it or as it follows from that.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        """Explain why `path` cannot be written."""
+        self.path = os.fspath(path)
+        super().__init__(f"cannot write {self.path}: {reason}")
+        self.args = self.path, reason  # what copies of it are made from
 
 
 class DownloadError(CedError):
@@ -92,6 +135,7 @@ class MissingPackageError(CedError, ImportError):
         self.package, self.extra = _OPTIONAL[module]
         self.command = install_command(self.extra)
         super().__init__(f"{purpose or 'this'} needs the package {self.package}: {self.command}")
+        self.args = module, purpose  # what copies of it are made from
 
 
 def install_command(extra: str) -> str:

@@ -1,46 +1,218 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and never written through a link that leads elsewhere."""
 
+import errno
 import os
+import re
+import secrets
+import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-from ced.errors import BusyError
+from ced.errors import BusyError, CedError, WriteError
+
+_LONGEST_STEM = 200  # bytes of a name; file systems allow 255
+_STALE = 86_400.0  # seconds without a change, after which a temporary file counts as left behind by a killed process
+_LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.partial$")  # how the names of temporary files end
+_FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
+_LINKS = {errno.ELOOP, errno.EMLINK}  # what opening a link with O_NOFOLLOW fails with; FreeBSD: EMLINK
+_FULL_WORDS = re.compile(r"no space left|errno = 28\b|os error 28\b|disk quota exceeded", re.I)  # of HDF5, Rust, C++
+_swept: set[Path] = set()  # folders that this process has searched for stale files
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 @contextmanager
 def written_aside(path: Path, sync: bool = True) -> Iterator[Path]:
-    """Give a path beside `path` to write to; what is there at the end takes its place at once.
+    """Give a temporary file beside `path` to write to; what is there at the end takes the place of `path` at once.
 
-    When writing fails, what was written is removed and `path` is as it was. `sync` waits until it is on disk,
-    so that a power cut leaves the old file or the new one.
+    The temporary file is new, in the same folder and under a random name, so that nothing placed there beforehand is
+    written through. When writing fails, it is removed and `path` is as it was. What a killed process left is removed by
+    `remove_leftovers`, or a day later by the next process that writes into the folder. A link at `path` is replaced,
+    not followed.
+
+    Args:
+        path: the file to write.
+        sync: wait until it is on disk, so that a power cut leaves the old file or the new one.
+
+    Raises:
+        WriteError: the disk is full, the folder cannot be written to, or `path` is a folder or a device.
     """
-    aside = path.with_name(f"{path.name}.partial")
+    with writing(path):
+        _check_replaceable(path)
+        _remove_stale(path.parent)
+        aside = _temporary(path)
+        try:
+            yield aside
+            with _opened(aside, os.O_RDWR) as written:  # whatever wrote it, it is still a file and no link
+                if sync:
+                    os.fsync(written.fileno())
+            aside.replace(path)
+        finally:
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn whatever a full disk or a read-only folder leads to into an error that names `path`.
+
+    Raises:
+        WriteError: writing `path` failed.
+    """
     try:
-        yield aside
-        if sync:
-            with aside.open("r+b") as written:
-                os.fsync(written.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+        yield
+    except CedError:
+        raise
+    except OSError as error:
+        unnamed = error.filename is None and not isinstance(error, ConnectionError | TimeoutError)
+        if error.errno in _FULL or unnamed or _is_beside(error.filename, path):
+            raise WriteError(path, _reason(error)) from error
+        raise
+    except Exception as error:  # libraries in C++ and Rust have errors of their own
+        if _FULL_WORDS.search(str(error)) or _is_full(path):
+            raise WriteError(path, os.strerror(errno.ENOSPC)) from error
+        raise
+
+
+def _is_beside(name: object, path: Path) -> bool:
+    """Return whether an error is about `path`, its temporary file or its folder."""
+    if not isinstance(name, str | bytes):
+        return False
+    place, folder = os.path.abspath(os.fsdecode(name)), os.path.abspath(path.parent)
+    return folder in (place, os.path.dirname(place))
+
+
+def _is_full(path: Path) -> bool:
+    """Return whether not a single block is free where `path` is."""
+    if not hasattr(os, "statvfs"):
+        return False
+    try:
+        return os.statvfs(path.parent).f_bavail == 0
+    except OSError:
+        return False
+
+
+def _reason(error: OSError) -> str:
+    """Return what went wrong, in a few words; HDF5 and Arrow say far more."""
+    if error.errno in _FULL or _FULL_WORDS.search(str(error)):
+        return os.strerror(error.errno if error.errno in _FULL else errno.ENOSPC)
+    if error.errno in _LINKS:
+        return "it is a link"
+    return " ".join((error.strerror or str(error)).split()) or type(error).__name__
+
+
+def _check_replaceable(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+        raise WriteError(path, "it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file")
+
+
+def _temporary(path: Path) -> Path:
+    """Make an empty file of a new name in the folder of `path`."""
+    while True:
+        aside = path.with_name(f"{_stem(path)}.{secrets.token_hex(4)}.partial")
+        with suppress(FileExistsError):
+            os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NO_FOLLOW, 0o666))
+            return aside
+
+
+def _stem(path: Path) -> str:
+    """Return the name of `path`, shortened if its temporary file's would be too long for a file system."""
+    return os.fsdecode(os.fsencode(path.name)[:_LONGEST_STEM])
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed processes left in a folder long ago; once in a process, as folders may be large."""
+    if folder in _swept:
+        return
+    _swept.add(folder)
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _LEFTOVER.search(entry.name):
+                with suppress(OSError):
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE:
+                        os.unlink(entry.path)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files that killed processes left of the file `path` or, if it is a folder, of all below it.
+
+    Only for files that no other process writes now, as `claimed` assures. Links are not followed.
+    """
+    stem = None if path.is_dir() else _stem(path)
+    for place, folders, names in os.walk(path if stem is None else path.parent):
+        for name in names:
+            if (found := _LEFTOVER.search(name)) and stem in (None, name[: found.start()]):
+                with suppress(OSError):
+                    os.unlink(os.path.join(place, name))
+        if stem is not None:
+            folders.clear()
+
+
+def make_folders(root: Path, relative: Path) -> Path:
+    """Make the folder `relative` below `root`, and what is missing of `root` itself.
+
+    `root` may lie behind links, as the user named it; nothing below it may, so that what is written stays below it.
+
+    Raises:
+        WriteError: a part of `relative` is a link, leads upwards, or cannot be made.
+    """
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+    folder = root
+    for part in relative.parts:
+        folder = folder / part
+        if part == "..":
+            raise WriteError(folder, f"it leads out of {root}")
+        with writing(folder), suppress(FileExistsError):
+            folder.mkdir()
+        if folder.is_symlink() or not folder.is_dir():
+            what = "a link" if folder.is_symlink() else "not a folder"
+            raise WriteError(folder, f"it is {what}, and outputs stay within {root}")
+    return folder
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a file for reading and appending, made if it is missing; never through a link, and no FIFO or device.
+
+    Raises:
+        WriteError: it is one of these, or cannot be opened.
+    """
+    with writing(path):
+        return _opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+
+
+def _opened(path: Path, flags: int) -> BinaryIO:
+    number = os.open(path, flags | _NO_FOLLOW, 0o666)
+    file = os.fdopen(number, "a+b" if flags & os.O_APPEND else "r+b")
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        file.close()
+        raise WriteError(path, "it is not a regular file")
+    return file
 
 
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
-    """Keep other processes from writing `path` as long as this one does; a kill lets go of it.
+    """Keep other processes from writing `path` as long as this one does; a kill releases it.
 
     Raises:
         BusyError: another process is writing it.
+        WriteError: the folder cannot be made or written to.
     """
     from filelock import FileLock, Timeout  # takes longer to import than most commands need it
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise BusyError(f"another process is writing {path}; wait for it, or choose another place") from error
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise BusyError(f"another process is writing {path}; wait for it, or choose another place") from error
     try:
         yield
     finally:

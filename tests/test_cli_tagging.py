@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +144,7 @@ def test_a_foreign_journal_is_left_alone(graph: Path, sounds: Path) -> None:
 
 def test_thresholds_labels_and_events(graph: Path, sounds: Path) -> None:
     sound = "in/b/7.flac"
-    first = next(Tagger(graph).tag(sound, top_k=1, window=1.0))
+    first = Tagger(graph).tag(sound, top_k=1, window=1.0)[0]
     label, prob = first.tags[0].label, first.tags[0].prob
     words = ["tag", "-m", str(graph), sound, "-c", "1", "-f", "csv"]
     lines = said(ced(*words, "--threshold", "0", "--labels", label)).splitlines()[1:]
@@ -173,13 +174,13 @@ def test_silence_has_no_tags(graph: Path, sounds: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["-c", "0"], "window length is 0.0 s"),
+        (["-c", "0"], "window is 0.0 s"),
         (["--hop", "-1"], "hop is -1.0 s"),
-        (["--hop", "20"], "would not be heard"),
+        (["--hop", "20"], "hop is 20.0 s, window 10.0 s"),
         (["--silence", "3"], "below 0"),
         (["--threshold", "40"], "0 to 1"),
         (["--gap", "1"], "of events"),
-        (["--events", "-k", "1"], "--topk"),
+        (["--events", "-k", "1"], "top_k 1 does not apply to events"),
         (["--columns", "--hop", "1"], "twice"),
         (["--threshold", "none.tsv"], "none.tsv"),
         (["--threshold", "-1"], "-1"),
@@ -212,7 +213,21 @@ def test_embeddings_of_sounds_and_of_windows(graph: Path, sounds: Path) -> None:
     assert not Path("none.npy").exists()
     done = ced("embed", "-m", graph, sounds, "-o", "e.npy")
     assert "8 vectors of 8 sounds, 1 failed" in said(done, 1)
-    assert "in/bad.wav is empty" in done.stderr.decode()
+    assert "in/bad.wav: empty" in done.stderr.decode()
+
+
+def test_help_is_grouped() -> None:
+    shown = said(ced("tag", "--help"))
+    places = [shown.index(f"─ {panel} ─") for panel in ("Input", "Windows", "Selection", "Events", "Output")]
+    assert places == sorted(places)
+    panels = dict(zip(("Input", "Windows", "Selection", "Events"), pairwise(places), strict=True))
+    for panel, option in (
+        ("Input", "--precision"),
+        ("Windows", "--hop"),
+        ("Selection", "--threshold"),
+        ("Events", "--gap"),
+    ):
+        assert option in shown[slice(*panels[panel])]
 
 
 @pytest.mark.parametrize("model", ["a graph", "esc10"])

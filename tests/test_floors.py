@@ -87,6 +87,7 @@ def run_python(program: str) -> str:
         ("ced", ["torch", "onnxruntime", "soundfile", "numpy"]),
         ("ced.sound.audio", ["torch"]),
         ("ced.sound.labels", ["torch"]),
+        ("ced.tag.options", ["torch", "numpy", "onnxruntime"]),
         ("ced.tag.tagger", ["torch", "onnx", "pydantic", "rich.progress", "pyarrow"]),
         ("ced.model.runtime", ["torch", "onnx", "onnxruntime"]),
         ("ced.model.zoo", ["torch", "onnx", "onnxruntime"]),
@@ -109,9 +110,32 @@ def test_an_import_sets_nothing_up() -> None:
 
 
 def test_public_names_are_there() -> None:
-    program = "import ced; print(*(f'{name}={type(getattr(ced, name)).__name__}' for name in ced.__all__))"
-    assert run_python(program) == "Tagger=type __version__=str list_models=function load_model=function"
-    assert run_python("from ced import *; print(Tagger.__module__, __version__)").startswith("ced.tag.tagger ")
+    import ced
+
+    assert set(ced.__all__) <= set(dir(ced))
+    everyday = {"Tagger", "TagOptions", "Record", "load_model", "list_models", "__version__"}
+    errors = {name for name, value in vars(ced.errors).items() if isinstance(value, type) and name.endswith("Error")}
+    assert set(ced.__all__) == everyday | errors
+    assert all(issubclass(getattr(ced, name), ced.CedError) for name in errors)
+
+
+def test_a_core_install_has_all_public_names() -> None:
+    program = """if True:
+        import sys
+        class NoTorch:
+            def find_spec(self, name, *_):
+                if name.partition(".")[0] == "torch":
+                    raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        sys.meta_path.insert(0, NoTorch())
+        from ced import *
+        import ced
+        assert all(getattr(ced, name) is globals()[name] for name in ced.__all__)
+        try:
+            load_model("ced_tiny")
+        except MissingPackageError as error:
+            print(error.package, error.command)
+    """
+    assert run_python(program) == "torch pip install 'ced-audio[train]'"
 
 
 def test_an_unknown_public_name_is_an_attribute_error() -> None:

@@ -139,7 +139,7 @@ def test_kinds_rates_channels_and_lengths(
     found = read_as_file_and_bytes(tmp_path, data)
     expected = frames * SAMPLE_RATE / rate
     if found is None:
-        assert expected < 2
+        assert expected < 2 or rate < 1_000
     else:
         padding = 5_000 if kind[1] == "IMA_ADPCM" else 0  # frames; its blocks are as long
         assert -1 <= found - expected <= 1 + padding * SAMPLE_RATE / rate

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ced.cli.console import reporting
+from ced.cli.console import reporting, show
 from ced.cli.options import Hop, Jobs, Model, Window
 from ced.machine import cores
 
@@ -37,15 +37,15 @@ def calibrate(
     jobs = jobs or cores()
     with reporting() as progress, Tagger(model, jobs=jobs, progress=progress) as tagger:
         found = fit(tagger, table, out, precision=precision, window=window, hop=hop, jobs=jobs, progress=progress)
-    print(f"{found.out}: thresholds fitted to {found.clips} clips, in which {found.classes} classes are heard")
-    print(
+    show(f"{found.out}: thresholds fitted to {found.clips} clips, in which {found.classes} classes are heard")
+    show(
         f"F1, mean over these classes, on the clips fitted to: {found.f1_after:.3f}"
         f" ({found.f1_before:.3f} with {USUAL_THRESHOLD} for all); expect less on others"
     )
     if found.unseen:
-        print(f"not heard, so with a threshold common to all: {_some(found.unseen)}")
+        show(f"not heard, so with a threshold common to all: {_some(found.unseen)}")
     if found.never:
-        print(f"never precise enough, so never a tag: {_some(found.never)}")
+        show(f"never precise enough, so never a tag: {_some(found.never)}")
     if found.unreadable:
         raise typer.Exit(1)
 

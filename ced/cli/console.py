@@ -1,4 +1,7 @@
-"""What the command line shows besides results: errors, notes and progress, all of it on standard error."""
+"""What the command line shows: results on standard output; errors, notes and progress on standard error.
+
+File names, labels and messages of other programs are made safe for a terminal here, in the functions that print.
+"""
 
 import io
 import logging
@@ -6,14 +9,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
 
-from ced.errors import CedError, MissingPackageError, optional_packages
+from ced.errors import CedError, MissingPackageError, WriteError, optional_packages
 from ced.progress import NotedProgress, silent
+from ced.text import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -28,34 +32,80 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def complain(message: str) -> None:
-    """Show what is wrong."""
-    print(f"ced: error: {message}", file=sys.stderr)
+def show(text: object = "") -> None:
+    """Print a line for a reader on standard output.
+
+    Raises:
+        WriteError: standard output cannot be written to.
+    """
+    _print(printable(str(text)))
+
+
+def show_data(line: str) -> None:
+    """Print a line of a table or of JSON: as it is, but on a terminal as a reader may see it.
+
+    Raises:
+        WriteError: standard output cannot be written to.
+    """
+    _print(printable(line, keep="\t") if sys.stdout.isatty() else line)
+
+
+def _print(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise WriteError("standard output", error.strerror or str(error)) from error
+
+
+def tell(text: object) -> None:
+    """Print a line on standard error; where that cannot be written to, nothing is left to tell it to."""
+    with suppress(OSError):
+        print(printable(str(text)), file=sys.stderr, flush=True)
+
+
+def complain(error: CedError | str) -> None:
+    """Show what is wrong: a line, and the details of an error below it."""
+    if isinstance(error, CedError):
+        tell(f"ced: error: {error.message}{'; ' if error.hint else ''}{error.hint}")
+        for line in error.details:
+            tell(line)
+    else:
+        tell(f"ced: error: {error}")
 
 
 class Commands(TyperGroup):
     """The commands, with one line for whatever goes wrong in any of them."""
 
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Read the words before the command; what is wrong with them is told in safe text."""
+        with _safe_usage_errors():
+            return super().make_context(info_name, args, parent, **extra)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command that the words name; errors of the library become exit code 1."""
         try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()
-        except BrokenPipeError:  # whoever read our output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            with _safe_usage_errors():
+                result = super().invoke(ctx)
+            _flush()
+        except BrokenPipeError:  # the reader of our output has closed it
+            _drop_output()
             raise typer.Exit(1) from None
         except CedError as error:
-            complain(str(error))
+            complain(error)
+            _drop_unwritten_output()
             raise typer.Exit(1) from None
         except OSError as error:
             complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+            _drop_unwritten_output()
             raise typer.Exit(1) from None
         except ModuleNotFoundError:
             try:
                 with optional_packages():
                     raise
             except MissingPackageError as missing:
-                complain(str(missing))
+                complain(missing)
                 raise typer.Exit(1) from None
         except KeyboardInterrupt:
             raise _interrupted() from None
@@ -66,8 +116,43 @@ class Commands(TyperGroup):
         return result
 
 
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # Typer's own, which it does not export
+
+
+@contextmanager
+def _safe_usage_errors() -> Iterator[None]:
+    """Make messages about wrong words safe for a terminal; they quote the words, which may be names of files."""
+    try:
+        yield
+    except _UsageError as error:
+        vars(error)["message"] = printable(vars(error)["message"])
+        raise
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise WriteError("standard output", error.strerror or str(error)) from error
+
+
+def _drop_unwritten_output() -> None:
+    """Drop what standard output does not take, so that the interpreter does not try it again when it exits."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _drop_output()
+
+
+def _drop_output() -> None:
+    with suppress(OSError, ValueError):  # ValueError: it has no file of the operating system's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _interrupted() -> typer.Exit:
-    print("ced: interrupted", file=sys.stderr)
+    tell("ced: interrupted")
     return typer.Exit(INTERRUPTED)
 
 
@@ -75,9 +160,11 @@ class _NoteHandler(logging.Handler):
     """Shows notes and warnings of the library, a line each, on whatever standard error is at the moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage().partition("\n")[0]
+        message = record.getMessage()
+        if record.name == "py.warnings":  # has the line of code below it
+            message = message.partition("\n")[0]
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        print(f"ced: {level}{message}", file=sys.stderr)
+        tell(f"ced: {level}{message}")
 
 
 def set_up_streams() -> None:
@@ -85,7 +172,8 @@ def set_up_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
+            closed = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (kept open)
+            setattr(sys, name, closed)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
@@ -132,7 +220,7 @@ class Lines:
         now = self._clock()
         if now - self._last >= LINE_SECONDS:
             self._last = now
-            print(f"{task}: {done} of {total}{', ' if note else ''}{note}", file=sys.stderr, flush=True)
+            tell(f"{task}: {done} of {total}{', ' if note else ''}{note}")
 
 
 class _Bars:
@@ -144,8 +232,9 @@ class _Bars:
 
     def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
         bars = self._bars or self._start()
+        note = printable(note)
         if task not in self._tasks:
-            self._tasks[task] = bars.add_task(task, total=total, note=note)
+            self._tasks[task] = bars.add_task(printable(task), total=total, note=note)
         bars.update(self._tasks[task], completed=done, total=total, note=note)
         if done >= total:
             bars.remove_task(self._tasks.pop(task))
@@ -158,11 +247,11 @@ class _Bars:
 
         # Notes on standard error appear above the bars; standard output is left alone, it may be a file.
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=Console(stderr=True),
             transient=True,
             redirect_stdout=False,

@@ -1,13 +1,11 @@
 """Commands that make a student: pack, labels, store, train, finetune, pretrain, evaluate, demo."""
 
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from ced.cli.console import complain, hush, is_main_process, reporting
+from ced.cli.console import complain, hush, is_main_process, reporting, show, tell
 from ced.errors import ConfigError
 
 Resume = Annotated[
@@ -67,8 +65,8 @@ def pack(
         complain(reason)
     if report.failures is not None:
         more = f"{len(report.failed) - SHOWN} more; " if len(report.failed) > SHOWN else ""
-        print(f"ced: {more}all failures are listed in {report.failures}", file=sys.stderr)
-    print(f"{report.index}: {report.packed} packed, {len(report.failed)} failed")
+        tell(f"ced: {more}all failures are listed in {report.failures}")
+    show(f"{report.index}: {report.packed} packed, {len(report.failed)} failed")
     if report.failed and not skip_bad:
         raise typer.Exit(1)
 
@@ -87,7 +85,7 @@ def labels(
 
     known = audioset() if classes is None else read_classes(classes)
     report = segments_to_labels(segments, audio, known, out or Path(f"{segments.stem}.tsv"))
-    print(f"{report.table}: {report.rows} clips with labels")
+    show(f"{report.table}: {report.rows} clips with labels")
     for what, names in (
         ("segments without a file", report.missing),
         ("files without a segment", report.unlisted),
@@ -95,7 +93,7 @@ def labels(
         ("unknown labels", report.unknown_mids),
     ):
         if names:
-            print(f"{what}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+            show(f"{what}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
 
 
 def store(words: Words = None) -> None:
@@ -174,10 +172,10 @@ def evaluate(
         found = evaluate.evaluate(models, table, batch_size=batch_size, progress=progress)
     if per_class:
         for name, value in zip(found.labels.names, found.per_class, strict=True):
-            print(f"{value:.4f}  {name}")
-    print(found.summary)
+            show(f"{value:.4f}  {name}")
+    show(found.summary)
     if found.missing:
-        print(f"left out, as no clip has them: {', '.join(found.missing)}")
+        show(f"left out, as no clip has them: {', '.join(found.missing)}")
 
 
 def _eval_data(experiment: Path) -> Path:
@@ -214,9 +212,10 @@ def demo(
 
     hush()
     with reporting() as progress:
-        report = run(out, data=data, fold=fold, say=partial(print, flush=True), progress=progress)
-    for line in report.lines():
-        print(line)
+        report = run(out, data=data, fold=fold, say=show, progress=progress)
+    for text in report.lines():
+        for line in text.split("\n"):
+            show(line)
 
 
 def _split(words: list[str] | None, resume: Path | None = None, command: str = "") -> tuple[Path | None, list[str]]:
@@ -243,4 +242,4 @@ def _name(path: Path | None, model: str) -> str:
 
 def _result(path: Path) -> None:
     if is_main_process():
-        print(path)
+        show(path)

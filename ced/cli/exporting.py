@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ced.cli.console import complain, reporting
+from ced.cli.console import complain, reporting, show
 
 
 class Source(StrEnum):
@@ -40,11 +40,12 @@ def models(
             rows.append((*(("",) * 4 if number else named), source.place, source.licence, kept, note))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print("\nmAP is the published one on AudioSet's evaluation set, percent. Files of the hub are in the hub's cache,")
-    print(f"those of Zenodo, and the graphs made of weights, in {zoo.cache_dir()}.")
+        show("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    show()
+    show("mAP is the published one on AudioSet's evaluation set, percent. Files of the hub are in the hub's cache,")
+    show(f"those of Zenodo, and the graphs made of weights, in {zoo.cache_dir()}.")
     for name, graph in zoo.BOXED.items():
-        print(f"{name} is in the package and needs no network; its scope is described in {graph.with_suffix('.md')}")
+        show(f"{name} is in the package and needs no network; its scope is described in {graph.with_suffix('.md')}")
 
 
 def _verify() -> None:
@@ -55,12 +56,12 @@ def _verify() -> None:
     for entry, source, path in found:
         if (wrong := zoo.damage(source, path)) is None:
             checked = "sha256" if isinstance(source, zoo.Hub) else "format"
-            print(f"{entry.name}: {path}: {checked} correct")
+            show(f"{entry.name}: {path}: {checked} correct")
         else:
             damaged += 1
             complain(f"{entry.name}: {path} is damaged: {wrong}; delete it to download it again")
     if not found:
-        print("no model is cached")
+        show("no model is cached")
     if damaged:
         raise typer.Exit(1)
 
@@ -100,12 +101,12 @@ def export(
     with reporting() as progress:
         report = write(zoo.read(model, progress), path, source.value)
         if report.largest_difference is None:
-            print(f"{report.path}: not compared with the network, as torch is not installed")
+            show(f"{report.path}: not compared with the network, as torch is not installed")
         else:
-            print(f"{report.path}: probabilities differ from the network's by {report.largest_difference:.1g} at most")
+            show(f"{report.path}: probabilities differ from the network's by {report.largest_difference:.1g} at most")
         if report.labels_path is not None:
-            print(report.labels_path)
+            show(report.labels_path)
         if not int8:
             return
         found = export_int8(path, check=check, bound=bound, progress=progress)
-    print(f"{int8_path(path)}: {found.summary if found else '--check measures what int8 costs on labelled clips'}")
+    show(f"{int8_path(path)}: {found.summary if found else '--check measures what int8 costs on labelled clips'}")

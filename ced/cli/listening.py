@@ -16,7 +16,7 @@ from ced.cli.console import complain, reporting
 from ced.cli.tagging import thresholds
 from ced.errors import ConfigError
 from ced.machine import cores
-from ced.tag.defaults import EVENT_THRESHOLD
+from ced.tag.options import EVENT_THRESHOLD
 
 if TYPE_CHECKING:
     from ced.sound.live import LiveSource
@@ -55,14 +55,14 @@ def live(
         raise ConfigError(f"there is no live format {format}; allowed: {', '.join(FORMATS)}")
     source = _source(address, device)
     from ced.model.runtime import open_model
-    from ced.tag.live import RECIPE, Listener
+    from ced.tag.live import OPTIONS, Listener
     from ced.tag.tagger import Tagger
 
     with reporting() as progress:
         graph = open_model(model, threads=cores(), progress=progress)
-    with Tagger(graph) as tagger:
-        recipe = replace(
-            RECIPE,
+    with Tagger(graph, name=model) as tagger:
+        settings = replace(
+            OPTIONS,
             window=window,
             hop=hop,
             silence=silence,
@@ -74,7 +74,7 @@ def live(
             gap=gap,
             shortest=shortest,
         )
-        listener = Listener(tagger, source, recipe)
+        listener = Listener(tagger, source, settings)
         with _stopping(listener) as signals:
             for report in listener.reports():
                 if format == "jsonl":

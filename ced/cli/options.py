@@ -1,11 +1,14 @@
-"""Options of the commands that hear sounds: what they are called, and what --help says of them."""
+"""Options of the commands that tag sounds: their names and help texts, grouped as --help shows them."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ced.tag.defaults import EVENT_THRESHOLD, TOP_K
+from ced.model.graph import Precision as GraphPrecision
+from ced.tag.options import EVENT_THRESHOLD, TOP_K
+
+_INPUT, _WINDOWS, _SELECTION, _EVENTS, _OUTPUT = "Input", "Windows", "Selection", "Events", "Output"  # panels of --help
 
 Sounds = Annotated[
     list[str],
@@ -17,45 +20,109 @@ Sounds = Annotated[
 ]
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", help="A model name (see `ced models`), an ONNX file, a checkpoint or an experiment."),
+    typer.Option(
+        "--model",
+        "-m",
+        rich_help_panel=_INPUT,
+        help="A model name (see `ced models`), an ONNX file, a checkpoint or an experiment.",
+    ),
+]
+Precision = Annotated[
+    GraphPrecision,
+    typer.Option(
+        rich_help_panel=_INPUT, help="float32, or int8: a smaller and faster model whose scores differ a little."
+    ),
 ]
 Jobs = Annotated[
-    int | None, typer.Option("--jobs", "-j", min=1, help="Windows scored at a time, a thread each; default: all cores.")
+    int | None,
+    typer.Option("--jobs", "-j", min=1, help="Windows scored at a time, one thread each; default: all cores."),
 ]
 
 # Windows
-Window = Annotated[float, typer.Option("--chunk", "-c", "--window", help="Seconds of a window, above 0.")]
-Hop = Annotated[
-    float | None, typer.Option(help="Seconds from one window to the next; default: windows lie end to end.")
+Window = Annotated[
+    float, typer.Option("--chunk", "-c", "--window", rich_help_panel=_WINDOWS, help="Seconds of a window, above 0.")
 ]
-Columns = Annotated[bool, typer.Option("--columns", help="Score every 0.16 s instead of whole windows.")]
-LiveWindow = Annotated[float, typer.Option("--window", "-c", help="Seconds of a window, above 0.")]
-LiveHop = Annotated[float, typer.Option(help="Seconds from one window to the next, at most a window.")]
+Hop = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel=_WINDOWS, help="Seconds from one window to the next; default: windows lie end to end."
+    ),
+]
+Columns = Annotated[
+    bool, typer.Option("--columns", rich_help_panel=_WINDOWS, help="Score every 0.16 s instead of whole windows.")
+]
+LiveWindow = Annotated[
+    float, typer.Option("--window", "-c", rich_help_panel=_WINDOWS, help="Seconds of a window, above 0.")
+]
+LiveHop = Annotated[
+    float, typer.Option(rich_help_panel=_WINDOWS, help="Seconds from one window to the next, at most a window.")
+]
 Silence = Annotated[
-    float | None, typer.Option(help="Windows below this level are not scored, in dB of full scale, as -60.")
+    float | None,
+    typer.Option(
+        rich_help_panel=_WINDOWS,
+        help="Windows below this level are not scored, in dB of full scale, as -60.",
+    ),
 ]
 
-# What is kept of their scores
+# Which scores become tags
 TopK = Annotated[
     int | None,
-    typer.Option("--topk", "-k", min=1, help=f"Most classes of a window; default: {TOP_K}, with --threshold all."),
+    typer.Option(
+        "--topk",
+        "-k",
+        min=1,
+        rich_help_panel=_SELECTION,
+        help=f"Most tags of a window; default: {TOP_K}, with --threshold all.",
+    ),
 ]
 Threshold = Annotated[
-    str | None, typer.Option(help="Least probability, or a file with one a class (see `ced calibrate`).")
+    str | None,
+    typer.Option(
+        rich_help_panel=_SELECTION,
+        help="Least probability of a tag, or a file with one for each class (see `ced calibrate`).",
+    ),
 ]
-Labels = Annotated[list[str] | None, typer.Option(help="Only this class, or all below this heading; may be repeated.")]
-Exclude = Annotated[list[str] | None, typer.Option(help="Not this class or heading; may be repeated.")]
+Labels = Annotated[
+    list[str] | None,
+    typer.Option(
+        rich_help_panel=_SELECTION, help="Only this class, or all classes below this heading; may be repeated."
+    ),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(rich_help_panel=_SELECTION, help="Not this class or heading; may be repeated.")
+]
 Rollup = Annotated[
-    bool, typer.Option("--rollup", help="Give classes the highest probability of their kinds, and add headings.")
+    bool,
+    typer.Option(
+        "--rollup",
+        rich_help_panel=_SELECTION,
+        help="Give classes the highest probability of the kinds of them, and add headings.",
+    ),
 ]
 
 # Events
 Events = Annotated[
-    bool, typer.Option("--events", help=f"Merge windows into events; threshold {EVENT_THRESHOLD} unless given.")
+    bool,
+    typer.Option(
+        "--events",
+        rich_help_panel=_EVENTS,
+        help=f"Merge windows into events; threshold {EVENT_THRESHOLD} unless given.",
+    ),
 ]
-Release = Annotated[float, typer.Option(help="With --events: part of the threshold that keeps one going.")]
-Gap = Annotated[float, typer.Option(help="With --events: those so many seconds apart become one.")]
-Shortest = Annotated[float, typer.Option(help="With --events: shorter ones are dropped, in seconds.")]
+Release = Annotated[
+    float,
+    typer.Option(rich_help_panel=_EVENTS, help="With --events: part of the threshold that keeps an event going."),
+]
+Gap = Annotated[
+    float,
+    typer.Option(
+        rich_help_panel=_EVENTS, help="With --events: merge events of a class at most this many seconds apart."
+    ),
+]
+Shortest = Annotated[
+    float, typer.Option(rich_help_panel=_EVENTS, help="With --events: drop events of fewer seconds than this.")
+]
 
 # Live sound
 Address = Annotated[
@@ -67,11 +134,24 @@ InputDevice = Annotated[
 ]
 ListDevices = Annotated[bool, typer.Option("--list-devices", help="Show the inputs of this machine, and end.")]
 LiveThreshold = Annotated[
-    str, typer.Option("--threshold", help="Probability that begins an event, or a file with one a class.")
+    str,
+    typer.Option(
+        "--threshold",
+        rich_help_panel=_EVENTS,
+        help="Probability that starts an event, or a file with one for each class.",
+    ),
 ]
-LiveRelease = Annotated[float, typer.Option("--release", help="Part of the threshold that keeps an event going.")]
-LiveGap = Annotated[float, typer.Option("--gap", help="Events of a class so many seconds apart are one.")]
-LiveShortest = Annotated[float, typer.Option("--shortest", help="Shorter events are not reported, in seconds.")]
+LiveRelease = Annotated[
+    float, typer.Option("--release", rich_help_panel=_EVENTS, help="Part of the threshold that keeps an event going.")
+]
+LiveGap = Annotated[
+    float,
+    typer.Option("--gap", rich_help_panel=_EVENTS, help="Merge events of a class at most this many seconds apart."),
+]
+LiveShortest = Annotated[
+    float,
+    typer.Option("--shortest", rich_help_panel=_EVENTS, help="Drop events of fewer seconds than this."),
+]
 LiveFormat = Annotated[
     str,
     typer.Option("--format", "-f", help="text: a line when an event begins; jsonl: one then, and one when it is over."),
@@ -80,11 +160,28 @@ LiveFormat = Annotated[
 # Outputs
 Formats = Annotated[
     list[str] | None,
-    typer.Option("--format", "-f", help="text, jsonl, csv, audacity, raven, parquet; with --out several."),
+    typer.Option(
+        "--format",
+        "-f",
+        rich_help_panel=_OUTPUT,
+        help="text, jsonl, csv, audacity, raven, parquet; with --out several.",
+    ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for outputs; an interrupted run goes on there.")]
-Combine = Annotated[bool, typer.Option("--combine", help="With --out: one output of all sounds.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", rich_help_panel=_OUTPUT, help="Folder for outputs; an interrupted run is continued there."
+    ),
+]
+Combine = Annotated[
+    bool, typer.Option("--combine", rich_help_panel=_OUTPUT, help="With --out: one output for all sounds.")
+]
 EmbeddingsOut = Annotated[
-    Path, typer.Option("--out", "-o", help="NAME.npy (with NAME.npy.tsv beside it) or NAME.parquet.")
+    Path,
+    typer.Option(
+        "--out", "-o", rich_help_panel=_OUTPUT, help="NAME.npy (with NAME.npy.tsv beside it) or NAME.parquet."
+    ),
 ]
-EachWindow = Annotated[bool, typer.Option("--windows", help="A vector a window, not one a sound.")]
+EachWindow = Annotated[
+    bool, typer.Option("--windows", rich_help_panel=_OUTPUT, help="A vector for each window, not one for each sound.")
+]

@@ -1,8 +1,9 @@
-"""Commands that hear sounds: tag and embed."""
+"""The commands tag and embed."""
 
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +14,7 @@ from ced.cli.console import complain, reporting
 from ced.errors import ConfigError
 from ced.machine import cores
 from ced.progress import NotedProgress, silent
-from ced.tag.defaults import EVENT_THRESHOLD, TOP_K
+from ced.tag.options import TagOptions
 
 if TYPE_CHECKING:
     from ced.sound.labels import ClassTable
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ced.tag.inputs import Input
     from ced.tag.records import Record
     from ced.tag.results import Format
+    from ced.tag.tagger import Scorer
 
 T = TypeVar("T", bound="Timed")
 
@@ -28,65 +30,66 @@ T = TypeVar("T", bound="Timed")
 def tag(
     sounds: options.Sounds,
     model: options.Model = "ced_mini",
-    topk: options.TopK = None,
-    window: options.Window = 10.0,
+    precision: options.Precision = "float32",
+    window: options.Window = TagOptions.window,
     hop: options.Hop = None,
     columns: options.Columns = False,
+    silence: options.Silence = None,
+    topk: options.TopK = None,
     threshold: options.Threshold = None,
     labels: options.Labels = None,
     exclude: options.Exclude = None,
     rollup: options.Rollup = False,
     events: options.Events = False,
-    release: options.Release = 0.5,
-    gap: options.Gap = 0.0,
-    shortest: options.Shortest = 0.0,
-    silence: options.Silence = None,
+    release: options.Release = TagOptions.release,
+    gap: options.Gap = TagOptions.gap,
+    shortest: options.Shortest = TagOptions.shortest,
     format: options.Formats = None,
     out: options.Out = None,
     combine: options.Combine = False,
     jobs: options.Jobs = None,
 ) -> None:
-    """Tag sounds: print the most probable classes of each, window by window, or write them to files.
+    """Tag sounds: print the most probable classes of each window, or write them to files.
 
-    A sound that cannot be read is named, the others are tagged all the same; the exit code is then 1.
+    A sound that cannot be read is named and left out; the exit code is then 1.
     """
-    from ced.model.runtime import open_model
     from ced.tag.inputs import find_inputs
-    from ced.tag.recipe import Recipe, recording
     from ced.tag.tagger import Tagger
 
     kind = _checked_output(format, out, combine)
-    if events and topk is not None:
-        raise ConfigError(f"--topk {topk} does not apply to --events, which have one class each; leave it out")
+    settings = TagOptions(
+        window=window,
+        hop=hop,
+        columns=columns,
+        silence=silence,
+        top_k=topk,
+        only=tuple(labels or ()),
+        exclude=tuple(exclude or ()),
+        rollup=rollup,
+        events=events,
+        release=release,
+        gap=gap,
+        shortest=shortest,
+    )
     inputs = find_inputs(sounds, sys.stdin.buffer)
-    jobs = jobs or cores()
-    with reporting() as progress:
-        graph = open_model(model, progress=progress)
-    with reporting() as progress, Tagger(graph, jobs=jobs) as tagger:
-        least: float | tuple[float, ...] | None = EVENT_THRESHOLD if events else None
+    with (
+        reporting() as progress,
+        Tagger(model, precision=precision, jobs=jobs or cores(), progress=progress) as tagger,
+    ):
         if threshold is not None:
-            least = thresholds(threshold, tagger.labels)
-        recipe = Recipe(
-            window=window,
-            hop=hop,
-            columns=columns,
-            silence=silence,
-            top_k=TOP_K if topk is None and least is None else topk,
-            thresholds=least,
-            only=tuple(labels or ()),
-            exclude=tuple(exclude or ()),
-            rollup=rollup,
-            events=events,
-            release=release,
-            gap=gap,
-            shortest=shortest,
-        )
-        process = recording(tagger, recipe, model)
+            settings = replace(settings, thresholds=thresholds(threshold, tagger.labels))
+        settings = tagger.checked(settings)
+
+        def process(sound: "Input") -> "Record":
+            return tagger.tag(sound.source, settings, name=sound.name)
+
         if out is None:
-            failed = _print_records(inputs, process, kind, jobs, progress)
+            failed = _print_records(inputs, process, kind, jobs or cores(), progress)
         else:
-            settings = {"model": _fingerprint(graph.path), **recipe.settings()}
-            failed = _write_records(inputs, process, out, settings, format or ["text"], combine, jobs, progress)
+            journalled = {"model": _fingerprint(tagger.scorer), **settings.settings()}
+            failed = _write_records(
+                inputs, process, out, journalled, format or ["text"], combine, jobs or cores(), progress
+            )
     if failed:
         raise typer.Exit(1)
 
@@ -95,12 +98,13 @@ def embed(
     sounds: options.Sounds,
     out: options.EmbeddingsOut,
     model: options.Model = "ced_mini",
-    window: options.Window = 10.0,
+    precision: options.Precision = "float32",
+    window: options.Window = TagOptions.window,
     hop: options.Hop = None,
     windows: options.EachWindow = False,
     jobs: options.Jobs = None,
 ) -> None:
-    """Write what a model makes of sounds: a vector for each, for classifiers and searches of your own.
+    """Write an embedding of each sound, a vector for classifiers and searches of your own.
 
     A sound that cannot be read is named and left out; the exit code is then 1.
     """
@@ -113,7 +117,7 @@ def embed(
     inputs = find_inputs(sounds, sys.stdin.buffer)
     jobs = jobs or cores()
     failed: list[str] = []
-    with reporting() as progress, Tagger(model, jobs=jobs, progress=progress) as tagger:
+    with reporting() as progress, Tagger(model, precision=precision, jobs=jobs, progress=progress) as tagger:
 
         def process(sound: Input) -> Embedding:
             return tagger.embed(sound.source, window=window, hop=hop)
@@ -197,19 +201,22 @@ def _without_failures(outcomes: "Iterable[Outcome[T]]", failed: list[str]) -> "I
 
 
 def thresholds(text: str, labels: "ClassTable") -> float | tuple[float, ...]:
-    """Return the threshold of all classes that an option gives, or those of its file."""
+    """Return the threshold of all classes that an option gives, or those of its file, one for each class."""
     try:
         threshold = float(text)
     except ValueError:
         from ced.tag.thresholds import read_thresholds
 
-        return tuple(read_thresholds(Path(text), labels).tolist())
+        return read_thresholds(Path(text), labels)
     if not 0 <= threshold <= 1:
         raise ConfigError(f"the threshold is {text}; it must be a probability, 0 to 1, or a file")
     return threshold
 
 
-def _fingerprint(path: Path) -> str:
-    """Return what tells a graph from others that were at the same path before."""
-    with path.open("rb") as file:
+def _fingerprint(model: "Scorer") -> str:
+    """Return the digest of a model's graph, which tells it from others that were at the same path before."""
+    from ced.model.runtime import OnnxModel
+
+    assert isinstance(model, OnnxModel)  # opened by a name or path
+    with model.path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

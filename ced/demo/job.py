@@ -179,7 +179,7 @@ def examine(
 def tag_some(student: Path, files: Sequence[str], count: int = 4) -> dict[str, Tags]:
     """Tag some files, as anyone would who was given the student."""
     tagger = Tagger(student)
-    return {file: next(tagger.tag(file)) for file in files[:: max(1, len(files) // count)][:count]}
+    return {file: tagger.tag(file)[0] for file in files[:: max(1, len(files) // count)][:count]}
 
 
 class _Stages:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ced.distill.packfile import DType, Outcome, Part, Settings, outcomes_of, write
 from ced.errors import ConfigError, PackError
-from ced.files import claimed, written_aside
+from ced.files import claimed, remove_leftovers, written_aside
 from ced.machine import cores
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
@@ -121,6 +121,7 @@ def _write_parts(parts: Sequence[Part], index: Path, workers: int, progress: Pro
                 progress("pack", len(outcomes), total)
                 continue
             index.unlink(missing_ok=True)
+            remove_leftovers(part.path)
             # A pack can be made again, so it does not wait for the disk.
             with written_aside(part.path, sync=False) as aside:
                 for outcome in write(part, aside, pool, workers):

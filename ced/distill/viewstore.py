@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ced.distill.legacy import read_meta_pt
 from ced.distill.views import ViewRecipe
 from ced.errors import StoreError
-from ced.files import written_aside
+from ced.files import remove_leftovers, written_aside
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable, audioset
 
@@ -153,6 +153,8 @@ def part_complete(folder: Path, epoch: int, rank: int) -> bool:
 def write_part(folder: Path, epoch: int, rank: int, rows: Rows) -> None:
     """Write the rows of one epoch and process; the same rows give the same bytes."""
     path = part_path(folder, epoch, rank)
+    for unfinished in (path, path.with_suffix(".parquet")):
+        remove_leftovers(unfinished)
     with written_aside(path.with_suffix(".parquet")) as aside:
         columns = [pa.array(rows.filenames, pa.large_string()), pa.array(rows.starts), pa.array(rows.ends)]
         pq.write_table(pa.table(columns, schema=_SCHEMA), aside, compression="zstd")

@@ -7,7 +7,6 @@ checkpoint or an experiment. X-ARES wants a class: `CedEncoder`.
 import os
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ced.errors import AudioError
@@ -53,13 +52,10 @@ class CedEncoder(nn.Module):
             raise AudioError(
                 f"audio is {audio.dtype} {tuple(audio.shape)}; it must be floats in [-1, 1], (clips, samples)"
             )
-        audio = torch.atleast_2d(audio)
-        missing = (PATCH - 1) * self.network.config.hop_size - audio.shape[-1]
-        waves = F.pad(audio, (0, max(missing, 0)))
-        return torch.cat([self._columns(some) for some in waves.split(AT_ONCE)])
+        return torch.cat([self._columns(some) for some in torch.atleast_2d(audio).split(AT_ONCE)])
 
     def _columns(self, waves: Tensor) -> Tensor:
-        return grid(self.network, self.network.front_end(waves)).mean(1)
+        return grid(self.network, self.network.mel(waves)).mean(1)
 
 
 def load_model(model_file_path: str = "") -> CedEncoder:

@@ -129,8 +129,13 @@ class CED(nn.Module):
         Returns:
             (b, c) probabilities; with pooling "logit", logits.
         """
+        return self.forward_mel(self.mel(waves))
+
+    def mel(self, waves: Tensor) -> Tensor:
+        """Return log-mel features of waves, padded with zeros to one patch, (b, t) -> (b, f, n) dB, n >= 16."""
         missing = self.config.front_end.min_samples - waves.shape[-1]
-        return self.forward_mel(self.front_end(F.pad(waves, (0, max(missing, 0)))))
+        mel: Tensor = self.front_end(F.pad(waves, (0, max(missing, 0))))
+        return mel
 
     def forward_mel(self, mel: Tensor) -> Tensor:
         """Score log-mel features.
@@ -141,7 +146,7 @@ class CED(nn.Module):
         Returns:
             (b, c) probabilities; with pooling "logit", logits.
         """
-        return self._join(self._in_pieces(mel, self._head))
+        return self._join(self.in_pieces(mel, self._head))
 
     def logits_mel(self, mel: Tensor) -> Tensor:
         """Score mel features before the activation, making `as_probs(forward_mel(mel))` of it, (b, f, n) -> (b, c).
@@ -151,13 +156,13 @@ class CED(nn.Module):
         """
         if self.config.pooling == "logit":
             return self.forward_mel(mel)
-        pieces = self._in_pieces(mel, self._piece_logits)
+        pieces = self.in_pieces(mel, self._piece_logits)
         if self.config.eval_avg == "mean":
             return self._mean_odds(pieces)
         return (pieces if self.config.activation == "sigmoid" else pieces.log_softmax(-1)).amax(1)
 
-    def _in_pieces(self, mel: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
-        """Score the tokens of each piece of `target_length` frames, (b, f, n) -> (b, pieces, c)."""
+    def in_pieces(self, mel: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply `score` to the tokens of each piece of `target_length` frames, (b, f, n) -> (b, pieces, ...)."""
         mel = self.normed(mel)
         (batch, _, frames), limit = mel.shape, self.config.target_length
         if frames > limit and not self.config.pad_last:
@@ -185,9 +190,10 @@ class CED(nn.Module):
 
     def as_probs(self, scores: Tensor) -> Tensor:
         """Turn what `forward` and `forward_mel` return into probabilities, float32 (b, c)."""
-        return self._activate(scores.float()) if self.config.pooling == "logit" else scores.float()
+        return self.activate(scores.float()) if self.config.pooling == "logit" else scores.float()
 
-    def _activate(self, logits: Tensor) -> Tensor:
+    def activate(self, logits: Tensor) -> Tensor:
+        """Turn logits into probabilities, (..., c) -> the same."""
         return logits.sigmoid() if self.config.activation == "sigmoid" else logits.softmax(-1)
 
     def _encode(self, mel: Tensor) -> Tensor:
@@ -215,8 +221,8 @@ class CED(nn.Module):
         """Pool tokens (b, tokens, d) and score them, (b, c)."""
         logits = self._scored(tokens)
         if self.config.pooling == "dm":
-            return self._activate(logits).mean(1)
-        return logits if self.config.pooling == "logit" else self._activate(logits)
+            return self.activate(logits).mean(1)
+        return logits if self.config.pooling == "logit" else self.activate(logits)
 
     def _piece_logits(self, tokens: Tensor) -> Tensor:
         """Do as `_head` but for the activation."""

@@ -5,6 +5,7 @@ import base64
 import hashlib
 import logging
 import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -29,7 +29,7 @@ from ced.serve import schema
 from ced.serve.body import Limits, RefusedError, busy
 from ced.serve.live import LiveSession
 from ced.serve.middleware import LIVENESS, POLICY, Gate, problem
-from ced.serve.schema import CLASSIFY, LIVE_PATH, STREAM, Options, StreamOptions
+from ced.serve.schema import CLASSIFY, LIVE_PATH, STREAM, RequestOptions, StreamOptions
 from ced.serve.service import DOWN, Plan, Service, encode_line
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.features import HOP_SECONDS, PATCH
@@ -91,11 +91,18 @@ class Application:
         """Answer a request."""
         await self._gate(scope, receive, send)
 
-    def stop(self) -> None:
-        """Refuse requests whose work has not begun, and end live sessions."""
+    async def stop(self, patience: float) -> None:
+        """Refuse requests whose work has not begun, and end live sessions, which have some seconds for it."""
         self.service.stop()
-        for session in list(self.sessions):
-            session.stop()
+        end = time.monotonic() + patience
+        while self.sessions and time.monotonic() < end:
+            for session in list(self.sessions):
+                session.stop()
+            await asyncio.sleep(0.02)
+
+    def close(self) -> None:
+        """End all work after the steps that are running."""
+        self.service.close()
 
     def _observe(self, method: str, path: str, status: int, seconds: float) -> None:
         if method == "POST" and path in (CLASSIFY, STREAM):
@@ -107,7 +114,7 @@ class Application:
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
             yield
-            service.close()
+            self.close()
 
         app = FastAPI(
             title="ced serve",
@@ -124,7 +131,7 @@ class Application:
             app.add_exception_handler(kind, _refused)
 
         @app.post(CLASSIFY, response_model=schema.Answer, responses=schema.REFUSALS, openapi_extra=schema.BODY)
-        async def classify(request: Request, options: Annotated[Options, Query()]) -> Response:
+        async def classify(request: Request, options: Annotated[RequestOptions, Query()]) -> Response:
             """Tag a sound: the most probable classes of each window, or events."""
             plan = self._plan(request, options)
             upload = await service.bodies.receive(request)
@@ -171,7 +178,7 @@ class Application:
 
         @app.get("/metrics", include_in_schema=False)
         async def metrics() -> Response:
-            return Response(generate_latest(service.meters.registry), media_type=CONTENT_TYPE_LATEST)
+            return Response(service.meters.report(), media_type=CONTENT_TYPE_LATEST)
 
         app.get("/docs", include_in_schema=False)(_docs_page(app))
         app.mount("/", _Page(directory=STATIC, html=True))
@@ -183,7 +190,7 @@ class Application:
         if self.service.full:
             raise busy()
 
-    def _plan(self, request: Request, options: Options) -> Plan:
+    def _plan(self, request: Request, options: RequestOptions) -> Plan:
         """Check a request before its body is read."""
         schema.check_repeated(name for name, _ in request.query_params.multi_items())
         plan = self.service.plan(options)
@@ -209,7 +216,7 @@ class Application:
         labels, limits = service.model.labels, service.limits
         mids = labels.mids or [None] * len(labels)
         named = enumerate(zip(labels.names, mids, strict=True))
-        window = Options.model_fields["window"].default
+        window = RequestOptions.model_fields["window"].default
         return schema.ModelInfo(
             version=ced.__version__,
             model=service.name,

@@ -116,18 +116,15 @@ class LiveSession:
             pass
 
     async def _converse(self) -> None:
-        options = parse_options(self._socket.query_params)
-        recipe = options.recipe()
-        if options.hop > options.window:
-            raise ConfigError(f"hop={options.hop:g} is longer than window={options.window:g}; sound would be left out")
-        events = LiveEvents(recipe.selection(self._service.tagger.labels), recipe)
-        score = self._service.tagger.scoring(silence=recipe.silence)
+        options, tagger = parse_options(self._socket.query_params), self._service.tagger
+        tagging = tagger.checked(options.tag_options())
+        events = LiveEvents(tagger.labels, tagging)
         cutter = _Cutter(options.window, options.hop)
         await self._send(
             type="begin",
             version=ced.__version__,
             model=self._service.name,
-            classes=len(self._service.tagger.labels),
+            classes=len(tagger.labels),
             rate=SAMPLE_RATE,
             window=options.window,
             hop=options.hop,
@@ -139,7 +136,7 @@ class LiveSession:
                 if cutter.waiting:
                     arrival = cutter.waiting.popleft()
                     last, seen = arrival.window.end, time.monotonic()
-                    (scored,) = await self._service.run_step(score, arrival.window)
+                    (scored,) = await self._service.run_step(tagger.score_window, arrival.window, tagging)
                     await self._send_window(arrival, scored, options.scores)
                     await self._report(events.add(scored, arrival.clock))
                     if cutter.dropped > dropped:

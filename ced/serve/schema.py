@@ -9,9 +9,8 @@ from pydantic.json_schema import SkipJsonSchema
 
 from ced.errors import ConfigError
 from ced.serve.overview import FINEST as OVERVIEW_RATE
-from ced.tag.defaults import EVENT_THRESHOLD, TOP_K
-from ced.tag.live import RECIPE as LIVE
-from ced.tag.recipe import Recipe
+from ced.tag.live import OPTIONS as LIVE
+from ced.tag.options import EVENT_THRESHOLD, TOP_K, TagOptions
 from ced.tag.records import Tag, Tags
 
 CLASSIFY, STREAM, MODEL, LIVE_PATH = "/v1/audio/classification", "/v1/audio/stream", "/v1/model", "/v1/live"
@@ -30,6 +29,7 @@ _Probability = Annotated[float, Field(ge=0, le=1)]
 _Level = Annotated[float, Field(ge=-200, lt=0)]
 _Hop = Annotated[float, Field(ge=_SHORTEST_HOP, le=_LONGEST)]
 _Seconds = Annotated[float, Field(ge=0, le=_LONGEST)]
+_Channel = Annotated[str, Field(pattern="^(mean|left|right|[1-9][0-9]?)$")]
 _Rate = Annotated[float, Field(gt=0, le=OVERVIEW_RATE)]
 _Missing = SkipJsonSchema[None]  # the value of an option that is left out; a query string cannot hold null
 
@@ -52,7 +52,7 @@ class _Selection(BaseModel):
     )
 
 
-class Options(_Selection):
+class RequestOptions(_Selection):
     """Options of a request that tags a whole sound."""
 
     top_k: _Count | _Missing = Field(
@@ -65,6 +65,10 @@ class Options(_Selection):
     hop: _Hop | _Missing = Field(
         None, description="Seconds from one window's start to the next; default: the window length."
     )
+    channel: _Channel = Field(
+        "mean", description="Channel to tag: mean (of all), left, right, or the number of a channel, from 1."
+    )
+    strict: bool = Field(False, description="Refuse files that are cut short, instead of tagging what can be read.")
     events: bool = Field(False, description="Merge windows into events: pieces with one tag each.")
     gap: _Seconds = Field(0.0, description="Events: merge events of a class at most this many seconds apart.")
     shortest: _Seconds = Field(0.0, description="Events: drop events shorter than this many seconds.")
@@ -72,21 +76,20 @@ class Options(_Selection):
         "none", description="Embedding vectors in the answer: of the whole clip, or of each window."
     )
 
-    def recipe(self) -> Recipe:
+    def tag_options(self) -> TagOptions:
         """Return the options in the form that all of the package uses.
 
         Raises:
-            ConfigError: the options contradict each other.
+            ConfigError: they contradict each other.
         """
-        if self.events and self.top_k is not None:
-            raise ConfigError(f"top_k={self.top_k} does not apply to events, which have one class each; leave it out")
-        threshold = EVENT_THRESHOLD if self.threshold is None and self.events else self.threshold
-        return Recipe(
+        return TagOptions(
             window=self.window,
             hop=self.hop,
             silence=self.silence,
-            top_k=TOP_K if self.top_k is None and threshold is None else self.top_k,
-            thresholds=threshold,
+            channel=int(self.channel) if self.channel.isdigit() else self.channel,
+            strict=self.strict,
+            top_k=self.top_k,
+            thresholds=self.threshold,
             only=tuple(self.labels),
             exclude=tuple(self.exclude),
             rollup=self.rollup,
@@ -97,7 +100,7 @@ class Options(_Selection):
         )
 
 
-class StreamOptions(Options):
+class StreamOptions(RequestOptions):
     """Options of a request whose answer is streamed."""
 
     scores: Literal["none", "windows", "columns"] = Field(
@@ -111,16 +114,13 @@ class StreamOptions(Options):
         None, description="Send peaks and a log-mel spectrogram as well, for drawing the sound: columns a second."
     )
 
-    def recipe(self) -> Recipe:
+    def tag_options(self) -> TagOptions:
         """Return the options in the form that all of the package uses.
 
         Raises:
-            ConfigError: the options contradict each other.
+            ConfigError: they contradict each other.
         """
-        columns = self.scores == "columns"
-        if columns and self.hop is not None:
-            raise ConfigError(f"hop={self.hop:g} does not apply to scores=columns; leave it out")
-        return replace(super().recipe(), columns=columns)
+        return replace(super().tag_options(), columns=self.scores == "columns")
 
 
 class LiveOptions(_Selection):
@@ -128,14 +128,18 @@ class LiveOptions(_Selection):
 
     threshold: _Probability = Field(EVENT_THRESHOLD, description="Probability at which an event begins.")
     window: float = Field(LIVE.window, ge=_SHORTEST_WINDOW, le=10.0, description="Length of a window in seconds.")
-    hop: float = Field(LIVE.hop or 0.25, ge=0.1, le=10.0, description="Seconds from one window's start to the next.")
+    hop: float = Field(LIVE.step, ge=0.1, le=10.0, description="Seconds from one window's start to the next.")
     gap: _Seconds = Field(LIVE.gap, description="Merge events of a class at most this many seconds apart.")
     shortest: _Seconds = Field(LIVE.shortest, description="Do not report events shorter than this many seconds.")
     scores: bool = Field(True, description="Send the probabilities of all classes with each window (base64, uint8).")
 
-    def recipe(self) -> Recipe:
-        """Return the options in the form that all of the package uses."""
-        return Recipe(
+    def tag_options(self) -> TagOptions:
+        """Return the options in the form that all of the package uses.
+
+        Raises:
+            ConfigError: they contradict each other.
+        """
+        return TagOptions(
             window=self.window,
             hop=self.hop,
             silence=self.silence,
@@ -192,7 +196,10 @@ class Answer(BaseModel):
     model: str
     seconds: float = Field(description="Length of the sound.")
     pieces: list[Tags]
+    kind: Literal["windows", "events"] = Field(description="What the pieces are.")
     embeddings: list[Vector] = Field([], description="Only present if requested.")
+    complete: bool = Field(description="False: the file is cut short, and what could be read of it was tagged.")
+    warnings: list[str] = Field(description="What is odd about the file.")
 
 
 class BeginLine(BaseModel):
@@ -202,6 +209,7 @@ class BeginLine(BaseModel):
     format: int = Field(description="Version of the records.")
     file: str
     model: str
+    seconds: float | None = Field(description="Length of the sound by its header, if that gives one.")
     classes: int = Field(description="Number of classes, c; GET /v1/model lists them.")
     window: float
     hop: float
@@ -257,7 +265,10 @@ class EndLine(BaseModel):
     file: str
     model: str
     seconds: float = Field(description="Length of the sound.")
+    kind: Literal["windows", "events"]
     embedding: list[float] = Field([], description="With embeddings=clip.")
+    complete: bool = Field(description="False: the file is cut short, and what could be read of it was tagged.")
+    warnings: list[str] = Field(description="What is odd about the file.")
 
 
 class ErrorLine(BaseModel):

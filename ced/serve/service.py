@@ -3,35 +3,47 @@
 import asyncio
 import base64
 import json
+import math
+import os
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
-from threading import Event, Lock
+from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.multiprocess import MultiProcessCollector
 
 import ced
-from ced.errors import AudioError, CedError, CheckpointError, ClosedError, ConfigError, install_command
+from ced.errors import AudioError, CheckpointError, ClosedError, TooLongError, install_command
 from ced.serve.body import Bodies, Limits, RefusedError, Upload, busy
 from ced.serve.overview import Overview
-from ced.serve.schema import Options, StreamOptions
-from ced.sound import audio
-from ced.sound.audio import SAMPLE_RATE, Window
+from ced.serve.schema import RequestOptions, StreamOptions
+from ced.sound.audio import SAMPLE_RATE, Sound, Window, cut, open_sound
+from ced.sound.labels import ClassTable
 from ced.tag.embeddings import rows_of
-from ced.tag.events import Merging, OrderedEvents
-from ced.tag.recipe import Recipe
+from ced.tag.events import OrderedEvents
+from ced.tag.options import TagOptions
 from ced.tag.records import FORMAT_VERSION, Record, Scored, Tags
-from ced.tag.select import Selection
 from ced.tag.tagger import Embedding, Scorer, Tagger
 
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # environment variable that makes prometheus_client share its values
 LEAST_COST = 1.0  # seconds that a window counts at least
 _BLOCK = 1.0  # seconds decoded at a time, so that a header with a false rate costs little
+_VALUES = 384_000  # samples x channels for each second of the limit: two channels at 192 kHz
 _LONGEST_ANSWER = 8_000_000  # bytes of JSON
 _PROGRESS_SECONDS = 0.5  # between two lines of progress
 DOWN = "the server is shutting down; try again soon"
@@ -40,22 +52,39 @@ T = TypeVar("T")
 
 
 class Meters:
-    """Metrics for Prometheus, in a registry of the server's own."""
+    """Metrics for Prometheus, in a registry of the server's own; several processes share their values in files."""
 
     def __init__(self, model: str) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        PlatformCollector(registry=self.registry)
-        info = Gauge("ced_info", "Version and model, as labels.", ["version", "model"], registry=self.registry)
-        info.labels(ced.__version__, model).set(1)
-        self.pending = Gauge("ced_pending_requests", "Requests that wait or are worked on.", registry=self.registry)
-        self.live = Gauge("ced_live_connections", "Live connections.", registry=self.registry)
-        self._answers = Counter("ced_requests", "Requests to tag, by status.", ["status"], registry=self.registry)
-        self._took = Histogram(
-            "ced_request_seconds", "Time from a request to its answer, for status 200.", registry=self.registry
+        self._shared = METRICS_FOLDER in os.environ
+        self._registry = registry = CollectorRegistry()
+        if not self._shared:
+            ProcessCollector(registry=registry)
+            PlatformCollector(registry=registry)
+        info = Gauge(
+            "ced_info", "Version and model.", ["version", "model"], registry=registry, multiprocess_mode="livemax"
         )
-        self.sound = Counter("ced_sound_seconds", "Seconds of sound that were tagged.", registry=self.registry)
-        self.windows = Counter("ced_windows", "Windows that were scored.", registry=self.registry)
+        info.labels(ced.__version__, model).set(1)
+        self.pending = Gauge(
+            "ced_pending_requests",
+            "Uploads that wait or are worked on.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.live = Gauge("ced_live_connections", "Live connections.", registry=registry, multiprocess_mode="livesum")
+        self._answers = Counter("ced_requests", "Requests to tag, by status.", ["status"], registry=registry)
+        self._took = Histogram(
+            "ced_request_seconds", "Time from a request to its answer, for status 200.", registry=registry
+        )
+        self.sound = Counter("ced_sound_seconds", "Seconds of sound that were tagged.", registry=registry)
+        self.windows = Counter("ced_windows", "Windows that were scored.", registry=registry)
+
+    def report(self) -> bytes:
+        """Return the values in Prometheus' text format, of all processes together."""
+        if not self._shared:
+            return generate_latest(self._registry)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
 
     def count(self, status: int, seconds: float) -> None:
         """Count the answer to a request."""
@@ -68,19 +97,15 @@ class Meters:
 class Plan:
     """How a request is worked on, checked before its body is read."""
 
-    options: Options
-    recipe: Recipe
-    selection: Selection
-    score: Callable[[Window], list[Scored]]
+    request: RequestOptions
+    options: TagOptions
+    labels: ClassTable
 
     def events(self) -> OrderedEvents | None:
         """Return a new merger of windows into events, if events are asked for."""
-        if not self.recipe.events:
+        if not self.options.events:
             return None
-        merging = Merging(
-            self.selection, release=self.recipe.release, gap=self.recipe.gap, shortest=self.recipe.shortest
-        )
-        return OrderedEvents(self.selection, merging)
+        return OrderedEvents(self.options.selection(self.labels), self.options.merging(self.labels))
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,14 +140,14 @@ class Service:
         self.meters = Meters(name)
         self.places = jobs + limits.waiting
         self.bodies = Bodies(limits, self.places)
-        self.tagger = Tagger(model)
+        self.tagger = Tagger(model, name=name)
         self.stopping = False
         self._jobs = jobs
         self._taken = 0
         self._lock = Lock()
         self._pool = ThreadPoolExecutor(jobs, "ced-worker")
         self._first_steps: set[Future[Any]] = set()  # of sounds that nothing was done with yet
-        self.has_columns, self.has_embeddings = _warm_up(model)
+        self.has_columns, self.has_embeddings = _warm_up(self.tagger)
 
     @property
     def full(self) -> bool:
@@ -140,27 +165,19 @@ class Service:
         self.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def plan(self, options: Options) -> Plan:
+    def plan(self, request: RequestOptions) -> Plan:
         """Check the options of a request.
 
         Raises:
-            ConfigError: they contradict each other or do not fit the model's classes.
+            ConfigError: they contradict each other or do not fit the model.
             RefusedError: the model cannot do what they ask for.
         """
-        recipe = options.recipe()
-        merging = (recipe.release, recipe.gap, recipe.shortest)
-        if not recipe.events and merging != (Recipe.release, Recipe.gap, Recipe.shortest):
-            raise ConfigError("release, gap and shortest apply to events only; add events=true")
-        if recipe.hop is not None and recipe.hop > recipe.window:
-            raise ConfigError(f"hop={recipe.hop:g} is longer than window={recipe.window:g}; sound would be left out")
-        if options.embeddings != "none" and not self.has_embeddings:
+        if request.embeddings != "none" and not self.has_embeddings:
             raise RefusedError(422, f"the model {self.name} has no embeddings")
-        if recipe.columns and not self.has_columns:
+        options = request.tag_options()
+        if options.columns and not self.has_columns:
             raise RefusedError(422, f"the model {self.name} cannot score columns")
-        score = self.tagger.scoring(columns=recipe.columns, silence=recipe.silence)
-        plan = Plan(options, recipe, recipe.selection(self.tagger.labels), score)
-        plan.events()
-        return plan
+        return Plan(request, self.tagger.checked(options), self.tagger.labels)
 
     def run_step(self, work: Callable[..., T], *given: Any) -> "asyncio.Future[T]":
         """Run a step in the pool, in order of arrival."""
@@ -173,7 +190,7 @@ class Service:
             RefusedError, CedError: the upload cannot be tagged.
             ClosedError: the server was stopped before the work began.
         """
-        events, size, end = plan.events(), 0, 0.0
+        decoding, events, size = self._decoding(upload, plan), plan.events(), 0
         pieces: list[bytes] = []
         vectors: list[Found] = []
 
@@ -189,20 +206,21 @@ class Service:
                     " longer hop, or use /v1/audio/stream",
                 )
 
-        async with aclosing(self._work(upload, plan)) as results:
+        async with aclosing(self._work(decoding, plan)) as results:
             async for found in results:
-                end = found.end
                 if found.vector is not None:
                     vectors.append(found)
                     size += 12 * len(found.vector)
                 add(found.pieces if events is None else _merged(events, found))
         if events is not None:
             add(events.finish())
-        head = _json(Record(upload.name, self.name, end, ()).to_json())
-        embeddings = b""
+        record = Record(upload.name, self.name, decoding.end, (), "windows" if events is None else "events")
+        head, _, tail = _json(record.to_json()).rpartition(b"[]")
+        parts = [head, b"[", b", ".join(pieces), b"]", tail.removesuffix(b"}")]
         if vectors:
-            embeddings = b', "embeddings": ' + _json(_embeddings(vectors, plan.options.embeddings))
-        return head.removesuffix(b"[]}") + b"[" + b", ".join(pieces) + b"]" + embeddings + b"}"
+            parts += [b', "embeddings": ', _json(_embeddings(vectors, plan.request.embeddings))]
+        parts += [b", ", _json(decoding.quality())[1:-1], b"}"]
+        return b"".join(parts)
 
     async def stream(self, upload: Upload, plan: Plan) -> AsyncGenerator[bytes, None]:
         """Yield the lines of a stream, each as soon as it is known; the upload is closed.
@@ -211,62 +229,80 @@ class Service:
             RefusedError, CedError: the upload cannot be tagged.
             ClosedError: the server was stopped before the work began.
         """
-        options, recipe, events = plan.options, plan.recipe, plan.events()
-        assert isinstance(options, StreamOptions)
-        end, told, vectors = 0.0, time.monotonic(), []
-        begun = False
-        overview = None if options.overview is None else Overview(options.overview)
-        async with aclosing(self._work(upload, plan, overview)) as results:
+        request, events = plan.request, plan.events()
+        assert isinstance(request, StreamOptions)
+        overview = None if request.overview is None else Overview(request.overview)
+        decoding = self._decoding(upload, plan, overview)
+        begun, told = False, time.monotonic()
+        vectors: list[Found] = []
+        async with aclosing(self._work(decoding, plan)) as results:
             async for found in results:
                 if not begun:
                     begun = True
-                    yield encode_line(
-                        type="begin",
-                        format=FORMAT_VERSION,
-                        file=upload.name,
-                        model=self.name,
-                        classes=len(self.tagger.labels),
-                        window=recipe.window,
-                        hop=recipe.window if recipe.hop is None else recipe.hop,
-                        scores=options.scores,
-                        encoding=options.encoding,
-                    )
-                end = found.end
-                if found.vector is not None and options.embeddings == "clip":
+                    yield self._begin(decoding, plan)
+                if found.vector is not None and request.embeddings == "clip":
                     vectors.append(found)
-                if events is None or options.scores != "none" or options.embeddings == "windows":
-                    yield encode_line(**_window(found, options))
+                if events is None or request.scores != "none" or request.embeddings == "windows":
+                    yield encode_line(**_window(found, request))
                 for piece in [] if events is None else _merged(events, found):
                     yield encode_line(type="event", **asdict(piece))
                 if overview is not None and (columns := overview.take()):
                     yield encode_line(type="overview", **columns)
                 if time.monotonic() - told >= _PROGRESS_SECONDS:
                     told = time.monotonic()
-                    yield encode_line(type="progress", seconds=end)
+                    yield encode_line(type="progress", seconds=found.end)
         for piece in [] if events is None else events.finish():
             yield encode_line(type="event", **asdict(piece))
         if overview is not None and (columns := overview.take(finish=True)):
             yield encode_line(type="overview", **columns)
-        last: dict[str, Any] = {"format": FORMAT_VERSION, "file": upload.name, "model": self.name, "seconds": end}
+        record = Record(upload.name, self.name, decoding.end, (), "windows" if events is None else "events")
+        last = {name: value for name, value in record.to_json().items() if name != "pieces"}
         if vectors:
             last["embedding"] = _embeddings(vectors, "clip")[0]["vector"]
-        yield encode_line(type="end", **last)
+        yield encode_line(type="end", **last, **decoding.quality())
 
-    async def _work(self, upload: Upload, plan: Plan, overview: Overview | None = None) -> AsyncGenerator[Found, None]:
+    def _begin(self, decoding: "_Decoding", plan: Plan) -> bytes:
+        """Return the first line of a stream."""
+        request, options = plan.request, plan.options
+        assert isinstance(request, StreamOptions)
+        return encode_line(
+            type="begin",
+            format=FORMAT_VERSION,
+            file=decoding.upload.name,
+            model=self.name,
+            seconds=decoding.expected,
+            classes=len(plan.labels),
+            window=options.window,
+            hop=options.step,
+            scores=request.scores,
+            encoding=request.encoding,
+        )
+
+    def _decoding(self, upload: Upload, plan: Plan, overview: Overview | None = None) -> "_Decoding":
+        """Take a place for an upload.
+
+        Raises:
+            RefusedError: there is none.
+            ClosedError: the server was stopped.
+        """
+        with self._lock:
+            full = self.full
+            self._taken += not full
+        if full:
+            upload.close()
+            raise ClosedError(DOWN) if self.stopping else busy()
+        self.meters.pending.inc()
+        return _Decoding(upload, plan.options, self.limits, overview)
+
+    async def _work(self, decoding: "_Decoding", plan: Plan) -> AsyncGenerator[Found, None]:
         """Decode and score an upload window by window, in order; at the end it is closed and its place is free.
-
-        What is decoded is added to the overview, if there is one.
 
         While the pool has threads to spare, several windows of one sound are scored at the same time.
         """
-        if not self._enter():
-            upload.close()
-            raise ClosedError(DOWN) if self.stopping else busy()
-        cancelled = Event()
-        windows = _windows(upload, plan.recipe, self.limits.seconds, cancelled, overview)
+        windows = decoding.windows()
         steps: set[Future[Any]] = set()  # that have not ended
         pending: deque[asyncio.Future[Found]] = deque()
-        begun, cost = False, 0.0
+        begun = False
 
         def run(work: Callable[..., T], *given: Any) -> "asyncio.Future[T]":
             nonlocal begun
@@ -281,13 +317,13 @@ class Service:
 
         def release() -> None:
             windows.close()
-            upload.close()
-            self._leave()
+            decoding.upload.close()
+            with self._lock:
+                self._taken -= 1
+            self.meters.pending.dec()
 
         try:
             while (window := await run(next, windows, None)) is not None:
-                cost += max(LEAST_COST, window.end - window.start)
-                self._check_cost(cost, plan.recipe)
                 pending.append(run(self._find, plan, window))
                 while pending and (len(pending) >= self._jobs // self._taken or pending[0].done()):
                     yield await pending.popleft()
@@ -299,43 +335,103 @@ class Service:
                 raise ClosedError(DOWN) from None
             raise
         finally:
-            cancelled.set()
+            decoding.cancelled = True
             for result in pending:
                 if not result.cancel() and not result.cancelled():
                     result.exception()  # which is of no interest any more
             _when_done([step for step in list(steps) if not step.cancel()], release)
 
     def _find(self, plan: Plan, window: Window) -> Found:
-        scored = plan.score(window)
-        vector = None
-        if plan.options.embeddings != "none":
-            vector = self.model.embed(window.wave[None])[0]  # type: ignore[attr-defined]  # as `plan` has checked
-        tagged = [] if plan.recipe.events or plan.recipe.columns else [plan.selection.tags(each) for each in scored]
+        options = plan.options
+        scored = self.tagger.score_window(window, options)
+        vector = None if plan.request.embeddings == "none" else self.tagger.embed_window(window)
+        selection = options.selection(plan.labels)
+        pieces = [] if options.events or options.columns else [selection.tags(each) for each in scored]
         self.meters.windows.inc()
         self.meters.sound.inc(window.end - window.start)
-        return Found(window.start, window.end, scored, tagged, vector)
+        return Found(window.start, window.end, scored, pieces, vector)
 
-    def _check_cost(self, cost: float, recipe: Recipe) -> None:
-        if cost > self.limits.seconds + recipe.window:  # the last of several windows may reach past the limit
+
+class _Decoding:
+    """An upload while it is decoded and cut into windows, by one thread at a time.
+
+    Attributes:
+        upload: what is decoded.
+        expected: its length in seconds by its header, once it is open; None: unknown.
+        end: how much of it was cut into windows, in seconds.
+        cancelled: set to True, from any thread, it ends the decoding at the next block.
+    """
+
+    def __init__(self, upload: Upload, options: TagOptions, limits: Limits, overview: Overview | None) -> None:
+        self.upload, self.end, self.cancelled = upload, 0.0, False
+        self.expected: float | None = None
+        self._options, self._limits, self._overview = options, limits, overview
+        self._sound: Sound | None = None
+
+    def quality(self) -> dict[str, Any]:
+        """Return what is odd about the sound, as far as it was read."""
+        if self._sound is None:
+            return {}
+        return {"complete": self._sound.complete, "warnings": list(self._sound.warnings)}
+
+    def windows(self) -> Generator[Window, None, None]:
+        """Decode.
+
+        Raises:
+            RefusedError: the sound is too long, or too much work (413), or cannot be decoded (422).
+            ClosedError: it was cancelled.
+        """
+        options, limits = self._options, self._limits
+        cost = 0.0
+        try:
+            with open_sound(
+                self.upload.source,
+                channel=options.channel,
+                strict=options.strict,
+                budget=round(limits.seconds * _VALUES),
+                cancelled=lambda: self.cancelled,
+                block_seconds=_BLOCK,
+            ) as self._sound:
+                self.expected = self._sound.expected_seconds
+                self._check_length(self.expected or 0.0)
+                for window in cut(self._blocks(self._sound), options.window, options.step):
+                    cost += max(LEAST_COST, window.end - window.start)
+                    self._check_cost(cost)
+                    self.end = window.end
+                    yield window
+        except TooLongError as error:
+            limit = f"{limits.seconds:g} s at {_VALUES // 1000} kHz, all channels together"
+            raise RefusedError(413, f"{self.upload.name} is too much to decode; the limit is {limit}") from error
+        except AudioError as error:  # clients cannot install anything, and arrays have no name
+            reason = error.reason.partition(f"; {install_command('media')}")[0]
+            raise RefusedError(422, f"{self.upload.name}: {reason}") from error
+
+    def _blocks(self, sound: Sound) -> Iterator[NDArray[np.float32]]:
+        held = 0
+        for block in sound.blocks():
+            held += len(block)
+            self._check_length(held / SAMPLE_RATE)
+            if self._overview is not None:
+                self._overview.add(block)
+            yield block
+
+    def _check_length(self, seconds: float) -> None:
+        limit = self._limits.seconds
+        if seconds > limit:
+            raise RefusedError(413, f"{self.upload.name} is longer than {limit:g} s, the limit of this server")
+        options = self._options
+        count = 1 + max(0, math.ceil((seconds - options.window) / options.step))
+        self._check_cost(count * max(LEAST_COST, min(options.window, seconds)))
+
+    def _check_cost(self, cost: float) -> None:
+        limit, options = self._limits.seconds, self._options
+        if cost > limit + options.window:  # of windows that lie end to end, the last may reach past the limit
             raise RefusedError(
                 413,
-                f"windows of {recipe.window:g} s every {recipe.hop or recipe.window:g} s are more than"
-                f" {self.limits.seconds:g} s to score in all (a window counts for {LEAST_COST:g} s at least), the limit"
-                " of this server; use a longer hop or window, or less of the sound",
+                f"windows of {options.window:g} s every {options.step:g} s are more than {limit:g} s to score in all"
+                f" (a window counts for {LEAST_COST:g} s at least), the limit of this server; use a longer hop or"
+                " window, or less of the sound",
             )
-
-    def _enter(self) -> bool:
-        with self._lock:
-            if self.full:
-                return False
-            self._taken += 1
-        self.meters.pending.inc()
-        return True
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._taken -= 1
-        self.meters.pending.dec()
 
 
 def encode_scores(scored: list[Scored], encoding: str = "uint8") -> str:
@@ -371,40 +467,6 @@ def _embeddings(vectors: list[Found], kind: str) -> list[dict[str, Any]]:
     return [{"start": row.start, "end": row.end, "vector": row.vector.tolist()} for row in rows]
 
 
-def _windows(
-    upload: Upload, recipe: Recipe, seconds: float, cancelled: Event, overview: Overview | None = None
-) -> Generator[Window, None, None]:
-    """Decode an upload and cut it into windows, until `cancelled` is set.
-
-    Raises:
-        RefusedError: it is longer than `seconds` (413), or cannot be decoded (422).
-    """
-
-    def blocks() -> Iterator[NDArray[np.float32]]:
-        held = 0
-        for block in audio.stream(upload.source, _BLOCK):
-            if cancelled.is_set():
-                raise ClosedError("the request was cancelled")
-            held += len(block)
-            if held > seconds * SAMPLE_RATE:
-                raise RefusedError(413, f"{upload.name} is longer than {seconds:g} s, the limit of this server")
-            if overview is not None:
-                overview.add(block)
-            yield block
-
-    try:
-        yield from audio.cut(blocks(), recipe.window, recipe.hop)
-    except AudioError as error:
-        # Arrays have no name of their own, and clients cannot install anything.
-        message = str(error).replace(audio.name_of(upload.source), upload.name)
-        message = message.partition(f"; {install_command('media')}")[0]
-        raise RefusedError(422, message) from error
-    except CedError:
-        raise
-    except Exception as error:  # decoders may fail in any way
-        raise RefusedError(422, f"cannot decode {upload.name}: {type(error).__name__}: {error}") from error
-
-
 def _when_done(steps: list[Future[Any]], action: Callable[[], None]) -> None:
     """Call `action` when all steps have ended, in the thread of the last one."""
     left, lock = len(steps), Lock()
@@ -432,17 +494,16 @@ def encode_line(**values: Any) -> bytes:
     return _json(values) + b"\n"
 
 
-def _warm_up(model: Scorer) -> tuple[bool, bool]:
+def _warm_up(tagger: Tagger) -> tuple[bool, bool]:
     """Run a model once, so that the first request does not wait for it; return whether it has columns and embeddings.
 
     Raises:
         CheckpointError: the model does not answer.
     """
-    wave = (np.zeros(SAMPLE_RATE, np.float32), SAMPLE_RATE)
-    tagger = Tagger(model)
-    next(tagger.score(wave))
+    window = Window(0.0, 1.0, np.zeros(SAMPLE_RATE, np.float32))
+    tagger.score_window(window, TagOptions())
     able = []
-    for attempt in (lambda: next(tagger.score(wave, columns=True)), lambda: tagger.embed(wave)):
+    for attempt in (lambda: tagger.score_window(window, TagOptions(columns=True)), lambda: tagger.embed_window(window)):
         try:
             attempt()
             able.append(True)

@@ -1,6 +1,8 @@
-"""Sound as every model hears it: mono float32 samples at 16 kHz, whole, block by block or in windows."""
+"""Audio as every model takes it: mono float32 samples at 16 kHz, whole, block by block or in windows."""
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,25 +11,37 @@ import soxr
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError
-from ced.sound.decode import AUDIO_SUFFIXES, SoundBytes, Source, join, name_of, opened, to_float
+from ced.sound.decode import AUDIO_SUFFIXES, SoundBytes, Source, checked, join, name_of, open_source, to_float
+from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading
 
 __all__ = [
     "AUDIO_SUFFIXES",
     "SAMPLE_RATE",
+    "Channel",
+    "Sound",
     "SoundBytes",
     "Source",
     "Window",
+    "check_channel",
     "cut",
     "load",
     "load_stored",
     "name_of",
+    "open_sound",
     "resampled",
     "stream",
     "windows",
 ]
 
 SAMPLE_RATE = 16_000
-_LOAD_BLOCK = 120.0  # seconds; most files are one block
+Channel = str | int  # "mean", "left", "right", or a number from 1
+_SIDES = {"left": 1, "right": 2}
+_BLOCK, _LOAD_BLOCK = 10.0, 120.0  # seconds; of `load`, most files are one block
+# The mean of n unrelated channels has 1/n of their power. Far less than that, and they cancel: a wire is swapped.
+_CANCELLED = 0.06
+_SILENCE = 1e-10  # power, -100 dB; below it nothing can be said about the channels
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,30 +53,145 @@ class Window:
     wave: NDArray[np.float32]  # (t,) at 16 kHz
 
 
-def load(source: Source) -> NDArray[np.float32]:
-    """Read a whole sound.
+class Sound:
+    """A sound that is open for reading, from `open_sound`.
 
-    Integers are divided by their full scale, floats kept as they are; channels are averaged, then resampled (soxr HQ).
+    Attributes:
+        name: what messages and results call it.
+        rate: of the file, in Hz.
+        channels: of the file.
+    """
+
+    def __init__(self, opened: Opened, reading: Reading, channel: int | None, strict: bool, block_seconds: float):
+        self.name, self.rate, self.channels = reading.name, opened.rate, opened.channels
+        self._opened, self._reading = opened, reading
+        self._mix, self._strict, self._block_seconds = _Mix(channel), strict, block_seconds
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was odd about the sound so far, a phrase each, without the name; it grows while the sound is read."""
+        return self._reading.warnings
+
+    @property
+    def expected_seconds(self) -> float | None:
+        """How long the sound is according to its header; None if that says nothing, or is not known yet."""
+        return self._reading.expected_seconds
+
+    @property
+    def seconds(self) -> float:
+        """How much of the sound has been decoded so far."""
+        return self._reading.seconds
+
+    @property
+    def complete(self) -> bool:
+        """False once the sound was found to be cut short, which may be known only after the last block."""
+        return self._reading.cut is None
+
+    def blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Decode the sound block by block, once, in bounded memory.
+
+        Yields:
+            (t,) float32 at 16 kHz, none empty; together at least one sample.
+
+        Raises:
+            AudioError: it cannot be decoded, has no samples or invalid ones, or, where `strict`, is cut short. Blocks
+                before the fault were yielded by then.
+            TooLongError, ClosedError: as for `open_sound`.
+        """
+        found = False
+        blocks = self._opened.blocks(self._opened.frames(self._block_seconds))
+        for wave in resampled(_to_the_end(checked(blocks, self._reading), self._reading, self._strict), self._mix):
+            found = True
+            yield wave
+        if not found:
+            raise _too_short(self.name)
+        if (cancelled := self._mix.cancelled()) is not None:
+            self._reading.warn(cancelled)
+
+
+@contextmanager
+def open_sound(
+    source: Source,
+    *,
+    channel: Channel = "mean",
+    strict: bool = False,
+    budget: int | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    block_seconds: float = _BLOCK,
+) -> Iterator[Sound]:
+    """Open a sound for reading block by block, and close it at the end of the `with` block.
+
+    Integers are divided by their full scale, floats kept as they are; channels are averaged, or one is taken, then
+    resampled to 16 kHz (soxr HQ).
 
     Args:
-        source: a path, an http(s) address, the bytes of a file, a binary file object, or (samples, rate) with samples
-            (t,) or (t, channels) of any integer or float type.
+        source: a path of a regular file, an http(s) address, the bytes of a file, a binary file object, or
+            (samples, rate) with samples (t,) or (t, channels) of any integer or float type.
+        channel: "mean" of all channels, "left", "right", or the number of a channel, from 1. "mean" adds a warning
+            where the channels cancel each other.
+        strict: refuse a sound that is cut short; else what is there is read, `complete` becomes False, and a warning
+            says what is missing.
+        budget: the most samples x channels to decode. Seconds are no measure of the work: those of 8 channels at
+            700 kHz cost 120 times those of CD sound per channel.
+        cancelled: called at each decoded block (at most a few tenths of a second of work) from the thread that reads;
+            when it returns True, the reading ends with ClosedError.
+        block_seconds: how much is decoded at a time; less where that would take more than 16 MiB.
+
+    Raises:
+        AudioError: the sound is missing, no regular file, unreadable, of an unknown kind, or has a sampling rate
+            outside 1,000-768,000 Hz or more than 64 channels, or no channel of that number. Further ones come from
+            `Sound.blocks`.
+        ConfigError: `channel` is not one of those above.
+        TooLongError: (while reading) the budget is exceeded.
+        ClosedError: (while reading) `cancelled` returned True.
+    """
+    number = check_channel(channel)
+    reading = Reading(name_of(source), budget, cancelled)
+    with ExitStack() as stack:
+        opened = open_source(source, reading, stack)
+        if number is not None and number > opened.channels:
+            plural = "s" if opened.channels > 1 else ""
+            raise AudioError(f"there is no channel {number}; it has {opened.channels} channel{plural}", reading.name)
+        yield Sound(opened, reading, None if number is None else number - 1, strict, block_seconds)
+
+
+def check_channel(channel: Channel) -> int | None:
+    """Return the number of a channel, from 1; None for the mean of all.
+
+    Raises:
+        ConfigError: it is not "mean", "left", "right" or a number from 1 to 64.
+    """
+    if channel == "mean":
+        return None
+    number = _SIDES.get(str(channel), channel)
+    if isinstance(number, str) and number.isascii() and number.isdigit() and len(number) < 9:
+        number = int(number)
+    if not isinstance(number, int) or not 1 <= number <= MOST_CHANNELS:
+        raise ConfigError(f"the channel is {channel!r}; it must be mean, left, right or a number from 1")
+    return number
+
+
+def load(source: Source, *, channel: Channel = "mean", strict: bool = True) -> NDArray[np.float32]:
+    """Read a whole sound; what is odd about it is logged.
+
+    Args:
+        source, channel, strict: as for `open_sound`.
 
     Returns:
         (t,) float32 at 16 kHz, nominally in [-1, 1], at least one sample.
 
     Raises:
-        AudioError: it is missing, unreadable, cut short, of an unknown kind, without samples, or has samples that are
-            not finite, or far beyond [-1, 1].
+        AudioError: as for `open_sound`, or its samples are not finite, or far beyond [-1, 1].
+        ConfigError: as for `open_sound`.
     """
-    return join(list(stream(source, _LOAD_BLOCK)))
+    return join(list(stream(source, _LOAD_BLOCK, channel=channel, strict=strict)))
 
 
 def load_stored(source: Source, stereo: bool = False) -> NDArray[np.int16] | NDArray[np.float32]:
     """Read a whole sound as `load` does, but leave 16-bit samples that need no work as the int16 they are.
 
     Args:
-        source: as for `load`.
+        source: as for `open_sound`.
         stereo: keep both channels of a two-channel source; other numbers of channels are averaged all the same.
 
     Returns:
@@ -70,75 +199,151 @@ def load_stored(source: Source, stereo: bool = False) -> NDArray[np.int16] | NDA
         neither averaging nor resampling, else float32.
 
     Raises:
-        AudioError: as for `load`.
+        AudioError: as for `load`, also of a sound that is cut short.
     """
-    with opened(source, _LOAD_BLOCK) as sound:
-        samples = join(list(sound.blocks))
-    if sound.channels == 1:
-        samples = samples[:, 0]
-    elif sound.channels != 2 or not stereo:
-        samples = _mean(to_float(samples))
-    if sound.rate != SAMPLE_RATE:
-        samples = soxr.resample(to_float(samples), sound.rate, SAMPLE_RATE, "HQ")
+    reading = Reading(name_of(source))
+    with ExitStack() as stack:
+        opened = open_source(source, reading, stack)
+        blocks = opened.blocks(opened.frames(_LOAD_BLOCK))
+        pieces = list(_to_the_end(checked(blocks, reading), reading, strict=True))
+    _report(reading)
+    rate, channels = pieces[0].rate, opened.channels
+    if any((piece.rate, piece.samples.shape[1]) != (rate, channels) for piece in pieces):
+        samples: NDArray[Any] = join(list(resampled(pieces)))
+    else:
+        samples = join([piece.samples for piece in pieces])
+        if channels == 1:
+            samples = samples[:, 0]
+        elif channels != 2 or not stereo:
+            samples = _mean(to_float(samples))
+        if rate != SAMPLE_RATE:
+            samples = soxr.resample(to_float(samples), rate, SAMPLE_RATE, "HQ")
     if not len(samples):
-        raise _too_short(sound.name)
+        raise _too_short(reading.name)
     return samples
 
 
-def stream(source: Source, block_seconds: float = 10.0) -> Iterator[NDArray[np.float32]]:
+def stream(
+    source: Source, block_seconds: float = _BLOCK, *, channel: Channel = "mean", strict: bool = True
+) -> Iterator[NDArray[np.float32]]:
     """Read a sound block by block, in memory bounded by the block: the samples of `load`, bit for bit.
 
     Args:
-        source: as for `load`.
+        source, channel, strict: as for `open_sound`.
         block_seconds: how much is decoded at a time; the blocks that come out are about as long, and never empty.
 
     Yields:
         (t,) float32 at 16 kHz.
 
     Raises:
-        AudioError: as for `load`, when the reading comes to the fault; blocks before it are out by then.
+        AudioError, ConfigError: as for `load`, when the reading comes to the fault; blocks before it are out by then.
     """
+    with open_sound(source, channel=channel, strict=strict, block_seconds=block_seconds) as sound:
+        try:
+            yield from sound.blocks()
+        finally:
+            _report(sound)
+
+
+def _report(sound: Sound | Reading) -> None:
+    for warning in sound.warnings:
+        _log.warning("%s: %s", sound.name, warning)
+
+
+def _to_the_end(blocks: Iterable[Block], reading: Reading, strict: bool) -> Iterator[Block]:
+    """Pass blocks on; raises AudioError at their end if there was none, or the source is cut and `strict` asks."""
     found = False
-    with opened(source, block_seconds) as sound:
-        for wave in resampled(sound.blocks, sound.rate):
-            found = True
-            yield wave
+    for block in blocks:
+        found = True
+        yield block
+    if reading.cut is not None:
+        if strict or not found:
+            raise AudioError(reading.cut, reading.name)
+        reading.warn(reading.cut)
     if not found:
-        raise _too_short(sound.name)
+        raise AudioError("no samples", reading.name)
 
 
-def resampled(blocks: Iterable[NDArray[Any]], rate: int) -> Iterator[NDArray[np.float32]]:
-    """Bring the blocks of one sound to what models hear; what comes out is never empty.
+class _Mix:
+    """Reduce the channels of blocks to one, and note whether they cancel each other in the mean.
 
     Args:
-        blocks: samples (t, channels) of any integer or float type.
-        rate: their sampling rate.
+        channel: the one to take, from 0; None: their mean.
+    """
+
+    def __init__(self, channel: int | None) -> None:
+        self._channel = channel
+        self._powers = np.zeros(2)  # of the mean and of the channels, summed over all samples
+        self._expected = 0.0  # of the mean, if the channels were unrelated
+        self._frames = 0
+
+    def __call__(self, samples: NDArray[Any]) -> NDArray[np.float32]:
+        channels = samples.shape[1]
+        if channels == 1:
+            return to_float(samples)[:, 0]
+        if self._channel is not None:  # a later part of a file may have fewer channels than the first
+            return to_float(np.ascontiguousarray(samples[:, min(self._channel, channels - 1)]))
+        each = to_float(samples)
+        mono = _mean(each)
+        power = float(np.vdot(each, each)) / channels
+        self._powers += float(np.vdot(mono, mono)), power
+        self._expected += power / channels
+        self._frames += len(mono)
+        return mono
+
+    def cancelled(self) -> str | None:
+        """Return a warning if the channels cancelled each other."""
+        mean, each = self._powers
+        if not self._frames or each < _SILENCE * self._frames or mean >= _CANCELLED * self._expected:
+            return None
+        less = f"{10 * np.log10(each / mean):.0f} dB below them" if mean else "silent"
+        return f"the channels cancel each other (opposite phase): their mean is {less}; choose one channel instead"
+
+
+def resampled(
+    blocks: Iterable[Block], mix: Callable[[NDArray[Any]], NDArray[np.float32]] | None = None
+) -> Iterator[NDArray[np.float32]]:
+    """Bring the blocks of one sound to what models take, mono at 16 kHz; no yielded block is empty.
+
+    Args:
+        blocks: what was decoded. Their rate may change.
+        mix: reduces (t, channels) to (t,) float32; None: the mean.
 
     Yields:
-        (t,) float32 at 16 kHz, about as long as the blocks; a block is heard a few milliseconds late.
+        (t,) float32 at 16 kHz, about as long as the blocks; samples come a few milliseconds late.
     """
-    resampler = None
-    if rate != SAMPLE_RATE:
-        resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32", "HQ")
+    mix = _Mix(None) if mix is None else mix
+    resampler, rate = None, SAMPLE_RATE
     for block in blocks:
-        wave = _mean(to_float(block))
+        if block.rate != rate:
+            if resampler is not None and len(rest := _rest(resampler)):
+                yield rest
+            rate = block.rate
+            resampler = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32", "HQ")
+        wave = mix(block.samples)
         if resampler is not None:
             wave = resampler.resample_chunk(wave)
         if len(wave):
             yield wave
-    if resampler is not None:
-        rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
-        if len(rest):
-            yield rest
+    if resampler is not None and len(rest := _rest(resampler)):
+        yield rest
 
 
-def windows(source: Source, length: float, hop: float | None = None) -> Iterator[Window]:
+def _rest(resampler: Any) -> NDArray[np.float32]:
+    """Return what a resampler still holds back at the end of a sound."""
+    rest: NDArray[np.float32] = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+    return rest
+
+
+def windows(
+    source: Source, length: float, hop: float | None = None, *, channel: Channel = "mean", strict: bool = True
+) -> Iterator[Window]:
     """Cut a sound into windows, in bounded memory and without padding.
 
     Windows start every `hop` seconds. The last is as short as what is left; none only repeats what is already in one.
 
     Args:
-        source: as for `load`.
+        source, channel, strict: as for `open_sound`.
         length: seconds a window.
         hop: seconds from one start to the next; None means `length`.
 
@@ -146,11 +351,11 @@ def windows(source: Source, length: float, hop: float | None = None) -> Iterator
         AudioError: as for `load`.
         ConfigError: `length` or `hop` is shorter than one sample; raised at once.
     """
-    return cut(stream(source), length, hop)
+    return cut(stream(source, channel=channel, strict=strict), length, hop)
 
 
 def cut(blocks: Iterable[NDArray[np.float32]], length: float, hop: float | None = None) -> Iterator[Window]:
-    """Cut what is read block by block into windows, each as soon as its last sample is there; all as `windows` has it.
+    """Cut blocks into windows as `windows` does, each as soon as its last sample has come.
 
     Args:
         blocks: (t,) at 16 kHz, of any lengths.
@@ -197,4 +402,4 @@ def _mean(samples: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _too_short(name: str) -> AudioError:
-    return AudioError(f"{name} is too short to leave a sample at {SAMPLE_RATE} Hz")
+    return AudioError(f"too short: less than a sample at {SAMPLE_RATE} Hz is left", name)

@@ -1,12 +1,10 @@
-"""What a source of sound holds, block by block and as it is stored: files of any kind, bytes, streams, arrays."""
+"""Open a source of any kind (file, bytes, stream, array, address) and decode it block by block, as it is stored."""
 
 import io
-import logging
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 from functools import partial
 from numbers import Integral
 from typing import Any, BinaryIO
@@ -16,9 +14,10 @@ import soundfile
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, install_command
-from ced.sound.media import MEDIA_KINDS, Opened, is_address, is_installed, open_address, open_media
+from ced.sound.ffmpeg import MEDIA_KINDS, is_address, is_installed, open_address, open_media
 from ced.sound.plainwav import plain_wav
-from ced.sound.whole import announces_length, is_cut
+from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading
+from ced.sound.truncation import announces_length, is_cut
 
 AUDIO_SUFFIXES = frozenset(
     {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64"}
@@ -26,12 +25,18 @@ AUDIO_SUFFIXES = frozenset(
 _KINDS = "WAV, FLAC, OGG, Opus, MP3, AIFF, AU, CAF, W64"
 FULL_SCALE = 32_768  # the int16 that stands for 1.0
 LOUDEST = 1e6  # floats beyond it are not sound, but other data, or scaled by mistake; models fail at far higher ones
-_MAX_CHANNELS = 1024  # as libsndfile; more of them are an array with its axes swapped
+_LOUD = 10.0  # floats beyond it are suspicious: integers that were stored as floats without scaling
 _LEAST_READ = 1 << 16  # frames, for files that announce nothing
 _SLACK = 0.1  # seconds that a file may lack of its announced length: the ends of MP3 files are padded
 _FLAC_STEP = 4096  # frames; a fault loses the read it happens in, and a cut FLAC file is a fault
-
-_log = logging.getLogger(__name__)
+_NON_BLOCKING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_SPECIAL = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
 Source = str | os.PathLike[str] | bytes | BinaryIO | tuple[NDArray[Any], int]
 
@@ -46,16 +51,6 @@ def name_of(source: Source) -> str:
     return name if isinstance(name, str) else "<file>"
 
 
-@dataclass(frozen=True, eq=False)
-class Sound:
-    """A source while it is open, as it is stored."""
-
-    name: str
-    rate: int
-    channels: int
-    blocks: Iterator[NDArray[Any]]  # (t, channels), int16 or float32, as `checked`; one at least and none empty
-
-
 class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile ships no types
     """A sound file read from front to back: soundfile seeks after every read, which MP3 decoding does not survive."""
 
@@ -63,51 +58,69 @@ class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile ship
         return False
 
 
-@contextmanager
-def opened(source: Source, block_seconds: float) -> Iterator[Sound]:
-    """Open a source whose blocks are up to `block_seconds` long; whatever is wrong with it comes as AudioError."""
-    name = name_of(source)
-    with ExitStack() as stack:
-        if isinstance(source, tuple):
-            rate, channels, read = _open_array(source)
-        elif isinstance(source, str) and is_address(source):
-            rate, channels, read = open_address(source, stack)
-        elif isinstance(source, str | os.PathLike):
-            rate, channels, read = _open_path(os.fspath(source), name, stack)
-        else:
-            rate, channels, read = _open_file(_seekable(source, name), name, stack)
-        blocks = read(max(1, round(block_seconds * rate)))
-        yield Sound(name, rate, channels, _not_empty(checked(blocks, name, rate), name))
+def open_source(source: Source, reading: Reading, stack: ExitStack) -> Opened:
+    """Open a source; `stack` closes it.
+
+    Raises:
+        AudioError: as for `ced.sound.audio.open_sound`; also from its blocks.
+    """
+    if isinstance(source, tuple):
+        opened = _open_array(source, reading)
+    elif isinstance(source, str) and is_address(source):
+        opened = open_address(source, stack, reading=reading)
+    elif isinstance(source, str | os.PathLike):
+        opened = _open_path(os.fspath(source), reading, stack)
+    else:
+        opened = _open_file(_seekable(source, reading), reading, stack)
+    reading.check_form(opened.rate, opened.channels)
+    return opened
 
 
-def _open_path(path: str, name: str, stack: ExitStack) -> Opened:
+def _open_path(path: str, reading: Reading, stack: ExitStack) -> Opened:
     try:
-        file = stack.enter_context(io.FileIO(path))
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            return _open_file(_seekable(file.read(), name), name, stack)
+        file = stack.enter_context(_regular_file(path, reading.name))
         if (wav := plain_wav(file)) is not None:
-            return wav.rate, wav.channels, partial(wav.blocks, file)
+            reading.expected_seconds = wav.frames / wav.rate
+            return Opened(wav.rate, wav.channels, partial(wav.blocks, file))
+        size = os.fstat(file.fileno()).st_size
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = error.strerror if isinstance(error, OSError) else error
-        raise AudioError(f"cannot read {name}: {reason}") from error
-    if not status.st_size:
-        raise AudioError(f"{name} is empty (0 bytes)")
+        raise AudioError(f"cannot be read: {reason}", reading.name) from error
+    if not size:
+        raise AudioError("empty (0 bytes)", reading.name)
     # As bytes, names that are not valid text are readable too; Windows has no such names.
-    return _open_file(file, name, stack, path if os.name == "nt" else os.fsencode(path))
+    return _open_file(file, reading, stack, path if os.name == "nt" else os.fsencode(path))
 
 
-def _seekable(source: bytes | BinaryIO, name: str) -> BinaryIO:
+def _regular_file(path: str, name: str) -> io.FileIO:
+    """Open a file that has an end: pipes, devices and sockets could be waited for, or read, for ever.
+
+    Raises:
+        AudioError: it is no regular file.
+        OSError, ValueError: it cannot be opened.
+    """
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if stat.S_ISREG(kind):  # one that is replaced by a pipe at this moment is opened without waiting, and found below
+        file = io.FileIO(os.open(path, os.O_RDONLY | _NON_BLOCKING))
+        kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
+        if stat.S_ISREG(kind):
+            return file
+        file.close()
+    hint = "" if kind == stat.S_IFDIR else "; send it to standard input, and name it as -"
+    raise AudioError(f"{_SPECIAL.get(kind, 'something special')}, not a regular file{hint}", name)
+
+
+def _seekable(source: bytes | BinaryIO, reading: Reading) -> BinaryIO:
     """Return a file that libsndfile can move about in."""
     if not isinstance(source, bytes):
         if not hasattr(source, "read"):
             kinds = "a path, the bytes of a file, a binary file or (samples, rate)"
-            raise AudioError(f"a {type(source).__name__} is no source of sound; expected {kinds}")
+            raise AudioError(f"a {type(source).__name__} cannot be read as sound; expected {kinds}")
         if source.seekable():
             return source
         source = source.read()
     if not source:
-        raise AudioError(f"{name} is empty (0 bytes)")
+        raise AudioError("empty (0 bytes)", reading.name)
     return SoundBytes(source)
 
 
@@ -129,27 +142,28 @@ class SoundBytes(io.BytesIO):
             return self.tell()
 
 
-def _open_file(file: BinaryIO, name: str, stack: ExitStack, path: str | bytes | None = None) -> Opened:
+def _open_file(file: BinaryIO, reading: Reading, stack: ExitStack, path: str | bytes | None = None) -> Opened:
     """Open a file with libsndfile, by its path if it has one, which is faster."""
     cut = is_cut(file)
     try:
         sound = stack.enter_context(_ForwardFile(path or file))
     except soundfile.LibsndfileError as error:
-        if (media := open_media(file, name, cut, stack)) is not None:
+        if (media := open_media(file, reading, cut, stack)) is not None:
             return media
         more = f", {MEDIA_KINDS}" if is_installed() else f"; {install_command('media')} adds {MEDIA_KINDS}"
-        message = f"cannot decode {name}: {_reason(error)}; readable are whole files of {_KINDS}{more}"
-        raise AudioError(message) from error
+        message = f"cannot be decoded: {_reason(error)}; readable are complete files of {_KINDS}{more}"
+        raise AudioError(message, reading.name) from error
     except TypeError as error:  # soundfile wants to be told what headerless files (.raw) hold
-        raise AudioError(f"cannot decode {name}: it has no header; readable are {_KINDS}") from error
+        raise AudioError(f"cannot be decoded: it has no header; readable are {_KINDS}", reading.name) from error
     announced = sound.frames
     if sound.format == "MP3" and not announces_length(file):
-        if (media := open_media(file, name, cut, stack)) is not None:
+        if (media := open_media(file, reading, cut, stack)) is not None:
             return media
         whole = install_command("media")
-        _log.warning("%s does not say how long it is, so its end may be missing; to read it whole: %s", name, whole)
+        reading.warn(f"its length is not in its header, so its end may be missing; to read it to the end: {whole}")
         announced = 0
-    return sound.samplerate, sound.channels, partial(_file_blocks, sound, name, announced, cut)
+    reading.expected_seconds = announced / sound.samplerate if announced else None
+    return Opened(sound.samplerate, sound.channels, partial(_file_blocks, sound, reading, announced, cut))
 
 
 def _reason(error: soundfile.LibsndfileError) -> str:
@@ -160,17 +174,14 @@ def _reason(error: soundfile.LibsndfileError) -> str:
 
 
 def _file_blocks(
-    file: soundfile.SoundFile, name: str, announced: int, cut: bool, frames: int
-) -> Iterator[NDArray[Any]]:
-    """Yield blocks of `frames` frames, the last shorter, as far as the file can be decoded.
-
-    If it breaks off - `cut`, decoded with a fault, or shorter than the frames `announced` - an error follows them.
-    """
+    file: soundfile.SoundFile, reading: Reading, announced: int, cut: bool, frames: int
+) -> Iterator[Block]:
+    """Yield blocks of `frames` frames, the last shorter, as far as the file can be decoded."""
     dtype = "int16" if file.subtype == "PCM_16" else "float32"
     # One more than announced, so that one read meets the end; no more than that, as a read allocates all it asks for.
     frames = min(frames, max(file.frames, _LEAST_READ) + 1)
     step = _FLAC_STEP if file.format == "FLAC" else frames
-    frames = -(-frames // step) * step  # whole steps, so that blocks of any length lose the same to a fault
+    frames = -(-frames // step) * step  # full steps, so that blocks of any length lose the same to a fault
     done, ended, fault = 0, False, None
     while not ended:
         parts: list[NDArray[Any]] = []
@@ -186,75 +197,72 @@ def _file_blocks(
             room -= len(part)
         if room < frames:
             done += frames - room
-            yield join(parts)
+            yield Block(join(parts), file.samplerate)
     if fault is not None and not done:
-        raise AudioError(f"cannot decode {name}: {_reason(fault)}") from fault
+        raise AudioError(f"cannot be decoded: {_reason(fault)}", reading.name) from fault
     found, expected = done / file.samplerate, announced / file.samplerate
     if cut or fault is not None or found < expected - _SLACK:
-        of = f" of {expected:.2f} s" if expected > found else ""
-        raise AudioError(f"{name} is cut short: it breaks off after {found:.2f} s{of}") from fault
+        reading.broken(found, expected)
 
 
-def _open_array(source: tuple[NDArray[Any], int]) -> Opened:
-    expected = "expected (samples, rate) with samples (t,) or (t, channels) and rate in hertz"
+def _open_array(source: tuple[NDArray[Any], int], reading: Reading) -> Opened:
+    name, expected = reading.name, "expected (samples, rate) with samples (t,) or (t, channels) and rate in hertz"
     if len(source) != 2 or not isinstance(source[1], Integral) or source[1] < 1:
         kinds = ", ".join(type(part).__name__ for part in source)
-        raise AudioError(f"<array> is a tuple of ({kinds}); {expected}, a positive whole number")
+        raise AudioError(f"a tuple of ({kinds}); {expected}, a positive whole number", name)
     samples = np.asarray(source[0])
     if samples.ndim == 1:
         samples = samples[:, None]
-    if samples.ndim != 2 or samples.shape[1] > _MAX_CHANNELS:
-        raise AudioError(f"<array> has samples of shape {np.shape(source[0])}; {expected}")
+    if samples.ndim != 2 or samples.shape[1] > MOST_CHANNELS:
+        raise AudioError(f"samples of shape {np.shape(source[0])}; {expected}, at most {MOST_CHANNELS} channels", name)
     if samples.dtype.kind not in "iuf":
-        raise AudioError(f"<array> has samples of type {samples.dtype}; expected integers or floats")
+        raise AudioError(f"samples of type {samples.dtype}; expected integers or floats", name)
     if not samples.shape[1]:
-        raise AudioError(f"<array> has samples of shape {samples.shape}, without a channel; {expected}")
-    return int(source[1]), samples.shape[1], partial(_array_blocks, samples)
+        raise AudioError(f"samples of shape {samples.shape}, without a channel; {expected}", name)
+    rate = int(source[1])
+    reading.expected_seconds = len(samples) / rate
+    return Opened(rate, samples.shape[1], partial(_array_blocks, samples, rate))
 
 
-def _array_blocks(samples: NDArray[Any], frames: int) -> Iterator[NDArray[Any]]:
+def _array_blocks(samples: NDArray[Any], rate: int, frames: int) -> Iterator[Block]:
     for start in range(0, len(samples), frames):
-        yield samples[start : start + frames]
+        yield Block(samples[start : start + frames], rate)
 
 
-def checked(blocks: Iterable[NDArray[Any]], name: str, rate: int) -> Iterator[NDArray[Any]]:
-    """Pass blocks on as int16 or float32.
-
-    Args:
-        blocks: samples (t, channels) of any integer or float type.
-        name: what messages call their source.
-        rate: their sampling rate.
+def checked(blocks: Iterable[Block], reading: Reading) -> Iterator[Block]:
+    """Pass blocks on as int16 or float32, count them, and check their form, their cost and their samples.
 
     Raises:
-        AudioError: a sample is not a number, or so far from [-1, 1] that it is no sound.
+        AudioError: a sample is not a number, or so far from [-1, 1] that it is not sound; a rate or a number of
+            channels is out of range.
+        ClosedError, TooLongError: as for `Reading.spend`.
     """
-    done = 0
+    peak = 0.0
     for block in blocks:
-        if block.dtype.kind == "f" and block.size:
-            least, most = float(block.min()), float(block.max())  # nan, if any sample is
+        samples = block.samples
+        reading.check_form(block.rate, samples.shape[1])
+        reading.spend(samples.size)
+        if samples.dtype.kind == "f" and samples.size:
+            least, most = float(samples.min()), float(samples.max())  # nan, if any sample is
             if not (least >= -LOUDEST and most <= LOUDEST):
-                raise AudioError(f"{name} has {_impossible(block, done, rate)}")
-        done += len(block)
-        yield block if block.dtype == np.int16 else to_float(block)
+                raise AudioError(_impossible(samples, reading.seconds, block.rate), reading.name)
+            peak = max(peak, -least, most)
+        reading.seconds += len(samples) / block.rate
+        yield block if samples.dtype == np.int16 else Block(to_float(samples), block.rate)
+    if peak > _LOUD:
+        reading.warn(
+            f"samples are as large as {peak:g}; floats should be in [-1, 1], so these may be unscaled integers"
+        )
 
 
-def _impossible(block: NDArray[Any], done: int, rate: int) -> str:
-    """Say which is the first sample of a block, with `done` frames before it, that cannot be of a sound."""
+def _impossible(block: NDArray[Any], begin: float, rate: int) -> str:
+    """Describe the first sample of a block that cannot be sound; the block begins at `begin` seconds."""
     samples = block.astype(np.float64)
     frame, channel = np.argwhere(~(np.abs(samples) <= LOUDEST))[0]
-    value, place = samples[frame, channel], f"{(done + frame) / rate:.3f} s"
+    value, place = samples[frame, channel], f"{begin + frame / rate:.3f} s"
     if not np.isfinite(value):
         return f"samples that are not finite numbers, the first at {place}"
-    return f"a sample of {value:g} at {place}; sound is in [-1, 1], and nothing beyond {LOUDEST:g} is taken for it"
-
-
-def _not_empty(blocks: Iterator[NDArray[Any]], name: str) -> Iterator[NDArray[Any]]:
-    found = False
-    for block in blocks:
-        found = True
-        yield block
-    if not found:
-        raise AudioError(f"{name} holds no samples")
+    return f"a sample of {value:g} at {place}; sound is in [-1, 1], and beyond {LOUDEST:g} nothing is accepted"
 
 
 def to_float(samples: NDArray[Any]) -> NDArray[np.float32]:

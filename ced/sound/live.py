@@ -16,7 +16,8 @@ from ced.errors import AudioError, ConfigError
 from ced.sound import audio
 from ced.sound.audio import SAMPLE_RATE, Window
 from ced.sound.decode import checked
-from ced.sound.media import is_address, open_address
+from ced.sound.ffmpeg import is_address, open_address
+from ced.sound.reading import Block, Reading
 
 BLOCK = 0.1  # seconds that are read at a time
 _DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before each further attempt to open a source; the last is kept
@@ -78,7 +79,7 @@ def _shaped(found: Iterable[NDArray[Any]], name: str) -> Iterator[NDArray[Any]]:
 
 def waves(found: Iterable[NDArray[Any]], rate: int, name: str) -> Iterator[NDArray[np.float32]]:
     """Bring blocks (t, channels) to what models hear, (t,) at 16 kHz; AudioError: a sample cannot be of a sound."""
-    return audio.resampled(checked(found, name, rate), rate)
+    return audio.resampled(checked((Block(samples, rate) for samples in found), Reading(name)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,8 +249,12 @@ class _Course:
 
 def _received(url: str) -> Iterator[NDArray[np.float32]]:
     with ExitStack() as stack:
-        rate, _, read = open_address(url, stack, live=True)
-        yield from waves(read(1), rate, url)  # each packet as it comes: what is joined to blocks would wait for more
+        reading = Reading(url)
+        opened = open_address(url, stack, reading, live=True)
+        # Each packet as it comes: what is joined to blocks would wait for more.
+        yield from audio.resampled(checked(opened.blocks(1), reading))
+        if reading.cut is not None:
+            raise AudioError(reading.cut, url)
 
 
 def _paced(found: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
+
+from ced.sound.reading import Block
 
 _HEAD = 4096  # bytes looked at for the chunks before the samples
 _PCM, _BITS = 1, 16
@@ -22,12 +23,12 @@ class PlainWav:
     frames: int
     start: int  # byte of the first sample
 
-    def blocks(self, file: BinaryIO, frames: int) -> Iterator[NDArray[np.int16]]:
-        """Yield its samples from the open file, up to `frames` frames a block, (t, channels)."""
+    def blocks(self, file: BinaryIO, frames: int) -> Iterator[Block]:
+        """Yield its samples from the open file, int16, up to `frames` frames a block."""
         file.seek(self.start)
         for done in range(0, self.frames, frames):
             count = min(frames, self.frames - done) * self.channels
-            yield np.fromfile(file, "<i2", count).reshape(-1, self.channels)
+            yield Block(np.fromfile(file, "<i2", count).reshape(-1, self.channels), self.rate)
 
 
 def plain_wav(file: BinaryIO) -> PlainWav | None:

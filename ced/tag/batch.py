@@ -1,25 +1,22 @@
 """Many files: tagged side by side, with outputs, a report of failures, and a journal that a broken run goes on from."""
 
-import json
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from ced.errors import AudioError, CedError, ConfigError
-from ced.files import claimed
+from ced.errors import AudioError, ConfigError
+from ced.files import claimed, make_folders, open_to_append, remove_leftovers, writing
+from ced.parallel import attempts
 from ced.progress import NotedProgress, silent
 from ced.tag.inputs import Input
 from ced.tag.journal import Journal, stamp_of
 from ced.tag.records import Record
 from ced.tag.results import FORMATS, Format, formats, write
+from ced.text import json_line
 
 JOURNAL_NAME, ERRORS_NAME, COMBINED_STEM = "journal.jsonl", "errors.jsonl", "tags"
-_AHEAD = 32  # files that may be done before the one whose turn it is
 
 
 class Timed(Protocol):
@@ -88,30 +85,15 @@ def results(
     if jobs < 1:
         raise ConfigError(f"jobs is {jobs}; it must be 1 or more")
     began, seconds = time.monotonic(), 0.0
-    pool = ThreadPoolExecutor(jobs, "ced-file")
-    try:
-        ahead = (pool.submit(_attempt, process, item) for item in inputs)
-        waiting: deque[Future[Outcome[T]]] = deque(islice(ahead, jobs + _AHEAD))
-        for done in range(1, len(inputs) + 1):
-            outcome = waiting.popleft().result()
-            waiting.extend(islice(ahead, 1))
-            if outcome.result is not None:
-                seconds += outcome.result.seconds
-            progress(task, done, len(inputs), _speed(seconds, time.monotonic() - began))
-            yield outcome
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _attempt(process: Callable[[Input], T], item: Input) -> Outcome[T]:
-    try:
-        return Outcome(item, process(item))
-    except AudioError as error:
-        return Outcome(item, None, _line(str(error)))
-    except CedError:
-        raise
-    except Exception as error:  # whatever a decoder comes up with must not stop the other files
-        return Outcome(item, None, _line(f"{item.name}: {type(error).__name__}: {error}"))
+    found = attempts(process, inputs, jobs, name=lambda item: item.name)
+    for done, (item, result) in enumerate(zip(inputs, found, strict=True), start=1):
+        if isinstance(result, AudioError):
+            outcome: Outcome[T] = Outcome(item, None, _line(str(result)))
+        else:
+            outcome = Outcome(item, result)
+            seconds += result.seconds
+        progress(task, done, len(inputs), _speed(seconds, time.monotonic() - began))
+        yield outcome
 
 
 def _line(message: str) -> str:
@@ -160,6 +142,7 @@ def run(
     began = time.monotonic()
     failures, seconds = 0, 0.0
     with claimed(out / JOURNAL_NAME), Journal(out / JOURNAL_NAME, settings) as journal:
+        remove_leftovers(out)
         if not combined:
             _check_owners(inputs, journal, out)
         stamps = {item.name: stamp_of(item) for item in inputs}
@@ -168,7 +151,7 @@ def run(
         errors.unlink(missing_ok=True)
         for item in inputs:
             if item.name in done and not all(path.exists() for _, path in targets.get(item.name, ())):
-                _write_outputs(journal.record(item), targets[item.name])
+                _write_outputs(journal.record(item), targets[item.name], out)
         for outcome in results(todo, process, jobs=jobs, progress=progress):
             item = outcome.input
             if not combined and journal.owner(item) == item.name:
@@ -180,7 +163,7 @@ def run(
                 continue
             seconds += outcome.result.seconds
             # Outputs first: what the journal holds has its outputs, even after a kill between the two.
-            _write_outputs(outcome.result, targets.get(item.name, ()))
+            _write_outputs(outcome.result, targets.get(item.name, ()), out)
             journal.add(item, stamps[item.name], outcome.result)
             done.add(item.name)
         if combined:
@@ -219,16 +202,18 @@ def _check_owners(inputs: Sequence[Input], journal: Journal, out: Path) -> None:
 
 
 def _remove_outputs(item: Input, out: Path) -> None:
+    make_folders(out, item.relative.parent)  # nothing is removed through a link, either
     for kind in FORMATS.values():
         (out / f"{item.relative}{kind.suffix}").unlink(missing_ok=True)
 
 
-def _write_outputs(record: Record, targets: _Targets) -> None:
+def _write_outputs(record: Record, targets: _Targets, out: Path) -> None:
     for kind, path in targets:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(out, path.parent.relative_to(out))
         write(kind, [record], path)
 
 
 def _note_error(errors: Path, outcome: Outcome[Record]) -> None:
-    with errors.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(json.dumps({"file": outcome.input.name, "error": outcome.error}, ensure_ascii=False) + "\n")
+    line = json_line({"file": outcome.input.name, "error": outcome.error})
+    with writing(errors), open_to_append(errors) as file:
+        file.write(f"{line}\n".encode())

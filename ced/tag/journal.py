@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from ced.errors import ConfigError, StoreError
+from ced.files import open_to_append, writing
 from ced.tag.inputs import Input
 from ced.tag.records import FORMAT_VERSION as RECORD_FORMAT
 from ced.tag.records import Record
@@ -51,7 +52,7 @@ class Journal:
         self.path = path
         self._lines: dict[str, tuple[int, Stamp | None]] = {}  # name -> where its line begins, stamp
         self._owners: dict[str, str] = {}  # place of outputs -> name
-        self._file: BinaryIO = path.open("a+b")
+        self._file: BinaryIO = open_to_append(path)
         try:
             self._read(json.loads(json.dumps({**settings, "record format": RECORD_FORMAT})))
         except BaseException:
@@ -98,9 +99,10 @@ class Journal:
 
     def _append(self, values: dict[str, Any]) -> int:
         """Add a line and return where it begins; it is with the operating system when this returns."""
-        place = self._file.seek(0, os.SEEK_END)
-        self._file.write(json.dumps(values).encode() + b"\n")
-        self._file.flush()
+        with writing(self.path):
+            place = self._file.seek(0, os.SEEK_END)
+            self._file.write(json.dumps(values).encode() + b"\n")
+            self._file.flush()
         return place
 
     def holds(self, item: Input, stamp: Stamp | None) -> bool:

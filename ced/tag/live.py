@@ -7,18 +7,18 @@ from datetime import datetime
 from typing import Any, Literal
 
 from ced.errors import ConfigError
+from ced.sound.labels import ClassTable
 from ced.sound.live import Listening, LiveSource
-from ced.tag.events import Event, Merging
-from ced.tag.recipe import Recipe
+from ced.tag.events import Event
+from ced.tag.options import TagOptions
 from ced.tag.records import Record, Scored, Tags
-from ced.tag.select import Selection
 from ced.tag.tagger import Tagger
 
 LULL = 10.0  # seconds without any sound to hear, after which what was going on is no longer waited for
 
 # Windows that a sound fills leave room within two seconds for the hop, a block and the scoring. Short pauses belong to
 # an event: a dog that barks three times is one event.
-RECIPE = Recipe(window=1.5, hop=0.25, thresholds=0.5, events=True, gap=2.0)
+OPTIONS = TagOptions(window=1.5, hop=0.25, thresholds=0.5, events=True, gap=2.0)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Report:
     def to_json(self, source: str, model: str) -> dict[str, Any]:
         """Return it as JSON has it: a record with one piece, and what is new about it."""
         piece = Tags(round(self.piece.start, 3), round(self.piece.end, 3), self.piece.tags)  # as the clock's time
-        record = Record(source, model, piece.end, (piece,)).to_json()
+        record = Record(source, model, piece.end, (piece,), "events").to_json()
         stamp = datetime.fromtimestamp(self.time).astimezone().isoformat(timespec="milliseconds")
         return {**record, "state": self.state, "event": self.event, "time": stamp}
 
@@ -44,16 +44,16 @@ class LiveEvents:
     What ends is what `events` makes of the same windows; the memory needed does not depend on how many there are.
 
     Args:
-        selection: the classes and their thresholds.
-        recipe: how windows become events.
+        labels: the classes of the model.
+        options: thresholds, and how windows are merged into events.
 
     Raises:
-        ConfigError: the selection has no thresholds, or the recipe is out of range.
+        ConfigError: the options do not fit the classes.
     """
 
-    def __init__(self, selection: Selection, recipe: Recipe) -> None:
-        self._selection = selection
-        self._merging = Merging(selection, release=recipe.release, gap=recipe.gap, shortest=recipe.shortest)
+    def __init__(self, labels: ClassTable, options: TagOptions) -> None:
+        self._selection = options.selection(labels)
+        self._merging = options.merging(labels)
         self._told: dict[int, tuple[int, float]] = {}  # events in progress, by class: number, when they began
         self._count = 0
         self._zero = 0.0  # clock time of second 0 for the last window; a stream that stalls moves it
@@ -92,26 +92,21 @@ class Listener:
     Args:
         tagger: who scores, one window after the other.
         source: what is listened to.
-        recipe: windows, thresholds and how they become events.
+        options: windows, thresholds, and how windows are merged into events.
 
     Attributes:
         stopped: set to True, from anywhere, it ends `reports` within a fraction of a second.
 
     Raises:
-        ConfigError: the recipe is not one of events in overlapping or neighbouring windows, or contradicts itself.
+        ConfigError: the options are not of events, or do not fit the model.
     """
 
-    def __init__(self, tagger: Tagger, source: LiveSource, recipe: Recipe = RECIPE) -> None:
-        if not recipe.events or recipe.columns:
-            raise ConfigError("what is reported of live sound are events of whole windows; the recipe says otherwise")
-        hop = recipe.window if recipe.hop is None else recipe.hop
-        if hop > recipe.window:
-            raise ConfigError(
-                f"the window hop is {hop} s, the length {recipe.window} s; what lies between would not be heard"
-            )
-        self._events = LiveEvents(recipe.selection(tagger.labels), recipe)
-        self._score = tagger.scoring(silence=recipe.silence)
-        self._listening = Listening(source, recipe.window, hop)
+    def __init__(self, tagger: Tagger, source: LiveSource, options: TagOptions = OPTIONS) -> None:
+        if not options.events or options.columns:
+            raise ConfigError("live tagging reports events of whole windows; set events, and leave out columns")
+        self._tagger, self._options = tagger, tagger.checked(options)
+        self._events = LiveEvents(tagger.labels, options)
+        self._listening = Listening(source, options.window, options.step)
         self.stopped = False
 
     @property
@@ -132,7 +127,7 @@ class Listener:
                 arrival = listening.take()
                 if arrival is not None:
                     last, seen = arrival.window.end, time.monotonic()
-                    for scored in self._score(arrival.window):
+                    for scored in self._tagger.score_window(arrival.window, self._options):
                         yield from self._events.add(scored, arrival.clock)
                 else:
                     yield from self._events.pass_to(last + time.monotonic() - seen - LULL)

@@ -28,7 +28,7 @@ class Selection:
     Args:
         labels: the classes of the model.
         top_k: the most tags of a piece; None: no limit. Equal probabilities go by index.
-        thresholds: what a class's probability must reach, (c,) or one number for all; above 1: never a tag.
+        thresholds: what a class's probability must reach, one number or one for each class; above 1: never a tag.
         only: the labels to keep; none: all.
         exclude: the labels to leave out.
         rollup: whether parents take the highest probability of their kinds.
@@ -47,7 +47,7 @@ class Selection:
         labels: ClassTable,
         *,
         top_k: int | None = 3,
-        thresholds: NDArray[np.float32] | float | None = None,
+        thresholds: float | tuple[float, ...] | None = None,
         only: Sequence[str] = (),
         exclude: Sequence[str] = (),
         rollup: bool = False,
@@ -122,7 +122,7 @@ class _Families:
         return found
 
 
-def _checked(thresholds: NDArray[np.float32] | float | None, count: int) -> NDArray[np.float32] | None:
+def _checked(thresholds: float | tuple[float, ...] | None, count: int) -> NDArray[np.float32] | None:
     if thresholds is None:
         return None
     values = np.asarray(thresholds, np.float32)

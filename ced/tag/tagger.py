@@ -1,82 +1,88 @@
-"""Tagging: a sound becomes a timeline of its most probable classes, window by window."""
-
-from __future__ import annotations
+"""The tagger: a sound is cut into windows, a model scores them, and the scores become tags, events or embeddings."""
 
 import math
 import os
-from collections import deque
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from threading import Semaphore
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, Unpack, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, CheckpointError, ClosedError, ConfigError
+from ced.model.graph import PRECISIONS, Precision
 from ced.model.zoo import DEFAULT_MODEL
+from ced.parallel import attempts, in_order
 from ced.progress import Progress, silent
 from ced.sound import audio
-from ced.sound.audio import Window
+from ced.sound.audio import Source, Window, name_of
 from ced.sound.labels import ClassTable
-from ced.tag.records import Scored, Tags
-from ced.tag.select import Selection
+from ced.tag.events import events
+from ced.tag.options import TagKeywords, TagOptions
+from ced.tag.records import Record, Scored, Tags
 
 if TYPE_CHECKING:
-    from ced.model.runtime import OnnxModel
     from ced.model.vit import CED
 
-_AHEAD = 2  # windows that wait for each thread
+DEVICES = ("cpu",)  # of graphs
+_AHEAD = 2  # windows in memory for each thread that scores
+_ROUNDING = 1e-6  # how far a probability may lie outside [0, 1]
 
-Waves = NDArray[np.float32]
+Array = NDArray[np.float32]
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Scorer(Protocol):
-    """Anything that scores waves: a graph, a network behind an adapter, a function with a class table.
-
-    What also has `embed`, or `columns` and `column_starts`, as `ced.model.runtime.OnnxModel` has all of them, gives
-    embeddings or fine timelines too.
-    """
+    """A model that scores waves; several threads may call it at once."""
 
     @property
     def labels(self) -> ClassTable:
         """The classes, in the order of the scores."""
 
-    def __call__(self, waves: Waves, /) -> NDArray[np.float32]:
+    def __call__(self, waves: Array, /) -> Array:
         """Return the probability of each class, (b, t) 16 kHz in [-1, 1] -> (b, c)."""
 
 
-class TorchScorer:
-    """The torch network as a `Scorer`: numpy in, numpy out, on the device where its weights lie."""
+@runtime_checkable
+class Embedder(Protocol):
+    """A model that gives embeddings."""
 
-    def __init__(self, network: CED) -> None:
-        self.network = network.eval()
+    def embed(self, waves: Array, /) -> Array:
+        """Return an embedding of each wave, (b, t) -> (b, d)."""
 
-    @property
-    def labels(self) -> ClassTable:
-        """The classes, in the order of the scores."""
-        return self.network.labels
 
-    def __call__(self, waves: Waves, /) -> NDArray[np.float32]:
-        """Return the probability of each class, (b, t) -> (b, c)."""
-        import torch
+@runtime_checkable
+class ColumnScorer(Protocol):
+    """A model that scores every 0.16 s of a wave."""
 
-        with torch.inference_mode():
-            batch = torch.from_numpy(waves).to(self.network.freq_pos_embed.device)
-            probs: NDArray[np.float32] = self.network.probs(batch).float().cpu().numpy()
-        return probs
+    def columns(self, waves: Array, /) -> Array:
+        """Return the probability of each class in each column of patches, (b, t) -> (b, columns, c)."""
+
+    def column_starts(self, count: int) -> NDArray[np.float64]:
+        """Return the start of each of the `count` columns of a wave, (count,) seconds."""
+
+
+@runtime_checkable
+class WindowLimited(Protocol):
+    """A model that may not take windows of any length."""
+
+    def check_window(self, seconds: float) -> None:
+        """Raise ConfigError if the model does not take windows of this length."""
 
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """What a model remembers of a sound."""
+    """The embeddings of the windows of one sound."""
 
     starts: NDArray[np.float64]  # (w,) seconds
     ends: NDArray[np.float64]
-    vectors: NDArray[np.float32]  # (w, d), one a window
+    vectors: Array  # (w, d)
 
     @property
     def seconds(self) -> float:
@@ -84,231 +90,316 @@ class Embedding:
         return float(self.ends[-1])
 
     @property
-    def clip(self) -> NDArray[np.float32]:
-        """The sound as a whole, (d,): the mean of its windows, each as heavy as it is long."""
-        mean: NDArray[np.float32] = np.average(self.vectors, axis=0, weights=self.ends - self.starts).astype(np.float32)
+    def clip(self) -> Array:
+        """The embedding of the sound as a whole, (d,): the mean of its windows, weighted by their length."""
+        mean: Array = np.average(self.vectors, axis=0, weights=self.ends - self.starts).astype(np.float32)
         return mean
 
 
 class Tagger:
     """Tags sounds with a model.
 
-    Each window is scored on its own, so a window's scores depend on nothing but the window.
+    Each window is scored on its own, so its scores do not depend on its neighbours or on `jobs`.
 
     Args:
         model: a model name, an ONNX file, a checkpoint (file or experiment folder), a torch network, or any `Scorer`.
-        jobs: windows scored at a time, each in one thread; two threads with a window each do more than two threads
-            on one window.
-        progress: told of a download, if the named model needs one.
+        device: where the model runs: "cpu", or for a torch network any device of torch. None: the CPU, or where the
+            weights of the torch network are.
+        precision: "float32", or "int8" for a smaller and faster graph whose scores differ a little.
+        jobs: windows scored at a time, each in one thread; that is faster than several threads for one window.
+        name: the name of the model in records and errors; None: the name or path given.
+        progress: called during a download, if the model needs one.
 
     Raises:
-        CheckpointError, DownloadError: the model is not known, not readable, or not here and not to be fetched.
+        CheckpointError, DownloadError: the model is unknown, unreadable, or could not be downloaded.
+        ConfigError: the model cannot run on the device or in the precision, or `jobs` is below 1.
     """
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | CED | Scorer = DEFAULT_MODEL,
+        model: "str | os.PathLike[str] | CED | Scorer" = DEFAULT_MODEL,
         *,
+        device: str | None = None,
+        precision: Precision = "float32",
         jobs: int = 1,
+        name: str | None = None,
         progress: Progress = silent,
     ) -> None:
-        if isinstance(model, str | os.PathLike):
-            from ced.model.runtime import open_model
-
-            model = open_model(model, progress=progress)
-        # A torch network is known by its method `probs`: torch itself need not be there to ask.
-        self.scorer: Scorer = TorchScorer(cast("CED", model)) if hasattr(model, "probs") else model
         if jobs < 1:
             raise ConfigError(f"jobs is {jobs}; it must be 1 or more")
+        self.scorer = _open(model, device, precision, progress)
+        self.name = name or (os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__)
         self._jobs = jobs
         self._closed = False
+        self._fitting: TagOptions | None = None  # the options that were checked last, as checking may run the model
         self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="scorer") if jobs > 1 else None
-        self._room = Semaphore(_AHEAD * jobs)  # bounds the waves in memory, however many sounds are read at once
+        self._room = Semaphore(_AHEAD * jobs)  # bounds the windows in memory, however many sounds are read at once
 
-    def __enter__(self) -> Tagger:
+    def __enter__(self) -> "Tagger":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Let go of the threads; what is being scored ends with its window, in an error."""
+        """End the threads; sounds that are being tagged end with a ClosedError after the current window."""
         self._closed = True
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     @property
     def labels(self) -> ClassTable:
-        """The classes that the model knows."""
+        """The classes of the model."""
         return self.scorer.labels
 
     def tag(
-        self, source: audio.Source, *, top_k: int = 3, window: float = 10.0, hop: float | None = None
-    ) -> Iterator[Tags]:
-        """Tag a sound window by window; a long file never lies in memory as a whole.
-
-        The last window, and a sound shorter than one, is scored at its own length.
-
-        Args:
-            source: path, bytes, binary file, or (array, rate).
-            top_k: classes a window.
-            window: seconds.
-            hop: seconds from one window's start to the next; None: windows lie end to end.
-
-        Raises:
-            AudioError: the sound cannot be read; raised when the iteration comes to the place.
-            ConfigError: `top_k`, `window` or `hop` is not positive.
-        """
-        selection = Selection(self.labels, top_k=top_k)
-        return map(selection.tags, self.score(source, window=window, hop=hop))
-
-    def score(
         self,
-        source: audio.Source,
+        source: Source,
+        options: TagOptions | None = None,
         *,
-        window: float = 10.0,
-        hop: float | None = None,
-        columns: bool = False,
-        silence: float | None = None,
-    ) -> Iterator[Scored]:
-        """Score a sound window by window.
+        name: str | None = None,
+        **changes: Unpack[TagKeywords],
+    ) -> Record:
+        """Tag a sound.
 
         Args:
-            source: path, bytes, binary file, or (array, rate).
-            window: seconds.
-            hop: seconds from one window's start to the next; None: windows lie end to end.
-            columns: score every 0.16 s of a window instead of the whole of it; windows then lie end to end.
-            silence: windows of a lower level (root mean square, in dB of full scale, so below 0) are not scored.
-
-        Raises:
-            AudioError: the sound cannot be read; raised when the iteration comes to the place.
-            CheckpointError: the model cannot score columns.
-            ConfigError: `window` or `hop` is not positive, `hop` is longer than `window` or given with `columns`, or
-                `silence` is not below 0.
-        """
-        if columns and hop is not None:
-            raise ConfigError(f"hop is {hop}; the columns of overlapping windows would be scored twice")
-        score = self.scoring(columns=columns, silence=silence)
-        scored = self._ahead(_windows(source, window, hop), score)
-        return (one for several in scored for one in several)
-
-    def scoring(self, *, columns: bool = False, silence: float | None = None) -> Callable[[Window], list[Scored]]:
-        """Return what scores a single window, for callers with windows of their own; all as `score` has it.
-
-        Args:
-            columns: give the scores of every 0.16 s.
-            silence: windows of a lower level, in dB of full scale, are not scored.
-
-        Raises:
-            CheckpointError: the model cannot score columns.
-            ConfigError: `silence` is not below 0.
-        """
-        if silence is not None and not silence < 0:
-            raise ConfigError(f"silence is {silence} dB of full scale; it must be below 0, as -60")
-        answer = self._answerer("columns" if columns else "__call__", (1, len(self.labels)))
-        nothing = np.zeros(len(self.labels), np.float32)
-
-        def score(piece: Window) -> list[Scored]:
-            if silence is not None and _level(piece.wave) < silence:
-                return [Scored(piece.start, piece.end, nothing, silent=True)]
-            (probs,) = answer(piece.wave)
-            if not columns:
-                return [Scored(piece.start, piece.end, probs)]
-            return list(_columns(piece, probs, cast("OnnxModel", self.scorer).column_starts(len(probs))))
-
-        return score
-
-    def embed(self, source: audio.Source, *, window: float = 10.0, hop: float | None = None) -> Embedding:
-        """Return a vector for each window of a sound: the mean of its tokens, from which the model scores.
-
-        Args:
-            source: path, bytes, binary file, or (array, rate).
-            window: seconds.
-            hop: seconds from one window's start to the next; None: windows lie end to end.
+            source: a path, an http(s) address, the bytes of a file, a binary file, or (samples, rate).
+            options: how it is tagged; None: the defaults.
+            name: the name of the sound in the record; None: its path or address.
+            changes: fields of `TagOptions` that replace those of `options`.
 
         Raises:
             AudioError: the sound cannot be read.
-            CheckpointError: the model gives no embeddings.
-            ConfigError: `window` or `hop` is not positive.
+            CheckpointError: the model cannot score columns, or answers with impossible scores.
+            ConfigError: an option is out of range, or does not fit the model.
         """
-        answer = self._answerer("embed", (1,))
-        found = list(
-            self._ahead(_windows(source, window, hop), lambda piece: (piece.start, piece.end, answer(piece.wave)))
+        options = self.checked(options, **changes)
+        scored = _Counted(self._scored(source, options))
+        pieces = tuple(self._pieces(scored, options))
+        return Record(
+            name or name_of(source), self.name, scored.seconds, pieces, "events" if options.events else "windows"
         )
-        starts, ends, vectors = zip(*found, strict=True)
-        return Embedding(np.array(starts), np.array(ends), np.concatenate(vectors))
+
+    def stream(
+        self, source: Source, options: TagOptions | None = None, **changes: Unpack[TagKeywords]
+    ) -> Iterator[Tags]:
+        """Yield the windows or events of a sound as soon as they are known; a long sound is never in memory as a whole.
+
+        Arguments and errors are those of `tag`; options are checked at once, other errors come with the iteration.
+        """
+        options = self.checked(options, **changes)
+        return self._pieces(self._scored(source, options), options)
+
+    def tag_many(
+        self, sources: Iterable[Source], options: TagOptions | None = None, **changes: Unpack[TagKeywords]
+    ) -> Iterator[Record | AudioError]:
+        """Tag several sounds at a time; yield a record for each, in order, or the error of one that cannot be read.
+
+        Arguments and other errors are those of `tag`; options are checked at once.
+        """
+        options = self.checked(options, **changes)
+        return attempts(lambda source: self.tag(source, options), sources, self._jobs, name=name_of)
+
+    def score(
+        self,
+        source: Source,
+        *,
+        window: float = TagOptions.window,
+        hop: float | None = None,
+        columns: bool = False,
+        silence: float | None = None,
+        channel: str | int = TagOptions.channel,
+        strict: bool = False,
+    ) -> Iterator[Scored]:
+        """Yield the scores of all classes for each window of a sound.
+
+        Arguments are those of `TagOptions`, errors those of `tag`; arguments are checked at once, other errors come
+        with the iteration.
+        """
+        options = TagOptions(window=window, hop=hop, columns=columns, silence=silence, channel=channel, strict=strict)
+        return self._scored(source, self.checked(options))
+
+    def embed(
+        self,
+        source: Source,
+        *,
+        window: float = TagOptions.window,
+        hop: float | None = None,
+        channel: str | int = TagOptions.channel,
+        strict: bool = False,
+    ) -> Embedding:
+        """Return an embedding of each window of a sound: the mean of the network's tokens, from which it scores.
+
+        Arguments are those of `TagOptions`.
+
+        Raises:
+            AudioError: the sound cannot be read.
+            CheckpointError: the model gives no embeddings, or some that are not finite.
+            ConfigError: an argument is out of range.
+        """
+        options = self.checked(TagOptions(window=window, hop=hop, channel=channel, strict=strict))
+        windows = self._ahead(
+            _windows(source, options), lambda piece: (piece.start, piece.end, self.embed_window(piece))
+        )
+        starts, ends, vectors = zip(*windows, strict=True)
+        return Embedding(np.array(starts), np.array(ends), np.stack(vectors))
+
+    def checked(self, options: TagOptions | None = None, **changes: Unpack[TagKeywords]) -> TagOptions:
+        """Return options with changes, checked against the model before any sound is read.
+
+        Raises:
+            CheckpointError: the model cannot score columns.
+            ConfigError: an option is out of range, or does not fit the model (its classes, its longest window).
+        """
+        options = replace(options or TagOptions(), **changes)
+        if options != self._fitting:
+            options.check(self.labels)
+            if options.columns:
+                self._column_scorer()
+            if isinstance(self.scorer, WindowLimited):
+                self.scorer.check_window(options.window)
+            self._fitting = options
+        return options
+
+    def score_window(self, window: Window, options: TagOptions) -> list[Scored]:
+        """Return the scores of one window, or with `options.columns` of each 0.16 s of it.
+
+        Raises:
+            CheckpointError: the model cannot score columns, or answers with impossible scores.
+        """
+        if options.silence is not None and _level(window.wave) < options.silence:
+            return [Scored(window.start, window.end, np.zeros(len(self.labels), np.float32), silent=True)]
+        if not options.columns:
+            (probs,) = self._probs(self.scorer(window.wave[None]), 2)
+            return [Scored(window.start, window.end, probs)]
+        model = self._column_scorer()
+        (rows,) = self._probs(model.columns(window.wave[None]), 3)
+        # The samples after the last whole column belong to the last one.
+        times = [*(window.start + model.column_starts(len(rows))).tolist(), window.end]
+        return [Scored(start, end, row) for row, (start, end) in zip(rows, pairwise(times), strict=True)]
+
+    def _scored(self, source: Source, options: TagOptions) -> Iterator[Scored]:
+        for several in self._ahead(_windows(source, options), partial(self.score_window, options=options)):
+            yield from several
+
+    def _pieces(self, scored: Iterable[Scored], options: TagOptions) -> Iterator[Tags]:
+        selection = options.selection(self.labels)
+        if not options.events:
+            return map(selection.tags, scored)
+        return events(scored, selection, release=options.release, gap=options.gap, shortest=options.shortest)
+
+    def _column_scorer(self) -> ColumnScorer:
+        if not isinstance(self.scorer, ColumnScorer):
+            raise CheckpointError(f"the model {self.name} cannot score columns; a graph written by `ced export` can")
+        return self.scorer
+
+    def embed_window(self, window: Window) -> Array:
+        """Return the embedding of one window, (d,).
+
+        Raises:
+            CheckpointError: the model gives no embeddings, or some that are not finite.
+        """
+        if not isinstance(self.scorer, Embedder):
+            raise CheckpointError(f"the model {self.name} gives no embeddings; a graph written by `ced export` does")
+        vector: Array = self._answer(self.scorer.embed(window.wave[None]), 2)[0]
+        return vector
+
+    def _probs(self, answer: Array, dimensions: int) -> Array:
+        """Check the probabilities of one wave, (1, ..., c)."""
+        answer = self._answer(answer, dimensions)
+        classes = len(self.labels)
+        if answer.shape[-1] != classes:
+            raise CheckpointError(
+                f"the model {self.name} gives scores of shape {answer.shape} for one sound; its class table has"
+                f" {classes} classes"
+            )
+        least, most = float(answer.min(initial=0.0)), float(answer.max(initial=1.0))
+        if least < -_ROUNDING or most > 1 + _ROUNDING:
+            worst = least if least < -_ROUNDING else most
+            raise CheckpointError(f"the model {self.name} gives a score of {worst:g}; probabilities are 0 to 1")
+        return answer if least >= 0 and most <= 1 else answer.clip(0.0, 1.0)
+
+    def _answer(self, answer: Array, dimensions: int) -> Array:
+        """Check what the model answers for one wave: the one place that every score and embedding passes."""
+        if answer.ndim != dimensions or len(answer) != 1:
+            raise CheckpointError(
+                f"the model {self.name} gives an answer of shape {answer.shape} for one sound; it must have"
+                f" {dimensions} dimensions, the first of them 1"
+            )
+        if not np.isfinite(answer).all():
+            raise CheckpointError(f"the model {self.name} gives values that are not finite numbers (NaN or infinity)")
+        return answer
+
+    def _ahead(self, windows: Iterable[Window], work: Callable[[Window], R]) -> Iterator[R]:
+        """Apply `work` to windows in the threads of the tagger, in order; windows before a fault come out first."""
+        if self._pool is None:
+            for window in windows:
+                self._check_open()
+                yield work(window)
+        else:
+            yield from in_order(work, windows, self._submit, _AHEAD * self._jobs)
+
+    def _submit(self, work: Callable[[T], R], item: T, /) -> Future[R]:
+        self._check_open()
+        assert self._pool is not None
+        self._room.acquire()
+        try:
+            future = self._pool.submit(work, item)
+        except RuntimeError as error:  # the pool was shut down since
+            raise ClosedError("the tagger is closed") from error
+        future.add_done_callback(lambda _: self._room.release())
+        return future
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the tagger is closed")
 
-    def _answerer(self, method: str, shape: tuple[int, ...]) -> Callable[[Waves], NDArray[np.float32]]:
-        """Return what asks the scorer about one wave, (t,), and checks that the answer fits the class table."""
-        ask = getattr(self.scorer, method, None)
-        if ask is None:
-            raise CheckpointError(f"a {type(self.scorer).__name__} has no {method}; an exported ONNX file has")
-        classes = len(self.labels)
 
-        def answer(wave: Waves) -> NDArray[np.float32]:
-            found: NDArray[np.float32] = ask(wave[None])
-            if len(found) != 1 or (method != "embed" and found.shape[-1] != classes):
-                raise CheckpointError(
-                    f"the model answers one wave with scores of shape {found.shape}; its class table asks for"
-                    f" (1, {classes})"
-                )
-            return found
+class _Counted:
+    """Passes scored windows on and keeps how long the sound is so far."""
 
-        return answer
+    def __init__(self, scored: Iterable[Scored]) -> None:
+        self._scored = scored
+        self.seconds = 0.0
 
-    def _ahead(self, pieces: Iterable[Window], work: Callable[[Window], T]) -> Iterator[T]:
-        """Do the work of windows in several threads, and yield the results in order.
-
-        If reading fails, the windows before the fault come out first.
-        """
-        if self._pool is None:
-            for each in pieces:
-                self._check_open()
-                yield work(each)
-            return
-        waiting: deque[Future[T]] = deque()
-        pieces = iter(pieces)
-        fault: AudioError | None = None
-        while fault is None:
-            try:
-                piece = next(pieces, None)
-            except AudioError as error:
-                fault = error
-                break
-            if piece is None:
-                break
-            self._check_open()
-            self._room.acquire()
-            future = self._pool.submit(work, piece)
-            future.add_done_callback(lambda _: self._room.release())
-            waiting.append(future)
-            while waiting and (waiting[0].done() or len(waiting) > _AHEAD * self._jobs):
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-        if fault is not None:
-            raise fault
+    def __iter__(self) -> Iterator[Scored]:
+        for window in self._scored:
+            self.seconds = window.end
+            yield window
 
 
-def _windows(source: audio.Source, window: float, hop: float | None) -> Iterator[Window]:
-    """Cut a sound into windows that leave nothing of it out."""
-    if hop is not None and hop > window:
-        raise ConfigError(f"the window hop is {hop} s, the length {window} s; what lies between would not be heard")
-    return audio.windows(source, window, hop)
+def _windows(source: Source, options: TagOptions) -> Iterator[Window]:
+    if options.channel != "mean":
+        raise ConfigError(f"channel is {options.channel!r}; sounds are read as the mean of their channels")
+    return audio.windows(source, options.window, options.step)
 
 
-def _level(wave: Waves) -> float:
-    """Return the level of a wave (t,) in dB below full scale."""
+def _open(
+    model: "str | os.PathLike[str] | CED | Scorer", device: str | None, precision: Precision, progress: Progress
+) -> Scorer:
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}; allowed: {', '.join(PRECISIONS)}")
+    network = sys.modules.get("ced.model.vit")  # a torch network exists only if its module has been imported
+    if network is not None and isinstance(model, network.CED):
+        if precision != "float32":
+            raise ConfigError(
+                f"precision is {precision}; a torch network runs in its own, give a name or a file instead"
+            )
+        from ced.model.torch_scorer import TorchScorer
+
+        return TorchScorer(model, device)
+    if device not in (None, *DEVICES):
+        raise ConfigError(f"device is {device!r}; allowed: {', '.join(DEVICES)}, or for a torch network those of torch")
+    if not isinstance(model, str | os.PathLike):
+        if precision != "float32":
+            raise ConfigError(f"precision is {precision}; a model that is open already runs in its own")
+        return cast(Scorer, model)
+    from ced.model.runtime import open_model
+
+    return open_model(model, precision=precision, progress=progress)
+
+
+def _level(wave: Array) -> float:
+    """Return the root mean square of a wave (t,) in dB of full scale."""
     power = float(np.mean(np.square(wave, dtype=np.float64)))
     return 10.0 * math.log10(power) if power > 0 else -math.inf
-
-
-def _columns(piece: Window, probs: NDArray[np.float32], starts: NDArray[np.float64]) -> Iterator[Scored]:
-    """Yield the columns of a window, (columns, c); what no column hears is part of the one before."""
-    times = [*(piece.start + starts).tolist(), piece.end]
-    for row, (start, end) in zip(probs, pairwise(times), strict=True):
-        yield Scored(start, end, row)

@@ -109,8 +109,8 @@ def write_thresholds(path: str | os.PathLike[str], fit: Fit, labels: ClassTable)
     write_table(path, columns, comment=f"ced thresholds, format {FORMAT_VERSION}; inf: never")
 
 
-def read_thresholds(path: str | os.PathLike[str], labels: ClassTable, default: float = 0.5) -> NDArray[np.float32]:
-    """Read thresholds, (c,): tab-separated, column `threshold` and one or more of `index`, `mid` and `name`.
+def read_thresholds(path: str | os.PathLike[str], labels: ClassTable, default: float = 0.5) -> tuple[float, ...]:
+    """Read a threshold for each class: tab-separated, column `threshold` and one or more of `index`, `mid` and `name`.
 
     Lines that begin with "#" are comments; other columns are ignored.
 
@@ -140,7 +140,7 @@ def read_thresholds(path: str | os.PathLike[str], labels: ClassTable, default: f
             raise TableError(f"thresholds {path}, row {row + 1}: class {labels.names[index]!r} is there twice")
         listed.add(index)
         thresholds[index] = _number(table, row)
-    return thresholds
+    return tuple(thresholds.tolist())
 
 
 def _check_version(path: Path) -> None:

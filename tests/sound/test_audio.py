@@ -279,21 +279,23 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     folder.mkdir()
     empty.touch()
     text.write_text("not a sound\n" * 100)
-    assert refused(missing) == f"cannot read {missing}: No such file or directory"
-    assert refused(folder) == f"cannot read {folder}: Is a directory"
-    assert refused(empty) == f"{empty} is empty (0 bytes)"
-    assert refused(text).startswith(
-        f"cannot decode {text}: Format not recognised; readable are whole files of WAV, FLAC"
-    )
+    for path, said in [
+        (missing, "No such file or directory"),
+        (folder, "a folder"),
+        (empty, "empty"),
+        (text, "Format not recognised; readable are complete files of WAV, FLAC"),
+    ]:
+        assert refused(path).startswith(f"{path}: ")
+        assert said in refused(path)
     assert refused(f"{tmp_path}/a\0b.wav").endswith("embedded null byte")
     raw = tmp_path / "samples.raw"
     raw.write_bytes(b"\0" * 100)
-    assert refused(raw).startswith(f"cannot decode {raw}: ")
+    assert "cannot be decoded" in refused(raw)
     silent = write(tmp_path / "none.wav", np.zeros((0, 1)), 8_000, "WAV", "PCM_16")
-    assert refused(silent) == f"{silent} holds no samples"
+    assert "no samples" in refused(silent)
     one = write(tmp_path / "one.wav", np.zeros((1, 1)), 192_000, "WAV", "PCM_16")
-    assert refused(one) == f"{one} is too short to leave a sample at 16000 Hz"
-    assert refused(b"") == "<bytes> is empty (0 bytes)"
+    assert "too short" in refused(one)
+    assert refused(b"").startswith("<bytes>: ")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are text here")
@@ -307,7 +309,7 @@ def test_a_name_that_is_no_text(tmp_path: Path) -> None:
 def test_a_file_without_permission(tmp_path: Path) -> None:
     path = write(tmp_path / "a.wav", noise(0.1, 8_000), 8_000, "WAV", "PCM_16")
     path.chmod(0)
-    assert refused(path) == f"cannot read {path}: Permission denied"
+    assert "Permission denied" in refused(path)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -315,8 +317,8 @@ def test_samples_that_are_not_numbers(tmp_path: Path, value: float) -> None:
     samples = noise(1.0, 8_000, 2)
     samples[2000, 1] = value
     path = write(tmp_path / "nan.wav", samples, 8_000, "WAV", "FLOAT")
-    assert refused(path) == f"{path} has samples that are not finite numbers, the first at 0.250 s"
-    assert refused((samples, 8_000)) == "<array> has samples that are not finite numbers, the first at 0.250 s"
+    for source in (path, (samples, 8_000)):
+        assert "not finite numbers, the first at 0.250 s" in refused(source)
 
 
 @pytest.mark.parametrize(("value", "said"), [(1e20, "1e+20"), (-3e38, "-3e+38"), (1.5e6, "1.5e+06")])
@@ -325,16 +327,15 @@ def test_samples_that_are_far_too_large(tmp_path: Path, rate: int, value: float,
     samples = noise(1.0, rate, 2)
     samples[rate // 4, 1] = value
     path = write(tmp_path / "huge.wav", samples, rate, "WAV", "FLOAT")
-    allowed = "sound is in [-1, 1], and nothing beyond 1e+06 is taken for it"
-    assert refused(path) == f"{path} has a sample of {said} at 0.250 s; {allowed}"
-    assert refused((samples, rate)) == f"<array> has a sample of {said} at 0.250 s; {allowed}"
+    for source in (path, (samples, rate)):
+        assert f"a sample of {said} at 0.250 s" in refused(source)
 
 
 def test_floats_of_other_sizes_are_taken_up_to_a_million() -> None:
     loud = np.array([[1e6], [-1e6], [0]], np.float64)
     np.testing.assert_array_equal(load((loud, 16_000)), [1e6, -1e6, 0])
     np.testing.assert_array_equal(load((np.array([65_504, -1], np.float16), 16_000)), [65_504, -1])
-    assert refused((1e300 * loud, 16_000)).startswith("<array> has a sample of 1e+306 at 0.000 s")
+    assert "a sample of 1e+306 at 0.000 s" in refused((1e300 * loud, 16_000))
 
 
 def test_arrays_that_are_no_sound() -> None:
@@ -345,10 +346,10 @@ def test_arrays_that_are_no_sound() -> None:
     assert "shape (2, 48000); expected" in refused((np.zeros((2, 48_000)), SAMPLE_RATE))
     assert "shape (2, 3, 4)" in refused((np.zeros((2, 3, 4)), SAMPLE_RATE))
     assert "without a channel" in refused((np.zeros((4, 0)), SAMPLE_RATE))
-    assert refused((np.zeros(0), SAMPLE_RATE)) == "<array> holds no samples"
+    assert "no samples" in refused((np.zeros(0), SAMPLE_RATE))
     assert "type complex128" in refused((samples.astype(complex), SAMPLE_RATE))
     assert "type bool" in refused((samples > 0, SAMPLE_RATE))
-    assert refused(samples).startswith("a ndarray is no source of sound; expected a path, ")
+    assert "ndarray cannot be read as sound; expected a path, " in refused(samples)
 
 
 @pytest.mark.parametrize(("kind", "subtype", "rate", "error"), KINDS)
@@ -358,8 +359,8 @@ def test_cut_short(tmp_path: Path, kind: str, subtype: str, rate: int, error: fl
     data = whole.read_bytes()
     half = tmp_path / "half"
     half.write_bytes(data[: len(data) // 2])
-    assert refused(half).startswith(f"{half} is cut short: it breaks off after ")
-    assert refused(half.read_bytes()).startswith("<bytes> is cut short: it breaks off after ")
+    assert refused(half).startswith(f"{half}: cut short: it breaks off after ")
+    assert refused(half.read_bytes()).startswith("<bytes>: cut short: it breaks off after ")
     blocks: list[NDArray[np.float32]] = []
     with pytest.raises(AudioError, match="cut short"):
         blocks.extend(stream(half, 0.3))

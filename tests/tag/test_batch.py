@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 
-from ced.errors import AudioError, BusyError, CheckpointError, ConfigError, StoreError
+from ced.errors import AudioError, BusyError, CheckpointError, ConfigError, StoreError, WriteError
 from ced.sound import audio
 from ced.tag.batch import Outcome, Summary, results, run
 from ced.tag.inputs import Input, find_inputs
@@ -187,7 +188,7 @@ def test_a_bad_file_is_reported_and_tried_again(tree: Path) -> None:
     assert (summary.files, summary.failed) == (14, 3)
     errors = lines(Path("out/errors.jsonl"))
     assert [error["file"] for error in errors] == ["in/0/03.wav", "in/0/04.wav", "missing.wav"]
-    assert errors[2]["error"] == "cannot read missing.wav: No such file or directory"
+    assert errors[2]["error"] == "missing.wav: cannot be read: No such file or directory"
     assert [outcome.error for outcome in failed] == [error["error"] for error in errors]
     assert str(summary).startswith("14 files: 11 tagged, 3 failed; 0.01 h of sound, ")
     sound(Path("in/0/03.wav"))
@@ -342,3 +343,52 @@ def test_a_killed_run_goes_on_and_ends_like_an_unbroken_one(tree: Path) -> None:
 def test_a_summary_without_time() -> None:
     summary = str(Summary(2, 0, 2, 0.0, 0.0))
     assert summary == "2 files: 0 tagged, 0 failed, 2 done before; 0.00 h of sound, 0 x real time"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links as POSIX has them")
+def test_outputs_stay_within_their_folder(tree: Path) -> None:
+    outside = tree / "outside"
+    outside.mkdir()
+    kept = outside / "06.wav.csv"
+    kept.write_text("kept")
+    Path("out").mkdir()
+    Path("out/0").symlink_to(outside)
+    inputs = find_inputs(["in"])
+    with pytest.raises(WriteError, match=r"out/0: it is a link"):
+        run(inputs, loudness, Path("out"), settings=SETTINGS, output=["csv"])
+    assert contents(outside) == {"06.wav.csv": b"kept"}
+    Path("out/0").unlink()
+    Path("out/0").mkdir()
+    for name in ("00.wav.csv.partial", "00.wav.csv", "03.wav.csv.0123abcd.partial"):
+        Path("out/0", name).symlink_to(kept)
+    run(inputs, loudness, Path("out"), settings=SETTINGS, output=["csv"])
+    assert kept.read_text() == "kept"
+    assert "0.wav" in Path("out/0/00.wav.csv").read_text()
+    assert not list(Path("out").rglob("*.0123abcd.partial"))  # as a killed run leaves them
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links as POSIX has them")
+@pytest.mark.parametrize("name", ["journal.jsonl", "errors.jsonl", ".journal.jsonl.lock"])
+def test_records_of_a_run_are_not_written_through_links(tree: Path, name: str) -> None:
+    outside = tree / "outside"
+    outside.write_text("kept")
+    Path("out").mkdir()
+    Path("out", name).symlink_to(outside)
+    Path("in/empty.wav").touch()
+    with suppress(WriteError, BusyError):
+        run(find_inputs(["in"]), loudness, Path("out"), settings=SETTINGS)
+    assert outside.read_text() == "kept"
+
+
+def test_a_full_disk_is_one_error_that_names_the_file(tree: Path, small_disk: Path) -> None:
+    out = small_disk / "out"
+    out.mkdir()
+    (small_disk / "filler").write_bytes(bytes(56 << 10))
+    inputs = find_inputs(["in"])
+    with pytest.raises(WriteError, match="No space left on device"):
+        run(inputs, loudness, out, settings={**SETTINGS, "long": "x" * 4000}, output=["jsonl", "csv"])
+    (small_disk / "filler").unlink()
+    summary = run(inputs, loudness, out, settings={**SETTINGS, "long": "x" * 4000}, output=["jsonl"], combined=True)
+    assert (summary.failed, summary.files) == (0, 12)
+    run(inputs, loudness, tree / "unbroken", settings=SETTINGS, output=["jsonl"], combined=True)
+    assert (out / "tags.jsonl").read_bytes() == (tree / "unbroken/tags.jsonl").read_bytes()

@@ -109,7 +109,7 @@ def test_order_is_by_onset_then_class_and_early() -> None:
 def test_labels_roll_up_and_thresholds_of_classes() -> None:
     classes = ClassTable(("Bark", "Purr"), ("/m/05tny_", "/m/02yds9"))
     scored = windows(end_to_end(3), [0.3, 0.3, 0.1], [0.1, 0.7, 0.7])
-    thresholds = np.array([0.3, 0.6], np.float32)
+    thresholds = (0.3, 0.6)
     assert heard(events(scored, Selection(classes, thresholds=thresholds))) == [
         (0, 2, "Bark", 0.3),
         (1, 3, "Purr", 0.7),
@@ -215,10 +215,10 @@ def whole(
 def test_streaming_equals_looking_at_all_at_once(
     scored: list[Scored], release: float, gap: float, shortest: float
 ) -> None:
-    thresholds = np.array([0.5, 0.375, 0.75], np.float32)
+    thresholds = (0.5, 0.375, 0.75)
     selection = Selection(numbered(3), thresholds=thresholds)
     found = heard(events(iter(scored), selection, release=release, gap=gap, shortest=shortest))
-    assert found == whole(scored, thresholds.tolist(), release, gap, shortest)
+    assert found == whole(scored, list(thresholds), release, gap, shortest)
 
 
 def test_an_event_begins_with_its_first_window() -> None:

@@ -17,7 +17,8 @@ from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable
 from ced.sound.live import LiveSource
 from ced.tag.events import events
-from ced.tag.live import RECIPE, Listener, Report
+from ced.tag.live import OPTIONS, Listener, Report
+from ced.tag.options import TagOptions
 from ced.tag.records import Record, Tag, Tags
 from ced.tag.tagger import Tagger
 
@@ -68,12 +69,12 @@ def heard(reports: Iterator[Report], label: str = "loud") -> list[tuple[str, flo
 @pytest.mark.parametrize(("gap", "shortest"), [(0.0, 0.0), (2.0, 0.0), (0.0, 1.5)])
 def test_what_is_reported_are_the_events_of_the_sound(gap: float, shortest: float) -> None:
     wave = sound((3, 0), (2, 0.8), (1.5, 0), (1, 0.9), (4, 0.1), (0.75, 1), (3, 0), (2, 0.7))
-    recipe = replace(RECIPE, thresholds=0.6, gap=gap, shortest=shortest, only=("loud",))
+    options = replace(OPTIONS, thresholds=0.6, gap=gap, shortest=shortest, only=("loud",))
     scorer = Loudness(8)  # six make the first window
     tagger = Tagger(scorer)
-    reports = list(Listener(tagger, unhurried(wave, scorer, 0.25), recipe).reports())
+    reports = list(Listener(tagger, unhurried(wave, scorer, 0.25), options).reports())
     scored = tagger.score((wave, SAMPLE_RATE), window=1.5, hop=0.25)
-    expected = list(events(scored, recipe.selection(scorer.labels), gap=gap, shortest=shortest))
+    expected = list(events(scored, options.selection(scorer.labels), gap=gap, shortest=shortest))
     assert len(expected) == (2 if gap else 3 if not shortest else 1)
     assert [report.piece for report in reports if report.state == "end"] == expected
     begun = [report for report in reports if report.state == "begin"]
@@ -89,7 +90,7 @@ def test_a_line_is_a_record() -> None:
     piece = Tags(1.5, 2.25, (Tag("loud", 0, None, 0.75),))
     stamp = datetime(2026, 1, 31, 12, 3, 11, 250_000).astimezone()
     values = Report("end", 7, stamp.timestamp(), piece).to_json("the shed", "small.onnx")
-    assert Record.from_json(values) == Record("the shed", "small.onnx", 2.25, (piece,))
+    assert Record.from_json(values) == Record("the shed", "small.onnx", 2.25, (piece,), "events")
     assert (values["state"], values["event"]) == ("end", 7)
     assert datetime.fromisoformat(values["time"]) == stamp
 
@@ -115,7 +116,7 @@ def test_an_event_is_reported_within_two_seconds_of_its_sound() -> None:
             yield np.full((BLOCK, 1), number >= 13, np.float32)
 
     listener = Listener(
-        Tagger(Loudness()), live.blocks(blocks(), SAMPLE_RATE), replace(RECIPE, thresholds=0.99, only=("loud",))
+        Tagger(Loudness()), live.blocks(blocks(), SAMPLE_RATE), replace(OPTIONS, thresholds=0.99, only=("loud",))
     )
     report = next(listener.reports())
     assert time.time() - began < 2.0
@@ -135,8 +136,8 @@ def test_an_outage_ends_what_goes_on_and_its_time_counts() -> None:
         time.sleep(1.5)
         raise AudioError("the cable is out")
 
-    recipe = replace(RECIPE, window=0.5, hop=0.5, gap=0.2, only=("loud",))
-    listener = Listener(Tagger(Loudness()), LiveSource("the shed", open_shed), recipe)
+    options = replace(OPTIONS, window=0.5, hop=0.5, gap=0.2, only=("loud",))
+    listener = Listener(Tagger(Loudness()), LiveSource("the shed", open_shed), options)
     found = []
     for report in listener.reports():
         found.append(report)
@@ -162,8 +163,8 @@ def test_a_stream_that_stalls_is_reported_once() -> None:
             raise AudioError("nothing comes")
         listener.stopped = True
 
-    recipe = replace(RECIPE, window=0.5, hop=0.25, gap=0.2, only=("loud",))
-    listener = Listener(Tagger(Loudness()), LiveSource("the shed", stalls), recipe)
+    options = replace(OPTIONS, window=0.5, hop=0.25, gap=0.2, only=("loud",))
+    listener = Listener(Tagger(Loudness()), LiveSource("the shed", stalls), options)
     assert [(report.state, report.event) for report in listener.reports()] == [("begin", 1), ("end", 1)]
 
 
@@ -173,8 +174,8 @@ def test_an_event_takes_as_long_by_the_clock_as_it_sounds() -> None:
             time.sleep(0.01)  # ten times as fast as it sounds
             yield np.full((BLOCK, 1), number < 30, np.float32)
 
-    recipe = replace(RECIPE, window=0.5, hop=0.5, gap=0.0, only=("loud",))
-    begin, end = Listener(Tagger(Loudness()), live.blocks(blocks(), SAMPLE_RATE), recipe).reports()
+    options = replace(OPTIONS, window=0.5, hop=0.5, gap=0.0, only=("loud",))
+    begin, end = Listener(Tagger(Loudness()), live.blocks(blocks(), SAMPLE_RATE), options).reports()
     assert (begin.state, end.state, end.piece.end - end.piece.start) == ("begin", "end", 3.0)
     assert end.time - begin.time == pytest.approx(3.0, abs=1e-3)
 
@@ -212,7 +213,7 @@ def test_a_model_that_is_too_slow_hears_what_is_new(monkeypatch: pytest.MonkeyPa
             yield np.full((BLOCK, 1), number >= 60, np.float32)
 
     listener = Listener(
-        Tagger(Slow()), live.blocks(blocks(), SAMPLE_RATE), replace(RECIPE, window=0.1, hop=0.1, only=("loud",))
+        Tagger(Slow()), live.blocks(blocks(), SAMPLE_RATE), replace(OPTIONS, window=0.1, hop=0.1, only=("loud",))
     )
     reports = list(listener.reports())
     assert [report.state for report in reports] == ["begin", "end"]
@@ -221,13 +222,11 @@ def test_a_model_that_is_too_slow_hears_what_is_new(monkeypatch: pytest.MonkeyPa
     assert reports[1].piece.end == pytest.approx(10.0)
 
 
-def test_recipes_that_are_not_of_events_are_refused() -> None:
+def test_options_that_are_not_of_events_are_refused() -> None:
     source = live.blocks([], SAMPLE_RATE)
-    for recipe in (replace(RECIPE, events=False), replace(RECIPE, columns=True)):
+    for options in (TagOptions(), TagOptions(events=True, columns=True)):
         with pytest.raises(ConfigError, match="events of whole windows"):
-            Listener(Tagger(Loudness()), source, recipe)
-    with pytest.raises(ConfigError, match=r"hop is 2\.0 s, the length 1\.5 s"):
-        Listener(Tagger(Loudness()), source, replace(RECIPE, hop=2.0))
+            Listener(Tagger(Loudness()), source, options)
 
 
 def resident() -> int:
@@ -250,8 +249,8 @@ def test_a_day_of_sound_needs_no_more_memory_than_an_hour() -> None:
                 memory.append(resident())
             yield blocks[number % every == 0]
 
-    recipe = replace(RECIPE, window=10.0, hop=10.0, gap=0.0, only=("loud",))
-    listener = Listener(Tagger(scorer), live.blocks(day(), SAMPLE_RATE), recipe)
+    options = replace(OPTIONS, window=10.0, hop=10.0, gap=0.0, only=("loud",))
+    listener = Listener(Tagger(scorer), live.blocks(day(), SAMPLE_RATE), options)
     begun = ended = 0
     for report in listener.reports():
         begun += report.state == "begin"

@@ -56,9 +56,12 @@ def test_jsonl_is_a_versioned_record_a_line() -> None:
     tag = '{"label": "Bark, loud", "index": 0, "mid": null, "prob": 0.75}'
     assert first == (
         '{"format": 1, "file": "a, \\"b\\"\\tc\\nd.wav", "model": "mine", "seconds": 1.0,'
-        f' "pieces": [{{"start": 0.25, "end": 0.5, "tags": [{tag}]}}]}}'
+        f' "pieces": [{{"start": 0.25, "end": 0.5, "tags": [{tag}]}}], "kind": "windows"}}'
     )
-    assert second == '{"format": 1, "file": "quiet.wav", "model": "ced_mini", "seconds": 3.0, "pieces": []}'
+    assert (
+        second
+        == '{"format": 1, "file": "quiet.wav", "model": "ced_mini", "seconds": 3.0, "pieces": [], "kind": "windows"}'
+    )
     assert Record.from_json(json.loads(first)) == ODD
 
 

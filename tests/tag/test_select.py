@@ -33,9 +33,9 @@ def test_thresholds() -> None:
     probs = scores(0.5, 0.3, 0.9, 0.1)
     assert names(Selection(ABC, thresholds=0.5), probs) == ["c", "a"]  # at the threshold is enough
     assert names(Selection(ABC, thresholds=0.5, top_k=1), probs) == ["c"]
-    assert names(Selection(ABC, thresholds=scores(0.6, 0.2, np.inf, 0.0)), probs) == ["b", "d"]
+    assert names(Selection(ABC, thresholds=(0.6, 0.2, np.inf, 0.0)), probs) == ["b", "d"]
     assert names(Selection(ABC, thresholds=0.95), probs) == []
-    selection = Selection(ABC, thresholds=scores(0.6, 0.2, 2.0, 0.0), exclude=["d"])
+    selection = Selection(ABC, thresholds=(0.6, 0.2, 2.0, 0.0), exclude=["d"])
     assert selection.reached(probs).tolist() == [False, True, False, False]
     assert selection.reached(probs, 0.5).tolist() == [True, True, False, False]
     assert selection.thresholds is not None
@@ -77,7 +77,7 @@ def test_roll_up() -> None:
 
 def test_roll_up_with_thresholds_and_labels() -> None:
     probs = scores(0.25, 0.5, 0.125, 0.75)
-    thresholds = scores(0.2, 0.6, 0.3, 0.8)  # Bark reaches its own, so Dog and its parents do, but not Cat
+    thresholds = (0.2, 0.6, 0.3, 0.8)  # Bark reaches its own, so Dog and its parents do, but not Cat
     selection = Selection(PETS, thresholds=thresholds, rollup=True, top_k=None)
     assert names(selection, probs) == ["Animal", "Domestic animals, pets", "Bark", "Dog"]
     kept = Selection(PETS, thresholds=thresholds, rollup=True, only=["Dog"])

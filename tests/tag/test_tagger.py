@@ -1,7 +1,10 @@
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +14,17 @@ from numpy.typing import NDArray
 
 from ced.errors import AudioError, CheckpointError, ClosedError, ConfigError
 from ced.model import loading
+from ced.model.config import ModelConfig
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
-from ced.model.config import ModelConfig
+from ced.model.runtime import OnnxModel
+from ced.model.torch_scorer import TorchScorer
 from ced.model.vit import CED
+from ced.sound.audio import Source, Window
 from ced.sound.labels import ClassTable
-from ced.tag.records import Tag, Tags
-from ced.tag.tagger import Tagger, TorchScorer
+from ced.tag.options import TagOptions
+from ced.tag.records import Record, Tag, Tags
+from ced.tag.tagger import Tagger
 
 RATE = 16_000
 
@@ -54,6 +61,20 @@ def small_network() -> CED:
     torch.manual_seed(0)
     config = ModelConfig(embed_dim=32, num_heads=2, depth=1, outputdim=4, target_length=112)
     return CED(config, ClassTable(("a", "b", "c", "d"))).eval()
+
+
+def spread(network: CED) -> CED:
+    """Give a network random statistics and weights whose scores differ from class to class."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in network.state_dict().items():
+            if name.endswith("running_var"):
+                value.fill_(225.0)
+            elif name.endswith("running_mean"):
+                value.fill_(-30.0)
+            elif value.is_floating_point():
+                value += 0.1 * torch.randn(value.shape, generator=generator)
+    return network.eval()
 
 
 def test_windows_are_tagged_best_first() -> None:
@@ -133,7 +154,7 @@ def test_columns_of_a_window_of_several_pieces_keep_time(tmp_path: Path) -> None
 def test_a_closed_tagger_stops() -> None:
     for jobs in (1, 2):
         with Tagger(Levels(), jobs=jobs) as tagger:
-            timeline = tagger.tag((np.zeros(100 * RATE, np.float32), RATE), window=1.0)
+            timeline = tagger.stream((np.zeros(100 * RATE, np.float32), RATE), window=1.0)
             next(timeline)
         with pytest.raises(ClosedError, match="closed"):
             list(timeline)
@@ -168,7 +189,7 @@ def test_columns_are_scored_every_sixth_of_a_second() -> None:
 
 def test_columns_need_a_model_that_has_them_and_windows_end_to_end() -> None:
     sound = (np.zeros(100, np.float32), RATE)
-    with pytest.raises(CheckpointError, match="a Levels has no columns"):
+    with pytest.raises(CheckpointError, match="Levels cannot score columns"):
         Tagger(Levels()).score(sound, columns=True)
     with pytest.raises(ConfigError, match="twice"):
         Tagger(Fine()).score(sound, columns=True, hop=1.0)
@@ -206,13 +227,13 @@ def test_any_number_of_jobs_gives_the_same_in_order() -> None:
 
 
 def test_windows_before_a_fault_come_out_first(tmp_path: Path) -> None:
-    wave = np.random.default_rng(0).uniform(-0.5, 0.5, 10 * RATE)
+    wave = np.random.default_rng(0).uniform(0.0, 0.5, 10 * RATE)
     soundfile.write(tmp_path / "a.wav", wave, RATE, subtype="PCM_24")
     (tmp_path / "half.wav").write_bytes((tmp_path / "a.wav").read_bytes()[:-240_000])
     for jobs in (1, 2):
         found: list[Tags] = []
         with pytest.raises(AudioError, match="cut short"):
-            found.extend(Tagger(Levels(), jobs=jobs).tag(tmp_path / "half.wav", window=1.0))
+            found.extend(Tagger(Levels(), jobs=jobs).stream(tmp_path / "half.wav", window=1.0))
         assert [tags.end for tags in found] == [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
@@ -220,8 +241,125 @@ def test_a_scorer_must_fit_its_class_table() -> None:
     class Wrong(Levels):
         labels = ClassTable(("only one",))
 
-    with pytest.raises(CheckpointError, match=r"\(1, 3\).*\(1, 1\)"):
+    with pytest.raises(CheckpointError, match=r"Wrong .*\(1, 3\).* 1 class"):
         list(Tagger(Wrong()).tag((np.zeros(100, np.float32), RATE)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "part"),
+    [
+        ([[0.5, float("nan"), 0.5]], "not finite"),
+        ([[0.5, float("inf"), 0.5]], "not finite"),
+        ([[0.5, 1.5, 0.5]], "a score of 1.5"),
+        ([[0.5, -1e-3, 0.5]], "a score of -0.001"),
+        ([[0.5, 0.5]], "3 classes"),
+        ([0.5, 0.5, 0.5], "shape"),
+    ],
+)
+def test_impossible_scores_are_an_error_that_names_the_model(answer: list[Any], part: str) -> None:
+    class Broken(Fine):
+        def __call__(self, waves: NDArray[np.float32], /) -> NDArray[np.float32]:
+            return np.array(answer, np.float32)
+
+        def columns(self, waves: NDArray[np.float32], /) -> NDArray[np.float32]:
+            return np.array([answer], np.float32)
+
+        def embed(self, waves: NDArray[np.float32], /) -> NDArray[np.float32]:
+            return np.array(answer, np.float32)
+
+    sound = (np.zeros(RATE, np.float32), RATE)
+    tagger = Tagger(Broken(), name="broken.onnx")
+    calls: list[Callable[[], object]] = [
+        lambda: tagger.tag(sound),
+        lambda: list(tagger.stream(sound, columns=True)),
+        lambda: list(tagger.tag_many([sound])),
+        lambda: list(tagger.score(sound)),
+        lambda: tagger.score_window(Window(0.0, 1.0, sound[0]), TagOptions()),
+    ]
+    if part in ("not finite", "shape"):
+        calls.append(lambda: tagger.embed(sound))
+    for call in calls:
+        with pytest.raises(CheckpointError, match=f"broken.onnx.*{part}"):
+            call()
+
+
+def test_rounding_beyond_0_and_1_is_cut_off() -> None:
+    class Rounded(Levels):
+        def __call__(self, waves: NDArray[np.float32], /) -> NDArray[np.float32]:
+            return np.array([[1.0000002, -1e-8, 0.5]], np.float32)
+
+    (scored,) = Tagger(Rounded()).score((np.zeros(RATE, np.float32), RATE))
+    assert scored.probs.tolist() == [1.0, 0.0, 0.5]
+
+
+def test_options_and_keywords_are_the_same() -> None:
+    wave = np.repeat(np.array([0.0, 0.75, 0.75, 0.0], np.float32), RATE)
+    tagger = Tagger(Levels())
+    options = TagOptions(window=1.0, events=True, thresholds=0.6, only=("high",))
+    record = tagger.tag((wave, RATE), options, name="a.wav")
+    assert record == tagger.tag((wave, RATE), options, window=1.0, name="a.wav")
+    assert record == tagger.tag((wave, RATE), name="a.wav", window=1.0, events=True, thresholds=0.6, only=("high",))
+    assert (record.file, record.model, record.seconds, record.kind) == ("a.wav", "Levels", 4.0, "events")
+    assert [(event.start, event.end, event.label, event.prob) for event in record.events] == [(1.0, 3.0, "high", 0.75)]
+    assert list(tagger.stream((wave, RATE), options)) == list(record) == [record[0]] == list(record[:1])
+    assert len(record) == 1
+    assert record.to_rows() == [{"file": "a.wav", "start": 1.0, "end": 3.0, "label": "high", "mid": None, "prob": 0.75}]
+    assert Record.from_json(json.loads(json.dumps(record.to_json()))) == record
+    with pytest.raises(ConfigError, match="events=True"):
+        tagger.tag((wave, RATE)).events  # noqa: B018
+
+
+def test_many_sounds_give_records_and_errors_in_order(tmp_path: Path) -> None:
+    sources: list[Source] = [(np.full(RATE * (1 + number), 0.5, np.float32), RATE) for number in range(5)]
+    sources.insert(2, tmp_path / "missing.wav")
+    for jobs in (1, 3):
+        with Tagger(Levels(), jobs=jobs) as tagger:
+            found = list(tagger.tag_many(iter(sources), window=1.0))
+        assert [len(one) if isinstance(one, Record) else str(one) for one in found[:2] + found[3:]] == [1, 2, 3, 4, 5]
+        assert isinstance(found[2], AudioError)
+        assert "missing.wav" in str(found[2])
+    with pytest.raises(ConfigError, match="no label 'hi'"):
+        Tagger(Levels()).tag_many(["never-opened.wav"], only=("hi",))
+
+
+def test_a_model_runs_where_and_how_it_can() -> None:
+    with pytest.raises(ConfigError, match="device is 'cuda'; allowed: cpu"):
+        Tagger("esc10", device="cuda")
+    with pytest.raises(ConfigError, match="precision is 'int4'; allowed: float32, int8"):
+        Tagger("esc10", precision="int4")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="int8"):
+        Tagger(small_network(), precision="int8")
+    with pytest.raises(ConfigError, match="device is 'nowhere'"):
+        Tagger(small_network(), device="nowhere")
+    network = small_network()
+    Tagger(network, device="cpu")
+    assert network.freq_pos_embed.device.type == "cpu"
+    assert Tagger("esc10").name == "esc10"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"pooling": "token"},
+        {"pooling": "dm", "eval_avg": "max"},
+        {"pooling": "logit", "activation": "softmax"},
+        {"target_length": 120},
+        {"init_bn": False},
+    ],
+)
+def test_a_torch_network_has_the_outputs_of_its_graph(changes: dict[str, Any], tmp_path: Path) -> None:
+    network = spread(CED(replace(small_network().config, **changes)))
+    export(weights_of(network), tmp_path / "a.onnx")
+    graph, scorer = OnnxModel(tmp_path / "a.onnx"), TorchScorer(network)
+    for samples in (1_000, 2_400, 16_000, 17_760, 50_000):  # padded, one patch, one piece, and several
+        waves = np.random.default_rng(samples).uniform(-0.5, 0.5, (2, samples)).astype(np.float32)
+        for mine, other in ((scorer, graph), (scorer.embed, graph.embed), (scorer.columns, graph.columns)):
+            expected = other(waves)
+            assert expected.std() > 1e-3
+            np.testing.assert_allclose(mine(waves), expected, atol=1e-5)
+        count = scorer.columns(waves).shape[1]
+        assert scorer.column_starts(count).tolist() == pytest.approx(graph.column_starts(count).tolist())
 
 
 def test_a_missing_file_is_an_error_of_its_own() -> None:

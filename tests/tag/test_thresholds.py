@@ -136,21 +136,21 @@ def test_written_thresholds_come_back(tmp_path: Path) -> None:
     assert lines[2].startswith("0\t/m/d\tDog\t0.33333334\t0.")
     assert lines[3] == "1\t/m/c\tMeow, cat\tinf\t\t0.0000\t0.0000\t5"
     assert lines[4] == '2\t/t/q\t"A ""quoted"" one"\t1e-07\t0.0000\t\t\t0'
-    assert read_thresholds(path, CLASSES).tolist() == fit.thresholds.tolist()
+    assert read_thresholds(path, CLASSES) == tuple(fit.thresholds.tolist())
     write_thresholds(path, fit, numbered(3))
     assert path.read_text(encoding="utf-8").splitlines()[1].startswith("index\tname\tthreshold")
-    assert read_thresholds(path, numbered(3)).tolist() == fit.thresholds.tolist()
+    assert read_thresholds(path, numbered(3)) == tuple(fit.thresholds.tolist())
 
 
 def test_files_written_by_hand(tmp_path: Path) -> None:
     path = tmp_path / "mine.tsv"
     path.write_text("name\tthreshold\n# loud\nMeow, cat\t0.25\n", encoding="utf-8")
-    assert read_thresholds(path, CLASSES).tolist() == [0.5, 0.25, 0.5]
-    assert read_thresholds(path, CLASSES, default=NEVER).tolist() == [NEVER, 0.25, NEVER]
+    assert read_thresholds(path, CLASSES) == (0.5, 0.25, 0.5)
+    assert read_thresholds(path, CLASSES, default=NEVER) == (NEVER, 0.25, NEVER)
     path.write_text("mid\tthreshold\n/t/q\tinf\n/m/d\t0\n", encoding="utf-8")
-    assert read_thresholds(path, CLASSES).tolist() == [0, 0.5, NEVER]
+    assert read_thresholds(path, CLASSES) == (0, 0.5, NEVER)
     path.write_text("threshold\tindex\n0.75\t2\n", encoding="utf-8")
-    assert read_thresholds(path, CLASSES).tolist() == [0.5, 0.5, 0.75]
+    assert read_thresholds(path, CLASSES) == (0.5, 0.5, 0.75)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_cut_short(files: dict[str, Path], tmp_path: Path, suffix: str) -> None:
     half = tmp_path / f"half{suffix}"
     half.write_bytes(data[: len(data) // 2])
     blocks: list[NDArray[np.float32]] = []
-    with pytest.raises(AudioError, match=rf"half{suffix} is cut short: it breaks off after 1\.\d\d s"):
+    with pytest.raises(AudioError, match=rf"half{suffix}: cut short: it breaks off after 1\.\d\d s"):
         blocks.extend(stream(half, 0.3))
     wave = np.concatenate(blocks)
     np.testing.assert_allclose(wave[:16_000], load(files[suffix])[:16_000], atol=1e-5)
@@ -111,7 +111,7 @@ def test_a_picture_has_no_sound(tmp_path: Path) -> None:
             frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8))
             out.mux(track.encode(frame))
         out.mux(track.encode(None))
-    with pytest.raises(AudioError, match=r"silent\.mp4 has no sound track"):
+    with pytest.raises(AudioError, match=r"silent\.mp4: no sound track"):
         load(path)
 
 
@@ -151,7 +151,7 @@ def test_a_title_that_is_no_text(files: dict[str, Path]) -> None:
 def test_a_playlist_leads_nowhere(files: dict[str, Path], playlist: str) -> None:
     path = files[".m4a"].with_name("list.m3u8")
     path.write_text(playlist.format(files[".m4a"].name))
-    with pytest.raises(AudioError, match=r"cannot decode .*: Format not recognised; readable are .*, M4A, MP4"):
+    with pytest.raises(AudioError, match=r"cannot be decoded: Format not recognised; readable are .*, M4A, MP4"):
         load(path)
 
 
@@ -173,7 +173,7 @@ def test_a_variable_mp3_without_a_header_is_read_to_its_end(
     assert not caplog.records
     monkeypatch.setitem(sys.modules, "av", None)
     assert len(load(path)) / SAMPLE_RATE < 15
-    assert "vbr.mp3 does not say how long it is" in caplog.text
+    assert "vbr.mp3: its length is not in its header" in caplog.text
     assert "pip install 'ced-audio[media]'" in caplog.text
 
 
@@ -233,12 +233,12 @@ def test_an_address_of_a_file_that_libsndfile_reads(site: str) -> None:
 
 
 def test_an_address_that_leads_nowhere(site: str) -> None:
-    with pytest.raises(AudioError, match=f"^cannot read {site}/none.mp3: Server returned 404 Not Found$"):
+    with pytest.raises(AudioError, match=r"/none.mp3: .*Server returned 404 Not Found"):
         load(f"{site}/none.mp3")
 
 
 def test_an_address_that_breaks_off(files: dict[str, Path]) -> None:
     made = Site({"/tone.webm": files[".webm"].read_bytes()}, lost=10_000)
-    with pytest.raises(AudioError, match=r"tone\.webm is cut short: it breaks off after [12]\.\d\d s"):
+    with pytest.raises(AudioError, match=r"tone\.webm: cut short: it breaks off after [12]\.\d\d s"):
         load(f"{made.url}/tone.webm")
     made.server.shutdown()

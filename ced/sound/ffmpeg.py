@@ -1,10 +1,9 @@
 """Sound that libsndfile does not read: MP4, M4A, WebM and other containers, and http(s) addresses (PyAV)."""
 
 import errno
-import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, optional_packages
+from ced.sound.reading import Block, Opened, Reading
 
 if TYPE_CHECKING:
     from av import AudioFrame, AudioStream, FFmpegError, Packet
@@ -26,15 +26,10 @@ MEDIA_SUFFIXES = frozenset(
     | {".wma", ".wmv", ".avi", ".ac3", ".amr", ".mp2", ".mpg", ".mpeg", ".flv", ".ape", ".wv", ".tta"}
 )
 MEDIA_KINDS = "M4A, MP4, AAC, WebM, MKV, WMA, AVI"
-# Rate, channels, and what reads so many frames a block.
-Opened = tuple[int, int, Callable[[int], Iterator[NDArray[Any]]]]
-
 _TYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}  # FFmpeg's names, numpy's
 _PATIENCE = 30.0  # seconds for a server to answer, and for each read
 _AT_ONCE = {"probesize": "32768", "analyzeduration": "1000000"}  # bytes, microseconds
 _SCHEMES = ("http://", "https://")
-
-_log = logging.getLogger(__name__)
 
 
 def is_installed() -> bool:
@@ -47,20 +42,21 @@ def is_address(name: str) -> bool:
     return name.lower().startswith(_SCHEMES)
 
 
-def open_address(address: str, stack: ExitStack, *, live: bool = False) -> Opened:
+def open_address(address: str, stack: ExitStack, reading: Reading, *, live: bool = False) -> Opened:
     """Open the first sound track behind an http(s) address, as it arrives.
 
     Args:
         address: where.
         stack: closes what is opened.
+        reading: where faults and warnings are noted.
         live: decode as soon as the kind of sound is known; else FFmpeg waits for up to 5 s of it to be sure.
 
     Returns:
-        its rate, channels, and blocks (t, channels) as decoded, about as long as is asked for.
+        the track; its blocks end with complete packets, so they may be a little longer than asked for.
 
     Raises:
-        AudioError: PyAV is not installed, the address cannot be read, or there is no sound; by the blocks: it breaks
-            off.
+        MissingPackageError: PyAV is not installed.
+        AudioError: the address cannot be read, or there is no sound; also from the blocks.
     """
     with optional_packages(f"reading {address}"):
         import av
@@ -71,16 +67,16 @@ def open_address(address: str, stack: ExitStack, *, live: bool = False) -> Opene
             av.open(address, "r", options=options, metadata_errors="replace", timeout=_PATIENCE)
         )
     except av.FFmpegError as error:
-        raise AudioError(f"cannot read {address}: {_refusal(error, address)}") from error
-    return _open_track(container, address, False)
+        raise AudioError(f"cannot be read: {_refusal(error, address)}", address) from error
+    return _open_track(container, reading, False)
 
 
-def open_media(file: BinaryIO, name: str, cut: bool, stack: ExitStack) -> Opened | None:
+def open_media(file: BinaryIO, reading: Reading, cut: bool, stack: ExitStack) -> Opened | None:
     """Open the first sound track of a file.
 
     Args:
-        file: can be moved about in.
-        name: what messages call it.
+        file: a seekable file.
+        reading: where faults and warnings are noted.
         cut: it is known to be cut short.
         stack: closes what is opened.
 
@@ -88,7 +84,7 @@ def open_media(file: BinaryIO, name: str, cut: bool, stack: ExitStack) -> Opened
         as `open_address`; None if PyAV is not installed, or does not know this kind of file.
 
     Raises:
-        AudioError: there is no sound in it; by the blocks: it breaks off.
+        AudioError: there is no sound in it; also from the blocks.
     """
     if not is_installed():
         return None
@@ -100,7 +96,7 @@ def open_media(file: BinaryIO, name: str, cut: bool, stack: ExitStack) -> Opened
         container = stack.enter_context(av.open(file, "r", options=options, metadata_errors="replace"))
     except av.FFmpegError:
         return None
-    return _open_track(container, name, cut)
+    return _open_track(container, reading, cut)
 
 
 def _network_options() -> dict[str, str]:
@@ -111,24 +107,27 @@ def _network_options() -> dict[str, str]:
     return options if certificates is None else {**options, "ca_file": certificates}
 
 
-def _open_track(container: "InputContainer", name: str, cut: bool) -> Opened:
+def _open_track(container: "InputContainer", reading: Reading, cut: bool) -> Opened:
     if not container.streams.audio:
-        raise AudioError(f"{name} has no sound track")
-    if container.streams.audio[0].codec_context is None:
-        raise AudioError(f"cannot decode {name}: the code of its sound track is not known here")
-    frames = _frames(container, name, cut)
+        raise AudioError("no sound track", reading.name)
+    track = container.streams.audio[0]
+    if track.codec_context is None:
+        raise AudioError("cannot be decoded: the codec of its sound track is not known here", reading.name)
+    if track.duration and track.time_base:
+        reading.expected_seconds = float(track.duration * track.time_base)
+    frames = _frames(container, reading, cut)
     first = next(frames, None)
     if first is None:
-        raise AudioError(f"{name} holds no samples")
+        raise AudioError(reading.cut or "no samples", reading.name)
     # The first frame decides, not the header: that of an HE-AAC track gives half its rate.
-    return first.sample_rate, first.layout.nb_channels, partial(_blocks, first, frames, name)
+    return Opened(first.sample_rate, first.layout.nb_channels, partial(_blocks, first, frames, reading))
 
 
-def _frames(container: "InputContainer", name: str, cut: bool) -> Iterator["AudioFrame"]:
+def _frames(container: "InputContainer", reading: Reading, cut: bool) -> Iterator["AudioFrame"]:
     """Decode the first sound track; packets that cannot be decoded are left out, with a warning.
 
-    If nothing decodes behind such a packet, or the reading fails, the sound breaks off there: an error. Gaps in the
-    timestamps are ignored: the sound is what the frames hold, end to end.
+    If nothing decodes behind such a packet, or the reading fails, the sound breaks off there. Gaps in the timestamps
+    are ignored: the sound is what the frames hold, end to end.
     """
     import av
 
@@ -137,7 +136,7 @@ def _frames(container: "InputContainer", name: str, cut: bool) -> Iterator["Audi
     faults, found, seconds = 0, False, 0.0
     last: Exception | None = None
     try:
-        for packet in _in_time(container, track, name):
+        for packet in _in_time(container, track, reading.name):
             try:
                 frames = packet.decode()
             except av.FFmpegError as error:
@@ -151,12 +150,12 @@ def _frames(container: "InputContainer", name: str, cut: bool) -> Iterator["Audi
     except av.FFmpegError as error:
         last, cut = error, True
     if last is not None and not found:
-        raise AudioError(f"cannot decode {name}: {_reason(last)}") from last
+        raise AudioError(f"cannot be decoded: {_reason(last)}", reading.name) from last
     # Behind the sound of an MP3 file tags of many kinds may follow, which nothing announces.
     if cut or (last is not None and container.format.name != "mp3"):
-        raise AudioError(f"{name} is cut short: it breaks off after {seconds:.2f} s") from last
-    if faults:
-        _log.warning("%s has %d packets that cannot be decoded; they are left out", name, faults)
+        reading.broken(seconds, reading.expected_seconds)
+    elif faults:
+        reading.warn(f"{faults} packets cannot be decoded; they are left out")
 
 
 def _in_time(container: "InputContainer", track: "AudioStream", name: str) -> Iterator["Packet[AudioStream]"]:
@@ -174,31 +173,40 @@ def _in_time(container: "InputContainer", track: "AudioStream", name: str) -> It
         except av.error.ExitError:
             late = True
         if late:
-            raise AudioError(f"{name} gives no sound for {_PATIENCE:g} s")
+            raise AudioError(f"no sound arrived for {_PATIENCE:g} s", name)
         if packet is None:
             return
         yield packet
 
 
-def _blocks(first: "AudioFrame", frames: Iterator["AudioFrame"], name: str, size: int) -> Iterator[NDArray[Any]]:
-    """Join frames to blocks of `size` samples, as far as whole frames make them."""
+def _blocks(first: "AudioFrame", frames: Iterator["AudioFrame"], reading: Reading, size: int) -> Iterator[Block]:
+    """Join frames to blocks of at least `size` frames, the last of a rate and a number of channels aside."""
     parts: list[NDArray[Any]] = []
     held, form = 0, (first.sample_rate, first.layout.nb_channels)
     try:
         for frame in chain((first,), frames):
             if (now := (frame.sample_rate, frame.layout.nb_channels)) != form:
-                raise AudioError(f"{name} changes from {form[1]} channels at {form[0]} Hz to {now[1]} at {now[0]} Hz")
+                reading.warn(
+                    f"changes from {_form(*form)} to {_form(*now)} at {reading.seconds + held / form[0]:.2f} s"
+                )
+                if parts:
+                    yield Block(np.concatenate(parts), form[0])
+                parts, held, form = [], 0, now
             parts.append(_samples(frame))
             held += frame.samples
             if held >= size:  # at once, as the next frame may be long in coming
-                yield np.concatenate(parts)
+                yield Block(np.concatenate(parts), form[0])
                 parts, held = [], 0
     except AudioError:
         if parts:
-            yield np.concatenate(parts)
+            yield Block(np.concatenate(parts), form[0])
         raise
     if parts:
-        yield np.concatenate(parts)
+        yield Block(np.concatenate(parts), form[0])
+
+
+def _form(rate: int, channels: int) -> str:
+    return f"{channels} channel{'s' if channels > 1 else ''} at {rate} Hz"
 
 
 def _samples(frame: "AudioFrame") -> NDArray[Any]:
@@ -216,16 +224,16 @@ def _samples(frame: "AudioFrame") -> NDArray[Any]:
 
 
 def _refusal(error: "FFmpegError", address: str) -> str:
-    """Return why an address cannot be opened, as FFmpeg says no more than "Input/output error" of most that may be."""
+    """Return why an address cannot be opened, where FFmpeg itself only reports "Input/output error"."""
     import av
 
     if not isinstance(error, av.error.EOFError | av.error.InvalidDataError) and error.errno != errno.EIO:
         return _reason(error)
     try:
         socket.getaddrinfo(urlsplit(address).hostname, None)
-    except (OSError, ValueError):  # ValueError: it is no name of a host
+    except (OSError, ValueError):  # ValueError: not a valid host name
         return "its host cannot be found"
-    return "what it answers is no sound: nothing, a page, redirects without end, or no valid certificate"
+    return "the answer is not sound: it is empty, a web page, an endless redirect, or without a valid certificate"
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,88 @@
+"""Ordered read-ahead: work on many items in threads, with the results in the order of the items."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+from ced.errors import AudioError, CedError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Submit(Protocol):
+    """How work is handed to threads; `Executor.submit` is one."""
+
+    def __call__(self, work: Callable[[T], R], item: T, /) -> Future[R]:
+        """Start `work(item)` and return its future."""
+
+
+def in_order(work: Callable[[T], R], items: Iterable[T], submit: Submit, ahead: int) -> Iterator[R]:
+    """Yield `work(item)` for each item, in the order of the items.
+
+    Items are taken in the caller's thread. An exception that `items` raises comes after the results of the items
+    before it; one that `work` raises comes in place of its result. What was not started is then cancelled.
+
+    Args:
+        work: called in other threads.
+        items: what it is called with.
+        submit: starts the work, such as the method of an executor.
+        ahead: how many items may be submitted before the result that is due.
+    """
+    waiting: deque[Future[R]] = deque()
+    rest = iter(items)
+    fault: Exception | None = None
+    ended = False
+    try:
+        while True:
+            while not ended and len(waiting) < ahead:
+                try:
+                    item = next(rest)
+                except StopIteration:
+                    ended = True
+                except Exception as error:
+                    fault, ended = error, True
+                else:
+                    waiting.append(submit(work, item))
+            if not waiting:
+                break
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+    if fault is not None:
+        raise fault
+
+
+def attempts(
+    work: Callable[[T], R], items: Iterable[T], jobs: int, *, name: Callable[[T], str], ahead: int = 32
+) -> Iterator[R | AudioError]:
+    """Yield for each sound `work(item)`, or the error of one that cannot be read, in the order of the items.
+
+    Args:
+        work: called in `jobs` threads of its own.
+        items: what it is called with, one for each sound.
+        jobs: sounds that are worked on at a time.
+        name: the name of an item's sound, for errors.
+        ahead: sounds that may be done before the one whose result is due.
+
+    Raises:
+        CedError: `work` raised one that is not about a single sound, that is, no AudioError.
+    """
+
+    def attempt(item: T) -> R | AudioError:
+        try:
+            return work(item)
+        except AudioError as error:
+            return error
+        except CedError:
+            raise
+        except Exception as error:  # an unforeseen error of a decoder must not stop the other sounds
+            return AudioError(f"{name(item)}: {type(error).__name__}: {error}")
+
+    pool = ThreadPoolExecutor(jobs, thread_name_prefix="sound")
+    try:
+        yield from in_order(attempt, items, pool.submit, jobs + ahead)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,189 @@
+"""The options of tagging: everything that a record depends on besides the sound and the model.
+
+The command line shows their defaults, so importing this module imports neither numpy nor what reads sounds.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from ced.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ced.sound.labels import ClassTable
+    from ced.tag.events import Merging
+    from ced.tag.select import Selection
+
+TOP_K = 3  # tags of a window, where neither `top_k` nor thresholds are given
+EVENT_THRESHOLD = 0.5  # of events, where no thresholds are given
+CHANNELS = ("mean", "left", "right")  # or the number of a channel
+_SHORTEST, _LONGEST = 0.001, 2.0**31  # seconds of a window or hop
+
+
+class TagKeywords(TypedDict, total=False):
+    """The fields of `TagOptions`, for methods that take them as keywords."""
+
+    window: float
+    hop: float | None
+    columns: bool
+    silence: float | None
+    channel: str | int
+    strict: bool
+    top_k: int | None
+    thresholds: float | tuple[float, ...] | None
+    only: tuple[str, ...]
+    exclude: tuple[str, ...]
+    rollup: bool
+    events: bool
+    release: float
+    gap: float
+    shortest: float
+
+
+@dataclass(frozen=True)
+class TagOptions:
+    """How sounds are tagged: windows, which classes are kept, and whether windows are merged into events.
+
+    Numbers are checked when the options are made; `check` adds what depends on the classes of a model.
+
+    Attributes:
+        window: seconds of a window.
+        hop: seconds from one window's start to the next, at most `window`; None: windows lie end to end.
+        columns: score every 0.16 s of a window instead of the window as a whole; windows then lie end to end.
+        silence: windows of a lower level (root mean square, in dB of full scale, below 0) are not scored.
+        channel: what is tagged of a sound of several channels: "mean", "left", "right", or a channel's number, from 1.
+        strict: refuse files that are cut short, instead of tagging what can be read of them.
+        top_k: the most tags of a window; None: 3, or with thresholds all. Events have one tag each.
+        thresholds: what a class's probability must reach, one number or one for each class of the model (above 1:
+            never a tag); None: no threshold, or 0.5 for events.
+        only: labels to keep, as `Selection` reads them; none: all.
+        exclude: labels to leave out.
+        rollup: give classes the highest probability of the kinds of them, and add headings of AudioSet's ontology.
+        events: merge windows into events.
+        release: part of the threshold that keeps an event going, above 0, at most 1.
+        gap: seconds; events of one class that are no further apart are merged.
+        shortest: seconds; shorter events are dropped, after merging.
+
+    Raises:
+        ConfigError: a number is out of range, or two options contradict each other.
+    """
+
+    window: float = 10.0
+    hop: float | None = None
+    columns: bool = False
+    silence: float | None = None
+    channel: str | int = "mean"
+    strict: bool = False
+    top_k: int | None = None
+    thresholds: float | tuple[float, ...] | None = None
+    only: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    rollup: bool = False
+    events: bool = False
+    release: float = 0.5
+    gap: float = 0.0
+    shortest: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("only", "exclude"):  # lists are common, but could change later
+            if isinstance(value := getattr(self, name), str):
+                raise ConfigError(f"{name} is the text {value!r}; it must be a list of labels, as [{value!r}]")
+            object.__setattr__(self, name, tuple(value))
+        if not isinstance(self.thresholds, int | float | tuple | None):
+            object.__setattr__(self, "thresholds", tuple(map(float, self.thresholds)))
+        self._check_windows()
+        self._check_channel()
+        self._check_numbers()
+
+    def _check_windows(self) -> None:
+        for name, seconds in (("window", self.window), ("hop", self.step)):
+            if not _SHORTEST <= seconds <= _LONGEST:
+                raise ConfigError(f"{name} is {seconds} s; it must be above 0, at least {_SHORTEST} s")
+        if self.step > self.window:
+            raise ConfigError(f"hop is {self.hop} s, window {self.window} s; a longer hop would leave out sound")
+        if self.columns and self.hop is not None:
+            raise ConfigError(f"hop is {self.hop} s; leave it out: overlapping windows would score columns twice")
+        if self.silence is not None and not self.silence < 0:
+            raise ConfigError(f"silence is {self.silence} dB of full scale; it must be below 0, as -60")
+
+    def _check_channel(self) -> None:
+        if self.channel in CHANNELS or (isinstance(self.channel, int) and self.channel >= 1):
+            return
+        allowed = ", ".join(CHANNELS)
+        raise ConfigError(f"channel is {self.channel!r}; allowed: {allowed}, or a channel's number, from 1")
+
+    def _check_numbers(self) -> None:
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k is {self.top_k}; it must be at least 1")
+        if self.events and self.top_k is not None:
+            raise ConfigError(f"top_k {self.top_k} does not apply to events, which have one class each; leave it out")
+        given = self.thresholds if isinstance(self.thresholds, tuple) else (self.thresholds,)
+        for threshold in given:
+            if threshold is not None and not threshold >= 0:
+                raise ConfigError(f"a threshold is {threshold}; it must be 0 or more")
+        if not 0 < self.release <= 1:
+            raise ConfigError(f"release is {self.release}; it must be above 0 and at most 1")
+        for name, seconds in (("gap", self.gap), ("shortest", self.shortest)):
+            if not 0 <= seconds < math.inf:
+                raise ConfigError(f"{name} is {seconds}; it must be 0 seconds or more")
+        if not self.events and (self.release, self.gap, self.shortest) != (0.5, 0.0, 0.0):
+            raise ConfigError("release, gap and shortest are options of events, which are not asked for")
+
+    def check(self, labels: "ClassTable") -> None:
+        """Check what depends on the classes of a model, before any sound is read.
+
+        Raises:
+            ConfigError: a label is unknown, none is left, there are not as many thresholds as classes, or roll-up is
+                asked of classes without AudioSet's mids.
+        """
+        self.selection(labels)
+
+    @property
+    def step(self) -> float:
+        """Seconds from one window's start to the next."""
+        return self.window if self.hop is None else self.hop
+
+    def selection(self, labels: "ClassTable") -> "Selection":
+        """Return which of these classes become tags.
+
+        Raises:
+            ConfigError: as for `check`.
+        """
+        return _selection(self, labels)
+
+    def merging(self, labels: "ClassTable") -> "Merging":
+        """Return what merges windows that were scored for these classes into events.
+
+        Raises:
+            ConfigError: as for `check`.
+        """
+        from ced.tag.events import Merging
+
+        return Merging(self.selection(labels), release=self.release, gap=self.gap, shortest=self.shortest)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the options as JSON has them, with the values that stand for None."""
+        return {**asdict(self), "hop": self.step, "top_k": self._top_k, "thresholds": self._thresholds}
+
+    @property
+    def _thresholds(self) -> float | tuple[float, ...] | None:
+        return EVENT_THRESHOLD if self.thresholds is None and self.events else self.thresholds
+
+    @property
+    def _top_k(self) -> int | None:
+        return TOP_K if self.top_k is None and self._thresholds is None else self.top_k
+
+
+@lru_cache(maxsize=16)
+def _selection(options: TagOptions, labels: "ClassTable") -> "Selection":
+    from ced.tag.select import Selection
+
+    return Selection(
+        labels,
+        top_k=options._top_k,
+        thresholds=options._thresholds,
+        only=options.only,
+        exclude=options.exclude,
+        rollup=options.rollup,
+    )

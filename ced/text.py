@@ -1,0 +1,88 @@
+"""Text from outside (names, labels, messages) made safe for terminals, tables and JSON; text files in any encoding."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+# Control characters (C0, DEL, C1), line and paragraph separators, lone surrogates (bytes of a file name that are not
+# UTF-8), and format characters: bidirectional marks and overrides, invisible operators, tags. The zero-width joiners
+# (U+200C, U+200D) stay: Persian, Indic scripts and emoji are written with them.
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\U000e0000-\U000e007f\ud800-\udfff]"
+)
+_BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what ends a line or a cell, or is no text
+_MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))  # byte-order marks
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Return text that is one line on a terminal and cannot move the cursor, change colours or reverse its direction.
+
+    Each such character becomes its escape, as `\x1b`, `\n` or `\u202e`.
+
+    Args:
+        text: from anywhere.
+        keep: characters to leave as they are, such as the tabs of a table.
+    """
+    if text.isprintable():
+        return text
+    return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escaped(found[0]), text)
+
+
+def cell(text: str) -> str:
+    r"""Return text that fits into a cell of a table without quoting: tabs, line breaks and controls become escapes."""
+    return _BREAKS.sub(lambda found: _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def json_line(values: Any) -> str:
+    r"""Return a value as one line of JSON that is safe to print: unsafe characters are `\uXXXX`, which reads the same.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+    return text if text.isprintable() else _UNSAFE.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+def csv_lines(rows: Iterable[Sequence[object]], delimiter: str = ",") -> Iterator[str]:
+    r"""Yield rows as lines of CSV (RFC 4180), without the line's end; fields with line breaks or quotes are quoted.
+
+    The csv module quotes line breaks only if its own line terminator contains them, so that is `\r\n` here.
+    """
+    line = io.StringIO()
+    writer = csv.writer(line, delimiter=delimiter, lineterminator="\r\n")
+    for row in rows:
+        writer.writerow(row)
+        yield line.getvalue()[:-2]
+        line.seek(0)
+        line.truncate()
+
+
+def decoded(data: bytes) -> str:
+    """Decode a text file by its byte-order mark, else as UTF-8; bytes that are not UTF-8 become lone surrogates.
+
+    Notepad and PowerShell write UTF-8 with a mark, and UTF-16.
+
+    Raises:
+        UnicodeDecodeError: it has the mark of UTF-16, but is not.
+    """
+    for mark, encoding in _MARKS:
+        if data.startswith(mark):
+            return data[len(mark) :].decode(encoding, "surrogateescape" if encoding == "utf-8" else "strict")
+    return data.decode("utf-8", "surrogateescape")
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for messages, in decimal units: 512 bytes, 1.5 MB."""
+    for unit, name in _UNITS:
+        if count >= unit:
+            return f"{count / unit:.3g} {name}" if count < 100 * unit else f"{count / unit:,.0f} {name}"
+    return f"{count:.0f} bytes"

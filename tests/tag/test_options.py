@@ -1,0 +1,78 @@
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+import numpy as np
+import pytest
+
+from ced.errors import ConfigError
+from ced.sound.labels import ClassTable
+from ced.tag.options import TagKeywords, TagOptions
+
+CLASSES = ClassTable(("bark", "bell", "rain"))
+
+
+def test_keywords_are_the_fields() -> None:
+    hints = get_type_hints(TagOptions)
+    assert get_type_hints(TagKeywords) == {field.name: hints[field.name] for field in fields(TagOptions)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"window": 0.0}, "window is 0.0 s"),
+        ({"window": float("nan")}, "window is nan"),
+        ({"window": float("inf")}, "window is inf"),
+        ({"hop": -1.0}, "hop is -1.0 s"),
+        ({"hop": 20.0}, "hop is 20.0 s, window 10.0 s"),
+        ({"columns": True, "hop": 1.0}, "twice"),
+        ({"silence": 3.0}, "silence is 3.0"),
+        ({"channel": "middle"}, "'middle'; allowed: mean, left, right"),
+        ({"channel": 0}, "channel is 0"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_k": 1, "events": True}, "top_k 1 does not apply to events"),
+        ({"thresholds": -0.5}, "a threshold is -0.5"),
+        ({"thresholds": (0.5, float("nan"), 0.5)}, "a threshold is nan"),
+        ({"events": True, "release": 0.0}, "release is 0.0"),
+        ({"events": True, "gap": -1.0}, "gap is -1.0"),
+        ({"events": True, "shortest": float("nan")}, "shortest is nan"),
+        ({"gap": 1.0}, "options of events"),
+        ({"only": "bark"}, r"a list of labels, as \['bark'\]"),
+    ],
+)
+def test_impossible_options_are_refused_when_they_are_made(changes: dict[str, Any], part: str) -> None:
+    with pytest.raises(ConfigError, match=part):
+        TagOptions(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"only": ["barc"]}, "did you mean 'bark'"),
+        ({"exclude": ["bark", "bell", "rain"]}, "no label is left"),
+        ({"thresholds": (0.5, 0.5)}, "3 classes"),
+        ({"rollup": True}, "mids"),
+    ],
+)
+def test_options_that_do_not_fit_the_classes_are_refused_by_a_check(changes: dict[str, Any], part: str) -> None:
+    options = TagOptions(**changes)
+    with pytest.raises(ConfigError, match=part):
+        options.check(CLASSES)
+
+
+def test_defaults_that_depend_on_other_options() -> None:
+    def resolved(**changes: Any) -> tuple[Any, ...]:
+        settings = TagOptions(**changes).settings()
+        return settings["hop"], settings["top_k"], settings["thresholds"]
+
+    assert resolved() == (10.0, 3, None)
+    assert resolved(window=2.0, top_k=5) == (2.0, 5, None)
+    assert resolved(hop=5.0, thresholds=0.25) == (5.0, None, 0.25)
+    assert resolved(thresholds=0.25, top_k=2) == (10.0, 2, 0.25)
+    assert resolved(events=True) == (10.0, None, 0.5)
+
+
+def test_lists_and_arrays_are_kept_as_tuples() -> None:
+    options = TagOptions(only=["bark"], thresholds=np.array([0.5, 0.25, 1.0], np.float32))  # type: ignore[arg-type]
+    assert (options.only, options.thresholds) == (("bark",), (0.5, 0.25, 1.0))
+    assert options == TagOptions(only=("bark",), thresholds=(0.5, 0.25, 1.0))
+    assert options.selection(CLASSES) is options.selection(CLASSES)

@@ -1,0 +1,218 @@
+"""Files that are there whole or not at all, and are never written through links."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from ced import files
+from ced.errors import CedError, WriteError
+from ced.files import make_folders, open_to_append, remove_leftovers, written_aside
+
+POSIX = pytest.mark.skipif(os.name == "nt", reason="links and FIFOs as POSIX has them")
+
+
+def test_a_file_takes_its_place_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with written_aside(path) as aside:
+        assert aside.parent == tmp_path
+        assert aside.name.endswith(".partial")
+        aside.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("fault", [ValueError("no"), KeyboardInterrupt()])
+def test_a_failed_writing_leaves_all_as_it_was(tmp_path: Path, fault: BaseException) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fail() -> None:
+        with written_aside(path) as aside:
+            aside.write_text("half")
+            raise fault
+
+    with pytest.raises(type(fault)):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with written_aside(path) as first:
+        first.write_text("first")
+        with written_aside(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+
+
+@POSIX
+def test_no_link_is_written_through(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.txt"
+    outside.write_text("kept")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    path = folder / "a.txt"
+    for name in ("a.txt", "a.txt.partial"):
+        (folder / name).symlink_to(outside)
+    with written_aside(path) as aside:
+        aside.write_text("new")
+    assert outside.read_text() == "kept"
+    assert not path.is_symlink()
+    assert path.read_text() == "new"
+
+
+@POSIX
+def test_a_link_in_place_of_the_temporary_file_is_an_error(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.txt"
+    outside.write_text("kept")
+
+    def swap() -> None:
+        with written_aside(tmp_path / "a.txt") as aside:
+            aside.unlink()
+            aside.symlink_to(outside)
+
+    with pytest.raises(WriteError, match="link"):
+        swap()
+    assert list(tmp_path.iterdir()) == [outside]
+
+
+@POSIX
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+def test_what_is_not_a_file_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(WriteError, match=re.escape(str(path))), written_aside(path):
+        raise AssertionError("it was given to write to")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_long_names_have_temporary_files(tmp_path: Path) -> None:
+    path = tmp_path / ("ä" * 120 + ".txt")
+    with written_aside(path) as aside:
+        aside.write_text("x")
+    assert path.read_text() == "x"
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "none" / "a.txt"
+    with pytest.raises(WriteError, match=f"{re.escape(str(path))}: No such file") as raised, written_aside(path):
+        pass
+    assert raised.value.path == str(path)
+    assert isinstance(raised.value, CedError)
+
+
+def test_permissions_are_those_of_a_new_file(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    with written_aside(tmp_path / "a") as aside:
+        aside.write_text("x")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+@POSIX
+def test_what_a_kill_leaves_is_removed(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom ced.files import written_aside\n"
+        "with written_aside(Path(sys.argv[1])) as aside:\n"
+        "    aside.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    path = tmp_path / "deep" / "a.txt"
+    path.parent.mkdir()
+    (tmp_path / "song.partial").write_text("of the user")
+    done = subprocess.run([sys.executable, "-c", code, path], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = path.parent.iterdir()
+    with written_aside(path) as aside:
+        aside.write_text("whole")
+    assert set(path.parent.iterdir()) == {left, path}  # for all this process knows, another is writing it
+    remove_leftovers(path.with_name("b.txt"))
+    assert left.exists()
+    for place in (path, tmp_path):
+        left.touch()
+        remove_leftovers(place)
+        assert list(path.parent.iterdir()) == [path]
+    assert (tmp_path / "song.partial").exists()
+
+
+def test_a_stale_temporary_file_is_removed_by_the_next_writer(tmp_path: Path) -> None:
+    old, new = tmp_path / "b.txt.0123abcd.partial", tmp_path / "a.txt.0123abcd.partial"
+    for path in (old, new):
+        path.write_text("half")
+    os.utime(old, (time.time() - 2 * files._STALE,) * 2)
+    with written_aside(tmp_path / "a.txt") as aside:
+        aside.write_text("x")
+    assert set(tmp_path.iterdir()) == {new, tmp_path / "a.txt"}
+
+
+@POSIX
+def test_folders_are_made_below_their_root_only(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    root = tmp_path / "out"
+    assert make_folders(root, Path("a/b")) == root / "a" / "b"
+    assert make_folders(root, Path("a/b")).is_dir()
+    (root / "link").symlink_to(tmp_path / "elsewhere")
+    for bad in ("link", "link/deep", "../elsewhere"):
+        with pytest.raises(WriteError, match="out"):
+            make_folders(root, Path(bad))
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    (tmp_path / "named").symlink_to(root)
+    assert make_folders(tmp_path / "named", Path("c")).is_dir()  # the root itself may be a link
+
+
+@POSIX
+def test_appending_does_not_follow_links(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"kept")
+    (tmp_path / "link").symlink_to(outside)
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("link", "fifo"):
+        with pytest.raises(WriteError, match=name):
+            open_to_append(tmp_path / name)
+    with open_to_append(tmp_path / "new") as file:
+        file.write(b"one")
+    with open_to_append(tmp_path / "new") as file:
+        file.write(b"two")
+        file.seek(0)
+        assert file.read() == b"onetwo"
+
+
+def _write_bytes(path: Path) -> None:
+    path.write_bytes(bytes(1 << 20))
+
+
+def _write_hdf5(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", data=np.ones(1 << 18))
+
+
+def _write_torch(path: Path) -> None:
+    torch.save(torch.ones(1 << 18), path)
+
+
+def _write_parquet(path: Path) -> None:
+    table = pyarrow.table({"x": np.random.default_rng(0).normal(size=1 << 18)})
+    pyarrow.parquet.write_table(table, path)
+
+
+@pytest.mark.parametrize("write", [_write_bytes, _write_hdf5, _write_torch, _write_parquet])
+def test_a_full_disk_is_one_line_that_names_the_file(small_disk: Path, write: Callable[[Path], None]) -> None:
+    path = small_disk / "a.bin"
+    with pytest.raises(WriteError, match=r"a\.bin: No space left on device$") as raised, written_aside(path) as aside:
+        write(aside)
+    assert "\n" not in str(raised.value)
+    assert list(small_disk.iterdir()) == []

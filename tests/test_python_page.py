@@ -1,0 +1,30 @@
+"""The examples of docs/python.md, run one after the other, with what they print compared with the page."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NUMBER = re.compile(r"\d+\.\d+")
+
+
+def test_the_examples_print_what_the_page_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```python\n(.*?)^```\n```text\n(.*?)^```$", page, re.M | re.S)
+    assert len(examples) == page.count("```python")
+    names: dict[str, Any] = {}
+    for code, expected in examples:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, names)
+        shown = printed.getvalue()
+        assert NUMBER.sub("#", shown) == NUMBER.sub("#", expected)
+        # Another processor may round the last digit another way.
+        assert list(map(float, NUMBER.findall(shown))) == pytest.approx(
+            list(map(float, NUMBER.findall(expected))), abs=0.015
+        )
