@@ -30,7 +30,7 @@ function csv(records) {
 }
 
 function jsonl(records) {
-  return records.map(({ file, model, seconds, pieces }) => {
+  return records.map(({ file, model, seconds, pieces, kind }) => {
     const parts = pieces.map(({ start, end, tags }) => {
       const each = tags.map(
         ({ label, index, mid, prob }) =>
@@ -39,7 +39,7 @@ function jsonl(records) {
       return `{"start": ${float(start)}, "end": ${float(end)}, "tags": [${each.join(", ")}]}`;
     });
     const head = `"format": ${FORMAT_VERSION}, "file": ${JSON.stringify(file)}, "model": ${JSON.stringify(model)}`;
-    return `{${head}, "seconds": ${float(seconds)}, "pieces": [${parts.join(", ")}]}`;
+    return `{${head}, "seconds": ${float(seconds)}, "pieces": [${parts.join(", ")}], "kind": "${kind}"}`;
   });
 }
 

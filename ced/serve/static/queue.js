@@ -42,7 +42,7 @@ export class Queue {
 
   /** Tag a clip again, with other windows, say. */
   again(clip) {
-    Object.assign(clip, { status: "waiting", error: "", sent: 0, scores: null, overview: null, windows: this.store.windows });
+    Object.assign(clip, { status: "waiting", error: "", notes: [], sent: 0, scores: null, overview: null, windows: this.store.windows });
     this.#draw(clip);
     this.handlers.onGrow(clip);
     if (clip === this.#current) this.#stop.abort(); // and `run` comes to it again
@@ -107,12 +107,13 @@ export class Queue {
   #take(clip, line) {
     if (line.type === "begin") {
       clip.scores = new Scores(this.store.model.labels);
+      clip.length ??= line.seconds;
       this.#change(clip, { status: "tagging" });
     } else if (line.type === "window") addWindow(clip.scores, line);
     else if (line.type === "overview") {
       clip.overview ??= new Overview(line.rate, line.bands);
       clip.overview.add(bytes(line.peaks), bytes(line.mels));
-    } else if (line.type === "end") clip.seconds = line.seconds;
+    } else if (line.type === "end") Object.assign(clip, { seconds: line.seconds, notes: line.warnings });
     this.#draw(clip);
     this.handlers.onGrow(clip);
   }
@@ -143,7 +144,7 @@ export class Queue {
     const active = status === "uploading" || status === "tagging";
     const whole = clip.seconds ?? clip.length ?? 0;
     item.state.textContent = describe(clip, whole);
-    item.state.title = clip.error;
+    item.state.title = item.state.textContent;
     item.root.className = status;
     item.progress.hidden = !active;
     if (status === "uploading") item.progress.value = clip.sent;
@@ -169,7 +170,7 @@ function describe(clip, whole) {
     case "tagging":
       return `tagging, ${clock(clip.scores.scored, 0)}${whole ? ` of ${clock(whole, 0)}` : ""}`;
     case "done":
-      return clock(clip.seconds, 1);
+      return clock(clip.seconds, 1) + (clip.notes.length ? `; ${clip.notes.join("; ")}` : "");
     case "failed":
       return clip.error;
     default:

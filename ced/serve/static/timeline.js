@@ -79,6 +79,7 @@ export class Timeline {
   #picked = null;
   #regions = new Map();
   #stale = false; // the waveform lacks what has come since it was drawn
+  #played = ""; // the key of the event that was played last
   #until = null; // where an event that is being played ends
 
   /**
@@ -133,11 +134,12 @@ export class Timeline {
     this.recolour();
   }
 
-  /** The length of the time axis: that of the player, so that times agree, else what has been scored. */
+  /** The length of the time axis: that of the player, so that times agree, else by the file, else what was scored. */
   get seconds() {
     const length = this.audio.duration;
     if (this.audio.readyState && Number.isFinite(length) && length > 0) return length;
-    return this.#clip?.scores?.scored ?? 0;
+    const scored = this.#clip?.scores?.scored ?? 0;
+    return this.#clip?.seconds ?? Math.max(this.#clip?.length ?? 0, scored);
   }
 
   /** Show another sound, or none. */
@@ -186,7 +188,9 @@ export class Timeline {
   /** Play an event, or go on in it. */
   play(event) {
     const now = this.surfer.getCurrentTime();
-    const inside = keyOf(event) === keyOf(this.#picked) && now > event.onset && now < event.offset - 0.05 && !this.surfer.isPlaying();
+    const paused = this.#played === keyOf(event) && !this.surfer.isPlaying();
+    const inside = paused && now > event.onset && now < event.offset - 0.05;
+    this.#played = keyOf(event);
     this.#until = event.offset;
     this.surfer.play(inside ? now : event.onset, event.offset).catch(() => {});
   }
