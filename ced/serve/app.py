@@ -28,7 +28,7 @@ from ced.errors import AudioError, CedError, ClosedError, ConfigError
 from ced.serve import schema
 from ced.serve.body import Limits, RefusedError, busy
 from ced.serve.live import LiveSession
-from ced.serve.middleware import LIVENESS, POLICY, Gate, problem
+from ced.serve.middleware import FAILED, LIVENESS, POLICY, Gate, problem
 from ced.serve.schema import CLASSIFY, LIVE_PATH, STREAM, RequestOptions, StreamOptions
 from ced.serve.service import DOWN, Plan, Service, encode_line
 from ced.sound.audio import SAMPLE_RATE
@@ -181,7 +181,7 @@ class Application:
             return Response(service.meters.report(), media_type=CONTENT_TYPE_LATEST)
 
         app.get("/docs", include_in_schema=False)(_docs_page(app))
-        app.mount("/", _Page(directory=STATIC, html=True))
+        app.router.default = _Page(directory=STATIC, html=True)  # whatever no route matches, so a wrong method is 405
         return app
 
     def _check_room(self) -> None:
@@ -281,6 +281,7 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     finally:
         for each in both:
             each.cancel()
+        await asyncio.gather(*both, return_exceptions=True)  # until what was cancelled has ended
 
 
 async def _gone(request: Request) -> None:
@@ -309,7 +310,7 @@ def _told(error: Exception) -> tuple[int, str, Any]:
         case ClosedError():
             return 503, DOWN, {"Retry-After": "1"}
     _log.error("a request failed: %s: %s", type(error).__name__, error)
-    return 500, "the server failed; its log has the reason", None
+    return 500, FAILED, None
 
 
 def _docs_page(app: FastAPI) -> Any:

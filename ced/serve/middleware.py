@@ -37,6 +37,7 @@ _HEADERS = {
     "Permissions-Policy": "microphone=(self), camera=(), geolocation=()",
     "Cache-Control": "no-store",
 }
+FAILED = "the server failed; its log has the reason"
 _CLOSE = {"Connection": "close"}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -87,7 +88,12 @@ class Gate:
                 message = "the server is shutting down; try again soon"
                 await problem(503, message, {"Retry-After": "1"})(scope, receive, exchange.send)
         except _SlowClientError:
-            raise ConnectionError("the client does not read its answer") from None
+            exchange.fault = "the client does not read its answer"  # uvicorn closes what is not complete
+        except Exception as error:
+            if not exchange.complete:  # else the application has answered, and logged it
+                _log.error("request %s failed: %s: %s", exchange.id, type(error).__name__, error)
+            if not exchange.status:
+                await problem(500, FAILED)(scope, receive, exchange.send)
         finally:
             if scope["type"] == "http":
                 self._observe(scope["method"], path, exchange.status, time.perf_counter() - exchange.began)
@@ -138,6 +144,8 @@ class _Exchange:
         scope.setdefault("state", {})["request_id"] = self.id
         self.began = time.perf_counter()
         self.status = 0
+        self.complete = False
+        self.fault: str | None = None
         self._sent = 0  # bytes
         self._blocked = 0.0  # seconds that sending took
         self._start: Message | None = None  # of an answer in plain text, which becomes JSON
@@ -169,6 +177,7 @@ class _Exchange:
                 await self._send(start)
                 message = {**message, "body": body}
             self._sent += len(message.get("body", b""))
+            self.complete = not message.get("more_body", False)
         if kind.startswith("http."):
             await self._send_in_time(message)
         else:
@@ -202,6 +211,8 @@ class _Exchange:
             "sent": self._sent,
             "seconds": round(time.perf_counter() - self.began, 4),
         }
+        if self.fault is not None:
+            line["fault"] = self.fault
         access_log.info("%s", json.dumps(line))
 
 

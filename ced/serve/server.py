@@ -185,7 +185,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             log_config=None,  # errors go to standard error like all others
-            log_level="error",  # faults of clients are in the access log
+            log_level="critical",  # the application logs its own failures, and the access log has those of clients
             access_log=False,
             http=Connection,  # of h11, which bounds the size of headers; other parsers may be installed
             ws="websockets-sansio",

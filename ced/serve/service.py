@@ -303,6 +303,7 @@ class Service:
         steps: set[Future[Any]] = set()  # that have not ended
         pending: deque[asyncio.Future[Found]] = deque()
         begun = False
+        fault: Exception | None = None
 
         def run(work: Callable[..., T], *given: Any) -> "asyncio.Future[T]":
             nonlocal begun
@@ -323,12 +324,21 @@ class Service:
             self.meters.pending.dec()
 
         try:
-            while (window := await run(next, windows, None)) is not None:
+            while True:
+                try:
+                    window = await run(next, windows, None)
+                except Exception as error:  # raised after the windows before it
+                    fault = error
+                    break
+                if window is None:
+                    break
                 pending.append(run(self._find, plan, window))
                 while pending and (len(pending) >= self._jobs // self._taken or pending[0].done()):
                     yield await pending.popleft()
             while pending:
                 yield await pending.popleft()
+            if fault is not None:
+                raise fault
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self.stopping and task is not None and not task.cancelling():  # a step was cancelled, not the request
