@@ -90,8 +90,17 @@ function refresh() {
   table?.fill(events, store.playable);
   const labels = new Set(events.map(({ index }) => index)).size;
   byId("count").textContent = clip?.scores ? `${plural(events.length, "event")}${labels ? `, ${plural(labels, "label")}` : ""}` : "";
+  byId("notes").textContent = notesOf(clip);
+  byId("notes").hidden = !notesOf(clip);
   for (const button of byId("export").children) button.disabled = !clip?.scores?.length;
   store.set({ events, picked: events.find((event) => sameEvent(event, store.picked)) ?? null });
+}
+
+/** What is odd about the sound that is shown, or wrong with it. */
+function notesOf(clip) {
+  const notes = clip ? [clip.error, ...clip.notes] : [];
+  if (clip?.scores && !store.playable) notes.push("this browser cannot play the file, but its tags are complete");
+  return notes.filter(Boolean).join("; ");
 }
 
 function plural(count, word) {
@@ -135,7 +144,6 @@ store.on(["picked"], () => {
   table?.pick(store.picked);
 });
 store.on(["playable"], () => {
-  byId("unplayable").hidden = store.playable;
   byId("play").disabled = !store.playable;
   refreshSoon();
 });
@@ -159,6 +167,7 @@ byId("files").addEventListener("change", ({ target }) => {
 });
 for (const name of ["dragover", "dragleave", "drop"])
   document.addEventListener(name, (drag) => {
+    if (!drag.dataTransfer.types.includes("Files")) return;
     drag.preventDefault();
     document.body.classList.toggle("dropping", name === "dragover");
     if (name === "drop") queue.add(drag.dataTransfer.files);

@@ -152,8 +152,8 @@ export class Timeline {
     this.surfer.options.minPxPerSec = 0;
     this.#removeRegions(() => false);
     this.#clear();
+    this.surfer.empty(); // nothing of the sound before stays in view
     if (clip) this.audio.src = clip.url;
-    else this.audio.removeAttribute("src");
     this.handlers.onTime(0, this.seconds);
     this.paint();
   }
@@ -192,7 +192,7 @@ export class Timeline {
     const inside = paused && now > event.onset && now < event.offset - 0.05;
     this.#played = keyOf(event);
     this.#until = event.offset;
-    this.surfer.play(inside ? now : event.onset, event.offset).catch(() => {});
+    this.surfer.play(inside ? now : event.onset, event.offset).catch(() => (this.#until = null));
   }
 
   /** Play or pause; a marked event is played to its end. */
