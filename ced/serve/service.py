@@ -458,7 +458,7 @@ def _window(found: Found, options: StreamOptions) -> dict[str, Any]:
     if found.pieces:
         line["tags"] = [asdict(tag) for tag in found.pieces[0].tags]
     if options.scores == "columns":
-        line["edges"] = [*(round(each.start, 3) for each in found.scored), round(found.end, 3)]
+        line["edges"] = [*(each.start for each in found.scored), found.end]
     if options.scores != "none":
         line["scores"] = encode_scores(found.scored, options.encoding)
     if found.vector is not None and options.embeddings == "windows":

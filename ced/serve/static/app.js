@@ -26,6 +26,7 @@ const NUMBERS = ["threshold", "top", "gap", "shortest"]; // inputs, and parts of
 
 const store = new Store({
   model: null, // {name, labels, mids, live}
+  limits: null, // {megabytes, seconds} of a request
   clips: [],
   selected: null,
   view: "sound", // or "live"
@@ -89,8 +90,17 @@ function refresh() {
   table?.fill(events, store.playable);
   const labels = new Set(events.map(({ index }) => index)).size;
   byId("count").textContent = clip?.scores ? `${plural(events.length, "event")}${labels ? `, ${plural(labels, "label")}` : ""}` : "";
+  byId("notes").textContent = notesOf(clip);
+  byId("notes").hidden = !notesOf(clip);
   for (const button of byId("export").children) button.disabled = !clip?.scores?.length;
   store.set({ events, picked: events.find((event) => sameEvent(event, store.picked)) ?? null });
+}
+
+/** What is odd about the sound that is shown, or wrong with it. */
+function notesOf(clip) {
+  const notes = clip ? [clip.error, ...clip.notes] : [];
+  if (clip?.scores && !store.playable) notes.push("this browser cannot play the file, but its tags are complete");
+  return notes.filter(Boolean).join("; ");
 }
 
 function plural(count, word) {
@@ -99,18 +109,15 @@ function plural(count, word) {
 
 let table = null; // these three once the model is known
 let live = null;
-let grown = false;
-const refreshSoon = eachFrame(() => {
-  if (grown) timeline.grow();
-  grown = false;
+const refreshSoon = eachFrame(refresh);
+const growSoon = eachFrame(() => {
+  timeline.grow();
   refresh();
-});
+}, 400);
 
 const queue = new Queue(store, byId("queue"), {
   onGrow: (clip) => {
-    if (clip !== store.selected) return;
-    grown = true;
-    refreshSoon();
+    if (clip === store.selected) growSoon();
   },
   askKey,
 });
@@ -123,7 +130,6 @@ store.on(["selected"], () => {
   byId("name").title = clip?.name ?? "";
   byId("windows").value = Object.keys(WINDOWS).find((name) => WINDOWS[name] === (clip?.windows ?? store.windows));
   table?.reset();
-  grown = true;
   refreshSoon();
 });
 store.on(["selected", "view"], () => {
@@ -138,11 +144,18 @@ store.on(["picked"], () => {
   table?.pick(store.picked);
 });
 store.on(["playable"], () => {
-  byId("unplayable").hidden = store.playable;
   byId("play").disabled = !store.playable;
   refreshSoon();
 });
 store.on([...NUMBERS, "classes"], refreshSoon);
+store.on(["limits", "windows"], () => {
+  const { limits, windows } = store;
+  if (!limits) return;
+  const cost = windows.hop ? Math.max(1, windows.window) / windows.hop : 1; // overlapping windows count in full
+  const minutes = limits.seconds / cost / 60;
+  const most = minutes < 120 ? `${Math.round(10 * minutes) / 10} min` : `${Math.floor(minutes / 60)} h`;
+  byId("limits").textContent = `Up to ${limits.megabytes} MB and ${most} each`;
+});
 store.on(["clips"], () => (byId("scope").hidden = store.clips.length < 2));
 
 // Sources
@@ -150,9 +163,11 @@ store.on(["clips"], () => (byId("scope").hidden = store.clips.length < 2));
 byId("files").addEventListener("change", ({ target }) => {
   queue.add(target.files);
   target.value = "";
+  byId("timeline").focus({ preventScroll: true }); // so that the keys work
 });
 for (const name of ["dragover", "dragleave", "drop"])
   document.addEventListener(name, (drag) => {
+    if (!drag.dataTransfer.types.includes("Files")) return;
     drag.preventDefault();
     document.body.classList.toggle("dropping", name === "dragover");
     if (name === "drop") queue.add(drag.dataTransfer.files);
@@ -193,11 +208,8 @@ byId("play").addEventListener("click", () => timeline.toggle());
 byId("zoom-in").addEventListener("click", () => timeline.zoom(2));
 byId("zoom-out").addEventListener("click", () => timeline.zoom(0.5));
 byId("zoom-fit").addEventListener("click", () => timeline.zoom(0));
-byId("windows").append(
-  ...Object.entries(WINDOWS).map(([name, { hop }]) =>
-    element("option", { value: name }, hop ? `${name}, every ${hop} s` : `${name}, by columns`),
-  ),
-);
+for (const [name, { hop }] of Object.entries(WINDOWS))
+  byId("windows").append(element("option", { value: name }, hop ? `${name}, every ${hop} s` : `${name} columns`));
 byId("windows").addEventListener("change", ({ target }) => {
   store.set({ windows: WINDOWS[target.value] });
   if (store.selected) queue.again(store.selected);
@@ -315,7 +327,6 @@ async function start() {
   const labels = info.labels.map(({ name }) => name);
   const model = { name: info.model, labels, mids: info.labels.map(({ mid }) => mid), live: info.live };
   byId("model").textContent = `${model.name}, ${plural(labels.length, "label")}`;
-  byId("limits").textContent = `Up to ${info.limits.megabytes} MB and ${clock(info.limits.seconds, 0)} a sound.`;
   table = new Table({ table: byId("events"), more: byId("more") }, labels, {
     onPick: (event) => store.set({ picked: event }),
     onPlay: (event) => timeline.play(event),
@@ -328,7 +339,8 @@ async function start() {
   live = new Live(model, {
     onChange: (running) => (byId("listen").textContent = running ? "Listening …" : "Live"),
   });
-  store.set({ model });
+  byId("windows").querySelector('[value="0.16 s"]').hidden = !info.columns;
+  store.set({ model, limits: info.limits });
   queue.run();
 }
 

@@ -43,15 +43,20 @@ export function save(blob, name) {
   setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }
 
-/** Call `work` at most once a frame, however often the result is called. */
-export function eachFrame(work) {
+/** Call `work` in the next frame, once, however often the result is called; and no sooner than `pause` ms after the last. */
+export function eachFrame(work, pause = 0) {
   let asked = false;
+  let last = -Infinity;
+  const run = () => {
+    asked = false;
+    work();
+    last = performance.now();
+  };
   return () => {
     if (asked) return;
     asked = true;
-    requestAnimationFrame(() => {
-      asked = false;
-      work();
-    });
+    const wait = last + pause - performance.now();
+    if (wait > 0) setTimeout(() => requestAnimationFrame(run), wait);
+    else requestAnimationFrame(run);
   };
 }

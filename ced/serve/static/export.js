@@ -10,9 +10,9 @@ const RAVEN_COLUMNS = [
 /** Formats by name: suffix and media type of their files, what makes lines of records, and whether sounds can share one. */
 export const FORMATS = {
   csv: { name: "CSV", suffix: ".csv", type: "text/csv", lines: csv, shared: true },
-  jsonl: { name: "JSON lines", suffix: ".jsonl", type: "application/jsonl", lines: jsonl, shared: true },
-  audacity: { name: "Audacity labels", suffix: ".labels.txt", type: "text/plain", lines: audacity },
-  raven: { name: "Raven selections", suffix: ".selections.txt", type: "text/plain", lines: raven, shared: true },
+  jsonl: { name: "JSONL", suffix: ".jsonl", type: "application/jsonl", lines: jsonl, shared: true },
+  audacity: { name: "Audacity", suffix: ".labels.txt", type: "text/plain", lines: audacity },
+  raven: { name: "Raven", suffix: ".selections.txt", type: "text/plain", lines: raven, shared: true },
 };
 
 /** The text of a file with records in a format. */
@@ -30,7 +30,7 @@ function csv(records) {
 }
 
 function jsonl(records) {
-  return records.map(({ file, model, seconds, pieces }) => {
+  return records.map(({ file, model, seconds, pieces, kind }) => {
     const parts = pieces.map(({ start, end, tags }) => {
       const each = tags.map(
         ({ label, index, mid, prob }) =>
@@ -39,7 +39,7 @@ function jsonl(records) {
       return `{"start": ${float(start)}, "end": ${float(end)}, "tags": [${each.join(", ")}]}`;
     });
     const head = `"format": ${FORMAT_VERSION}, "file": ${JSON.stringify(file)}, "model": ${JSON.stringify(model)}`;
-    return `{${head}, "seconds": ${float(seconds)}, "pieces": [${parts.join(", ")}]}`;
+    return `{${head}, "seconds": ${float(seconds)}, "pieces": [${parts.join(", ")}], "kind": "${kind}"}`;
   });
 }
 

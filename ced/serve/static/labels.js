@@ -57,7 +57,6 @@ export class LabelFilter {
 
   #open(open) {
     this.choices.hidden = !open;
-    this.search.setAttribute("aria-expanded", open);
     if (open) this.#draw();
   }
 

@@ -21,7 +21,7 @@ export class Live {
   #windows = []; // of the last minute: {start, end, probs}
   #rows = []; // indices of classes
   #going = new Map(); // events by number
-  #lines = []; // reports of events that are over, as received
+  #lines = []; // reports of events that are over, as `ced live -f jsonl` has them
   #fault = "";
 
   /** @param {{labels: string[], live: {rate: number}}} model @param {{onChange: (running: boolean) => void}} handlers */
@@ -108,7 +108,8 @@ export class Live {
     this.draw();
   }
 
-  #event({ state, event, time, pieces: [piece] }) {
+  #event({ type, ...report }) {
+    const { state, event, time, pieces: [piece] } = report; // prettier-ignore
     const [{ label, prob }] = piece.tags;
     let row = this.#going.get(event);
     if (!row) {
@@ -122,6 +123,7 @@ export class Live {
     row.cells[3].textContent = prob.toFixed(2);
     if (state === "end") {
       this.#going.delete(event);
+      this.#lines.push(report);
       row.classList.remove("going");
       row.cells[2].textContent = `${(piece.end - piece.start).toFixed(1)} s`;
     }

@@ -5,12 +5,13 @@ import { element, icon } from "./dom.js";
 import { Clip, Overview, Scores } from "./state.js";
 import { clock } from "./time.js";
 
-const OVERVIEW_COLUMNS = 24_000; // of a sound, about; that many tell more than a screen can show
+const OVERVIEW_COLUMNS = 60_000; // of a sound, about: 4 MB
 const FINEST = 100; // overview columns a second at most
 const BUSY_RETRIES = 20; // when the server has no room
 
 export class Queue {
-  #stop = null; // ends the clip that is being sent
+  #current = null; // the clip that is being sent
+  #stop = null; // an AbortController that ends it
   #items = new Map();
 
   /**
@@ -41,15 +42,11 @@ export class Queue {
 
   /** Tag a clip again, with other windows, say. */
   again(clip) {
-    if (clip === this.#current) this.#stop.abort();
-    Object.assign(clip, { status: "waiting", error: "", sent: 0, scores: null, overview: null, windows: this.store.windows });
+    Object.assign(clip, { status: "waiting", error: "", notes: [], sent: 0, scores: null, overview: null, windows: this.store.windows });
     this.#draw(clip);
     this.handlers.onGrow(clip);
-    this.run();
-  }
-
-  get #current() {
-    return this.store.clips.find(({ status }) => status === "uploading" || status === "tagging");
+    if (clip === this.#current) this.#stop.abort(); // and `run` comes to it again
+    else this.run();
   }
 
   /** Cancel a clip that is not done; remove one that is. */
@@ -66,23 +63,24 @@ export class Queue {
     }
   }
 
-  /** Send the next clip that waits, if none is being sent. */
+  /** Send the clips that wait, one after the other, unless that is going on. */
   async run() {
     if (this.#current || !this.store.model) return;
-    const clip = this.store.clips.find(({ status }) => status === "waiting");
-    if (!clip) return;
-    const stop = (this.#stop = new AbortController());
-    this.#change(clip, { status: "uploading" });
-    try {
-      await this.#send(clip, stop.signal);
-      this.#change(clip, { status: "done" });
-    } catch (error) {
-      if (!stop.signal.aborted) this.#change(clip, { status: "failed", error: error.message });
-      // When it is to be tagged again, it waits already.
-      else if (clip.status !== "waiting") this.#change(clip, { status: "cancelled" });
+    let clip;
+    while ((clip = this.store.clips.find(({ status }) => status === "waiting"))) {
+      this.#current = clip;
+      this.#stop = new AbortController();
+      this.#change(clip, { status: "uploading" });
+      try {
+        await this.#send(clip, this.#stop.signal);
+        this.#change(clip, { status: "done" });
+      } catch (error) {
+        if (!this.#stop.signal.aborted) this.#change(clip, { status: "failed", error: error.message });
+        else if (clip.status !== "waiting") this.#change(clip, { status: "cancelled" });
+      }
+      this.handlers.onGrow(clip);
     }
-    this.handlers.onGrow(clip);
-    this.run();
+    this.#current = null;
   }
 
   async #send(clip, signal) {
@@ -109,12 +107,13 @@ export class Queue {
   #take(clip, line) {
     if (line.type === "begin") {
       clip.scores = new Scores(this.store.model.labels);
+      clip.length ??= line.seconds;
       this.#change(clip, { status: "tagging" });
     } else if (line.type === "window") addWindow(clip.scores, line);
     else if (line.type === "overview") {
       clip.overview ??= new Overview(line.rate, line.bands);
       clip.overview.add(bytes(line.peaks), bytes(line.mels));
-    } else if (line.type === "end") clip.seconds = line.seconds;
+    } else if (line.type === "end") Object.assign(clip, { seconds: line.seconds, notes: line.warnings });
     this.#draw(clip);
     this.handlers.onGrow(clip);
   }
@@ -145,7 +144,7 @@ export class Queue {
     const active = status === "uploading" || status === "tagging";
     const whole = clip.seconds ?? clip.length ?? 0;
     item.state.textContent = describe(clip, whole);
-    item.state.title = clip.error;
+    item.state.title = item.state.textContent;
     item.root.className = status;
     item.progress.hidden = !active;
     if (status === "uploading") item.progress.value = clip.sent;
@@ -171,7 +170,7 @@ function describe(clip, whole) {
     case "tagging":
       return `tagging, ${clock(clip.scores.scored, 0)}${whole ? ` of ${clock(whole, 0)}` : ""}`;
     case "done":
-      return clock(clip.seconds, 1);
+      return clock(clip.seconds, 1) + (clip.notes.length ? `; ${clip.notes.join("; ")}` : "");
     case "failed":
       return clip.error;
     default:

@@ -117,7 +117,9 @@ export class Clip {
   id = ++count;
   status = "waiting";
   sent = 0; // the part that is uploaded, 0 to 1
-  seconds = null; // the length of the sound, once known
+  length = null; // seconds, by the player or the file's header
+  seconds = null; // how much was tagged, at the end
+  notes = []; // what is odd about the file
   error = "";
   scores = null;
   overview = null;
@@ -147,6 +149,7 @@ export function record(clip, model, events) {
     file: clip.name,
     model: model.name,
     seconds: clip.scores.scored,
+    kind: "events",
     pieces: events.map(({ onset, offset, index, peak }) => ({
       start: onset,
       end: offset,

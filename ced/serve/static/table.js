@@ -4,10 +4,12 @@ import { element, icon } from "./dom.js";
 import { clock } from "./time.js";
 
 const MOST_ROWS = 300; // at first; the rest on request
+const NONE = "No events at this threshold.";
+const FIELDS = ["onset", "offset", "index", "peak"]; // of an event
 const COLUMNS = [
   { name: "Start", value: ({ onset }) => onset, kind: "number" },
-  { name: "End", value: ({ offset }) => offset, kind: "number" },
-  { name: "Length", value: ({ onset, offset }) => offset - onset, kind: "number length" },
+  { name: "End", value: ({ offset }) => offset, kind: "number end" },
+  { name: "Length", value: ({ onset, offset }) => offset - onset, kind: "number" },
   { name: "Label", value: ({ index }, labels) => labels[index], kind: "label" },
   { name: "Probability", value: ({ peak }) => peak, kind: "number" },
 ];
@@ -37,8 +39,10 @@ export class Table {
       return head;
     });
     this.heads = new Map(COLUMNS.map((column, index) => [column, heads[index]]));
-    const actions = [element("th", { scope: "col", "aria-label": "Play" }), element("th", { scope: "col", "aria-label": "Save" })];
-    table.tHead.append(element("tr", {}, actions[0], ...heads, actions[1]));
+    const [play, save] = ["Play", "Save"].map((name) =>
+      element("th", { scope: "col" }, element("span", { className: "unseen" }, name)),
+    );
+    table.tHead.append(element("tr", {}, play, ...heads, save));
     more.addEventListener("click", () => {
       this.#most = Infinity;
       this.#draw();
@@ -52,10 +56,12 @@ export class Table {
       if (action === "save") handlers.onSave(event);
     });
     this.#sort(COLUMNS[0], 1);
+    this.#fillRows();
   }
 
   /** Show these events. */
   fill(events, playable) {
+    if (playable !== this.playable) this.#shown = [];
     this.#events = events;
     this.playable = playable;
     this.#draw();
@@ -83,13 +89,20 @@ export class Table {
     const { column, sign } = this.#order;
     const key = (event) => column.value(event, this.labels);
     const compare = (one, other) => (one < other ? -1 : one > other ? 1 : 0);
+    const before = this.#shown;
     this.#shown = this.#events.toSorted((one, other) => sign * compare(key(one), key(other))).slice(0, this.#most);
-    this.body.replaceChildren(...this.#shown.map((event, place) => this.#row(event, place)));
-    if (!this.#shown.length)
-      this.body.append(element("tr", {}, element("td", { colSpan: COLUMNS.length + 2, className: "empty" }, "No events at this threshold.")));
+    const same = (event, place) => FIELDS.every((field) => event[field] === before[place]?.[field]);
+    // While a long sound is being tagged, the first rows stay the same.
+    if (this.#shown.length !== before.length || !this.#shown.every(same)) this.#fillRows();
     this.more.hidden = this.#shown.length === this.#events.length;
     this.more.textContent = `Show all ${this.#events.length} events`;
     this.#mark(false);
+  }
+
+  #fillRows() {
+    this.body.replaceChildren(...this.#shown.map((event, place) => this.#row(event, place)));
+    if (!this.#shown.length)
+      this.body.append(element("tr", {}, element("td", { colSpan: COLUMNS.length + 2, className: "empty" }, NONE)));
   }
 
   #row({ onset, offset, index, peak }, place) {
@@ -107,8 +120,8 @@ export class Table {
       {},
       button("play", "Play", !this.playable),
       element("td", { className: "number" }, clock(onset, 2)),
-      element("td", { className: "number" }, clock(offset, 2)),
-      element("td", { className: "number length" }, (offset - onset).toFixed(2)),
+      element("td", { className: "number end" }, clock(offset, 2)),
+      element("td", { className: "number" }, (offset - onset).toFixed(2)),
       element("td", {}, label),
       element("td", { className: "number" }, element("span", { className: "bar" }, part), peak.toFixed(2)),
       button("save", "Save as WAV:", false),

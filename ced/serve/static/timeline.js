@@ -11,7 +11,8 @@ export const HEIGHTS = { wave: 64, mel: 112, row: 22, axis: 22 };
 const TILE = 800; // pixels; lanes are drawn in tiles of this width, those in view only
 const FASTEST = 800; // pixels a second
 const WIDEST = 15e6; // pixels; browsers cannot lay out much more
-const MOST_REGIONS = 400; // in view; with more of them none can be told from its neighbours
+const NARROWEST = 4; // pixels; regions of shorter events could not be hit
+const MOST_REGIONS = 600;
 
 // What lies inside wavesurfer's shadow tree, out of reach of style.css.
 const LANES_STYLE = `
@@ -78,6 +79,7 @@ export class Timeline {
   #picked = null;
   #regions = new Map();
   #stale = false; // the waveform lacks what has come since it was drawn
+  #played = ""; // the key of the event that was played last
   #until = null; // where an event that is being played ends
 
   /**
@@ -123,18 +125,21 @@ export class Timeline {
       this.#load();
     });
     audio.addEventListener("error", () => {
-      if (this.#clip) handlers.onPlayable(false);
+      if (!this.#clip) return;
+      handlers.onPlayable(false);
+      this.#load();
     });
     this.#setUpMap();
     this.#setUpWheel(lanes);
     this.recolour();
   }
 
-  /** The length of the time axis: that of the player, so that times agree, else what has been scored. */
+  /** The length of the time axis: that of the player, so that times agree, else by the file, else what was scored. */
   get seconds() {
     const length = this.audio.duration;
     if (this.audio.readyState && Number.isFinite(length) && length > 0) return length;
-    return this.#clip?.scores?.scored ?? 0;
+    const scored = this.#clip?.scores?.scored ?? 0;
+    return this.#clip?.seconds ?? Math.max(this.#clip?.length ?? 0, scored);
   }
 
   /** Show another sound, or none. */
@@ -147,8 +152,8 @@ export class Timeline {
     this.surfer.options.minPxPerSec = 0;
     this.#removeRegions(() => false);
     this.#clear();
+    this.surfer.empty(); // nothing of the sound before stays in view
     if (clip) this.audio.src = clip.url;
-    else this.audio.removeAttribute("src");
     this.handlers.onTime(0, this.seconds);
     this.paint();
   }
@@ -183,9 +188,11 @@ export class Timeline {
   /** Play an event, or go on in it. */
   play(event) {
     const now = this.surfer.getCurrentTime();
-    const inside = keyOf(event) === keyOf(this.#picked) && now > event.onset && now < event.offset - 0.05 && !this.surfer.isPlaying();
+    const paused = this.#played === keyOf(event) && !this.surfer.isPlaying();
+    const inside = paused && now > event.onset && now < event.offset - 0.05;
+    this.#played = keyOf(event);
     this.#until = event.offset;
-    this.surfer.play(inside ? now : event.onset, event.offset).catch(() => {});
+    this.surfer.play(inside ? now : event.onset, event.offset).catch(() => (this.#until = null));
   }
 
   /** Play or pause; a marked event is played to its end. */
@@ -195,11 +202,10 @@ export class Timeline {
     else this.surfer.play().catch(() => {});
   }
 
-  /** Zoom by a factor around a place of the view, or 0: show the whole sound. */
-  zoom(factor, x = this.surfer.getWidth() / 2) {
+  /** Zoom by a factor around a place of the view (pixels), or 0: show the whole sound. */
+  zoom(factor, x = this.#focus()) {
     if (!this.surfer.getDecodedData()) return;
-    const width = this.surfer.getWidth();
-    const fit = width / this.seconds;
+    const fit = this.surfer.getWidth() / this.seconds;
     const { left, scale } = this.#view();
     const next = Math.max(fit, Math.min(scale * factor, FASTEST, WIDEST / this.seconds));
     this.surfer.zoom(next > fit ? next : 0);
@@ -228,6 +234,16 @@ export class Timeline {
     const known = overview ? Math.min(overview.columns, peaks.length) : 0;
     for (let column = 0; column < known; column++) peaks[column] = overview.peaks[column] / 255;
     this.surfer.load(this.#clip.url, [peaks], seconds).catch(() => {});
+    this.handlers.onTime(this.surfer.getCurrentTime(), seconds);
+  }
+
+  /** Where zooming by keys and buttons is centred: the marked event or the cursor, if in view, else the middle. */
+  #focus() {
+    const { left, right, scale } = this.#view();
+    const times = [this.surfer.getCurrentTime()];
+    if (this.#picked) times.unshift((this.#picked.onset + this.#picked.offset) / 2);
+    const seen = times.map((time) => time * scale - left).find((x) => x > 0 && x < right - left);
+    return seen ?? (right - left) / 2;
   }
 
   #view() {
@@ -272,10 +288,12 @@ export class Timeline {
 
   /** Lay a region over each event that is in view or near it and whose class has a row. */
   #placeRegions(from, to) {
+    const shortest = (NARROWEST * (to - from)) / this.surfer.getWidth();
     const near = this.#events.filter(
-      ({ onset, offset, index }) => this.#rows.includes(index) && offset > 2 * from - to && onset < 2 * to - from,
+      ({ onset, offset, index }) =>
+        this.#rows.includes(index) && offset - onset >= shortest && offset > 2 * from - to && onset < 2 * to - from,
     );
-    const wanted = new Map(near.slice(0, MOST_REGIONS).map((event) => [keyOf(event), event]));
+    const wanted = new Map((near.length > MOST_REGIONS ? [] : near).map((event) => [keyOf(event), event]));
     this.#removeRegions((key) => wanted.has(key));
     for (const [key, event] of wanted) {
       if (this.#regions.has(key)) {
