@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 
 from ced.cli import main
 from ced.model import loading, weights, zoo
@@ -146,8 +148,26 @@ def test_recordings_are_small_and_credited() -> None:
         assert load(ROOT / "resources" / name).std() > 0.005
 
 
+def test_the_citation_is_the_same_everywhere() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["preferred-citation"]
+    (entry,) = blocks(ROOT / "README.md", "bibtex")
+    fields = dict(re.findall(r"^  (\w+) += \{(.*)\},$", entry, re.M))
+    assert fields["author"].split(" and ") == [
+        f"{each['family-names']}, {each['given-names']}" for each in cited["authors"]
+    ]
+    assert fields["title"].replace("{", "").replace("}", "") == cited["title"]
+    assert (fields["booktitle"], int(fields["year"])) == (cited["collection-title"], cited["year"])
+    assert fields["pages"] == f"{cited['start']}--{cited['end']}"
+    for author in cited["authors"]:
+        assert f"{author['given-names']} {author['family-names']}" in readme
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    assert {cited["url"], cited["repository-code"]} <= set(urls.values())
+
+
 def test_every_page_is_linked_and_every_link_leads_somewhere() -> None:
-    pages = [ROOT / "README.md", ROOT / "resources" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    others = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "resources/README.md")]
+    pages = [ROOT / "README.md", *others, *sorted((ROOT / "docs").glob("*.md"))]
     linked = set()
     for page in pages:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
