@@ -6,7 +6,6 @@ Trainings and stores are cut to one epoch; nothing else is changed.
 import functools
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -24,9 +23,9 @@ import yaml
 
 from ced.cli import main
 from ced.model import loading, weights, zoo
+from ced.model.config import ModelConfig
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
-from ced.model.config import ModelConfig
 from ced.model.vit import CED
 from ced.sound.audio import load
 from ced.sound.labels import ClassTable
@@ -63,15 +62,12 @@ def shortened(block: str) -> str:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights and graphs under the names of published ones."""
+    """Random weights under the names of published ones, as files of Zenodo."""
     folder = tmp_path_factory.mktemp("cache")
     torch.manual_seed(0)
-    for name in ("ced_tiny", "audiotransformer_tiny", "audiotransformer_base_4740"):
+    for name in ("ced_tiny", "ced_mini", "audiotransformer_tiny", "audiotransformer_base_4740"):
         entry = zoo.MODELS[name]
-        torch.save(CED(config_of(entry)).state_dict(), folder / entry.file)
-    small = CED(SMALL).eval()
-    for name in ("ced_tiny", "ced_mini"):
-        export(weights_of(small), folder / zoo.MODELS[name].onnx_file)
+        torch.save(CED(entry.config).state_dict(), folder / entry.zenodo.file)
     return folder
 
 
@@ -91,7 +87,7 @@ def place(tmp_path: Path, cache: Path) -> Iterator[Path]:
     (tmp_path / "classes.tsv").write_text("index\tname\n0\tdog\n1\train\n")
     for table in ("train", "eval"):
         (tmp_path / f"{table}.tsv").write_text("filename\tlabels\nmy_sounds/a.wav\t0\nmy_sounds/b.wav\t0;1\n")
-    shutil.copy(cache / zoo.MODELS["ced_tiny"].onnx_file, tmp_path / "student.onnx")
+    export(weights_of(CED(SMALL).eval()), tmp_path / "student.onnx")
     serve = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
