@@ -25,7 +25,9 @@ from ced.errors import (
     ProcessError,
     StoreError,
     TableError,
+    TooLongError,
     TrainingError,
+    WriteError,
     optional_packages,
 )
 from ced.progress import Progress, silent
@@ -56,7 +58,9 @@ __all__ = [
     "TableError",
     "TagOptions",
     "Tagger",
+    "TooLongError",
     "TrainingError",
+    "WriteError",
     "__version__",
     "list_models",
     "load_model",

@@ -16,7 +16,7 @@ from ced.errors import BusyError, CedError, WriteError
 _LONGEST_STEM = 200  # bytes of a name; file systems allow 255
 _STALE = 86_400.0  # seconds without a change, after which a temporary file counts as left behind by a killed process
 _LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.partial$")  # how the names of temporary files end
-_FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
+FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # error numbers of a full disk or a used-up quota
 _LINKS = {errno.ELOOP, errno.EMLINK}  # what opening a link with O_NOFOLLOW fails with; FreeBSD: EMLINK
 _FULL_WORDS = re.compile(r"no space left|errno = 28\b|os error 28\b|disk quota exceeded", re.I)  # of HDF5, Rust, C++
 _swept: set[Path] = set()  # folders that this process has searched for stale files
@@ -67,7 +67,7 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         unnamed = error.filename is None and not isinstance(error, ConnectionError | TimeoutError)
-        if error.errno in _FULL or unnamed or _is_beside(error.filename, path):
+        if error.errno in FULL or unnamed or _is_beside(error.filename, path):
             raise WriteError(path, _reason(error)) from error
         raise
     except Exception as error:  # libraries in C++ and Rust have errors of their own
@@ -96,10 +96,12 @@ def _is_full(path: Path) -> bool:
 
 def _reason(error: OSError) -> str:
     """Return what went wrong, in a few words; HDF5 and Arrow say far more."""
-    if error.errno in _FULL or _FULL_WORDS.search(str(error)):
-        return os.strerror(error.errno if error.errno in _FULL else errno.ENOSPC)
     if error.errno in _LINKS:
         return "it is a link"
+    if error.errno is not None and error.errno in FULL:
+        return os.strerror(error.errno)
+    if _FULL_WORDS.search(str(error)):
+        return os.strerror(errno.ENOSPC)
     return " ".join((error.strerror or str(error)).split()) or type(error).__name__
 
 

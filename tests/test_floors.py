@@ -112,7 +112,7 @@ def run_python(program: str) -> str:
         ("ced.sound.labels", ["torch"]),
         ("ced.tag.options", ["torch", "numpy", "onnxruntime"]),
         ("ced.tag.tagger", ["torch", "onnx", "pydantic", "rich.progress", "pyarrow"]),
-        ("ced.model.runtime", ["torch", "onnx", "onnxruntime"]),
+        ("ced.model.runtime", ["torch", "onnx", "huggingface_hub", "safetensors", "pydantic"]),
         ("ced.model.zoo", ["torch", "onnx", "onnxruntime"]),
         ("ced.tag.results", ["torch"]),
         ("ced.config", ["torch"]),

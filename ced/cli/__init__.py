@@ -1,17 +1,18 @@
 """The command `ced`; root scripts call it under the published names. Nothing else prints or exits."""
 
 import sys
+from typing import Annotated
 
 import typer
 
+import ced
 from ced.cli import calibrating, distilling, exporting, listening, serving, tagging
-from ced.cli.console import Commands, set_up_logging, set_up_streams
+from ced.cli.console import Commands, set_up_logging, set_up_streams, show
 from ced.cli.keys import FinetuneCommand, PretrainCommand, StoreCommand, TrainCommand
 
 app = typer.Typer(
     cls=Commands,
     name="ced",
-    help="Tag sounds, and make small models that tag sounds.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     add_completion=False,
@@ -19,6 +20,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        show(f"ced {ced.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and exit.")
+    ] = False,
+) -> None:
+    """Tag sounds, and make small models that tag sounds."""
+
 
 app.command()(tagging.tag)
 app.command()(tagging.embed)

@@ -164,7 +164,15 @@ Formats = Annotated[
         "--format",
         "-f",
         rich_help_panel=_OUTPUT,
-        help="text, jsonl, csv, audacity, raven, parquet; with --out several.",
+        help="text, jsonl, csv, spreadsheet (CSV without formulas), audacity, raven, parquet; with --out several.",
+    ),
+]
+Clock = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_OUTPUT,
+        help="Add the clock time of each tag to csv, jsonl and parquet: auto (from the file's metadata or name), or "
+        "the time at the start of one sound, as 2024-05-01T05:30:00.",
     ),
 ]
 Out = Annotated[

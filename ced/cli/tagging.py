@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 
 from ced.cli import options
-from ced.cli.console import complain, reporting
+from ced.cli.console import complain, reporting, show, show_data
 from ced.errors import ConfigError
 from ced.machine import cores
 from ced.progress import NotedProgress, silent
@@ -45,6 +45,7 @@ def tag(
     gap: options.Gap = TagOptions.gap,
     shortest: options.Shortest = TagOptions.shortest,
     format: options.Formats = None,
+    clock: options.Clock = None,
     out: options.Out = None,
     combine: options.Combine = False,
     jobs: options.Jobs = None,
@@ -56,7 +57,6 @@ def tag(
     from ced.tag.inputs import find_inputs
     from ced.tag.tagger import Tagger
 
-    kind = _checked_output(format, out, combine)
     settings = TagOptions(
         window=window,
         hop=hop,
@@ -70,8 +70,10 @@ def tag(
         release=release,
         gap=gap,
         shortest=shortest,
+        clock=clock,
     )
     inputs = find_inputs(sounds, sys.stdin.buffer)
+    kind = _checked_output(format, out, combine, len(inputs), clock)
     with (
         reporting() as progress,
         Tagger(model, precision=precision, jobs=jobs or cores(), progress=progress) as tagger,
@@ -127,20 +129,25 @@ def embed(
         )
         rows = (row for sound, vectors in found for row in rows_of(sound.name, vectors, windows=windows))
         count = write_embeddings(out, rows)
-    print(f"{out}: {count} vectors of {len(inputs) - len(failed)} sounds, {len(failed)} failed")
+    show(f"{out}: {count} vectors of {len(inputs) - len(failed)} sounds, {len(failed)} failed")
     if failed:
         raise typer.Exit(1)
 
 
-def _checked_output(names: list[str] | None, out: Path | None, combine: bool) -> "Format":
-    """Refuse outputs that cannot be, before any work is done for them; return the first, which may be printed."""
+def _checked_output(
+    names: list[str] | None, out: Path | None, combine: bool, sounds: int, clock: str | None
+) -> "Format":
+    """Refuse impossible outputs before any work is done for them; return the first, which may be printed."""
     from ced.tag.results import formats
 
     if combine and out is None:
         raise ConfigError("--combine says how files are written; name their folder with --out")
     if out is None and len(names or ()) > 1:
         raise ConfigError(f"{' and '.join(names or ())} cannot be printed at once; name a folder with --out")
-    return formats(names or ["text"], shared=combine, lines=out is None)[0]
+    if clock not in (None, "auto") and sounds > 1:
+        raise ConfigError(f"--clock {clock} is the start of one sound; {sounds} are named")
+    shared = combine or (out is None and sounds > 1)
+    return formats(names or ["text"], shared=shared, printed=out is None, clock=clock is not None)[0]
 
 
 def _print_records(
@@ -158,7 +165,7 @@ def _print_records(
     found = _without_failures(batch.results(inputs, process, jobs=jobs, progress=shown), failed)
     assert kind.lines is not None
     for line in kind.lines(record for _, record in found):
-        print(line, flush=True)
+        show_data(line)
     return len(failed)
 
 
@@ -184,9 +191,9 @@ def _write_records(
         combined=combined,
         jobs=jobs,
         progress=progress,
-        failed=lambda outcome: complain(outcome.error),
+        failed=lambda outcome: complain(outcome.error, hint=outcome.hint),
     )
-    print(summary)
+    show(summary)
     return summary.failed
 
 
@@ -194,7 +201,7 @@ def _without_failures(outcomes: "Iterable[Outcome[T]]", failed: list[str]) -> "I
     """Yield sounds with what was made of them; of the others, show why not and add it to `failed`."""
     for outcome in outcomes:
         if outcome.result is None:
-            complain(outcome.error)
+            complain(outcome.error, hint=outcome.hint)
             failed.append(outcome.error)
         else:
             yield outcome.input, outcome.result

@@ -54,7 +54,7 @@ class Settings:
         try:
             samples = load_stored(filename, self.stereo)
         except AudioError as error:
-            return str(error)
+            return error.message
         return to_int16(samples) if self.dtype == "int16" else to_float(samples)
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Query, Request, Response, WebSocket
+from fastapi import FastAPI, Query, Request, Response, Security, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -123,14 +124,22 @@ class Application:
             docs_url=None,
             redoc_url=None,
             lifespan=lifespan,
-            root_path=access.root_path,
         )
         if access.hosts:
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=access.hosts, www_redirect=False)
         for kind in (CedError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
             app.add_exception_handler(kind, _refused)
 
-        @app.post(CLASSIFY, response_model=schema.Answer, responses=schema.REFUSALS, openapi_extra=schema.BODY)
+        # The gate checks the key, before anything else is done; this describes it.
+        keyed = [Security(HTTPBearer(auto_error=False))] if access.keys else []
+
+        @app.post(
+            CLASSIFY,
+            response_model=schema.Answer,
+            responses=schema.REFUSALS,
+            openapi_extra=schema.BODY,
+            dependencies=keyed,
+        )
         async def classify(request: Request, options: Annotated[RequestOptions, Query()]) -> Response:
             """Tag a sound: the most probable classes of each window, or events."""
             plan = self._plan(request, options)
@@ -142,6 +151,7 @@ class Application:
             response_class=_Lines,
             responses={200: {"model": schema.StreamLine, "description": "One line each."}, **schema.REFUSALS},
             openapi_extra=schema.BODY,
+            dependencies=keyed,
         )
         async def stream(request: Request, options: Annotated[StreamOptions, Query()]) -> Response:
             """Tag a sound, and send what is found in it while later windows are scored: one JSON object a line."""
@@ -155,7 +165,7 @@ class Application:
                 raise
             return _Lines(_rest(first, lines))
 
-        @app.get(schema.MODEL)
+        @app.get(schema.MODEL, dependencies=keyed, responses={401: schema.REFUSALS[401]})
         async def model() -> schema.ModelInfo:
             """Describe the model, its classes, and the limits of this server."""
             return self._info()

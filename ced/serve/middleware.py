@@ -73,6 +73,7 @@ class Gate:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
+        scope["root_path"] = self._root_path  # which the paths of requests may have or not
         path = scope["path"].removeprefix(self._root_path) or "/"
         if path == LIVENESS and scope["type"] == "http" and scope["method"] in ("GET", "HEAD"):
             await _ALIVE(scope, receive, send)

@@ -373,12 +373,12 @@ BODY: dict[str, Any] = {
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": reason}
     for status, reason in {
-        400: "The request breaks the HTTP protocol.",
+        400: "The request is not valid HTTP, or for another host.",
+        401: "No valid API key, where the server asks for one.",
         403: "The request comes from a page of another site.",
         408: "The body arrived too slowly.",
         413: "The body, the sound or the answer is too large.",
         415: "The media type of the body is not a sound.",
-        421: "The server does not answer to this Host.",
         422: "The body cannot be decoded, or an option is unknown, out of range or contradicts another.",
         500: "The server failed; the request may be right.",
         503: "Too many requests at once, or the server is shutting down; Retry-After says when to try again.",

@@ -34,7 +34,8 @@ from ced.serve.live import LARGEST_FRAME
 from ced.serve.service import METRICS_FOLDER
 
 _BACKLOG = 1024  # connections that wait to be accepted
-_HEAD_SECONDS = 10.0  # for a request's headers to arrive, or for the rest of a body that is not wanted
+_HEAD_SECONDS = 10.0  # for a request's headers to arrive
+_REST_SECONDS = 2.0  # for the rest of a body that is not wanted, so that its client sees the answer
 _STALLED_SECONDS = 30  # that sent data may stay unacknowledged
 _LIVE_SECONDS = 2.0  # for live sessions to end when the server is stopped
 _TOO_SOON = 5.0  # seconds; a worker that ends sooner is not started again
@@ -119,7 +120,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a request."""
         super().connection_made(transport)
-        self._wait()
+        self._wait(_HEAD_SECONDS)
 
     def data_received(self, data: bytes) -> None:
         """Take data; the timer stops while a request is answered."""
@@ -131,7 +132,7 @@ class Connection(H11Protocol):
         """Wait for the next request, or for the end of a body that nobody wants."""
         super().on_response_complete()
         if self.cycle.response_complete and not self.transport.is_closing():
-            self._wait()
+            self._wait(_REST_SECONDS if self.conn.their_state is h11.SEND_BODY else _HEAD_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
@@ -162,9 +163,9 @@ class Connection(H11Protocol):
         except h11.LocalProtocolError:  # it is broken already
             self.transport.close()
 
-    def _wait(self) -> None:
+    def _wait(self, seconds: float) -> None:
         self._stop_waiting()
-        self._timer = self.loop.call_later(_HEAD_SECONDS, self.transport.close)
+        self._timer = self.loop.call_later(seconds, self.transport.close)
 
     def _stop_waiting(self) -> None:
         if self._timer is not None:

@@ -20,7 +20,8 @@ from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading
 from ced.sound.truncation import announces_length, is_cut
 
 AUDIO_SUFFIXES = frozenset(
-    {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64"}
+    {".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"}
+    | {".au", ".snd", ".caf", ".voc", ".sph", ".nist", ".avr", ".paf", ".pvf", ".sf", ".ircam", ".sds"}
 )
 _KINDS = "WAV, FLAC, OGG, Opus, MP3, AIFF, AU, CAF, W64"
 FULL_SCALE = 32_768  # the int16 that stands for 1.0
@@ -151,10 +152,11 @@ def _open_file(file: BinaryIO, reading: Reading, stack: ExitStack, path: str | b
         if (media := open_media(file, reading, cut, stack)) is not None:
             return media
         more = f", {MEDIA_KINDS}" if is_installed() else f"; {install_command('media')} adds {MEDIA_KINDS}"
-        message = f"cannot be decoded: {_reason(error)}; readable are complete files of {_KINDS}{more}"
-        raise AudioError(message, reading.name) from error
+        hint = f"readable are complete files of {_KINDS}{more}"
+        raise AudioError(f"cannot be decoded: {_reason(error)}", reading.name, hint=hint) from error
     except TypeError as error:  # soundfile wants to be told what headerless files (.raw) hold
-        raise AudioError(f"cannot be decoded: it has no header; readable are {_KINDS}", reading.name) from error
+        hint = f"readable are {_KINDS}"
+        raise AudioError("cannot be decoded: it has no header", reading.name, hint=hint) from error
     announced = sound.frames
     if sound.format == "MP3" and not announces_length(file):
         if (media := open_media(file, reading, cut, stack)) is not None:

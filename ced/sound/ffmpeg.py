@@ -22,8 +22,27 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 MEDIA_SUFFIXES = frozenset(
-    {".m4a", ".m4b", ".mp4", ".mov", ".3gp", ".aac", ".webm", ".weba", ".mkv", ".mka"}
-    | {".wma", ".wmv", ".avi", ".ac3", ".amr", ".mp2", ".mpg", ".mpeg", ".flv", ".ape", ".wv", ".tta"}
+    {".m4a", ".m4b", ".m4r", ".mp4", ".m4v", ".mov", ".3gp", ".3gpp", ".3g2", ".f4v", ".f4a", ".aac", ".adts", ".latm"}
+    | {
+        ".webm",
+        ".weba",
+        ".mkv",
+        ".mka",
+        ".ogv",
+        ".ogx",
+        ".spx",
+        ".wma",
+        ".wmv",
+        ".asf",
+        ".wtv",
+        ".avi",
+        ".divx",
+        ".flv",
+    }
+    | {".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2t", ".m2ts", ".mxf", ".gxf", ".dv", ".nut", ".rm", ".ra", ".rmvb"}
+    | {".mp1", ".mp2", ".mpa", ".m2a", ".mpga", ".ac3", ".eac3", ".ec3", ".dts", ".mlp", ".thd", ".amr", ".awb", ".gsm"}
+    | {".qcp", ".ape", ".wv", ".tta", ".tak", ".shn", ".mpc", ".mp+", ".dsf", ".dff", ".oma", ".aa3", ".at3", ".mmf"}
+    | {".sox"}
 )
 MEDIA_KINDS = "M4A, MP4, AAC, WebM, MKV, WMA, AVI"
 _TYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}  # FFmpeg's names, numpy's

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ced.errors import ConfigError
+from ced.tag.clock import parse as parse_clock
 
 if TYPE_CHECKING:
     from ced.sound.labels import ClassTable
@@ -39,6 +40,7 @@ class TagKeywords(TypedDict, total=False):
     release: float
     gap: float
     shortest: float
+    clock: str | None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class TagOptions:
         release: part of the threshold that keeps an event going, above 0, at most 1.
         gap: seconds; events of one class that are no further apart are merged.
         shortest: seconds; shorter events are dropped, after merging.
+        clock: the clock time at the start of the sound, for `Record.began`: "auto", from its metadata or name, or a
+            date and time in ISO 8601.
 
     Raises:
         ConfigError: a number is out of range, or two options contradict each other.
@@ -84,6 +88,7 @@ class TagOptions:
     release: float = 0.5
     gap: float = 0.0
     shortest: float = 0.0
+    clock: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("only", "exclude"):  # lists are common, but could change later
@@ -95,6 +100,8 @@ class TagOptions:
         self._check_windows()
         self._check_channel()
         self._check_numbers()
+        if self.clock is not None:
+            parse_clock(self.clock)
 
     def _check_windows(self) -> None:
         for name, seconds in (("window", self.window), ("hop", self.step)):

@@ -1,15 +1,21 @@
 """The results of tagging: the scores of a window, its tags, and one record for each sound."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, overload
+from datetime import datetime, timedelta
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import ConfigError
+from ced.tag.clock import iso_time
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 1  # of the record, and so of every output that is made of it
+CLOCK_KEYS = ("start_time", "end_time")  # of windows and events, with a clock: ISO 8601
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +70,8 @@ class Record:
         seconds: how much of the sound was tagged, from its start.
         pieces: the windows or events, by time.
         kind: which of both the pieces are.
+        rate: the sampling rate of the sound, in Hz, before it was resampled; None: not known.
+        began: the time of the clock at the start of the sound; without a time zone where none is known.
     """
 
     file: str
@@ -71,6 +79,8 @@ class Record:
     seconds: float
     pieces: tuple[Tags, ...]
     kind: Kind = "windows"
+    rate: int | None = None
+    began: datetime | None = None
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -97,7 +107,10 @@ class Record:
         return self.pieces
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """Return a row for each tag, with the columns of the CSV output: file, start, end, label, mid, prob."""
+        """Return a row for each tag, with the columns of the CSV output: file, start, end, label, mid, prob.
+
+        With a clock there are `start_time` and `end_time`, too, in ISO 8601.
+        """
         return [
             {
                 "file": self.file,
@@ -106,25 +119,87 @@ class Record:
                 "label": tag.label,
                 "mid": tag.mid,
                 "prob": tag.prob,
+                **({} if self.began is None else dict(zip(CLOCK_KEYS, self.clock_times(piece), strict=True))),
             }
             for piece in self.pieces
             for tag in piece.tags
         ]
 
+    def clock_times(self, piece: Tags) -> tuple[str, str] | tuple[None, None]:
+        """Return when a window or event started and ended by the clock, in ISO 8601; None if it is not known."""
+        if self.began is None:
+            return None, None
+        start, end = (self.began + timedelta(seconds=seconds) for seconds in (piece.start, piece.end))
+        return start.isoformat(timespec="milliseconds"), end.isoformat(timespec="milliseconds")
+
     def to_json(self) -> dict[str, Any]:
-        """Return the record as a value for `json.dumps`."""
-        return {"format": FORMAT_VERSION, **asdict(self)}
+        """Return the record as a value for `json.dumps`; with a clock, pieces have `start_time` and `end_time`."""
+        values = {"format": FORMAT_VERSION, **asdict(self)}
+        if self.began is None:
+            del values["began"]
+            return values
+        values["began"] = self.began.isoformat()
+        for piece, described in zip(self.pieces, values["pieces"], strict=True):
+            described.update(zip(CLOCK_KEYS, self.clock_times(piece), strict=True))
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Record":
         """Return the record that `to_json` described.
 
         Raises:
-            ValueError: it is of another format version.
+            ValueError, LookupError, TypeError: it is of another format version, or not a record.
         """
         if values.get("format") != FORMAT_VERSION:
             raise ValueError(f"a record of format {values.get('format')}; this program reads format {FORMAT_VERSION}")
-        pieces = tuple(
-            Tags(piece["start"], piece["end"], tuple(Tag(**tag) for tag in piece["tags"])) for piece in values["pieces"]
+        kind, rate, began = values.get("kind", "windows"), values.get("rate"), values.get("began")
+        if kind not in ("windows", "events"):
+            raise ValueError(f"kind is {kind!r}; expected windows or events")
+        return cls(
+            _checked(values["file"], str),
+            _checked(values["model"], str),
+            _seconds(values["seconds"]),
+            tuple(
+                Tags(_seconds(piece["start"]), _seconds(piece["end"]), tuple(_tag(tag) for tag in piece["tags"]))
+                for piece in values["pieces"]
+            ),
+            kind,
+            None if rate is None else _checked(rate, int),
+            None if began is None else _time(began),
         )
-        return cls(values["file"], values["model"], values["seconds"], pieces, values.get("kind", "windows"))
+
+
+def _tag(values: dict[str, Any]) -> Tag:
+    index, mid = values["index"], values["mid"]
+    return Tag(
+        _checked(values["label"], str),
+        None if index is None else _checked(index, int),
+        None if mid is None else _checked(mid, str),
+        _number(values["prob"]),
+    )
+
+
+def _checked(value: Any, kind: type[T]) -> T:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{value!r:.40} in place of a {kind.__name__}")
+    return value
+
+
+def _time(value: Any) -> datetime:
+    time = iso_time(_checked(value, str))
+    if time is None:
+        raise ValueError(f"{value!r:.40} in place of a date and time")
+    return time
+
+
+def _seconds(value: Any) -> float:
+    seconds = _number(value)
+    if not 0 <= seconds < 1e10:
+        raise ValueError(f"{seconds} in place of a number of seconds")
+    return seconds
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r:.40} in place of a number")
+    return value

@@ -22,6 +22,7 @@ from ced.progress import Progress, silent
 from ced.sound import audio
 from ced.sound.audio import Source, Window, name_of
 from ced.sound.labels import ClassTable
+from ced.tag import clock
 from ced.tag.events import events
 from ced.tag.options import TagKeywords, TagOptions
 from ced.tag.records import Record, Scored, Tags
@@ -176,8 +177,14 @@ class Tagger:
         options = self.checked(options, **changes)
         scored = _Counted(self._scored(source, options))
         pieces = tuple(self._pieces(scored, options))
+        name = name or name_of(source)
         return Record(
-            name or name_of(source), self.name, scored.seconds, pieces, "events" if options.events else "windows"
+            name,
+            self.name,
+            scored.seconds,
+            pieces,
+            "events" if options.events else "windows",
+            began=None if options.clock is None else clock.begin(source, name, options.clock),
         )
 
     def stream(

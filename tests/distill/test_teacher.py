@@ -346,7 +346,7 @@ def test_teachers_with_other_class_tables_are_refused() -> None:
 
 def test_teachers_of_other_features_are_refused() -> None:
     save_tiny("wide.safetensors", 0, hop_size=320)
-    with pytest.raises(ConfigError, match="hears with hop_size 320 instead of 160"):
+    with pytest.raises(ConfigError, match="features with hop_size 320 instead of 160"):
         run(model="wide.safetensors")
 
 

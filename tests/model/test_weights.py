@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -416,8 +417,8 @@ class TestArrays:
             read(tmp_path / "a.safetensors")
 
     def test_a_fingerprint_covers_names_types_shapes_and_values(self) -> None:
-        first = {"a": np.zeros(4, np.float32), "b": np.ones(2, np.float32)}
-        others = [
+        first: dict[str, NDArray[Any]] = {"a": np.zeros(4, np.float32), "b": np.ones(2, np.float32)}
+        others: list[dict[str, NDArray[Any]]] = [
             {"c": first["a"], "b": first["b"]},
             {"a": first["a"].astype(np.float64), "b": first["b"]},
             {"a": first["a"].reshape(2, 2), "b": first["b"]},
