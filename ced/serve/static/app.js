@@ -1,4 +1,18 @@
-/** The page: connects the parts. What is shown follows from the store; the parts change the store, never each other. */
+/**
+ * The page: connects the parts. What is shown follows from the store; the parts change the store, never each other.
+ *
+ * api.js        requests, the stream of results, the live socket
+ * state.js      the store, scores, overview and clips
+ * queue.js      sounds that are sent one after the other
+ * events.js     scores to events, as ced/tag/events.py
+ * timeline.js   waveform (wavesurfer.js), lanes, regions, playing, zoom; paint.js draws the lanes
+ * labels.js     the label filter
+ * table.js      the table of events
+ * export.js     records as CSV, JSONL, Audacity, Raven; wav.js pieces of sounds
+ * microphone.js recording; worklet.js and resample.js run in the audio thread
+ * live.js       the microphone over the live socket
+ * theme.js, time.js, dom.js  light and dark; times as text; elements
+ */
 
 import { fetchModel, setKey } from "./api.js";
 import { byId, eachFrame, element, icon, save } from "./dom.js";
