@@ -138,11 +138,10 @@ const queue = new Queue(store, byId("queue"), {
 
 store.on(["selected"], () => {
   const clip = store.selected;
-  store.set({ view: "sound", picked: null, playable: true });
+  store.set({ view: "sound", picked: null, playable: true, windows: clip?.windows ?? store.windows });
   timeline.show(clip);
   byId("name").textContent = clip?.name ?? "";
   byId("name").title = clip?.name ?? "";
-  byId("windows").value = Object.keys(WINDOWS).find((name) => WINDOWS[name] === (clip?.windows ?? store.windows));
   table?.reset();
   refreshSoon();
 });
@@ -164,6 +163,7 @@ store.on(["playable"], () => {
 store.on([...NUMBERS, "classes"], refreshSoon);
 store.on(["limits", "windows"], () => {
   const { limits, windows } = store;
+  byId("windows").value = Object.keys(WINDOWS).find((name) => WINDOWS[name] === windows);
   if (!limits) return;
   const cost = windows.hop ? Math.max(1, windows.window) / windows.hop : 1; // overlapping windows count in full
   const minutes = limits.seconds / cost / 60;
@@ -192,6 +192,7 @@ byId("record").addEventListener("click", async () => {
   const button = byId("record");
   if (recorder) return finishRecording();
   const next = new Recorder();
+  button.disabled = true; // while the browser asks for permission
   try {
     await next.start((seconds, level) => {
       if (recorder === next) button.textContent = `Stop ${clock(seconds, 0)} · ${level.toFixed(0)} dB`;
@@ -201,6 +202,7 @@ byId("record").addEventListener("click", async () => {
   } catch (error) {
     complain(error.message);
   }
+  button.disabled = false;
 });
 
 function finishRecording() {

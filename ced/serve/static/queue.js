@@ -26,7 +26,7 @@ export class Queue {
     store.on(["selected"], () => this.#mark());
   }
 
-  /** Add files; the first is shown if nothing else is. */
+  /** Add files, and show the first of them. */
   add(files) {
     const clips = Array.from(files, (file) => new Clip(file, this.store.windows));
     if (!clips.length) return;
@@ -42,7 +42,8 @@ export class Queue {
 
   /** Tag a clip again, with other windows, say. */
   again(clip) {
-    Object.assign(clip, { status: "waiting", error: "", notes: [], head: {}, sent: 0, scores: null, overview: null, windows: this.store.windows });
+    Object.assign(clip, { status: "waiting", error: "", notes: [], head: {}, seconds: null });
+    Object.assign(clip, { sent: 0, scores: null, overview: null, windows: this.store.windows });
     this.#draw(clip);
     this.handlers.onGrow(clip);
     if (clip === this.#current) this.#stop.abort(); // and `run` comes to it again
@@ -115,7 +116,7 @@ export class Queue {
       clip.overview.add(bytes(line.peaks), bytes(line.mels));
     } else if (line.type === "end") {
       const { type, warnings, ...head } = line;
-      Object.assign(clip, { seconds: line.seconds, notes: warnings, head });
+      Object.assign(clip, { seconds: line.seconds, notes: warnings ?? [], head });
     }
     this.#draw(clip);
     this.handlers.onGrow(clip);
