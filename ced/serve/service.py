@@ -109,14 +109,33 @@ class Plan:
 
 
 @dataclass(frozen=True, eq=False)
+class Taken:
+    """One window of an upload."""
+
+    number: int  # from 0
+    window: Window
+    is_last: bool
+    overview: dict[str, Any] | None  # new columns of it
+
+
+@dataclass(frozen=True, eq=False)
 class Found:
     """What was found in one window."""
 
-    start: float  # seconds
-    end: float
+    taken: Taken
     scored: list[Scored]  # one, or one for each column
     pieces: list[Tags]  # empty with events
     vector: NDArray[np.float32] | None  # (d,)
+
+    @property
+    def start(self) -> float:
+        """Where the window starts, in seconds."""
+        return self.taken.window.start
+
+    @property
+    def end(self) -> float:
+        """Where the window ends, in seconds."""
+        return self.taken.window.end
 
 
 class Service:
@@ -246,14 +265,14 @@ class Service:
                     yield encode_line(**_window(found, request))
                 for piece in [] if events is None else _merged(events, found):
                     yield encode_line(type="event", **asdict(piece))
-                if overview is not None and (columns := overview.take()):
-                    yield encode_line(type="overview", **columns)
+                if found.taken.overview is not None:
+                    yield encode_line(type="overview", **found.taken.overview)
                 if time.monotonic() - told >= _PROGRESS_SECONDS:
                     told = time.monotonic()
                     yield encode_line(type="progress", seconds=found.end)
         for piece in [] if events is None else events.finish():
             yield encode_line(type="event", **asdict(piece))
-        if overview is not None and (columns := overview.take(finish=True)):
+        if (columns := decoding.rest_of_overview()) is not None:
             yield encode_line(type="overview", **columns)
         record = Record(upload.name, self.name, decoding.end, (), "windows" if events is None else "events")
         last = {name: value for name, value in record.to_json().items() if name != "pieces"}
@@ -299,15 +318,15 @@ class Service:
 
         While the pool has threads to spare, several windows of one sound are scored at the same time.
         """
-        windows = decoding.windows()
         steps: set[Future[Any]] = set()  # that have not ended
-        pending: deque[asyncio.Future[Found]] = deque()
-        begun = False
+        pending: deque[asyncio.Future[Found | None]] = deque()
+        ready: dict[int, Found] = {}  # by number of their window
+        number, begun, ended = 0, False, False
         fault: Exception | None = None
 
-        def run(work: Callable[..., T], *given: Any) -> "asyncio.Future[T]":
+        def run_step() -> "asyncio.Future[Found | None]":
             nonlocal begun
-            step = self._pool.submit(work, *given)
+            step = self._pool.submit(self._step, decoding, plan)
             if not begun:
                 begun = True
                 self._first_steps.add(step)
@@ -317,26 +336,28 @@ class Service:
             return asyncio.wrap_future(step)
 
         def release() -> None:
-            windows.close()
-            decoding.upload.close()
+            decoding.close()
             with self._lock:
                 self._taken -= 1
             self.meters.pending.dec()
 
         try:
-            while True:
+            while pending or not ended:
+                at_once = self._jobs // self._taken if number else 1  # most sounds have one window only
+                while not ended and len(pending) < max(1, at_once):
+                    pending.append(run_step())
                 try:
-                    window = await run(next, windows, None)
-                except Exception as error:  # raised after the windows before it
-                    fault = error
-                    break
-                if window is None:
-                    break
-                pending.append(run(self._find, plan, window))
-                while pending and (len(pending) >= self._jobs // self._taken or pending[0].done()):
-                    yield await pending.popleft()
-            while pending:
-                yield await pending.popleft()
+                    found = await pending.popleft()
+                except Exception as error:  # raised behind the windows before it
+                    fault, ended = fault or error, True
+                    continue
+                if found is None or found.taken.is_last:
+                    ended = True
+                if found is not None:
+                    ready[found.taken.number] = found
+                while number in ready:  # threads may take windows in another order than steps
+                    yield ready.pop(number)
+                    number += 1
             if fault is not None:
                 raise fault
         except asyncio.CancelledError:
@@ -351,24 +372,28 @@ class Service:
                     result.exception()  # which is of no interest any more
             _when_done([step for step in list(steps) if not step.cancel()], release)
 
-    def _find(self, plan: Plan, window: Window) -> Found:
-        options = plan.options
+    def _step(self, decoding: "_Decoding", plan: Plan) -> "Found | None":
+        """Decode and score the next window of an upload; None: there is none."""
+        taken = decoding.take()
+        if taken is None:
+            return None
+        window, options = taken.window, plan.options
         scored = self.tagger.score_window(window, options)
         vector = None if plan.request.embeddings == "none" else self.tagger.embed_window(window)
         selection = options.selection(plan.labels)
         pieces = [] if options.events or options.columns else [selection.tags(each) for each in scored]
         self.meters.windows.inc()
         self.meters.sound.inc(window.end - window.start)
-        return Found(window.start, window.end, scored, pieces, vector)
+        return Found(taken, scored, pieces, vector)
 
 
 class _Decoding:
-    """An upload while it is decoded and cut into windows, by one thread at a time.
+    """An upload while it is decoded and cut into windows; any thread may take the next one.
 
     Attributes:
         upload: what is decoded.
         expected: its length in seconds by its header, once it is open; None: unknown.
-        end: how much of it was cut into windows, in seconds.
+        end: how much of it was taken, in seconds.
         cancelled: set to True, from any thread, it ends the decoding at the next block.
     """
 
@@ -377,6 +402,45 @@ class _Decoding:
         self.expected: float | None = None
         self._options, self._limits, self._overview = options, limits, overview
         self._sound: Sound | None = None
+        self._lock = Lock()
+        self._windows = self._cut()
+        self._next: Window | None = None
+        self._fault: Exception | None = None  # behind the next window
+        self._number = -1  # of the next window; below 0: it has not been decoded yet
+
+    def close(self) -> None:
+        """Close the upload; no other thread may be using it."""
+        self._windows.close()
+        self.upload.close()
+
+    def take(self) -> Taken | None:
+        """Return the next window; None: there is none.
+
+        One window is decoded ahead, to know whether there is another.
+
+        Raises:
+            RefusedError: the sound is too long, or too much work (413), or cannot be decoded (422).
+            ClosedError: it was cancelled.
+        """
+        with self._lock:
+            if self._number < 0:
+                self._number, self._next = 0, next(self._windows, None)
+            if self._next is None:
+                if self._fault is not None:
+                    raise self._fault
+                return None
+            number, window = self._number, self._next
+            self._number, self._next, self.end = number + 1, None, window.end
+            try:
+                self._next = next(self._windows, None)
+            except Exception as error:
+                self._fault = error
+            columns = None if self._overview is None else self._overview.take()
+            return Taken(number, window, self._next is None and self._fault is None, columns)
+
+    def rest_of_overview(self) -> dict[str, Any] | None:
+        """Return the last columns of the overview, once the sound has been decoded to its end."""
+        return None if self._overview is None else self._overview.take(finish=True)
 
     def quality(self) -> dict[str, Any]:
         """Return what is odd about the sound, as far as it was read."""
@@ -384,13 +448,8 @@ class _Decoding:
             return {}
         return {"complete": self._sound.complete, "warnings": list(self._sound.warnings)}
 
-    def windows(self) -> Generator[Window, None, None]:
-        """Decode.
-
-        Raises:
-            RefusedError: the sound is too long, or too much work (413), or cannot be decoded (422).
-            ClosedError: it was cancelled.
-        """
+    def _cut(self) -> Generator[Window, None, None]:
+        """Decode; errors are those of `take`."""
         options, limits = self._options, self._limits
         cost = 0.0
         try:
@@ -407,7 +466,6 @@ class _Decoding:
                 for window in cut(self._blocks(self._sound), options.window, options.step):
                     cost += max(LEAST_COST, window.end - window.start)
                     self._check_cost(cost)
-                    self.end = window.end
                     yield window
         except TooLongError as error:
             limit = f"{limits.seconds:g} s at {_VALUES // 1000} kHz, all channels together"
