@@ -11,8 +11,8 @@ import soxr
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError
-from ced.sound.decode import AUDIO_SUFFIXES, SoundBytes, Source, checked, join, name_of, open_source, to_float
-from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading
+from ced.sound.decode import AUDIO_SUFFIXES, SoundBytes, Source, checked, name_of, open_source, to_float
+from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading, join
 
 __all__ = [
     "AUDIO_SUFFIXES",
@@ -85,7 +85,7 @@ class Sound:
     @property
     def complete(self) -> bool:
         """False once the sound was found to be cut short, which may be known only after the last block."""
-        return self._reading.cut is None
+        return not self._reading.broken
 
     def blocks(self) -> Iterator[NDArray[np.float32]]:
         """Decode the sound block by block, once, in bounded memory.
@@ -256,10 +256,13 @@ def _to_the_end(blocks: Iterable[Block], reading: Reading, strict: bool) -> Iter
     for block in blocks:
         found = True
         yield block
-    if reading.cut is not None:
+    if reading.broken:
         if strict or not found:
             raise AudioError(reading.cut, reading.name)
         reading.warn(reading.cut)
+    elif reading.lost:
+        plural = "s were" if reading.lost > 1 else " was"
+        reading.warn(f"{reading.lost} damaged packet{plural} left out")
     if not found:
         raise AudioError("no samples", reading.name)
 

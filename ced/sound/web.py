@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from http.client import HTTPConnection, HTTPException, HTTPResponse
-from typing import Any, Literal, cast
+from typing import Any, Literal
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 from ced.errors import AudioError
@@ -30,6 +30,7 @@ _MOST_REQUESTS = 1000  # for one file that is read here and there
 _MOST_FAILURES = 10  # parts of a playlist that cannot be read, one after the other
 _RELOAD_SECONDS = 1.0  # the least time between two readings of a live playlist
 _LEAST_BYTES = 256  # that must arrive in the time of `PATIENCE`; the lowest bit rates give a hundred times as many
+_LONGEST_PLAYLIST = 4 << 20  # bytes; of a day in parts of 6 s there are 14,400 lines
 _SKIPPED = 1 << 18  # bytes that are read rather than asked for anew, to go on a little further behind
 _SCHEMES = ("http://", "https://")
 _UNSAFE = "%/:=&?~#+!$,;'@()*[]"  # what of an address is left as it is, so that only what is not ASCII is quoted
@@ -84,7 +85,9 @@ class Web:
         live: playlists may be read again without end.
 
     Attributes:
-        fault: why something that the sound needs was refused; FFmpeg ends the sound there as if that were its end.
+        live: as given.
+        fault: why something that the sound needs was refused.
+        broken: why the file that the address itself holds could not be read to its end.
         missing: how many parts of playlists could not be read.
 
     Raises:
@@ -94,7 +97,8 @@ class Web:
     def __init__(self, address: str, *, private: Literal["named", "any", "none"] = "named", live: bool = False) -> None:
         self.address, self.missing = str(address), 0
         self.fault: AudioError | None = None
-        self._private, self._live = private, live
+        self.broken: AudioError | None = None
+        self._private, self.live = private, live
         self._named = _origin(self._split(self.address))
         self._playlists: dict[str, float] = {}  # when each was read last
         self._reloads = self._failures = 0
@@ -105,44 +109,61 @@ class Web:
         Raises:
             AudioError: it leads to a host that may not be asked, does not answer, or answers with an error.
         """
-        return self._open(self.address, 0, None)
+        return WebFile(self, self.address)
 
-    def open_part(self, url: str, flags: int, options: Mapping[str, str]) -> "WebFile":
-        """Open what a playlist names; the `io_open` of PyAV, which gives the first byte and the end of byte ranges.
+    def open_stream(self) -> "Stream":
+        """Open what the address holds, for FFmpeg.
 
         Raises:
-            AudioError: as for `open`, or one of its bounds is exceeded.
+            AudioError: as for `open`.
         """
-        try:
-            first, end = int(options.get("offset", 0)), int(options.get("end_offset", 0)) or None
-            file = self._open(url, max(first, 0), end)
-        except AudioError as error:
-            self.missing += 1
-            self._failures += 1
-            if isinstance(error, _RefusedError) or self._failures >= _MOST_FAILURES:
-                self.fault = error
-            raise
-        self._failures = 0
-        return file
-
-    def _open(self, url: str, first: int, end: int | None) -> "WebFile":
-        if self.fault is not None:
-            raise self.fault
-        file = WebFile(self, url, first, end)
+        file = self.open()
         if file.is_playlist:
+            self._count_playlist(self.address)
+        return Stream(self, file)
+
+    def open_part(self, url: str, flags: int, options: Mapping[str, str]) -> "Stream":
+        """Open what a playlist names, for FFmpeg: the `io_open` of PyAV, which gives byte ranges as options.
+
+        What cannot be read is empty, and noted: PyAV would print errors raised here, and FFmpeg goes on without the
+        part in any case.
+        """
+        file = None
+        if self.fault is None:
             try:
-                self._count_playlist(url)
-            except AudioError:
-                file.close()
-                raise
-        return file
+                first, end = int(options.get("offset", 0)), int(options.get("end_offset", 0)) or None
+                file = WebFile(self, url, max(first, 0), end)
+                if file.is_playlist:
+                    self._count_playlist(url)
+            except AudioError as error:
+                if file is not None:
+                    file.close()
+                    file = None
+                self._note(error)
+            else:
+                self._failures = 0
+        return Stream(self, file, is_part=True)
+
+    def _note(self, error: AudioError) -> None:
+        """Note that a part of a playlist cannot be read."""
+        self.missing += 1
+        self._failures += 1
+        if isinstance(error, _RefusedError) or self._failures >= _MOST_FAILURES:
+            self.fault = error
+
+    def note(self, error: AudioError, is_part: bool) -> None:
+        """Note that a file broke off while it was read."""
+        if is_part or isinstance(error, _RefusedError):
+            self._note(error)
+        else:
+            self.broken = error
 
     def _count_playlist(self, url: str) -> None:
         if url in self._playlists:
             self._reloads += 1
-            if not self._live and self._reloads > MOST_RELOADS:
+            if not self.live and self._reloads > MOST_RELOADS:
                 raise self.refused(url, f"a playlist without an end, which was read {MOST_RELOADS} times")
-            if self._live:
+            if self.live:
                 time.sleep(max(0.0, self._playlists[url] + _RELOAD_SECONDS - time.monotonic()))
         elif len(self._playlists) > MOST_PLAYLISTS:
             raise self.refused(url, f"one of more than {MOST_PLAYLISTS} playlists")
@@ -150,11 +171,16 @@ class Web:
 
     def refused(self, url: str, why: str) -> AudioError:
         """Return the error of a URL that must not be read."""
-        return _RefusedError(f"cannot be read: it leads to {url[:200]}: {why}", self.address)
+        to = "" if url == self.address else f"it leads to {url[:200]}: "
+        return _RefusedError(f"cannot be read: {to}{why}", self.address)
 
     def failed(self, url: str, why: str) -> AudioError:
         """Return the error of a URL that cannot be read."""
         return AudioError(f"cannot be read: {'' if url == self.address else f'{url[:200]}: '}{why}", self.address)
+
+    def broke_off(self, url: str, why: str) -> AudioError:
+        """Return the error of a URL that could be read up to a place."""
+        return AudioError(f"{'' if url == self.address else f'{url[:200]}: '}{why}", self.address)
 
     def request(self, url: str, first: int) -> tuple[str, HTTPResponse]:
         """Ask for what a URL holds from byte `first` on, and follow redirects.
@@ -302,14 +328,17 @@ class WebFile(io.RawIOBase):
         assert self._response is not None
         try:
             data = self._response.read1(most)
+        except TimeoutError as error:
+            raise self._web.broke_off(self._url, f"no sound arrived for {PATIENCE:g} s") from error
         except (OSError, HTTPException, ValueError) as error:
-            raise self._web.failed(self._url, reason_of(error)) from error
+            raise self._web.broke_off(self._url, reason_of(error)) from error
         if not data and self._response.length:
-            raise self._web.failed(self._url, f"the connection broke {self._response.length} bytes before the end")
+            missing = f"the connection broke {self._response.length} bytes before the end"
+            raise self._web.broke_off(self._url, missing)
         self._arrived += len(data)
         if time.monotonic() - self._since > PATIENCE:
             if self._arrived < _LEAST_BYTES and data:
-                raise self._web.failed(self._url, f"no more than {self._arrived} bytes came in {PATIENCE:g} s")
+                raise self._web.broke_off(self._url, f"only {self._arrived} bytes arrived in {PATIENCE:g} s")
             self._since, self._arrived = time.monotonic(), 0
         return data
 
@@ -366,11 +395,77 @@ class WebFile(io.RawIOBase):
         super().close()
 
 
+class Stream(io.RawIOBase):
+    """A `WebFile` as FFmpeg reads it: where that cannot be read any further, it ends, and its `Web` has the error.
+
+    Args:
+        web: has the errors.
+        file: what is read; None: nothing.
+        is_part: a playlist names it.
+
+    Attributes:
+        name: the URL of the file, by which FFmpeg understands relative addresses in playlists.
+        is_playlist: it begins as one.
+    """
+
+    def __init__(self, web: Web, file: WebFile | None, is_part: bool = False) -> None:
+        self._web, self._file, self._is_part = web, file, is_part
+        self.name = web.address if file is None else file.name
+        self.is_playlist = file is not None and file.is_playlist
+        self._room = _LONGEST_PLAYLIST if self.is_playlist else -1
+        self._broken = False  # at this place
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes that arrive, at most so many; none: it has ended, or breaks off."""
+        if self._file is None or self._broken or self._room == 0 or self._web.fault is not None:
+            return b""
+        try:
+            data = self._file.read(size if self._room < 0 else min(size, self._room))
+        except AudioError as error:
+            self._web.note(error, self._is_part)
+            self._broken = True
+            return b""
+        self._room = max(self._room - len(data), 0) if self._room > 0 else self._room
+        return data
+
+    def seekable(self) -> bool:
+        """Return whether it can be read from any place."""
+        return self._file is not None and self._file.seekable()
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place."""
+        if self._file is None:
+            return 0
+        before = self._file.tell()
+        try:
+            now = self._file.seek(place, whence)
+        except AudioError as error:  # a short way is read, not asked for
+            self._web.note(error, self._is_part)
+            self._broken = True
+            return self._file.tell()
+        self._broken = self._broken and now == before
+        return now
+
+    def tell(self) -> int:
+        """Return the place of the next byte."""
+        return 0 if self._file is None else self._file.tell()
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
+
 class _Response(HTTPResponse):
     """An answer that may begin with "ICY 200 OK" instead of "HTTP/1.0 200 OK", as those of SHOUTcast do."""
 
     def begin(self) -> None:
-        source = cast(io.BufferedReader, self.fp)
+        source = self.fp
         if source.peek(4)[:4] == b"ICY ":
             source.read(4)
             self.fp = io.BufferedReader(_Joined(b"HTTP/1.0 ", source))
@@ -412,7 +507,7 @@ def _connection(plain: socket.socket, place: Any, parts: SplitResult) -> HTTPCon
         plain.close()
         raise
     connection = HTTPConnection(host, port, timeout=PATIENCE)
-    connection.default_port = 443 if parts.scheme == "https" else 80  # type: ignore[misc]  # the Host header omits it
+    connection.default_port = 443 if parts.scheme == "https" else 80  # the Host header omits it
     connection.sock = secured
     return connection
 
@@ -463,7 +558,7 @@ def _range(response: HTTPResponse) -> tuple[int, int | None]:
 def reason_of(error: BaseException | None) -> str:
     """Return what is wrong with a connection, in a few words."""
     if isinstance(error, TimeoutError):
-        return f"nothing came for {PATIENCE:g} s"
+        return f"no answer within {PATIENCE:g} s"
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not valid: {error.verify_message}"
     return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
