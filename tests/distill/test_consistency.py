@@ -20,8 +20,8 @@ from ced.distill.train import StoredViews, train
 from ced.distill.views import draw, mask
 from ced.distill.viewstore import ViewStore
 from ced.distill.wavpack import WavPack
-from ced.model.vit import CED
 from ced.model.frontend import LogMel
+from ced.model.vit import CED
 
 _BESIDE = Path(__file__).parents[3] / "shared" / "data" / "published_store"
 PUBLISHED = Path(os.environ.get("CED_PUBLISHED_STORE", _BESIDE))

@@ -12,8 +12,8 @@ from sklearn.metrics import average_precision_score
 from ced.distill.evaluate import Evaluator, evaluate
 from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, PackError, TableError, TrainingError
-from ced.model.metrics import average_precision
 from ced.model.config import ModelConfig
+from ced.model.metrics import average_precision
 from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 

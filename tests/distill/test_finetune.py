@@ -12,8 +12,8 @@ from ced.distill.finetune import LabelledClips, finetune
 from ced.distill.recorder import Recorder
 from ced.errors import ConfigError, TableError
 from ced.model import loading
-from ced.model.loading import load_model
 from ced.model.config import ModelConfig
+from ced.model.loading import load_model
 from ced.model.vit import CED
 from ced.sound.labels import ClassTable, read_classes
 

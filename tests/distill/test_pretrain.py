@@ -19,8 +19,8 @@ from ced.distill.start import seeded
 from ced.distill.train import train
 from ced.errors import CedError, ConfigError
 from ced.model import loading, weights
-from ced.model.loading import load_model
 from ced.model.config import ModelConfig
+from ced.model.loading import load_model
 from ced.model.vit import CED
 
 REPOSITORY = Path(__file__).parents[2]

@@ -22,8 +22,8 @@ from ced.distill.wavpack import WavPack
 from ced.errors import CedError, ConfigError, StoreError
 from ced.model import loading
 from ced.model.config import ModelConfig
-from ced.model.vit import CED
 from ced.model.frontend import LogMel
+from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 
 SECONDS = {"a.wav": 2.0, "b.wav": 5.0, "c.wav": 0.5, "d.wav": 1.0, "e.wav": 1.5}
@@ -346,7 +346,7 @@ def test_teachers_with_other_class_tables_are_refused() -> None:
 
 def test_teachers_of_other_features_are_refused() -> None:
     save_tiny("wide.safetensors", 0, hop_size=320)
-    with pytest.raises(ConfigError, match="hears with hop_size 320 instead of 160"):
+    with pytest.raises(ConfigError, match="features with hop_size 320 instead of 160"):
         run(model="wide.safetensors")
 
 
