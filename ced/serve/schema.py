@@ -197,6 +197,9 @@ class Answer(BaseModel):
     seconds: float = Field(description="Length of the sound.")
     pieces: list[Tags]
     kind: Literal["windows", "events"] = Field(description="What the pieces are.")
+    channel: str | int = Field(description="What was tagged of several channels: mean, left, right, or a number.")
+    rate: int | None = Field(description="Sampling rate of the sound in Hz.")
+    expected_seconds: float | None = Field(description="Length of the sound by its header, if that gives one.")
     embeddings: list[Vector] = Field([], description="Only present if requested.")
     complete: bool = Field(description="False: the file is cut short, and what could be read of it was tagged.")
     warnings: list[str] = Field(description="What is odd about the file.")
@@ -264,8 +267,11 @@ class EndLine(BaseModel):
     format: int
     file: str
     model: str
-    seconds: float = Field(description="Length of the sound.")
     kind: Literal["windows", "events"]
+    channel: str | int
+    rate: int | None
+    seconds: float = Field(description="Length of the sound.")
+    expected_seconds: float | None = Field(description="Length of the sound by its header, if that gives one.")
     embedding: list[float] = Field([], description="With embeddings=clip.")
     complete: bool = Field(description="False: the file is cut short, and what could be read of it was tagged.")
     warnings: list[str] = Field(description="What is odd about the file.")

@@ -233,12 +233,12 @@ class Service:
                 add(found.pieces if events is None else _merged(events, found))
         if events is not None:
             add(events.finish())
-        record = Record(upload.name, self.name, decoding.end, (), "windows" if events is None else "events")
+        record = decoding.record(self.name)
         head, _, tail = _json(record.to_json()).rpartition(b"[]")
         parts = [head, b"[", b", ".join(pieces), b"]", tail.removesuffix(b"}")]
         if vectors:
             parts += [b', "embeddings": ', _json(_embeddings(vectors, plan.request.embeddings))]
-        parts += [b", ", _json(decoding.quality())[1:-1], b"}"]
+        parts += [b', "warnings": ', _json(decoding.warnings), b"}"]
         return b"".join(parts)
 
     async def stream(self, upload: Upload, plan: Plan) -> AsyncGenerator[bytes, None]:
@@ -274,11 +274,11 @@ class Service:
             yield encode_line(type="event", **asdict(piece))
         if (columns := decoding.rest_of_overview()) is not None:
             yield encode_line(type="overview", **columns)
-        record = Record(upload.name, self.name, decoding.end, (), "windows" if events is None else "events")
+        record = decoding.record(self.name)
         last = {name: value for name, value in record.to_json().items() if name != "pieces"}
         if vectors:
             last["embedding"] = _embeddings(vectors, "clip")[0]["vector"]
-        yield encode_line(type="end", **last, **decoding.quality())
+        yield encode_line(type="end", **last, warnings=decoding.warnings)
 
     def _begin(self, decoding: "_Decoding", plan: Plan) -> bytes:
         """Return the first line of a stream."""
@@ -442,11 +442,26 @@ class _Decoding:
         """Return the last columns of the overview, once the sound has been decoded to its end."""
         return None if self._overview is None else self._overview.take(finish=True)
 
-    def quality(self) -> dict[str, Any]:
-        """Return what is odd about the sound, as far as it was read."""
-        if self._sound is None:
-            return {}
-        return {"complete": self._sound.complete, "warnings": list(self._sound.warnings)}
+    @property
+    def warnings(self) -> list[str]:
+        """What is odd about the sound, as far as it was read."""
+        return [] if self._sound is None else list(self._sound.warnings)
+
+    def record(self, model: str) -> Record:
+        """Return the record of what was taken, without its pieces."""
+        sound = self._sound
+        assert sound is not None
+        return Record(
+            self.upload.name,
+            model,
+            self.end,
+            (),
+            "events" if self._options.events else "windows",
+            self._options.channel,
+            sound.complete,
+            sound.expected_seconds,
+            sound.rate,
+        )
 
     def _cut(self) -> Generator[Window, None, None]:
         """Decode; errors are those of `take`."""
@@ -463,7 +478,7 @@ class _Decoding:
             ) as self._sound:
                 self.expected = self._sound.expected_seconds
                 self._check_length(self.expected or 0.0)
-                for window in cut(self._blocks(self._sound), options.window, options.step):
+                for window in cut(self._blocks(self._sound), options.window, options.step, tail=options.tail):
                     cost += max(LEAST_COST, window.end - window.start)
                     self._check_cost(cost)
                     yield window

@@ -258,8 +258,8 @@ def test_odd_characters_are_escaped(visit: Callable[..., Any]) -> None:
         }""",
         name,
     )
-    record = {"file": name, "seconds": 1.0, "pieces": [{"start": 0.0, "end": 1.0, "tags": [
-        {"label": name, "index": 0, "mid": None, "prob": 0.5}]}]}  # fmt: skip
+    tag = {"label": name, "index": 0, "mid": None, "prob": 0.5}
+    record = {"file": name, "pieces": [{"start": 0.0, "end": 1.0, "tags": [tag]}], "seconds": 1.0}
     assert lines[0] == "".join(
         c if c in "\u200d\U0001f600" or c.isascii() else json.dumps(c)[1:-1]
         for c in json.dumps(record, ensure_ascii=False) + "\n"
@@ -315,11 +315,8 @@ def test_a_file_is_shown_filtered_played_and_exported(visit: Callable[..., Any],
         name, content = downloaded(page, button.click)
         assert name.endswith(suffix)
         expected = ced_tag(recording, *WINDOWS, "--threshold", "0.3", form=kind)
-        if kind == "jsonl":
-            record = json.loads(expected)
-            assert {field: value for field, value in json.loads(content).items() if field in record} == record
-        else:  # a browser does not tell a page the folder of a file, which Raven's tables have
-            assert content.decode() == expected.replace(f"{recording.parent}{os.sep}", "")
+        # A browser does not tell a page the folder of a file, which Raven's tables have.
+        assert content.decode() == expected.replace(f"{recording.parent}{os.sep}", "")
     label = rows(page)[0][4]
     page.fill("#gap", "1.5")
     page.fill("#search", label.upper())

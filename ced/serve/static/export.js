@@ -2,6 +2,7 @@
 
 const HIGHEST = 8000; // Hz; the upper edge of the mel filters
 const SECONDS = ["seconds", "expected_seconds"]; // fields of a record that are never written as integers
+const TAIL = ["seconds", "complete", "expected_seconds"]; // fields of a record that stand behind its pieces
 const RAVEN_COLUMNS = [
   "Selection", "View", "Channel", "Begin Time (s)", "End Time (s)", "Low Freq (Hz)", "High Freq (Hz)", "Begin Path",
   "File Offset (s)", "Label", "Score",
@@ -38,10 +39,11 @@ function jsonl(records) {
       );
       return `{"start": ${float(start)}, "end": ${float(end)}, "tags": [${each.join(", ")}]}`;
     });
-    const fields = Object.entries(head).map(
-      ([name, value]) => `"${name}": ${SECONDS.includes(name) && value !== null ? float(value) : json(value)}`,
-    );
-    return `{${fields.join(", ")}, "pieces": [${parts.join(", ")}]}`;
+    const described = (behind) =>
+      Object.entries(head)
+        .filter(([name]) => TAIL.includes(name) === behind)
+        .map(([name, value]) => `"${name}": ${SECONDS.includes(name) && value !== null ? float(value) : json(value)}`);
+    return `{${[...described(false), `"pieces": [${parts.join(", ")}]`, ...described(true)].join(", ")}}`;
   });
 }
 

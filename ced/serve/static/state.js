@@ -151,6 +151,8 @@ export function record(clip, model, events) {
     end: offset,
     tags: [{ label: model.labels[index], index, mid: model.mids[index], prob: peak }],
   }));
-  // A sound that is not tagged to its end has no head of its own.
-  return { format: 1, model: model.name, seconds: clip.scores.scored, ...clip.head, file: clip.name, kind: "events", pieces };
+  // What stands for a sound that was not tagged to its end, and has no head.
+  const cut = { format: 1, file: clip.name, model: model.name, kind: "", seconds: clip.scores.scored, complete: false };
+  // The server was asked for windows, and forms escape some characters of names.
+  return { ...cut, ...clip.head, file: clip.name, kind: "events", pieces };
 }
