@@ -6,9 +6,10 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -148,8 +149,8 @@ class Application:
 
         @app.post(
             STREAM,
-            response_class=_Lines,
-            responses={200: {"model": schema.StreamLine, "description": "One line each."}, **schema.REFUSALS},
+            response_class=Response,
+            responses={200: schema.STREAM_ANSWER, **schema.REFUSALS},
             openapi_extra=schema.BODY,
             dependencies=keyed,
         )
@@ -191,6 +192,7 @@ class Application:
             return Response(service.meters.report(), media_type=CONTENT_TYPE_LATEST)
 
         app.get("/docs", include_in_schema=False)(_docs_page(app))
+        app.openapi = partial(_described, app.openapi)  # type: ignore[method-assign]
         app.router.default = _Page(directory=STATIC, html=True)  # whatever no route matches, so a wrong method is 405
         return app
 
@@ -321,6 +323,14 @@ def _told(error: Exception) -> tuple[int, str, Any]:
             return 503, DOWN, {"Retry-After": "1"}
     _log.error("a request failed: %s: %s", type(error).__name__, error)
     return 500, FAILED, None
+
+
+def _described(describe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the OpenAPI document, with the lines of streams, which FastAPI knows nothing of."""
+    document = describe()
+    line = schema.StreamLine.model_json_schema(ref_template="#/components/schemas/{model}")
+    document["components"]["schemas"] |= {**line.pop("$defs"), "StreamLine": line}
+    return document
 
 
 def _docs_page(app: FastAPI) -> Any:

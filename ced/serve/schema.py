@@ -390,3 +390,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         503: "Too many requests at once, or the server is shutting down; Retry-After says when to try again.",
     }.items()
 }
+STREAM_ANSWER = {
+    "description": "One JSON object a line.",
+    "content": {STREAM_TYPE: {"schema": {"$ref": "#/components/schemas/StreamLine"}}},
+}

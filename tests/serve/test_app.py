@@ -236,7 +236,7 @@ def test_answers_that_are_too_long_are_refused(client: httpx.Client, monkeypatch
     body = encode(noise(12))
     assert client.post(CLASSIFY, content=body, params={"window": 2}).status_code == 200
     assert "/v1/audio/stream" in error(client.post(CLASSIFY, content=body, params={"window": 1}), 413)
-    vectors = {"window": 2, "embeddings": "windows"}
+    vectors: dict[str, str | int] = {"window": 2, "embeddings": "windows"}
     assert "/v1/audio/stream" in error(client.post(CLASSIFY, content=body, params=vectors), 413)
     assert len(stream(client, body, window=1)) > 12
 
