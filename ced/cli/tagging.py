@@ -34,6 +34,7 @@ def tag(
     window: options.Window = TagOptions.window,
     hop: options.Hop = None,
     columns: options.Columns = False,
+    tail: options.Tails = TagOptions.tail,
     silence: options.Silence = None,
     topk: options.TopK = None,
     threshold: options.Threshold = None,
@@ -61,6 +62,7 @@ def tag(
         window=window,
         hop=hop,
         columns=columns,
+        tail=tail,
         silence=silence,
         top_k=topk,
         only=tuple(labels or ()),
@@ -103,6 +105,7 @@ def embed(
     precision: options.Precision = "float32",
     window: options.Window = TagOptions.window,
     hop: options.Hop = None,
+    tail: options.Tails = TagOptions.tail,
     windows: options.EachWindow = False,
     jobs: options.Jobs = None,
 ) -> None:
@@ -122,7 +125,7 @@ def embed(
     with reporting() as progress, Tagger(model, precision=precision, jobs=jobs, progress=progress) as tagger:
 
         def process(sound: Input) -> Embedding:
-            return tagger.embed(sound.source, window=window, hop=hop)
+            return tagger.embed(sound.source, window=window, hop=hop, tail=tail)
 
         found = _without_failures(
             batch.results(inputs, process, jobs=jobs, task="embedding", progress=progress), failed
@@ -163,9 +166,9 @@ def _print_records(
     failed: list[str] = []
     shown = silent if sys.stdout.isatty() else progress  # results on a terminal are progress enough
     found = _without_failures(batch.results(inputs, process, jobs=jobs, progress=shown), failed)
-    assert kind.lines is not None
-    for line in kind.lines(record for _, record in found):
-        show_data(line)
+    assert kind.text is not None
+    for text in kind.text(record for _, record in found):
+        show_data(text)
     return len(failed)
 
 
