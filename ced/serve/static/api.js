@@ -52,6 +52,7 @@ export async function fetchModel() {
  */
 export function stream(file, options, { onSent, onLine, signal }) {
   return new Promise((resolve, reject) => {
+    signal.throwIfAborted();
     const request = new XMLHttpRequest();
     const lines = new Lines();
     let ended = false;

@@ -1,4 +1,18 @@
-/** The page: connects the parts. What is shown follows from the store; the parts change the store, never each other. */
+/**
+ * The page: connects the parts. What is shown follows from the store; the parts change the store, never each other.
+ *
+ * api.js        requests, the stream of results, the live socket
+ * state.js      the store, scores, overview and clips
+ * queue.js      sounds that are sent one after the other
+ * events.js     scores to events, as ced/tag/events.py
+ * timeline.js   waveform (wavesurfer.js), lanes, regions, playing, zoom; paint.js draws the lanes
+ * labels.js     the label filter
+ * table.js      the table of events
+ * export.js     records as CSV, JSONL, Audacity, Raven; wav.js pieces of sounds
+ * microphone.js recording; worklet.js and resample.js run in the audio thread
+ * live.js       the microphone over the live socket
+ * theme.js, time.js, dom.js  light and dark; times as text; elements
+ */
 
 import { fetchModel, setKey } from "./api.js";
 import { byId, eachFrame, element, icon, save } from "./dom.js";
@@ -124,11 +138,10 @@ const queue = new Queue(store, byId("queue"), {
 
 store.on(["selected"], () => {
   const clip = store.selected;
-  store.set({ view: "sound", picked: null, playable: true });
+  store.set({ view: "sound", picked: null, playable: true, windows: clip?.windows ?? store.windows });
   timeline.show(clip);
   byId("name").textContent = clip?.name ?? "";
   byId("name").title = clip?.name ?? "";
-  byId("windows").value = Object.keys(WINDOWS).find((name) => WINDOWS[name] === (clip?.windows ?? store.windows));
   table?.reset();
   refreshSoon();
 });
@@ -150,6 +163,7 @@ store.on(["playable"], () => {
 store.on([...NUMBERS, "classes"], refreshSoon);
 store.on(["limits", "windows"], () => {
   const { limits, windows } = store;
+  byId("windows").value = Object.keys(WINDOWS).find((name) => WINDOWS[name] === windows);
   if (!limits) return;
   const cost = windows.hop ? Math.max(1, windows.window) / windows.hop : 1; // overlapping windows count in full
   const minutes = limits.seconds / cost / 60;
@@ -178,6 +192,7 @@ byId("record").addEventListener("click", async () => {
   const button = byId("record");
   if (recorder) return finishRecording();
   const next = new Recorder();
+  button.disabled = true; // while the browser asks for permission
   try {
     await next.start((seconds, level) => {
       if (recorder === next) button.textContent = `Stop ${clock(seconds, 0)} · ${level.toFixed(0)} dB`;
@@ -187,6 +202,7 @@ byId("record").addEventListener("click", async () => {
   } catch (error) {
     complain(error.message);
   }
+  button.disabled = false;
 });
 
 function finishRecording() {

@@ -58,7 +58,9 @@ export class Live {
       this.stop();
     };
     try {
-      this.#microphone = await openMicrophone(this.model.live.rate, (block) => this.#send(block), lost);
+      const microphone = await openMicrophone(this.model.live.rate, (block) => this.#send(block), lost);
+      if (this.#socket === socket) this.#microphone = microphone;
+      else microphone.close(); // stopped in the meantime
     } catch (error) {
       lost(error);
     }

@@ -26,7 +26,7 @@ export class Queue {
     store.on(["selected"], () => this.#mark());
   }
 
-  /** Add files; the first is shown if nothing else is. */
+  /** Add files, and show the first of them. */
   add(files) {
     const clips = Array.from(files, (file) => new Clip(file, this.store.windows));
     if (!clips.length) return;
@@ -42,7 +42,8 @@ export class Queue {
 
   /** Tag a clip again, with other windows, say. */
   again(clip) {
-    Object.assign(clip, { status: "waiting", error: "", notes: [], sent: 0, scores: null, overview: null, windows: this.store.windows });
+    Object.assign(clip, { status: "waiting", error: "", notes: [], head: {}, seconds: null });
+    Object.assign(clip, { sent: 0, scores: null, overview: null, windows: this.store.windows });
     this.#draw(clip);
     this.handlers.onGrow(clip);
     if (clip === this.#current) this.#stop.abort(); // and `run` comes to it again
@@ -113,7 +114,10 @@ export class Queue {
     else if (line.type === "overview") {
       clip.overview ??= new Overview(line.rate, line.bands);
       clip.overview.add(bytes(line.peaks), bytes(line.mels));
-    } else if (line.type === "end") Object.assign(clip, { seconds: line.seconds, notes: line.warnings });
+    } else if (line.type === "end") {
+      const { type, warnings, ...head } = line;
+      Object.assign(clip, { seconds: line.seconds, notes: warnings ?? [], head });
+    }
     this.#draw(clip);
     this.handlers.onGrow(clip);
   }

@@ -119,6 +119,7 @@ export class Clip {
   sent = 0; // the part that is uploaded, 0 to 1
   length = null; // seconds, by the player or the file's header
   seconds = null; // how much was tagged, at the end
+  head = {}; // the fields of the record besides its pieces, as the server sends them
   notes = []; // what is odd about the file
   error = "";
   scores = null;
@@ -145,15 +146,13 @@ export class Clip {
 
 /** The record of a sound's events, as `ced tag --events -f jsonl` writes it. */
 export function record(clip, model, events) {
-  return {
-    file: clip.name,
-    model: model.name,
-    seconds: clip.scores.scored,
-    kind: "events",
-    pieces: events.map(({ onset, offset, index, peak }) => ({
-      start: onset,
-      end: offset,
-      tags: [{ label: model.labels[index], index, mid: model.mids?.[index] ?? null, prob: peak }],
-    })),
-  };
+  const pieces = events.map(({ onset, offset, index, peak }) => ({
+    start: onset,
+    end: offset,
+    tags: [{ label: model.labels[index], index, mid: model.mids[index], prob: peak }],
+  }));
+  // What stands for a sound that was not tagged to its end, and has no head.
+  const cut = { format: 1, file: clip.name, model: model.name, kind: "", seconds: clip.scores.scored, complete: false };
+  // The server was asked for windows, and forms escape some characters of names.
+  return { ...cut, ...clip.head, file: clip.name, kind: "events", pieces };
 }
