@@ -404,8 +404,9 @@ def damaged_lines() -> list[str]:
     wrong: list[object] = [
         *([], 1, None, "x", {}),
         *({**good, "name": {}}, {**good, "place": []}, {**good, "stamp": "xy"}, {**good, "stamp": [1]}),
-        *({**good, "record": record} for record in (None, [], "x", 1, {}, {**RECORD, "format": 2})),
     ]
+    records: list[object] = [None, [], "x", 1, {}, {**RECORD, "format": 2}]
+    wrong += [{**good, "record": record} for record in records]
     changes: list[tuple[str, object]] = [("file", 1), ("seconds", "x"), ("pieces", 1), ("pieces", [1]), ("kind", "x")]
     changes += [("rate", "x"), ("began", "yesterday"), ("pieces", [{**PIECE, "start": "x"}])]
     changes += [("pieces", [{**PIECE, "tags": [1]}]), ("pieces", [{**PIECE, "tags": [{"label": "a"}]}])]
