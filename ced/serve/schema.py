@@ -9,6 +9,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from ced.errors import ConfigError
 from ced.serve.overview import FINEST as OVERVIEW_RATE
+from ced.sound.audio import Tail
 from ced.tag.live import OPTIONS as LIVE
 from ced.tag.options import EVENT_THRESHOLD, TOP_K, TagOptions
 from ced.tag.records import Tag, Tags
@@ -65,6 +66,11 @@ class RequestOptions(_Selection):
     hop: _Hop | _Missing = Field(
         None, description="Seconds from one window's start to the next; default: the window length."
     )
+    tail: Tail = Field(
+        "aligned",
+        description="The rest behind the last window: aligned: a window of full length ends with the sound; short: the"
+        " last window is as short as the rest.",
+    )
     channel: _Channel = Field(
         "mean", description="Channel to tag: mean (of all), left, right, or the number of a channel, from 1."
     )
@@ -85,6 +91,7 @@ class RequestOptions(_Selection):
         return TagOptions(
             window=self.window,
             hop=self.hop,
+            tail=self.tail,
             silence=self.silence,
             channel=int(self.channel) if self.channel.isdigit() else self.channel,
             strict=self.strict,
@@ -188,30 +195,37 @@ class Vector(BaseModel):
     vector: list[float]
 
 
-class Answer(BaseModel):
-    """The tags of a sound: a record of `ced tag -f jsonl`, with the requested embeddings."""
+class _Head(BaseModel):
+    """What is known of a sound before it is tagged."""
 
     format: int = Field(description="Version of this record.")
     file: str = Field(description="Name of the sound, as the client gave it.")
     model: str
-    seconds: float = Field(description="Length of the sound.")
-    pieces: list[Tags]
-    kind: Literal["windows", "events"] = Field(description="What the pieces are.")
-    channel: str | int = Field(description="What was tagged of several channels: mean, left, right, or a number.")
-    rate: int | None = Field(description="Sampling rate of the sound in Hz.")
+    kind: Literal["windows", "events"] = Field(description="What the tags are of.")
+    channel: str | int = Field(description="Channel that is tagged.")
+    rate: int | None = Field(description="Sampling rate of the file, if known.")
+
+
+class _Tail(BaseModel):
+    """What is known of a sound when it has been tagged."""
+
+    seconds: float = Field(description="How much of the sound was tagged, from its start.")
+    complete: bool = Field(description="False: the file is cut short.")
     expected_seconds: float | None = Field(description="Length of the sound by its header, if that gives one.")
-    embeddings: list[Vector] = Field([], description="Only present if requested.")
-    complete: bool = Field(description="False: the file is cut short, and what could be read of it was tagged.")
     warnings: list[str] = Field(description="What is odd about the file.")
 
 
-class BeginLine(BaseModel):
+class Answer(_Head, _Tail):
+    """The tags of a sound: a record of `ced tag -f jsonl`, with the requested embeddings."""
+
+    pieces: list[Tags]
+    embeddings: list[Vector] = Field([], description="Only present if requested.")
+
+
+class BeginLine(_Head):
     """First line of a stream."""
 
     type: Literal["begin"]
-    format: int = Field(description="Version of the records.")
-    file: str
-    model: str
     seconds: float | None = Field(description="Length of the sound by its header, if that gives one.")
     classes: int = Field(description="Number of classes, c; GET /v1/model lists them.")
     window: float
@@ -260,21 +274,11 @@ class ProgressLine(BaseModel):
     seconds: float
 
 
-class EndLine(BaseModel):
-    """Last line of a complete stream."""
+class EndLine(_Head, _Tail):
+    """Last line of a complete stream: the record without its pieces."""
 
     type: Literal["end"]
-    format: int
-    file: str
-    model: str
-    kind: Literal["windows", "events"]
-    channel: str | int
-    rate: int | None
-    seconds: float = Field(description="Length of the sound.")
-    expected_seconds: float | None = Field(description="Length of the sound by its header, if that gives one.")
     embedding: list[float] = Field([], description="With embeddings=clip.")
-    complete: bool = Field(description="False: the file is cut short, and what could be read of it was tagged.")
-    warnings: list[str] = Field(description="What is odd about the file.")
 
 
 class ErrorLine(BaseModel):

@@ -37,7 +37,7 @@ from ced.sound.labels import ClassTable
 from ced.tag.embeddings import rows_of
 from ced.tag.events import OrderedEvents
 from ced.tag.options import TagOptions
-from ced.tag.records import FORMAT_VERSION, Record, Scored, Tags
+from ced.tag.records import Kind, Record, Scored, Tags, json_head, json_tail
 from ced.tag.tagger import Embedding, Scorer, Tagger
 
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # environment variable that makes prometheus_client share its values
@@ -234,12 +234,10 @@ class Service:
         if events is not None:
             add(events.finish())
         record = decoding.record(self.name)
-        head, _, tail = _json(record.to_json()).rpartition(b"[]")
-        parts = [head, b"[", b", ".join(pieces), b"]", tail.removesuffix(b"}")]
-        if vectors:
-            parts += [b', "embeddings": ', _json(_embeddings(vectors, plan.request.embeddings))]
-        parts += [b', "warnings": ', _json(decoding.warnings), b"}"]
-        return b"".join(parts)
+        embeddings = {"embeddings": _embeddings(vectors, plan.request.embeddings)} if vectors else {}
+        tail = {**json_tail(record), "warnings": decoding.warnings, **embeddings}
+        head = _json(json_head(record)).removesuffix(b"}")
+        return b"".join([head, b', "pieces": [', b", ".join(pieces), b"], ", _json(tail).removeprefix(b"{")])
 
     async def stream(self, upload: Upload, plan: Plan) -> AsyncGenerator[bytes, None]:
         """Yield the lines of a stream, each as soon as it is known; the upload is closed.
@@ -275,21 +273,19 @@ class Service:
         if (columns := decoding.rest_of_overview()) is not None:
             yield encode_line(type="overview", **columns)
         record = decoding.record(self.name)
-        last = {name: value for name, value in record.to_json().items() if name != "pieces"}
-        if vectors:
-            last["embedding"] = _embeddings(vectors, "clip")[0]["vector"]
-        yield encode_line(type="end", **last, warnings=decoding.warnings)
+        embedding = {"embedding": _embeddings(vectors, "clip")[0]["vector"]} if vectors else {}
+        last = {**json_head(record), **json_tail(record), "warnings": decoding.warnings, **embedding}
+        yield encode_line(type="end", **last)
 
     def _begin(self, decoding: "_Decoding", plan: Plan) -> bytes:
         """Return the first line of a stream."""
         request, options = plan.request, plan.options
         assert isinstance(request, StreamOptions)
+        record = decoding.record(self.name)
         return encode_line(
             type="begin",
-            format=FORMAT_VERSION,
-            file=decoding.upload.name,
-            model=self.name,
-            seconds=decoding.expected,
+            **json_head(record),
+            seconds=record.expected_seconds,
             classes=len(plan.labels),
             window=options.window,
             hop=options.step,
@@ -392,20 +388,18 @@ class _Decoding:
 
     Attributes:
         upload: what is decoded.
-        expected: its length in seconds by its header, once it is open; None: unknown.
-        end: how much of it was taken, in seconds.
         cancelled: set to True, from any thread, it ends the decoding at the next block.
     """
 
     def __init__(self, upload: Upload, options: TagOptions, limits: Limits, overview: Overview | None) -> None:
-        self.upload, self.end, self.cancelled = upload, 0.0, False
-        self.expected: float | None = None
+        self.upload, self.cancelled = upload, False
         self._options, self._limits, self._overview = options, limits, overview
         self._sound: Sound | None = None
         self._lock = Lock()
         self._windows = self._cut()
         self._next: Window | None = None
         self._fault: Exception | None = None  # behind the next window
+        self._end = 0.0  # seconds taken
         self._number = -1  # of the next window; below 0: it has not been decoded yet
 
     def close(self) -> None:
@@ -430,7 +424,7 @@ class _Decoding:
                     raise self._fault
                 return None
             number, window = self._number, self._next
-            self._number, self._next, self.end = number + 1, None, window.end
+            self._number, self._next, self._end = number + 1, None, window.end
             try:
                 self._next = next(self._windows, None)
             except Exception as error:
@@ -444,20 +438,21 @@ class _Decoding:
 
     @property
     def warnings(self) -> list[str]:
-        """What is odd about the sound, as far as it was read."""
+        """What is odd about the sound, as far as it has been decoded."""
         return [] if self._sound is None else list(self._sound.warnings)
 
     def record(self, model: str) -> Record:
-        """Return the record of what was taken, without its pieces."""
-        sound = self._sound
+        """Return the record of what was taken so far, without its pieces."""
+        options, sound = self._options, self._sound
         assert sound is not None
+        kind: Kind = "events" if options.events else "windows"
         return Record(
             self.upload.name,
             model,
-            self.end,
+            self._end,
             (),
-            "events" if self._options.events else "windows",
-            self._options.channel,
+            kind,
+            options.channel,
             sound.complete,
             sound.expected_seconds,
             sound.rate,
@@ -476,8 +471,7 @@ class _Decoding:
                 cancelled=lambda: self.cancelled,
                 block_seconds=_BLOCK,
             ) as self._sound:
-                self.expected = self._sound.expected_seconds
-                self._check_length(self.expected or 0.0)
+                self._check_length(self._sound.expected_seconds or 0.0)
                 for window in cut(self._blocks(self._sound), options.window, options.step, tail=options.tail):
                     cost += max(LEAST_COST, window.end - window.start)
                     self._check_cost(cost)

@@ -116,6 +116,30 @@ def open_address(address: str, stack: ExitStack, reading: Reading, *, live: bool
         raise web.fault or web.broken or AudioError(f"cannot be read: {reason}", address) from error
 
 
+def is_rtsp(name: str) -> bool:
+    """Return whether a name is an rtsp address, as of cameras."""
+    return name.lower().startswith("rtsp://")
+
+
+def open_rtsp(address: str, stack: ExitStack, reading: Reading) -> Opened:
+    """Open the first sound track of an RTSP stream, as it arrives, over one TCP connection to its server.
+
+    Arguments, result and errors are those of `open_address`.
+    """
+    with optional_packages(f"reading {reading.name}"):
+        import av
+
+    _limit_allocations(0)
+    options = {"rtsp_transport": "tcp", "allowed_media_types": "audio", "protocol_whitelist": "tcp,rtp", **_AT_ONCE}
+    try:
+        container = stack.enter_context(
+            av.open(address, "r", options=options, metadata_errors="replace", timeout=PATIENCE)
+        )
+        return _open_track(container, reading, None)
+    except av.FFmpegError as error:
+        raise AudioError(f"cannot be read: {_reason(error)}", reading.name) from error
+
+
 def open_media(file: View, reading: Reading, complete: bool | None, stack: ExitStack) -> Opened | None:
     """Open the first sound track of a file.
 

@@ -1,5 +1,6 @@
 """Connections, sockets and the end of the server, below the requests."""
 
+import http.client
 import socket
 import threading
 import time
@@ -166,28 +167,31 @@ def test_the_server_stops_at_once_whatever_its_connections_wait_for() -> None:
 
 
 def test_liveness_is_answered_under_load() -> None:
-    model = Mean()
-    app = Application(model, "mean", jobs=2)
-    with running(app) as url, httpx.Client(base_url=url) as client:
-        end = time.monotonic() + 3
-        body = constant(0.5, 5)
+    body, stop = constant(0.5, 5), threading.Event()
+    with running(Application(Mean(), "mean", jobs=2)) as url:
+        place = httpx.URL(url)
 
         def flood() -> None:
-            with httpx.Client(base_url=url, timeout=60) as each:
-                while time.monotonic() < end:
-                    each.post(CLASSIFY, content=body)
+            connection = http.client.HTTPConnection(place.host, place.port)
+            while not stop.is_set():
+                connection.request("POST", CLASSIFY, body)
+                connection.getresponse().read()
+            connection.close()
 
-        threads = [threading.Thread(target=flood) for _ in range(40)]
+        threads = [threading.Thread(target=flood) for _ in range(100)]
         for thread in threads:
             thread.start()
         took = []
-        while time.monotonic() < end:
+        for _ in range(20):
             began = time.monotonic()
-            assert client.get("/healthz/live").status_code == 200
+            connection = http.client.HTTPConnection(place.host, place.port)
+            connection.request("GET", "/healthz/live")
+            assert connection.getresponse().read() == b'{"status":"ok"}'
             took.append(time.monotonic() - began)
+        stop.set()
         for thread in threads:
             thread.join()
-    assert max(took) < 4  # what the container's check allows
+    assert sorted(took)[-2] < 4  # what the container's check allows
 
 
 def test_an_address_that_is_taken_is_told() -> None:
