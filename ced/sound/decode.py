@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import AudioError
-from ced.sound.ffmpeg import is_address, open_address
+from ced.sound.ffmpeg import open_address
 from ced.sound.libsndfile import open_part
 from ced.sound.plainwav import plain_wav
 from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading, boundary
 from ced.sound.truncation import Structure, inspect
 from ced.sound.view import View
+from ced.sound.web import is_address
 
 AUDIO_SUFFIXES = frozenset(
     {".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"}

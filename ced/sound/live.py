@@ -7,17 +7,20 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError
 from ced.sound import audio
-from ced.sound.audio import SAMPLE_RATE, Window
-from ced.sound.decode import checked
-from ced.sound.ffmpeg import is_address, open_address
+from ced.sound.audio import SAMPLE_RATE, Channel, Window
+from ced.sound.decode import checked, to_float
+from ced.sound.ffmpeg import is_rtsp, open_address, open_rtsp
 from ced.sound.reading import Block, Reading
+from ced.sound.web import is_address
 
 BLOCK = 0.1  # seconds that are read at a time
 _DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before each further attempt to open a source; the last is kept
@@ -46,18 +49,34 @@ class LiveSource:
     endless: bool = True
 
 
-def address(url: str) -> LiveSource:
-    """Return the stream behind an http(s) address, decoded as it arrives.
+def address(url: str, channel: Channel = "mean") -> LiveSource:
+    """Return the stream behind an http(s) or rtsp address, decoded as it arrives.
 
-    What a server sends in advance is heard as by a player, hardly faster than it sounds; where that ends, so does the
-    delay.
+    What a server sends in advance is read hardly faster than it sounds, as by a player; where that ends, so does the
+    delay. A password in the address is not a part of the name.
+
+    Args:
+        url: the address.
+        channel: as for `ced.sound.audio.open_sound`.
 
     Raises:
-        ConfigError: it is no such address.
+        ConfigError: it is not such an address, or `channel` is not one.
     """
-    if not is_address(url):
-        raise ConfigError(f"{url} is no http(s) address; sounds in files are for `ced tag`")
-    return LiveSource(url, lambda: _paced(_received(url)))
+    number = audio.check_channel(channel)
+    if not (is_address(url) or is_rtsp(url)):
+        raise ConfigError(f"{url} is not an http(s) or rtsp address; sounds in files are for `ced tag`")
+    return LiveSource(_without_password(url), lambda: paced(_received(url, number)))
+
+
+def _without_password(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # brackets that are not closed, which opening it tells
+        return url
+    if parts.password is None:
+        return url
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=f"{parts.username}:***@{host}").geturl()
 
 
 def blocks(found: Iterable[NDArray[Any]], rate: int, name: str = "<blocks>") -> LiveSource:
@@ -77,9 +96,34 @@ def _shaped(found: Iterable[NDArray[Any]], name: str) -> Iterator[NDArray[Any]]:
         yield block
 
 
-def waves(found: Iterable[NDArray[Any]], rate: int, name: str) -> Iterator[NDArray[np.float32]]:
-    """Bring blocks (t, channels) to what models hear, (t,) at 16 kHz; AudioError: a sample cannot be of a sound."""
-    return audio.resampled(checked((Block(samples, rate) for samples in found), Reading(name)))
+def waves(
+    found: Iterable[NDArray[Any]], rate: int, name: str, channel: int | None = None
+) -> Iterator[NDArray[np.float32]]:
+    """Bring blocks (t, channels) to what models take, (t,) at 16 kHz.
+
+    Args:
+        found: the blocks.
+        rate: of their samples, in Hz.
+        name: what messages call their source.
+        channel: the one to take, from 1; None: the mean of all.
+
+    Raises:
+        AudioError: there is no such channel, or a sample is not one of sound; while reading.
+    """
+    blocks = checked((Block(samples, rate) for samples in found), Reading(name))
+    return audio.resampled(blocks, None if channel is None else _taking(channel, name))
+
+
+def _taking(channel: int, name: str) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
+    """Return what takes one channel, from 1, out of blocks (t, channels)."""
+
+    def take(samples: NDArray[Any]) -> NDArray[np.float32]:
+        if channel > samples.shape[1]:
+            plural = "s" if samples.shape[1] > 1 else ""
+            raise AudioError(f"there is no channel {channel}; it has {samples.shape[1]} channel{plural}", name)
+        return to_float(np.ascontiguousarray(samples[:, channel - 1]))
+
+    return take
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,17 +291,18 @@ class _Course:
         self._closed.wait(delay)
 
 
-def _received(url: str) -> Iterator[NDArray[np.float32]]:
+def _received(url: str, channel: int | None) -> Iterator[NDArray[np.float32]]:
     with ExitStack() as stack:
-        reading = Reading(url)
-        opened = open_address(url, stack, reading, live=True)
+        reading = Reading(_without_password(url))
+        opened = (open_rtsp if is_rtsp(url) else partial(open_address, live=True))(url, stack, reading)
         # Each packet as it comes: what is joined to blocks would wait for more.
-        yield from audio.resampled(checked(opened.blocks(1), reading))
+        blocks = checked(opened.blocks(1), reading)
+        yield from audio.resampled(blocks, None if channel is None else _taking(channel, reading.name))
         if reading.broken:
-            raise AudioError(reading.cut, url)
+            raise AudioError(reading.warnings[-1] if reading.warnings else reading.cut, reading.name)
 
 
-def _paced(found: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+def paced(found: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
     """Yield blocks hardly faster than they sound, as servers send what they have in store all at once."""
     due = time.monotonic()
     for block in found:
