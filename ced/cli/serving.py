@@ -29,6 +29,9 @@ _log = logging.getLogger(__name__)
 _MaxMegabytes = Annotated[float, typer.Option(help="Largest body of a request.")]
 _MaxSeconds = Annotated[float, typer.Option(help="Most sound in a request; overlapping windows count in full.")]
 _Queue = Annotated[int, typer.Option(min=0, help="Requests that may wait; further ones are refused with 503.")]
+_AllowAddresses = Annotated[
+    bool, typer.Option("--allow-addresses", help="Fetch sounds from http(s) addresses of public hosts.")
+]
 _MaxLive = Annotated[int, typer.Option(min=0, help="Most live connections at the same time.")]
 
 
@@ -61,6 +64,7 @@ def serve(
         typer.Option(help="Address or network of a proxy whose X-Forwarded-For is trusted; may be repeated."),
     ] = None,
     root_path: Annotated[str, typer.Option(help="Path prefix under which a proxy publishes the server.")] = "",
+    allow_addresses: _AllowAddresses = False,
     access_log: Annotated[bool, typer.Option(help="Print a line of JSON for each request.")] = True,
 ) -> None:
     """Serve a model over HTTP, with a page at / and a description of the interface at /docs.
@@ -79,7 +83,7 @@ def serve(
             Path(model).name,
             jobs or max(1, cores() // workers),
             _limits(max_megabytes, max_seconds, queue, max_live),
-            Access(keys, _hosts(listener, host, allowed_host), _prefix(root_path)),
+            Access(keys, _hosts(listener, host, allowed_host), _prefix(root_path), allow_addresses),
             ("*",) if unix_socket is not None else tuple(map(_network, proxy or ())),
         )
         if not is_local and not keys:
@@ -97,6 +101,7 @@ def show(
     jobs: Jobs = None,
     max_megabytes: _MaxMegabytes = 2000.0,
     max_seconds: _MaxSeconds = 86_400.0,
+    allow_addresses: _AllowAddresses = False,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
 ) -> None:
     """Open a page in the browser that tags sounds: files, recordings, and the microphone while it listens.
@@ -108,7 +113,7 @@ def show(
         from ced.serve.app import Access
     with server.listen("127.0.0.1", port) as listener:
         limits = _limits(max_megabytes, max_seconds, queue=16, live=4)
-        access = Access(hosts=_hosts(listener, "127.0.0.1", None))
+        access = Access(hosts=_hosts(listener, "127.0.0.1", None), addresses=allow_addresses)
         settings = server.Settings(model, Path(model).name, jobs or cores(), limits, access, grace=1)
         _run(settings, listener, 1, False, browser)
 

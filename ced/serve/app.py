@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 import ced
 from ced.errors import AudioError, CedError, ClosedError, ConfigError
 from ced.serve import schema
-from ced.serve.body import Limits, RefusedError, busy
+from ced.serve.body import Limits, RefusedError, Upload, busy
 from ced.serve.live import LiveSession
 from ced.serve.middleware import FAILED, LIVENESS, POLICY, Gate, problem
 from ced.serve.schema import CLASSIFY, LIVE_PATH, STREAM, RequestOptions, StreamOptions
@@ -53,11 +53,13 @@ class Access:
         keys: API keys; none: no key is needed.
         hosts: host names that requests may be addressed to; none: any.
         root_path: prefix of all paths that a proxy adds.
+        addresses: whether a request may name the http(s) address of a sound, which is fetched from public hosts only.
     """
 
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     root_path: str = ""
+    addresses: bool = False
 
 
 class Application:
@@ -84,7 +86,8 @@ class Application:
         access: Access | None = None,
     ) -> None:
         limits, access = limits or Limits(), access or Access()
-        self.service = Service(model, name, jobs, limits)
+        self.service = Service(model, name, jobs, limits, addresses=access.addresses)
+        self._addresses = access.addresses
         self.sessions: set[LiveSession] = set()
         app = self._routes(access)
         self._gate = Gate(app, limits, access.keys, access.root_path, self._observe)
@@ -138,26 +141,26 @@ class Application:
             CLASSIFY,
             response_model=schema.Answer,
             responses=schema.REFUSALS,
-            openapi_extra=schema.BODY,
+            openapi_extra=schema.body(access.addresses),
             dependencies=keyed,
         )
         async def classify(request: Request, options: Annotated[RequestOptions, Query()]) -> Response:
             """Tag a sound: the most probable classes of each window, or events."""
             plan = self._plan(request, options)
-            upload = await service.bodies.receive(request)
+            upload = await self._upload(request)
             return Response(await _unless_gone(request, service.answer(upload, plan)), media_type="application/json")
 
         @app.post(
             STREAM,
             response_class=Response,
             responses={200: schema.STREAM_ANSWER, **schema.REFUSALS},
-            openapi_extra=schema.BODY,
+            openapi_extra=schema.body(access.addresses),
             dependencies=keyed,
         )
         async def stream(request: Request, options: Annotated[StreamOptions, Query()]) -> Response:
             """Tag a sound, and send what is found in it while later windows are scored: one JSON object a line."""
             plan = self._plan(request, options)
-            upload = await service.bodies.receive(request)
+            upload = await self._upload(request)
             lines = service.stream(upload, plan)
             try:  # what cannot be decoded at all has a status of its own
                 first = await _unless_gone(request, anext(lines))
@@ -195,6 +198,12 @@ class Application:
         app.openapi = partial(_described, app.openapi)  # type: ignore[method-assign]
         app.router.default = _Page(directory=STATIC, html=True)  # whatever no route matches, so a wrong method is 405
         return app
+
+    async def _upload(self, request: Request) -> Upload:
+        bodies = self.service.bodies
+        if (address := await bodies.address(request)) is None:
+            return await bodies.receive(request)
+        return await _unless_gone(request, bodies.fetch(address))
 
     def _check_room(self) -> None:
         if self.service.stopping:
@@ -235,7 +244,7 @@ class Application:
             labels=[schema.Label(index=index, mid=mid, name=name) for index, (name, mid) in named],
             columns=service.has_columns,
             embeddings=service.has_embeddings,
-            addresses=False,
+            addresses=self._addresses,
             defaults=schema.WindowDefaults(window=window, hop=None, column=PATCH * HOP_SECONDS),
             live=schema.LiveDefaults(
                 rate=SAMPLE_RATE, window=live.window, hop=live.hop, gap=live.gap, threshold=live.threshold

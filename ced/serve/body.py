@@ -2,28 +2,36 @@
 
 import asyncio
 import io
+import json
 import math
 import os
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from email.message import Message
 from email.utils import collapse_rfc2231_value
+from pathlib import PurePosixPath
 from tempfile import SpooledTemporaryFile
-from threading import Lock
+from threading import Event, Lock
 from typing import BinaryIO, cast
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from fastapi import Request
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from ced.errors import CedError, ConfigError
+from ced.errors import AudioError, CedError, ConfigError
 from ced.serve.schema import FIELD, PCM
 from ced.sound import audio
+from ced.sound.web import Web
 
 RATES = (1_000, 768_000)  # hertz, of raw samples
 _IN_MEMORY = 1 << 20  # bytes of a body; more of them go to an unnamed temporary file
 _LONGEST_NAME = 255
+_LONGEST_JSON = 4096  # bytes of a body that holds an address
+_FETCHERS = 4  # addresses that are fetched at the same time
 
 
 @dataclass(frozen=True)
@@ -91,13 +99,28 @@ class Bodies:
     Args:
         limits: size, rate and deadline of a body.
         places: how many uploads of the largest size may be held at once.
+        addresses: whether a body may hold the address of a sound, which is then fetched from a public host.
     """
 
-    def __init__(self, limits: Limits, places: int) -> None:
-        self._limits = limits
+    def __init__(self, limits: Limits, places: int, *, addresses: bool = False) -> None:
+        self.limits = limits
         self._most = limits.bytes * places
         self._held = 0  # bytes of all uploads
         self._lock = Lock()
+        # Threads of their own, so that a slow host delays only what comes from such hosts.
+        self._fetchers = ThreadPoolExecutor(_FETCHERS, "ced-fetch") if addresses else None
+        self._fetching = 0
+
+    def close(self) -> None:
+        """End the threads that fetch."""
+        if self._fetchers is not None:
+            self._fetchers.shutdown(wait=False, cancel_futures=True)
+
+    def hold(self, count: int) -> bool:
+        """Add bytes to those of all uploads; return whether that is within the bounds."""
+        with self._lock:
+            self._held += count
+            return self._held <= self._most
 
     async def receive(self, request: Request) -> Upload:
         """Read a body: a form with one file, the bytes of a file, or raw samples.
@@ -107,70 +130,182 @@ class Bodies:
                 not what its type requires (422).
             ClientDisconnect: the client closed the connection.
         """
-        limits = self._limits
-        kind = Message()
-        kind["content-type"] = request.headers.get("content-type") or "application/octet-stream"
+        kind = _content_type(request)
         is_form = kind.get_content_type() == "multipart/form-data"
         samples = None if is_form else _sample_format(kind)
-        file: UploadFile | None = None
-        size = 0
-
-        def close() -> None:
-            nonlocal size
-            self._hold(-size)
-            size = 0
-            if file is not None:
-                file.file.close()
-
-        def count(part: bytes) -> int:
-            nonlocal size
-            size += len(part)
-            self._hold(len(part))
-            return size
-
+        held = _Held(self)
         try:
-            try:
-                async with asyncio.timeout(limits.patience) as deadline:
-                    parts = self._bounded(request, deadline, count)
-                    file = await (_file_of_form(request.headers, parts) if is_form else _file_of_body(parts))
-            except TimeoutError as error:
-                raise RefusedError(
-                    408,
-                    f"the body arrived too slowly; it may take {limits.patience:g} s, and another second for every"
-                    f" {limits.slowest / 1000:g} kB, at most {limits.deadline:g} s",
-                ) from error
-            name = "".join(filter(str.isprintable, file.filename or ""))[:_LONGEST_NAME] or FIELD
+            parts = _bounded(request, held)
+            held.file = file = await (_file_of_form(request.headers, parts) if is_form else _file_of_body(parts))
+            name = _printable(file.filename or "") or FIELD
             if not file.size:
                 raise RefusedError(422, f"{name} is empty (0 bytes)")
             if samples is None:
-                return Upload(name, cast(BinaryIO, _NamedFile(file.file, name)), close)
-            return Upload(name, _decode_samples(await file.read(), *samples), close)
+                return Upload(name, cast(BinaryIO, _NamedFile(file.file, name)), held.close)
+            await file.seek(0)
+            return Upload(name, _decode_samples(await file.read(), *samples), held.close)
         except BaseException:
-            close()
+            held.close()
             raise
 
-    def _hold(self, count: int) -> None:
-        with self._lock:
-            self._held += count
+    async def address(self, request: Request) -> str | None:
+        """Read the address that a body in JSON holds; None: the body is of another type.
 
-    async def _bounded(
-        self, request: Request, deadline: asyncio.Timeout, count: Callable[[bytes], int]
-    ) -> AsyncGenerator[bytes, None]:
-        """Yield the body as it arrives, unless it is announced or turns out too large; each part moves the deadline."""
-        limits, first = self._limits, deadline.when()
-        assert first is not None
-        latest = first - limits.patience + limits.deadline
-        too_large = RefusedError(413, f"the body is larger than {limits.megabytes:g} MB, the limit of this server")
-        if _announced(request.headers) > limits.bytes:
-            raise too_large
-        async for part in request.stream():
-            size = count(part)
-            if size > limits.bytes:
-                raise too_large
-            if self._held > self._most:
+        Raises:
+            RefusedError: addresses are not allowed (415), or the body holds none (422); others as for `receive`.
+        """
+        if self._fetchers is None or _content_type(request).get_content_type() != "application/json":
+            return None
+        held = _Held(self)
+        try:
+            body = b"".join([part async for part in _bounded(request, held, _LONGEST_JSON)])
+            values = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise RefusedError(422, f"the body is not JSON: {error}") from error
+        finally:
+            held.close()
+        match values:
+            case {"address": str(address)} if len(values) == 1:
+                return address.strip()
+        raise RefusedError(422, 'the body must be {"address": "https://..."}')
+
+    async def fetch(self, address: str) -> Upload:
+        """Fetch what an address holds, from a public host only.
+
+        Raises:
+            RefusedError: it cannot be fetched (422), is too large (413) or too slow (408), or too many others are being
+                fetched (503).
+        """
+        assert self._fetchers is not None
+        with self._lock:
+            if self._fetching >= _FETCHERS:
                 raise busy()
-            deadline.reschedule(min(latest, first + size / limits.slowest))
-            yield part
+            self._fetching += 1
+        cancelled = Event()
+        job = self._fetchers.submit(_fetched, address, _Held(self), cancelled)
+        job.add_done_callback(self._end_fetch)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(job))
+        except asyncio.CancelledError:
+            cancelled.set()
+            job.add_done_callback(_close_result)
+            raise
+
+    def _end_fetch(self, _: object) -> None:
+        with self._lock:
+            self._fetching -= 1
+
+
+class _Held:
+    """The bytes of one upload while they arrive, and its file.
+
+    Attributes:
+        size: bytes so far.
+        file: where they are; None: nowhere yet.
+    """
+
+    def __init__(self, bodies: Bodies) -> None:
+        self.limits = bodies.limits
+        self._hold = bodies.hold
+        self.size = 0
+        self.file: UploadFile | None = None
+        self._began = time.monotonic()
+
+    @property
+    def latest(self) -> float:
+        """When the next bytes must have arrived, as of time.monotonic()."""
+        limits = self.limits
+        return self._began + min(limits.deadline, limits.patience + self.size / limits.slowest)
+
+    def add(self, count: int) -> None:
+        """Count bytes that have arrived.
+
+        Raises:
+            RefusedError: they are too many.
+        """
+        self.size += count
+        within = self._hold(count)
+        if self.size > self.limits.bytes:
+            raise _too_large(self.limits)
+        if not within:
+            raise busy()
+
+    def close(self) -> None:
+        """Delete the upload."""
+        self._hold(-self.size)
+        self.size = 0
+        if self.file is not None:
+            self.file.file.close()
+
+
+async def _bounded(request: Request, held: _Held, most: float = math.inf) -> AsyncGenerator[bytes, None]:
+    """Yield a body as it arrives.
+
+    Raises:
+        RefusedError: it is too large, is announced as that, or arrives too slowly.
+    """
+    if _announced(request.headers) > held.limits.bytes:
+        raise _too_large(held.limits)
+    parts = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(max(0.0, held.latest - time.monotonic())):
+                part = await anext(parts, None)
+        except TimeoutError as error:
+            raise _too_slow("the body arrived", held.limits) from error
+        if part is None:
+            return
+        held.add(len(part))
+        if held.size > most:
+            raise RefusedError(413, f"the body is larger than {most:g} bytes")
+        yield part
+
+
+def _fetched(address: str, held: _Held, cancelled: Event) -> Upload:
+    """Fetch what an address holds; errors are those of `Bodies.fetch`."""
+    name = _printable(PurePosixPath(unquote(urlsplit(address).path)).name) or "address"
+    try:
+        held.file = _empty_file(name)
+        with Web(address, private="none").open() as source:
+            while not cancelled.is_set() and (part := source.read(1 << 16)):
+                held.add(len(part))
+                held.file.file.write(part)
+                if time.monotonic() > held.latest:
+                    raise _too_slow("the sound arrived", held.limits)
+    except BaseException as error:
+        held.close()
+        if isinstance(error, AudioError):
+            raise RefusedError(422, str(error)) from error
+        raise
+    return Upload(name, cast(BinaryIO, _NamedFile(held.file.file, name)), held.close)
+
+
+def _close_result(job: "Future[Upload]") -> None:
+    if not job.cancelled() and job.exception() is None:
+        job.result().close()
+
+
+def _too_large(limits: Limits) -> RefusedError:
+    return RefusedError(413, f"the body is larger than {limits.megabytes:g} MB, the limit of this server")
+
+
+def _too_slow(what: str, limits: Limits) -> RefusedError:
+    return RefusedError(
+        408,
+        f"{what} too slowly; it may take {limits.patience:g} s, and another second for every"
+        f" {limits.slowest / 1000:g} kB, at most {limits.deadline:g} s",
+    )
+
+
+def _content_type(request: Request) -> Message:
+    kind = Message()
+    kind["content-type"] = request.headers.get("content-type") or "application/octet-stream"
+    return kind
+
+
+def _printable(name: str) -> str:
+    """Return the name that a client gives a sound, fit for logs."""
+    return "".join(filter(str.isprintable, name))[:_LONGEST_NAME]
 
 
 def _announced(headers: Headers) -> int:
@@ -215,16 +350,19 @@ class _NamedFile(io.RawIOBase):
 
 
 async def _file_of_body(parts: AsyncGenerator[bytes, None]) -> UploadFile:
-    held = SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 (closed by the caller)
-    file = UploadFile(cast(BinaryIO, held), size=0, filename="body")
+    file = _empty_file("body")
     try:
         async for part in parts:
             await file.write(part)
-        await file.seek(0)
     except BaseException:
-        held.close()
+        file.file.close()
         raise
     return file
+
+
+def _empty_file(name: str) -> UploadFile:
+    held = SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 (closed with its upload)
+    return UploadFile(cast(BinaryIO, held), size=0, filename=name)
 
 
 async def _file_of_form(headers: Headers, parts: AsyncGenerator[bytes, None]) -> UploadFile:

@@ -367,19 +367,28 @@ _FORM = {
     "properties": {FIELD: {"type": "string", "format": "binary"}},
     "additionalProperties": False,
 }
-BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "description": "A sound: a form with one file, the bytes of a file, or raw samples that the type describes.",
-        "content": {
-            "multipart/form-data": {"schema": _FORM},
-            "audio/*": _BINARY,
-            "video/*": _BINARY,
-            "application/octet-stream": _BINARY,
-            **{f"{kind}; rate=16000; channels=1": _BINARY for kind in PCM},
-        },
-    }
+_ADDRESS = {
+    "type": "object",
+    "required": ["address"],
+    "properties": {"address": {"type": "string", "description": "http(s) address of a sound on a public host."}},
+    "additionalProperties": False,
 }
+
+
+def body(addresses: bool) -> dict[str, Any]:
+    """Return the description of a request body, for OpenAPI."""
+    content = {
+        "multipart/form-data": {"schema": _FORM},
+        "audio/*": _BINARY,
+        "video/*": _BINARY,
+        "application/octet-stream": _BINARY,
+        **{f"{kind}; rate=16000; channels=1": _BINARY for kind in PCM},
+        **({"application/json": {"schema": _ADDRESS}} if addresses else {}),
+    }
+    description = "A sound: a form with one file, the bytes of a file, or raw samples that the type describes."
+    return {"requestBody": {"required": True, "description": description, "content": content}}
+
+
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": reason}
     for status, reason in {

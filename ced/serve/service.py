@@ -149,16 +149,17 @@ class Service:
         name: its name in records.
         jobs: steps that run at the same time, each in a thread.
         limits: what is refused.
+        addresses: whether sounds may be fetched from addresses.
 
     Raises:
         CheckpointError: the model does not answer.
     """
 
-    def __init__(self, model: Scorer, name: str, jobs: int, limits: Limits) -> None:
+    def __init__(self, model: Scorer, name: str, jobs: int, limits: Limits, *, addresses: bool = False) -> None:
         self.name, self.limits, self.model = name, limits, model
         self.meters = Meters(name)
         self.places = jobs + limits.waiting
-        self.bodies = Bodies(limits, self.places)
+        self.bodies = Bodies(limits, self.places, addresses=addresses)
         self.tagger = Tagger(model, name=name)
         self.stopping = False
         self._jobs = jobs
@@ -182,6 +183,7 @@ class Service:
     def close(self) -> None:
         """End all work after the steps that are running."""
         self.stop()
+        self.bodies.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def plan(self, request: RequestOptions) -> Plan:
