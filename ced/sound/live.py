@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ from ced.sound.audio import SAMPLE_RATE, Channel, Window
 from ced.sound.decode import checked, to_float
 from ced.sound.ffmpeg import is_rtsp, open_address, open_rtsp
 from ced.sound.reading import Block, Reading
-from ced.sound.web import is_address
+from ced.sound.web import is_address, without_password
 
 BLOCK = 0.1  # seconds that are read at a time
 _DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before each further attempt to open a source; the last is kept
@@ -65,18 +64,7 @@ def address(url: str, channel: Channel = "mean") -> LiveSource:
     number = audio.check_channel(channel)
     if not (is_address(url) or is_rtsp(url)):
         raise ConfigError(f"{url} is not an http(s) or rtsp address; sounds in files are for `ced tag`")
-    return LiveSource(_without_password(url), lambda: paced(_received(url, number)))
-
-
-def _without_password(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # brackets that are not closed, which opening it tells
-        return url
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=f"{parts.username}:***@{host}").geturl()
+    return LiveSource(without_password(url), lambda: paced(_received(url, number)))
 
 
 def blocks(found: Iterable[NDArray[Any]], rate: int, name: str = "<blocks>") -> LiveSource:
@@ -293,7 +281,7 @@ class _Course:
 
 def _received(url: str, channel: int | None) -> Iterator[NDArray[np.float32]]:
     with ExitStack() as stack:
-        reading = Reading(_without_password(url))
+        reading = Reading(without_password(url))
         opened = (open_rtsp if is_rtsp(url) else partial(open_address, live=True))(url, stack, reading)
         # Each packet as it comes: what is joined to blocks would wait for more.
         blocks = checked(opened.blocks(1), reading)
