@@ -11,8 +11,8 @@ import soxr
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError
-from ced.sound.decode import AUDIO_SUFFIXES, SoundBytes, Source, checked, join, name_of, open_source, to_float
-from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading
+from ced.sound.decode import AUDIO_SUFFIXES, SoundBytes, Source, checked, name_of, open_source, to_float
+from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading, join
 
 __all__ = [
     "AUDIO_SUFFIXES",
@@ -97,7 +97,7 @@ class Sound:
     @property
     def complete(self) -> bool:
         """False once the sound was found to be cut short, which may be known only after the last block."""
-        return self._reading.cut is None
+        return not self._reading.broken
 
     def blocks(self) -> Iterator[NDArray[np.float32]]:
         """Decode the sound block by block, once, in bounded memory.
@@ -154,11 +154,12 @@ def open_sound(
             outside 1,000-768,000 Hz or more than 64 channels, or no channel of that number. Further ones come from
             `Sound.blocks`.
         ConfigError: `channel` is not one of those above.
-        TooLongError: (while reading) the budget is exceeded.
+        TooLongError: (while reading) the budget is exceeded, or the sound is more than 2**27 samples and more than 4096
+            for each byte of its file, as only files have that are made to exhaust their reader.
         ClosedError: (while reading) `cancelled` returned True.
     """
     number = check_channel(channel)
-    reading = Reading(name_of(source), budget, cancelled)
+    reading = Reading(name_of(source), budget, cancelled=cancelled)
     with ExitStack() as stack:
         opened = open_source(source, reading, stack)
         if number is not None and number > opened.channels:
@@ -268,10 +269,13 @@ def _to_the_end(blocks: Iterable[Block], reading: Reading, strict: bool) -> Iter
     for block in blocks:
         found = True
         yield block
-    if reading.cut is not None:
+    if reading.broken:
         if strict or not found:
             raise AudioError(reading.cut, reading.name)
         reading.warn(reading.cut)
+    elif reading.lost:
+        plural = "s were" if reading.lost > 1 else " was"
+        reading.warn(f"{reading.lost} damaged packet{plural} left out")
     if not found:
         raise AudioError("no samples", reading.name)
 

@@ -1,14 +1,16 @@
 """Sound that libsndfile does not read: MP4, M4A, WebM and other containers, and http(s) addresses (PyAV)."""
 
+import ctypes
 import errno
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import chain
-from typing import TYPE_CHECKING, Any, BinaryIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 
 from ced.errors import AudioError, optional_packages
 from ced.sound.reading import Block, Opened, Reading
+from ced.sound.view import View
 
 if TYPE_CHECKING:
     from av import AudioFrame, AudioStream, FFmpegError, Packet
@@ -49,11 +52,43 @@ _TYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl":
 _PATIENCE = 30.0  # seconds for a server to answer, and for each read
 _AT_ONCE = {"probesize": "32768", "analyzeduration": "1000000"}  # bytes, microseconds
 _SCHEMES = ("http://", "https://")
+# Bytes that FFmpeg may allocate at once. Headers of a few bytes claim gigabytes, while what is needed for a file grows
+# with it: the index of an MP4 file of a day has 90 MB.
+_LEAST_ALLOCATION, _MOST_ALLOCATION, _ALLOCATION = 64 << 20, 256 << 20, 4  # the last for each byte of a file
+_MOST_PADDING = 8192  # samples that encoders put behind a sound
+_allocation = 0  # the present limit of FFmpeg
 
 
 def is_installed() -> bool:
     """Return whether PyAV is there."""
     return find_spec("av") is not None
+
+
+@cache
+def _max_alloc() -> Callable[[int], None] | None:
+    """Return the function of FFmpeg that limits its allocations; None where it cannot be found."""
+    spec = find_spec("av._core")
+    if spec is None or spec.origin is None:
+        return None
+    # The extension module's own dependencies are searched too; not on Windows, where the library is beside the package.
+    libraries = Path(spec.origin).parent.parent.glob("av.libs/avutil*.dll")
+    for path in (spec.origin, *map(str, libraries)):
+        function = getattr(ctypes.CDLL(path), "av_max_alloc", None)
+        if function is not None:
+            function.argtypes, function.restype = (ctypes.c_size_t,), None
+            limit: Callable[[int], None] = function
+            return limit
+    return None
+
+
+def _limit_allocations(size: int) -> None:
+    """Limit what FFmpeg allocates at once to what files of up to `size` bytes need; the process keeps the limit."""
+    global _allocation
+    wanted = max(_LEAST_ALLOCATION, min(_MOST_ALLOCATION, _ALLOCATION * size))
+    limit = _max_alloc()
+    if wanted > _allocation and limit is not None:
+        _allocation = wanted
+        limit(wanted)
 
 
 def is_address(name: str) -> bool:
@@ -80,6 +115,7 @@ def open_address(address: str, stack: ExitStack, reading: Reading, *, live: bool
     with optional_packages(f"reading {address}"):
         import av
 
+    _limit_allocations(0)
     try:
         options = {**_network_options(), **(_AT_ONCE if live else {})}
         container = stack.enter_context(
@@ -87,16 +123,16 @@ def open_address(address: str, stack: ExitStack, reading: Reading, *, live: bool
         )
     except av.FFmpegError as error:
         raise AudioError(f"cannot be read: {_refusal(error, address)}", address) from error
-    return _open_track(container, reading, False)
+    return _open_track(container, reading, None)
 
 
-def open_media(file: BinaryIO, reading: Reading, cut: bool, stack: ExitStack) -> Opened | None:
+def open_media(file: View, reading: Reading, complete: bool | None, stack: ExitStack) -> Opened | None:
     """Open the first sound track of a file.
 
     Args:
-        file: a seekable file.
+        file: the file.
         reading: where faults and warnings are noted.
-        cut: it is known to be cut short.
+        complete: whether all of it is known to be there.
         stack: closes what is opened.
 
     Returns:
@@ -109,13 +145,14 @@ def open_media(file: BinaryIO, reading: Reading, cut: bool, stack: ExitStack) ->
         return None
     import av
 
+    _limit_allocations(file.size)
     file.seek(0)
     try:  # without any protocol, a playlist cannot lead to other files or into the network
         options = {"protocol_whitelist": "none"}
         container = stack.enter_context(av.open(file, "r", options=options, metadata_errors="replace"))
     except av.FFmpegError:
         return None
-    return _open_track(container, reading, cut)
+    return _open_track(container, reading, complete)
 
 
 def _network_options() -> dict[str, str]:
@@ -126,23 +163,23 @@ def _network_options() -> dict[str, str]:
     return options if certificates is None else {**options, "ca_file": certificates}
 
 
-def _open_track(container: "InputContainer", reading: Reading, cut: bool) -> Opened:
+def _open_track(container: "InputContainer", reading: Reading, complete: bool | None) -> Opened:
     if not container.streams.audio:
         raise AudioError("no sound track", reading.name)
     track = container.streams.audio[0]
     if track.codec_context is None:
         raise AudioError("cannot be decoded: the codec of its sound track is not known here", reading.name)
-    if track.duration and track.time_base:
-        reading.expected_seconds = float(track.duration * track.time_base)
-    frames = _frames(container, reading, cut)
+    seconds = float(track.duration * track.time_base) if track.duration and track.time_base else None
+    frames = _frames(container, reading, complete)
     first = next(frames, None)
     if first is None:
-        raise AudioError(reading.cut or "no samples", reading.name)
+        raise AudioError(reading.cut if reading.broken else "no samples", reading.name)
     # The first frame decides, not the header: that of an HE-AAC track gives half its rate.
-    return Opened(first.sample_rate, first.layout.nb_channels, partial(_blocks, first, frames, reading))
+    blocks = partial(_blocks, first, frames, reading, _length(container, seconds, first.sample_rate))
+    return Opened(first.sample_rate, first.layout.nb_channels, blocks, seconds)
 
 
-def _frames(container: "InputContainer", reading: Reading, cut: bool) -> Iterator["AudioFrame"]:
+def _frames(container: "InputContainer", reading: Reading, complete: bool | None) -> Iterator["AudioFrame"]:
     """Decode the first sound track; packets that cannot be decoded are left out, with a warning.
 
     If nothing decodes behind such a packet, or the reading fails, the sound breaks off there. Gaps in the timestamps
@@ -152,29 +189,30 @@ def _frames(container: "InputContainer", reading: Reading, cut: bool) -> Iterato
 
     track = container.streams.audio[0]
     track.codec_context.thread_count = 1  # several files are read at once
-    faults, found, seconds = 0, False, 0.0
+    faults, found = 0, False
     last: Exception | None = None
     try:
         for packet in _in_time(container, track, reading.name):
+            reading.spend(0)
             try:
                 frames = packet.decode()
-            except av.FFmpegError as error:
+            except (av.FFmpegError, ValueError, IndexError) as error:  # FFmpeg's, PyAV's
                 faults, last = faults + 1, error
                 continue
             for frame in frames:
                 if frame.samples:
                     found, last = True, None
-                    seconds += frame.samples / frame.sample_rate
+                    if frame.pts is not None and frame.time_base:
+                        reading.position = float(frame.pts * frame.time_base) + frame.samples / frame.sample_rate
                     yield frame
     except av.FFmpegError as error:
-        last, cut = error, True
+        last, complete = error, False
     if last is not None and not found:
         raise AudioError(f"cannot be decoded: {_reason(last)}", reading.name) from last
     # Behind the sound of an MP3 file tags of many kinds may follow, which nothing announces.
-    if cut or (last is not None and container.format.name != "mp3"):
-        reading.broken(seconds, reading.expected_seconds)
-    elif faults:
-        reading.warn(f"{faults} packets cannot be decoded; they are left out")
+    if complete is False or (last is not None and complete is None and container.format.name != "mp3"):
+        reading.broken = True
+    reading.lost += faults
 
 
 def _in_time(container: "InputContainer", track: "AudioStream", name: str) -> Iterator["Packet[AudioStream]"]:
@@ -191,6 +229,10 @@ def _in_time(container: "InputContainer", track: "AudioStream", name: str) -> It
             late = patience is not None and time.monotonic() - asked >= float(patience)
         except av.error.ExitError:
             late = True
+        except (
+            IndexError
+        ):  # how PyAV ends where a stream has appeared since the beginning; the track is flushed by then
+            return
         if late:
             raise AudioError(f"no sound arrived for {_PATIENCE:g} s", name)
         if packet is None:
@@ -198,21 +240,40 @@ def _in_time(container: "InputContainer", track: "AudioStream", name: str) -> It
         yield packet
 
 
-def _blocks(first: "AudioFrame", frames: Iterator["AudioFrame"], reading: Reading, size: int) -> Iterator[Block]:
-    """Join frames to blocks of at least `size` frames, the last of a rate and a number of channels aside."""
+def _length(container: "InputContainer", seconds: float | None, rate: int) -> int | None:
+    """Return how many samples of an MP4 track are sound, and not padding by the encoder; None: the file does not say.
+
+    The padding before the sound is left out by FFmpeg, as is that behind it in other containers.
+    """
+    if seconds is None or "mp4" not in container.format.name:
+        return None
+    length = round(seconds * rate)
+    # iTunes writes: 0, samples of padding before and behind, samples of sound, all hexadecimal.
+    words = container.metadata.get("iTunSMPB", "").split()
+    try:
+        stated = int(words[3], 16)
+    except (IndexError, ValueError):
+        return length
+    return stated if 0 <= length - stated <= _MOST_PADDING else length
+
+
+def _blocks(
+    first: "AudioFrame", frames: Iterator["AudioFrame"], reading: Reading, length: int | None, size: int
+) -> Iterator[Block]:
+    """Join frames to blocks of at least `size` samples, the last ones before a change of form aside."""
     parts: list[NDArray[Any]] = []
     held, form = 0, (first.sample_rate, first.layout.nb_channels)
     try:
-        for frame in chain((first,), frames):
-            if (now := (frame.sample_rate, frame.layout.nb_channels)) != form:
+        for samples, rate in _without_padding(chain((first,), frames), length):
+            if (now := (rate, samples.shape[1])) != form:
                 reading.warn(
                     f"changes from {_form(*form)} to {_form(*now)} at {reading.seconds + held / form[0]:.2f} s"
                 )
                 if parts:
                     yield Block(np.concatenate(parts), form[0])
                 parts, held, form = [], 0, now
-            parts.append(_samples(frame))
-            held += frame.samples
+            parts.append(samples)
+            held += len(samples)
             if held >= size:  # at once, as the next frame may be long in coming
                 yield Block(np.concatenate(parts), form[0])
                 parts, held = [], 0
@@ -222,6 +283,30 @@ def _blocks(first: "AudioFrame", frames: Iterator["AudioFrame"], reading: Readin
         raise
     if parts:
         yield Block(np.concatenate(parts), form[0])
+
+
+def _without_padding(frames: Iterable["AudioFrame"], length: int | None) -> Iterator[tuple[NDArray[Any], int]]:
+    """Yield the samples of frames (t, channels) and their rate, but not what is padding behind `length` samples.
+
+    What follows is held back, and is sound after all if there is more of it than any padding.
+    """
+    done, behind = 0, 0
+    held: list[tuple[NDArray[Any], int]] = []
+    for frame in frames:
+        samples, rate = _samples(frame), frame.sample_rate
+        if length is None or done + len(samples) <= length:
+            done += len(samples)
+            yield samples, rate
+            continue
+        if done < length:
+            yield samples[: length - done], rate
+            samples, done = samples[length - done :], length
+        held.append((samples, rate))
+        behind += len(samples)
+        if behind > _MOST_PADDING:
+            length = None
+            yield from held
+            held = []
 
 
 def _form(rate: int, channels: int) -> str:

@@ -253,7 +253,7 @@ def _received(url: str) -> Iterator[NDArray[np.float32]]:
         opened = open_address(url, stack, reading, live=True)
         # Each packet as it comes: what is joined to blocks would wait for more.
         yield from audio.resampled(checked(opened.blocks(1), reading))
-        if reading.cut is not None:
+        if reading.broken:
             raise AudioError(reading.cut, url)
 
 
