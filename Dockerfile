@@ -1,15 +1,24 @@
 # syntax=docker/dockerfile:1
 # A server of one model, without torch. Build: docker build -t ced . Run: docs/serve.md.
+# To pin the base image: docker build --build-arg PYTHON=python:3.11-slim@sha256:... -t ced .
 
-FROM python:3.11-slim AS build
+ARG PYTHON=python:3.11-slim
+
+FROM ${PYTHON} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-RUN python -m venv /opt/ced
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY locks locks
+# Only files whose hashes are in the locks are installed, and nothing is resolved or downloaded beside them.
+RUN python -m venv /opt/ced \
+    && /opt/ced/bin/pip install --no-deps --require-hashes -r locks/serve.txt \
+    && pip install --no-deps --require-hashes -r locks/build.txt
+COPY pyproject.toml README.md LICENSE ./
 COPY ced ced
-RUN /opt/ced/bin/pip install -c constraints.txt '.[serve,media]'
+RUN pip wheel --no-deps --no-build-isolation --no-index -w wheels . \
+    && /opt/ced/bin/pip install --no-deps --no-index wheels/*.whl \
+    && /opt/ced/bin/pip check
 
-FROM python:3.11-slim
+FROM ${PYTHON}
 RUN useradd --system --uid 10001 --no-create-home ced \
     && install -d -o ced -g ced /var/cache/ced
 COPY --from=build /opt/ced /opt/ced

@@ -1,7 +1,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command 'make lock' -c constraints.txt
 
-.PHONY: demo test clean
+.PHONY: demo test lock clean
 
 demo: .venv/train.stamp  ## tag a few sounds, then teach a student on generated ones, from files to tags
 	$(BIN)/ced tag -m esc10 resources/rooster.ogg
@@ -13,15 +16,29 @@ test: .venv/dev.stamp  ## format, lint, types, tests
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not network"
 
+lock: $(BIN)/uv  ## resolve all dependencies into locks/, with hashes; versions named in constraints.txt are kept
+	$(COMPILE) --extra serve --extra media pyproject.toml -o locks/serve.txt
+	$(COMPILE) --extra train --extra hf --extra media --extra app --extra dev --no-emit-package torch \
+		pyproject.toml -o locks/dev.txt
+	echo setuptools | $(COMPILE) - -o locks/build.txt
+
 clean:  ## remove the environment and what `make demo` wrote
 	rm -rf .venv demo build ced_audio.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/%.stamp: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+$(BIN)/uv: | .venv/bin/python
+	$(PIP) -c constraints.txt uv
+
+.venv/train.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -c constraints.txt -e '.[train]'
 	touch $@
 
-.venv/train.stamp: EXTRAS = train
-.venv/dev.stamp: EXTRAS = train,hf,media,app,dev
+# Exactly the files whose hashes are in the lock; torch, which is not in it, in the build that fits the machine.
+.venv/dev.stamp: pyproject.toml constraints.txt locks/dev.txt | .venv/bin/python
+	$(PIP) --no-deps --require-hashes -r locks/dev.txt
+	$(PIP) -c constraints.txt torch
+	$(PIP) --no-deps --no-build-isolation -e .
+	$(BIN)/pip check
+	touch $@

@@ -96,10 +96,12 @@ def _is_full(path: Path) -> bool:
 
 def _reason(error: OSError) -> str:
     """Return what went wrong, in a few words; HDF5 and Arrow say far more."""
-    if error.errno in FULL or _FULL_WORDS.search(str(error)):
-        return os.strerror(error.errno if error.errno in FULL else errno.ENOSPC)
     if error.errno in _LINKS:
         return "it is a link"
+    if error.errno is not None and error.errno in FULL:
+        return os.strerror(error.errno)
+    if _FULL_WORDS.search(str(error)):
+        return os.strerror(errno.ENOSPC)
     return " ".join((error.strerror or str(error)).split()) or type(error).__name__
 
 

@@ -79,7 +79,7 @@ def attempts(
         except CedError:
             raise
         except Exception as error:  # an unforeseen error of a decoder must not stop the other sounds
-            return AudioError(f"{name(item)}: {type(error).__name__}: {error}")
+            return AudioError(f"{type(error).__name__}: {error}", name(item))
 
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="sound")
     try:

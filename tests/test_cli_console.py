@@ -80,8 +80,8 @@ def test_progress_bars_show_safe_text_and_no_markup(monkeypatch: pytest.MonkeyPa
 
 
 def test_data_is_exact_in_a_file_and_safe_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = f"1\t{HOSTILE}"
-    for kind, expected in ((io.StringIO, f"{line}\n"), (Terminal, "1\t\\x1b]0;pwned\\x07\\x9b2J\\u202egpj\\r\\n\tx\n")):
+    line = f"1\t{HOSTILE}\n"
+    for kind, expected in ((io.StringIO, line), (Terminal, "1\t\\x1b]0;pwned\\x07\\x9b2J\\u202egpj\\r\\n\tx\n")):
         monkeypatch.setattr(sys, "stdout", kind())
         console.show_data(line)
         assert sys.stdout.getvalue() == expected  # type: ignore[attr-defined]

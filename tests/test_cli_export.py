@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 from typer.testing import CliRunner, Result
 
 from ced.cli import app
-from ced.model import loading
+from ced.model import loading, zoo
 from ced.model.config import ModelConfig
 from ced.model.vit import CED
 from ced.sound.labels import ClassTable
+from tests.local_hub import LocalHub, published, random_network, running
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +58,7 @@ def test_a_graph_of_features_and_int8() -> None:
     heading, labels, int8 = done.stdout.splitlines()
     assert heading.startswith("new/a.onnx: probabilities differ")
     assert labels == "new/class_labels_indices.csv"
-    assert re.fullmatch(r"new/a\.int8\.onnx: by [\d.e-]+ at most on noise; --check tells what it costs", int8)
+    assert re.fullmatch(r"new/a\.int8\.onnx: probabilities change by [\d.e-]+ at most on noise; --check .*", int8)
 
 
 def test_int8_compared_on_labelled_clips() -> None:
@@ -82,19 +84,40 @@ def test_what_is_wrong(words: list[str], code: int, message: str) -> None:
     assert message in " ".join(done.stderr.split())
 
 
-def test_which_graphs_are_cached(tmp_path: Path) -> None:
+@pytest.fixture
+def published_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    """A hub with `ced_tiny` of random weights, and empty caches."""
+    monkeypatch.setenv("CED_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("CED_OFFLINE", raising=False)
+    with running(LocalHub()) as hub:
+        monkeypatch.setattr(zoo, "MODELS", published(hub, {"ced_tiny": random_network("ced_tiny")}))
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        yield hub
+
+
+def test_sources_licences_and_what_is_cached(published_tiny: LocalHub, tmp_path: Path) -> None:
+    def rows() -> list[list[str]]:
+        return [re.split("  +", line.strip()) for line in ced("models").stdout.splitlines()]
+
+    assert rows()[1:3] == [
+        ["ced_tiny", "5.5 M", "48.1", "22 MB", "mispeech/ced-tiny", "Apache-2.0", "no", rows()[1][-1]],
+        ["Zenodo 8275347", "CC BY 4.0", "no"],
+    ]
+    assert ced("models", "--verify").stdout == "no model is cached\n"
     (tmp_path / "cache").mkdir()
-    for name in ("ced_tiny.onnx", "audiotransformer_tiny_mAP_4814.pt", "ced_mini.onnx"):
-        (tmp_path / "cache" / name).write_bytes(b"")
-    rows = [re.split("  +", line) for line in ced("models").stdout.splitlines()]
-    cached = {row[0]: row[4] for row in rows if len(row) == 6}
-    assert cached["ced_tiny"] == "onnx + weights"
-    assert cached["ced_mini"] == "onnx"
-    assert cached["ced_base"] == "no"
+    (tmp_path / "cache" / "audiotransformer_mini_mAP_4896.pt").write_bytes(b"<html>")
+    assert ced("export", "-m", "ced_tiny").exit_code == 0
+    found = {row[0]: row[6] for row in rows() if len(row) == 8}
+    assert (found["ced_tiny"], found["ced_mini"]) == ("yes", "no")
+    done = ced("models", "--verify")
+    assert done.exit_code == 1
+    assert re.fullmatch(r"ced_tiny: .*model\.safetensors: sha256 correct\n", done.stdout)
+    assert re.search(r"ced_mini: .*4896\.pt is damaged: .* delete it", " ".join(done.stderr.split()))
 
 
 def test_what_comes_with_the_package_is_listed_with_its_card() -> None:
     *_, line = ced("models").stdout.splitlines()
-    name, card = line.split()[0], Path(line.split(": ")[1])
+    name, card = line.split()[0], Path(line.split()[-1])
     assert name == "esc10"
     assert card.read_text(encoding="utf-8").startswith("# esc10")

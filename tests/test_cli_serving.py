@@ -21,9 +21,9 @@ import pytest
 import soundfile
 import torch
 
+from ced.model.config import ModelConfig
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
-from ced.model.config import ModelConfig
 from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 from ced.tag.tagger import Tagger

@@ -11,9 +11,9 @@ import pytest
 import soundfile
 import torch
 
+from ced.model.config import ModelConfig
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
-from ced.model.config import ModelConfig
 from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 
@@ -93,8 +93,8 @@ def test_the_model_in_the_package_needs_no_network(fresh: Path, tmp_path: Path) 
     ("words", "extra"),
     [
         (["train", "a.yaml"], "ced-audio[train]"),
-        (["export", "-m", "a.safetensors"], "ced-audio[train]"),
-        (["tag", "-m", "a.safetensors", "a.flac"], "ced-audio[train]"),
+        (["export", "-m", "a.pt"], "ced-audio[train]"),
+        (["tag", "-m", "a.pt", "a.flac"], "ced-audio[train]"),
         (["tag", "-m", "small.onnx", "-f", "parquet", "-o", "out", "a.flac"], "ced-audio[parquet]"),
         (["tag", "-m", "small.onnx", "a.m4a"], "ced-audio[media]"),
         (["serve", "-m", "small.onnx", "--port", "0"], "ced-audio[serve]"),
@@ -106,9 +106,9 @@ def test_the_model_in_the_package_needs_no_network(fresh: Path, tmp_path: Path) 
 def test_what_the_core_lacks_is_named(fresh: Path, graph: Path, tmp_path: Path, words: list[str], extra: str) -> None:
     (tmp_path / "a.yaml").write_text("seed: 1\n")
     shutil.copy(graph, tmp_path)
-    for name in ("a.safetensors", "a.m4a", "a.flac"):
+    for name in ("a.pt", "a.m4a", "a.flac"):
         (tmp_path / name).write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
     done = subprocess.run([fresh / "ced", *words], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+    *_, line = done.stderr.splitlines()
     assert f"pip install '{extra}'" in line

@@ -13,6 +13,9 @@ MODULES = sorted((ROOT / "ced").rglob("*.py"))
 OTHERS = ("tests", "benchmarks", "scripts")
 SCRIPTS = ["inference.py", "run.py", "save_logits.py", "export_onnx.py", "scripts/wavlist_to_hdf5.py"]
 
+# Libraries that send usage data unless they are told not to.
+REPORTING = ("onnxruntime", "huggingface_hub", "transformers", "ray")
+
 # A module imports from its own floor's entry and from those that it lists.
 FLOORS: dict[str, set[str]] = {
     "base": set(),
@@ -47,6 +50,21 @@ def imports(path: Path) -> Iterator[str]:
         yield from (name for name in names if name.split(".")[0] == "ced")
 
 
+def libraries(path: Path) -> dict[str, list[int]]:
+    """Return the top-level packages that a file imports anywhere, with the lines of these imports."""
+    found: dict[str, list[int]] = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        else:
+            continue
+        for name in names:
+            found.setdefault(name.split(".")[0], []).append(node.lineno)
+    return found
+
+
 def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
@@ -66,13 +84,18 @@ def test_the_floors_hold_every_folder() -> None:
 
 
 def test_only_one_module_imports_onnxruntime() -> None:
-    """Its telemetry is switched off there, before the import."""
     for path in (*MODULES, *(path for folder in OTHERS for path in (ROOT / folder).rglob("*.py"))):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            found = any(name.split(".")[0] == "onnxruntime" for name in names)
-            assert not found or name_of(path) == "ced.model.ort", f"{path} imports onnxruntime"
+        if "onnxruntime" in libraries(path):
+            assert name_of(path) == "ced.model.ort"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_libraries_that_send_usage_data_are_imported_with_it_switched_off(path: Path) -> None:
+    found = libraries(path)
+    imported = [line for library in REPORTING for line in found.get(library, [])]
+    if imported:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert any(line.startswith("os.environ.update(SWITCHES)") for line in lines[: min(imported)])
 
 
 def run_python(program: str) -> str:
@@ -88,7 +111,7 @@ def run_python(program: str) -> str:
         ("ced.sound.labels", ["torch"]),
         ("ced.tag.options", ["torch", "numpy", "onnxruntime"]),
         ("ced.tag.tagger", ["torch", "onnx", "pydantic", "rich.progress", "pyarrow"]),
-        ("ced.model.runtime", ["torch", "onnx", "onnxruntime"]),
+        ("ced.model.runtime", ["torch", "onnx", "huggingface_hub", "safetensors", "pydantic"]),
         ("ced.model.zoo", ["torch", "onnx", "onnxruntime"]),
         ("ced.tag.results", ["torch"]),
         ("ced.config", ["torch"]),

@@ -6,10 +6,10 @@ Trainings and stores are cut to one epoch; nothing else is changed.
 import functools
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 
 from ced.cli import main
 from ced.model import loading, weights, zoo
+from ced.model.config import ModelConfig
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
-from ced.model.config import ModelConfig
 from ced.model.vit import CED
 from ced.sound.audio import load
 from ced.sound.labels import ClassTable
@@ -61,15 +62,12 @@ def shortened(block: str) -> str:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights and graphs under the names of published ones."""
+    """Random weights under the names of published ones, as files of Zenodo."""
     folder = tmp_path_factory.mktemp("cache")
     torch.manual_seed(0)
-    for name in ("ced_tiny", "audiotransformer_tiny", "audiotransformer_base_4740"):
+    for name in ("ced_tiny", "ced_mini", "audiotransformer_tiny", "audiotransformer_base_4740"):
         entry = zoo.MODELS[name]
-        torch.save(CED(config_of(entry)).state_dict(), folder / entry.file)
-    small = CED(SMALL).eval()
-    for name in ("ced_tiny", "ced_mini"):
-        export(weights_of(small), folder / zoo.MODELS[name].onnx_file)
+        torch.save(CED(entry.config).state_dict(), folder / entry.zenodo.file)
     return folder
 
 
@@ -89,7 +87,7 @@ def place(tmp_path: Path, cache: Path) -> Iterator[Path]:
     (tmp_path / "classes.tsv").write_text("index\tname\n0\tdog\n1\train\n")
     for table in ("train", "eval"):
         (tmp_path / f"{table}.tsv").write_text("filename\tlabels\nmy_sounds/a.wav\t0\nmy_sounds/b.wav\t0;1\n")
-    shutil.copy(cache / zoo.MODELS["ced_tiny"].onnx_file, tmp_path / "student.onnx")
+    export(weights_of(CED(SMALL).eval()), tmp_path / "student.onnx")
     serve = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -146,8 +144,26 @@ def test_recordings_are_small_and_credited() -> None:
         assert load(ROOT / "resources" / name).std() > 0.005
 
 
+def test_the_citation_is_the_same_everywhere() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["preferred-citation"]
+    (entry,) = blocks(ROOT / "README.md", "bibtex")
+    fields = dict(re.findall(r"^  (\w+) += \{(.*)\},$", entry, re.M))
+    assert fields["author"].split(" and ") == [
+        f"{each['family-names']}, {each['given-names']}" for each in cited["authors"]
+    ]
+    assert fields["title"].replace("{", "").replace("}", "") == cited["title"]
+    assert (fields["booktitle"], int(fields["year"])) == (cited["collection-title"], cited["year"])
+    assert fields["pages"] == f"{cited['start']}--{cited['end']}"
+    for author in cited["authors"]:
+        assert f"{author['given-names']} {author['family-names']}" in readme
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    assert {cited["url"], cited["repository-code"]} <= set(urls.values())
+
+
 def test_every_page_is_linked_and_every_link_leads_somewhere() -> None:
-    pages = [ROOT / "README.md", ROOT / "resources" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    others = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "resources/README.md")]
+    pages = [ROOT / "README.md", *others, *sorted((ROOT / "docs").glob("*.md"))]
     linked = set()
     for page in pages:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):

@@ -39,21 +39,27 @@ def show(text: object = "") -> None:
     Raises:
         WriteError: standard output cannot be written to.
     """
-    _print(printable(str(text)))
+    _print(printable(str(text)) + "\n")
 
 
-def show_data(line: str) -> None:
-    """Print a line of a table or of JSON: as it is, but on a terminal as a reader may see it.
+def show_data(text: str) -> None:
+    """Print a piece of a table or of JSON: as it is, but on a terminal as a reader may see it.
+
+    Args:
+        text: a line with its end, or a part of a line.
 
     Raises:
         WriteError: standard output cannot be written to.
     """
-    _print(printable(line, keep="\t") if sys.stdout.isatty() else line)
+    if sys.stdout.isatty():
+        end = "\n" if text.endswith("\n") else ""
+        text = printable(text.removesuffix("\n"), keep="\t") + end
+    _print(text)
 
 
-def _print(line: str) -> None:
+def _print(text: str) -> None:
     try:
-        print(line, flush=True)
+        print(text, end="", flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:

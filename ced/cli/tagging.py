@@ -34,6 +34,7 @@ def tag(
     window: options.Window = TagOptions.window,
     hop: options.Hop = None,
     columns: options.Columns = False,
+    tail: options.Tails = TagOptions.tail,
     silence: options.Silence = None,
     topk: options.TopK = None,
     threshold: options.Threshold = None,
@@ -45,6 +46,7 @@ def tag(
     gap: options.Gap = TagOptions.gap,
     shortest: options.Shortest = TagOptions.shortest,
     format: options.Formats = None,
+    clock: options.Clock = None,
     out: options.Out = None,
     combine: options.Combine = False,
     jobs: options.Jobs = None,
@@ -60,6 +62,7 @@ def tag(
         window=window,
         hop=hop,
         columns=columns,
+        tail=tail,
         silence=silence,
         top_k=topk,
         only=tuple(labels or ()),
@@ -69,9 +72,10 @@ def tag(
         release=release,
         gap=gap,
         shortest=shortest,
+        clock=clock,
     )
     inputs = find_inputs(sounds, sys.stdin.buffer)
-    kind = _checked_output(format, out, combine, len(inputs))
+    kind = _checked_output(format, out, combine, len(inputs), clock)
     with (
         reporting() as progress,
         Tagger(model, precision=precision, jobs=jobs or cores(), progress=progress) as tagger,
@@ -101,6 +105,7 @@ def embed(
     precision: options.Precision = "float32",
     window: options.Window = TagOptions.window,
     hop: options.Hop = None,
+    tail: options.Tails = TagOptions.tail,
     windows: options.EachWindow = False,
     jobs: options.Jobs = None,
 ) -> None:
@@ -120,7 +125,7 @@ def embed(
     with reporting() as progress, Tagger(model, precision=precision, jobs=jobs, progress=progress) as tagger:
 
         def process(sound: Input) -> Embedding:
-            return tagger.embed(sound.source, window=window, hop=hop)
+            return tagger.embed(sound.source, window=window, hop=hop, tail=tail)
 
         found = _without_failures(
             batch.results(inputs, process, jobs=jobs, task="embedding", progress=progress), failed
@@ -132,7 +137,9 @@ def embed(
         raise typer.Exit(1)
 
 
-def _checked_output(names: list[str] | None, out: Path | None, combine: bool, sounds: int) -> "Format":
+def _checked_output(
+    names: list[str] | None, out: Path | None, combine: bool, sounds: int, clock: str | None
+) -> "Format":
     """Refuse impossible outputs before any work is done for them; return the first, which may be printed."""
     from ced.tag.results import formats
 
@@ -140,7 +147,10 @@ def _checked_output(names: list[str] | None, out: Path | None, combine: bool, so
         raise ConfigError("--combine says how files are written; name their folder with --out")
     if out is None and len(names or ()) > 1:
         raise ConfigError(f"{' and '.join(names or ())} cannot be printed at once; name a folder with --out")
-    return formats(names or ["text"], shared=combine or (out is None and sounds > 1), printed=out is None)[0]
+    if clock not in (None, "auto") and sounds > 1:
+        raise ConfigError(f"--clock {clock} is the start of one sound; {sounds} are named")
+    shared = combine or (out is None and sounds > 1)
+    return formats(names or ["text"], shared=shared, printed=out is None, clock=clock is not None)[0]
 
 
 def _print_records(
@@ -156,9 +166,9 @@ def _print_records(
     failed: list[str] = []
     shown = silent if sys.stdout.isatty() else progress  # results on a terminal are progress enough
     found = _without_failures(batch.results(inputs, process, jobs=jobs, progress=shown), failed)
-    assert kind.lines is not None
-    for line in kind.lines(record for _, record in found):
-        show_data(line)
+    assert kind.text is not None
+    for text in kind.text(record for _, record in found):
+        show_data(text)
     return len(failed)
 
 

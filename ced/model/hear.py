@@ -1,7 +1,7 @@
-"""Embeddings as benchmarks of audio representations ask for them: the common API of HEAR, and an X-ARES encoder.
+"""Embeddings for two benchmarks of audio representations: the common API of HEAR, and an encoder for X-ARES.
 
-HEAR wants a module: `hear-validator ced.model.hear --model ced_tiny`, where the model is a published name, a
-checkpoint or an experiment. X-ARES wants a class: `CedEncoder`.
+For HEAR this module is the API: `hear-validator ced.model.hear --model ced_tiny`, where the model is a published name,
+a checkpoint or an experiment. For X-ARES the encoder is the class `CedEncoder`.
 """
 
 import os
@@ -22,17 +22,18 @@ AT_ONCE = 16  # clips encoded together
 class CedEncoder(nn.Module):
     """A network without its output layer: an embedding for each column of patches, which is 0.16 s.
 
-    Its attributes are those that HEAR (`sample_rate`, `scene_embedding_size`, `timestamp_embedding_size`) and X-ARES
-    (`sampling_rate`, `output_dim`, `hop_size_in_ms`) look for.
+    It has the attributes that HEAR (`sample_rate`, `scene_embedding_size`, `timestamp_embedding_size`) and X-ARES
+    (`sampling_rate`, `output_dim`, `hop_size_in_ms`) require.
     """
 
     sample_rate = sampling_rate = SAMPLE_RATE
 
     def __init__(self, model: str | os.PathLike[str] | CED = zoo.DEFAULT_MODEL) -> None:
-        """Take a network, by published name, from a checkpoint or experiment, or as it is.
+        """Wrap a network, given as a published name, a checkpoint, an experiment, or itself.
 
         Raises:
-            CheckpointError, DownloadError: the name or file is not known, not readable or not to be had.
+            CheckpointError: the name is unknown, or the file is missing or unreadable.
+            DownloadError: the model is not cached and could not be downloaded.
         """
         super().__init__()
         network = model if isinstance(model, CED) else loading.load_model(os.fspath(model))
@@ -42,10 +43,10 @@ class CedEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, audio: Tensor) -> Tensor:
-        """Embed waves, (b, t) or (t,) 16 kHz in [-1, 1] -> (b, columns, d); those under 2,400 samples are padded.
+        """Embed waves, (b, t) or (t,) 16 kHz in [-1, 1] -> (b, columns, d); shorter than 2,400 samples are padded.
 
         Raises:
-            AudioError: they are not floats, empty, or of more dimensions.
+            AudioError: the waves are empty, not floats, or have more than two dimensions.
         """
         self.network.eval()  # frozen, whatever mode the benchmark sets
         if not torch.is_floating_point(audio) or audio.ndim not in (1, 2) or not audio.numel():
@@ -59,12 +60,12 @@ class CedEncoder(nn.Module):
 
 
 def load_model(model_file_path: str = "") -> CedEncoder:
-    """Return a network to be embedded with; without a path or name the default of `ced tag`."""
+    """Return the encoder of a model; without a name or path, of the default model of `ced tag`."""
     return CedEncoder(model_file_path or zoo.DEFAULT_MODEL)
 
 
 def get_timestamp_embeddings(audio: Tensor, model: CedEncoder) -> tuple[Tensor, Tensor]:
-    """Return embeddings along time, and when they are.
+    """Return embeddings over time with their time stamps.
 
     Args:
         audio: (b, t) 16 kHz in [-1, 1], on the device of the model.

@@ -1,10 +1,11 @@
-"""CED in Hugging Face Transformers. Importing this registers it with the Auto classes; no remote code is ever run.
+"""CED as model classes of Hugging Face Transformers; importing this module registers them with the Auto classes.
 
-Folders are laid out as `mispeech/ced-*` are: `config.json`, `preprocessor_config.json` and `model.safetensors`, whose
-keys are `encoder.*` and `outputlayer.*`. The network and its features are those of this package: what is here gives
-them the names and the habits that Transformers knows.
+Folders have the layout of `mispeech/ced-*`: `config.json`, `preprocessor_config.json` and `model.safetensors` with the
+keys `encoder.*` and `outputlayer.*`. The network and its features are those of this package, and code from the hub is
+never run.
 """
 
+import os
 from dataclasses import asdict, fields
 from typing import Any, Literal, Self
 
@@ -19,7 +20,9 @@ from ced.model.embedding import grid
 from ced.model.frontend import LogMel
 from ced.model.vit import CED
 from ced.sound.labels import ClassTable, default_classes, named, named_by_config
+from ced.telemetry import SWITCHES
 
+os.environ.update(SWITCHES)
 with optional_packages("ced.model.hf"):
     import transformers
 
@@ -101,7 +104,7 @@ class CedConfig(PreTrainedConfig):
 
     @classmethod
     def from_network(cls, network: CED) -> Self:
-        """Describe a network of this package."""
+        """Return the configuration of a network of this package."""
         settings = asdict(network.config)
         del settings["outputdim"]
         softmax = settings.pop("activation") == "softmax"
@@ -138,7 +141,7 @@ class CedConfig(PreTrainedConfig):
         """The configuration of the network.
 
         Raises:
-            ConfigError: a value is out of its limits, or the problem is a regression.
+            ConfigError: a value is out of its range, or `problem_type` is not one of the two classification types.
         """
         if self.problem_type not in (MULTI_LABEL, SINGLE_LABEL):
             raise ConfigError(f"problem_type is {self.problem_type!r}; allowed: {MULTI_LABEL}, {SINGLE_LABEL}")
@@ -148,7 +151,7 @@ class CedConfig(PreTrainedConfig):
         return checked_config(settings | {"activation": "sigmoid" if self.problem_type == MULTI_LABEL else "softmax"})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything that `config.json` holds."""
+        """Return the content of `config.json`."""
         found: dict[str, Any] = super().to_dict()
         return found | {"outputdim": self.outputdim, "label2id": self._label2id}
 
@@ -158,7 +161,7 @@ class CedConfig(PreTrainedConfig):
 
 
 class CedPreTrainedModel(PreTrainedModel):
-    """What both models share: a network of this package as `.network`, and how it is filled with weights."""
+    """Base of both models: a network of this package as `.network`, and the initialisation of its weights."""
 
     config_class = CedConfig
     base_model_prefix = "network"
@@ -187,8 +190,8 @@ class CedPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Fill a module that was not loaded; while this runs, `torch.nn.init` leaves loaded tensors alone."""
-        if isinstance(module, LogMel):  # made of constants, which no file holds
+        """Initialise a module; Transformers makes `torch.nn.init` skip tensors that were loaded from a file."""
+        if isinstance(module, LogMel):  # constants, which are not in the file
             for name, value in LogMel(self.config.network.front_end).named_buffers():
                 initialization.copy_(getattr(module, name), value)
         elif isinstance(module, nn.Linear):
@@ -212,10 +215,10 @@ class CedModel(CedPreTrainedModel):
 
     @can_return_tuple
     def forward(self, input_values: Tensor) -> BaseModelOutputWithPooling:
-        """Embed features.
+        """Return an embedding of each patch.
 
         Args:
-            input_values: (b, f, n) dB, as `CedFeatureExtractor` gives them.
+            input_values: (b, f, n) dB, from `CedFeatureExtractor`.
 
         Returns:
             `last_hidden_state` (b, patches, d), frequency slowest, and `pooler_output` (b, d), their mean.
@@ -225,7 +228,7 @@ class CedModel(CedPreTrainedModel):
 
 
 class CedForAudioClassification(CedPreTrainedModel):
-    """A tagger: log-mel features in, one logit a class out."""
+    """A tagger: log-mel features in, a logit for each class out."""
 
     def __init__(self, config: CedConfig) -> None:
         super().__init__(config)
@@ -234,18 +237,18 @@ class CedForAudioClassification(CedPreTrainedModel):
 
     @can_return_tuple
     def forward(self, input_values: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
-        """Score features, and compare the scores with labels if there are any.
+        """Return logits, and with labels the loss.
 
         Args:
-            input_values: (b, f, n) dB, as `CedFeatureExtractor` gives them.
-            labels: (b,) the class of each clip for single-label problems (cross-entropy), (b, c) one number in [0, 1] a
-                class for multi-label ones (binary cross-entropy).
+            input_values: (b, f, n) dB, from `CedFeatureExtractor`.
+            labels: for single-label problems (b,), the index of the class of each clip (cross-entropy); for multi-label
+                problems (b, c), a number in [0, 1] for each class (binary cross-entropy).
 
         Returns:
-            `loss` if there are labels, and `logits` (b, c): no sigmoid or softmax has been applied.
+            `loss` where labels are given, and `logits` (b, c) before the sigmoid or softmax.
 
         Raises:
-            ConfigError: the labels have another shape.
+            ConfigError: the labels do not have that shape.
         """
         logits = self.network.logits_mel(input_values)
         loss = None if labels is None else self._loss(logits, labels)
@@ -263,7 +266,7 @@ class CedForAudioClassification(CedPreTrainedModel):
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
-# From the names in the file to ours, applied in this order; saving goes through them backwards.
+# From the keys in the file to those of the network, in this order; saving applies them in reverse.
 register_checkpoint_conversion_mapping(
     CedConfig.model_type,
     [

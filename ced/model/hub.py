@@ -10,8 +10,9 @@ from typing import Any
 
 from ced.errors import DownloadError
 from ced.progress import Progress, silent
+from ced.telemetry import SWITCHES
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the client is first imported
+os.environ.update(SWITCHES)
 
 
 def offline() -> bool:

@@ -6,9 +6,9 @@ from pathlib import Path
 from types import ModuleType
 
 from ced.errors import CheckpointError
+from ced.telemetry import SWITCHES
 
-# ONNX Runtime reads this once, when it is imported; setting it later, or calling its API, leaves files and look-ups.
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+os.environ.update(SWITCHES)
 
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 

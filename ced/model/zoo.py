@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ced.model.weights import Weights
 
 WEIGHTS_FILE = "model.safetensors"
+ZENODO = "https://zenodo.org"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Zenodo:
     @property
     def url(self) -> str:
         """Its address."""
-        return f"https://zenodo.org/records/{self.record}/files/{self.file}?download=1"
+        return f"{ZENODO}/records/{self.record}/files/{self.file}?download=1"
 
 
 @dataclass(frozen=True)

@@ -3,32 +3,35 @@
 import io
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from numbers import Integral
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
 
-from ced.errors import AudioError, install_command
-from ced.sound.ffmpeg import MEDIA_KINDS, is_address, is_installed, open_address, open_media
+from ced.errors import AudioError
+from ced.sound.ffmpeg import open_address
+from ced.sound.libsndfile import open_part
 from ced.sound.plainwav import plain_wav
-from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading
-from ced.sound.truncation import announces_length, is_cut
+from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading, boundary
+from ced.sound.truncation import Structure, inspect
+from ced.sound.view import View
+from ced.sound.web import is_address
 
 AUDIO_SUFFIXES = frozenset(
-    {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64"}
+    {".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"}
+    | {".au", ".snd", ".caf", ".voc", ".sph", ".nist", ".avr", ".paf", ".pvf", ".sf", ".ircam", ".sds"}
 )
-_KINDS = "WAV, FLAC, OGG, Opus, MP3, AIFF, AU, CAF, W64"
 FULL_SCALE = 32_768  # the int16 that stands for 1.0
 LOUDEST = 1e6  # floats beyond it are not sound, but other data, or scaled by mistake; models fail at far higher ones
 _LOUD = 10.0  # floats beyond it are suspicious: integers that were stored as floats without scaling
-_LEAST_READ = 1 << 16  # frames, for files that announce nothing
-_SLACK = 0.1  # seconds that a file may lack of its announced length: the ends of MP3 files are padded
-_FLAC_STEP = 4096  # frames; a fault loses the read it happens in, and a cut FLAC file is a fault
+_KEPT_IN_MEMORY = 1 << 26  # bytes of what comes through a pipe
+_MOST_PIPED = 1 << 32
 _NON_BLOCKING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _SPECIAL = {
     stat.S_IFDIR: "a folder",
@@ -51,27 +54,22 @@ def name_of(source: Source) -> str:
     return name if isinstance(name, str) else "<file>"
 
 
-class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile ships no types
-    """A sound file read from front to back: soundfile seeks after every read, which MP3 decoding does not survive."""
-
-    def seekable(self) -> bool:
-        return False
-
-
 def open_source(source: Source, reading: Reading, stack: ExitStack) -> Opened:
     """Open a source; `stack` closes it.
 
     Raises:
         AudioError: as for `ced.sound.audio.open_sound`; also from its blocks.
     """
-    if isinstance(source, tuple):
-        opened = _open_array(source, reading)
-    elif isinstance(source, str) and is_address(source):
-        opened = open_address(source, stack, reading=reading)
-    elif isinstance(source, str | os.PathLike):
-        opened = _open_path(os.fspath(source), reading, stack)
-    else:
-        opened = _open_file(_seekable(source, reading), reading, stack)
+    with boundary(reading.name):
+        if isinstance(source, tuple):
+            opened = _open_array(source, reading)
+        elif isinstance(source, str) and is_address(source):
+            opened = open_address(source, stack, reading)
+        elif isinstance(source, str | os.PathLike):
+            opened = _open_path(os.fspath(source), reading, stack)
+        else:
+            opened = _open_file(_seekable(source, reading, stack), reading, stack)
+    reading.expected_seconds = opened.seconds
     reading.check_form(opened.rate, opened.channels)
     return opened
 
@@ -79,15 +77,10 @@ def open_source(source: Source, reading: Reading, stack: ExitStack) -> Opened:
 def _open_path(path: str, reading: Reading, stack: ExitStack) -> Opened:
     try:
         file = stack.enter_context(_regular_file(path, reading.name))
-        if (wav := plain_wav(file)) is not None:
-            reading.expected_seconds = wav.frames / wav.rate
-            return Opened(wav.rate, wav.channels, partial(wav.blocks, file))
-        size = os.fstat(file.fileno()).st_size
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise AudioError(f"cannot be read: {reason}", reading.name) from error
-    if not size:
-        raise AudioError("empty (0 bytes)", reading.name)
+    except ValueError as error:  # a null byte
+        raise AudioError(f"cannot be read: {error}", reading.name) from error
+    if (wav := plain_wav(file)) is not None:
+        return Opened(wav.rate, wav.channels, partial(wav.blocks, file), wav.frames / wav.rate)
     # As bytes, names that are not valid text are readable too; Windows has no such names.
     return _open_file(file, reading, stack, path if os.name == "nt" else os.fsencode(path))
 
@@ -110,100 +103,67 @@ def _regular_file(path: str, name: str) -> io.FileIO:
     raise AudioError(f"{_SPECIAL.get(kind, 'something special')}, not a regular file{hint}", name)
 
 
-def _seekable(source: bytes | BinaryIO, reading: Reading) -> BinaryIO:
-    """Return a file that libsndfile can move about in."""
-    if not isinstance(source, bytes):
-        if not hasattr(source, "read"):
-            kinds = "a path, the bytes of a file, a binary file or (samples, rate)"
-            raise AudioError(f"a {type(source).__name__} cannot be read as sound; expected {kinds}")
-        if source.seekable():
-            return source
-        source = source.read()
-    if not source:
-        raise AudioError("empty (0 bytes)", reading.name)
-    return SoundBytes(source)
+def _seekable(source: bytes | BinaryIO, reading: Reading, stack: ExitStack) -> IO[bytes]:
+    """Return a file in which decoders can seek: what comes through a pipe is kept, beyond some size on disk."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if not hasattr(source, "read"):
+        kinds = "a path, the bytes of a file, a binary file or (samples, rate)"
+        raise AudioError(f"a {type(source).__name__} cannot be read as sound; expected {kinds}")
+    if source.seekable():
+        return source
+    kept = stack.enter_context(tempfile.SpooledTemporaryFile(_KEPT_IN_MEMORY))  # noqa: SIM115
+    while data := source.read(1 << 20):
+        reading.spend(0)
+        kept.write(data)
+        if kept.tell() > _MOST_PIPED:
+            raise AudioError(f"more than {_MOST_PIPED >> 30} GiB come through a pipe; save it as a file", reading.name)
+    return kept
 
 
 class SoundBytes(io.BytesIO):
-    """The bytes of a file under a name of its own.
-
-    Seeking to an impossible place, as libsndfile does in damaged files, is no error: it would only be printed.
-    """
+    """The bytes of a file under a name of its own."""
 
     def __init__(self, held: bytes, name: str = "<bytes>") -> None:
         super().__init__(held)
         self.name = name
 
-    def seek(self, place: int, whence: int = os.SEEK_SET, /) -> int:
-        """Go to a place, or stay where it is impossible."""
-        try:
-            return super().seek(place, whence)
-        except (ValueError, OverflowError):
-            return self.tell()
+
+def _open_file(file: IO[bytes], reading: Reading, stack: ExitStack, path: str | bytes | None = None) -> Opened:
+    """Open the sound in a file, or the several that it has, one behind the other."""
+    view = View(file, 0, file.seek(0, os.SEEK_END))
+    if not view.size:
+        raise AudioError("empty (0 bytes)", reading.name)
+    structure = inspect(view)
+    if structure.fault is not None:
+        raise AudioError(structure.fault, reading.name)
+    for warning in structure.warnings:
+        reading.warn(warning)
+    part, *rest = structure.parts
+    if rest:
+        first = open_part(view, part, True, reading, stack)
+        return Opened(first.rate, first.channels, partial(_joined, view, structure, first, reading))
+    opened = open_part(view, part, structure.complete, reading, stack, path)
+    return opened if structure.seconds is None else replace(opened, seconds=structure.seconds)
 
 
-def _open_file(file: BinaryIO, reading: Reading, stack: ExitStack, path: str | bytes | None = None) -> Opened:
-    """Open a file with libsndfile, by its path if it has one, which is faster."""
-    cut = is_cut(file)
-    try:
-        sound = stack.enter_context(_ForwardFile(path or file))
-    except soundfile.LibsndfileError as error:
-        if (media := open_media(file, reading, cut, stack)) is not None:
-            return media
-        more = f", {MEDIA_KINDS}" if is_installed() else f"; {install_command('media')} adds {MEDIA_KINDS}"
-        hint = f"readable are complete files of {_KINDS}{more}"
-        raise AudioError(f"cannot be decoded: {_reason(error)}", reading.name, hint=hint) from error
-    except TypeError as error:  # soundfile wants to be told what headerless files (.raw) hold
-        hint = f"readable are {_KINDS}"
-        raise AudioError("cannot be decoded: it has no header", reading.name, hint=hint) from error
-    announced = sound.frames
-    if sound.format == "MP3" and not announces_length(file):
-        if (media := open_media(file, reading, cut, stack)) is not None:
-            return media
-        whole = install_command("media")
-        reading.warn(f"its length is not in its header, so its end may be missing; to read it to the end: {whole}")
-        announced = 0
-    reading.expected_seconds = announced / sound.samplerate if announced else None
-    return Opened(sound.samplerate, sound.channels, partial(_file_blocks, sound, reading, announced, cut))
-
-
-def _reason(error: soundfile.LibsndfileError) -> str:
-    reason: str = error.error_string.strip().rstrip(".")
-    if reason.startswith("File does not exist"):  # what libsndfile says of an MP3 file that breaks off in its header
-        return "the file is malformed"
-    return reason.removeprefix("Error : ")
-
-
-def _file_blocks(
-    file: soundfile.SoundFile, reading: Reading, announced: int, cut: bool, frames: int
-) -> Iterator[Block]:
-    """Yield blocks of `frames` frames, the last shorter, as far as the file can be decoded."""
-    dtype = "int16" if file.subtype == "PCM_16" else "float32"
-    # One more than announced, so that one read meets the end; no more than that, as a read allocates all it asks for.
-    frames = min(frames, max(file.frames, _LEAST_READ) + 1)
-    step = _FLAC_STEP if file.format == "FLAC" else frames
-    frames = -(-frames // step) * step  # full steps, so that blocks of any length lose the same to a fault
-    done, ended, fault = 0, False, None
-    while not ended:
-        parts: list[NDArray[Any]] = []
-        room = frames
-        while room and not ended:
+def _joined(view: View, structure: Structure, first: Opened, reading: Reading, frames: int) -> Iterator[Block]:
+    """Yield the blocks of joined files; the `first` is open already, and its blocks have `frames` frames."""
+    seconds, total = frames / first.rate, len(structure.parts)
+    yield from first.blocks(frames)
+    for number, part in enumerate(structure.parts[1:], 2):
+        reading.spend(0)
+        if reading.broken:  # in the part before; the sound goes on here
+            reading.warn(f"part {number - 1} of {total} joined files: {reading.cut}")
+            reading.broken = False
+        with ExitStack() as stack:
             try:
-                part = file.read(min(step, room), dtype, always_2d=True)
-            except soundfile.LibsndfileError as error:
-                fault, ended = error, True
-                break
-            ended = len(part) < min(step, room)
-            parts.append(part)
-            room -= len(part)
-        if room < frames:
-            done += frames - room
-            yield Block(join(parts), file.samplerate)
-    if fault is not None and not done:
-        raise AudioError(f"cannot be decoded: {_reason(fault)}", reading.name) from fault
-    found, expected = done / file.samplerate, announced / file.samplerate
-    if cut or fault is not None or found < expected - _SLACK:
-        reading.broken(found, expected)
+                opened = open_part(view, part, structure.complete if number == total else True, reading, stack)
+            except AudioError as error:
+                reading.warn(f"part {number} of {total} joined files: {error.reason}")
+                reading.broken = True
+            else:
+                yield from opened.blocks(opened.frames(seconds))
 
 
 def _open_array(source: tuple[NDArray[Any], int], reading: Reading) -> Opened:
@@ -221,13 +181,18 @@ def _open_array(source: tuple[NDArray[Any], int], reading: Reading) -> Opened:
     if not samples.shape[1]:
         raise AudioError(f"samples of shape {samples.shape}, without a channel; {expected}", name)
     rate = int(source[1])
-    reading.expected_seconds = len(samples) / rate
-    return Opened(rate, samples.shape[1], partial(_array_blocks, samples, rate))
+    return Opened(rate, samples.shape[1], partial(_array_blocks, samples, rate), len(samples) / rate)
 
 
 def _array_blocks(samples: NDArray[Any], rate: int, frames: int) -> Iterator[Block]:
     for start in range(0, len(samples), frames):
         yield Block(samples[start : start + frames], rate)
+
+
+def _guarded(blocks: Iterable[Block], name: str) -> Iterator[Block]:
+    """Pass blocks on; whatever goes wrong in making them becomes AudioError."""
+    with boundary(name):
+        yield from blocks
 
 
 def checked(blocks: Iterable[Block], reading: Reading) -> Iterator[Block]:
@@ -239,7 +204,7 @@ def checked(blocks: Iterable[Block], reading: Reading) -> Iterator[Block]:
         ClosedError, TooLongError: as for `Reading.spend`.
     """
     peak = 0.0
-    for block in blocks:
+    for block in _guarded(blocks, reading.name):
         samples = block.samples
         reading.check_form(block.rate, samples.shape[1])
         reading.spend(samples.size)
@@ -275,8 +240,3 @@ def to_float(samples: NDArray[Any]) -> NDArray[np.float32]:
     scale = 2.0 ** (8 * samples.dtype.itemsize - 1)
     centred = samples.astype(np.float64) - (scale if samples.dtype.kind == "u" else 0.0)
     return (centred / scale).astype(np.float32)
-
-
-def join(blocks: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Put blocks end to end, without a copy if there is only one."""
-    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)

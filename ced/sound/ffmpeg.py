@@ -1,35 +1,52 @@
 """Sound that libsndfile does not read: MP4, M4A, WebM and other containers, and http(s) addresses (PyAV)."""
 
-import errno
-import socket
+import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import chain
-from typing import TYPE_CHECKING, Any, BinaryIO
-from urllib.parse import urlsplit
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, optional_packages
 from ced.sound.reading import Block, Opened, Reading
+from ced.sound.view import View
+from ced.sound.web import PATIENCE, TrustedAddress, Web
 
 if TYPE_CHECKING:
-    from av import AudioFrame, AudioStream, FFmpegError, Packet
+    from av import AudioFrame, AudioStream, Packet
     from av.container import InputContainer
 
 MEDIA_SUFFIXES = frozenset(
-    {".m4a", ".m4b", ".mp4", ".mov", ".3gp", ".aac", ".webm", ".weba", ".mkv", ".mka"}
-    | {".wma", ".wmv", ".avi", ".ac3", ".amr", ".mp2", ".mpg", ".mpeg", ".flv", ".ape", ".wv", ".tta"}
+    {".m4a", ".m4b", ".m4r", ".mp4", ".m4v", ".mov", ".3gp", ".3gpp", ".3g2", ".f4v", ".f4a", ".aac", ".adts", ".latm"}
+    | {".webm", ".weba", ".mkv", ".mka", ".ogv", ".ogx", ".spx", ".wma", ".wmv", ".asf", ".wtv", ".avi", ".divx"}
+    | {".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2t", ".m2ts", ".mxf", ".gxf", ".dv", ".nut", ".rm", ".ra", ".rmvb"}
+    | {".mp1", ".mp2", ".mpa", ".m2a", ".mpga", ".ac3", ".eac3", ".ec3", ".dts", ".mlp", ".thd", ".amr", ".awb", ".gsm"}
+    | {".qcp", ".ape", ".wv", ".tta", ".tak", ".shn", ".mpc", ".mp+", ".dsf", ".dff", ".oma", ".aa3", ".at3", ".mmf"}
+    | {".flv", ".sox"}
 )
 MEDIA_KINDS = "M4A, MP4, AAC, WebM, MKV, WMA, AVI"
 _TYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}  # FFmpeg's names, numpy's
-_PATIENCE = 30.0  # seconds for a server to answer, and for each read
+# Without any protocol, FFmpeg opens nothing itself: playlists lead to files or into the network through `Web` only.
+_FROM_WEB = {
+    "protocol_whitelist": "none",
+    "http_persistent": "0",  # which would need FFmpeg's own connections, as would the next
+    "http_multiple": "0",
+    "extension_picky": "0",  # radio stations name their playlists and parts in any way
+    "allowed_extensions": "ALL",
+    "allowed_segment_extensions": "ALL",
+}
 _AT_ONCE = {"probesize": "32768", "analyzeduration": "1000000"}  # bytes, microseconds
-_SCHEMES = ("http://", "https://")
+# Bytes that FFmpeg may allocate at once. Headers of a few bytes claim gigabytes, while what is needed for a file grows
+# with it: the index of an MP4 file of a day has 90 MB.
+_LEAST_ALLOCATION, _MOST_ALLOCATION, _ALLOCATION = 64 << 20, 256 << 20, 4  # the last for each byte of a file
+_MOST_PADDING = 8192  # samples that encoders put behind a sound
+_allocation = 0  # the present limit of FFmpeg
 
 
 def is_installed() -> bool:
@@ -37,9 +54,31 @@ def is_installed() -> bool:
     return find_spec("av") is not None
 
 
-def is_address(name: str) -> bool:
-    """Return whether a name is an http(s) address."""
-    return name.lower().startswith(_SCHEMES)
+@cache
+def _max_alloc() -> Callable[[int], None] | None:
+    """Return the function of FFmpeg that limits its allocations; None where it cannot be found."""
+    spec = find_spec("av._core")
+    if spec is None or spec.origin is None:
+        return None
+    # The extension module's own dependencies are searched too; not on Windows, where the library is beside the package.
+    libraries = Path(spec.origin).parent.parent.glob("av.libs/avutil*.dll")
+    for path in (spec.origin, *map(str, libraries)):
+        function = getattr(ctypes.CDLL(path), "av_max_alloc", None)
+        if function is not None:
+            function.argtypes, function.restype = (ctypes.c_size_t,), None
+            limit: Callable[[int], None] = function
+            return limit
+    return None
+
+
+def _limit_allocations(size: int) -> None:
+    """Limit what FFmpeg allocates at once to what files of up to `size` bytes need; the process keeps the limit."""
+    global _allocation
+    wanted = max(_LEAST_ALLOCATION, min(_MOST_ALLOCATION, _ALLOCATION * size))
+    limit = _max_alloc()
+    if wanted > _allocation and limit is not None:
+        _allocation = wanted
+        limit(wanted)
 
 
 def open_address(address: str, stack: ExitStack, reading: Reading, *, live: bool = False) -> Opened:
@@ -61,23 +100,29 @@ def open_address(address: str, stack: ExitStack, reading: Reading, *, live: bool
     with optional_packages(f"reading {address}"):
         import av
 
+    _limit_allocations(0)
+    web = Web(address, private="any" if isinstance(address, TrustedAddress) else "named", live=live)
+    file = stack.enter_context(web.open_stream())
     try:
-        options = {**_network_options(), **(_AT_ONCE if live else {})}
+        options = {**_FROM_WEB, **(_AT_ONCE if live else {})}
+        kind = "hls" if file.is_playlist else None  # whatever the address ends with
         container = stack.enter_context(
-            av.open(address, "r", options=options, metadata_errors="replace", timeout=_PATIENCE)
+            av.open(file, "r", kind, io_open=web.open_part, options=options, metadata_errors="replace")
         )
+        return _open_track(container, reading, None, web)
     except av.FFmpegError as error:
-        raise AudioError(f"cannot be read: {_refusal(error, address)}", address) from error
-    return _open_track(container, reading, False)
+        is_other = isinstance(error, av.error.EOFError | av.error.InvalidDataError)
+        reason = "the answer is not sound, but empty or a web page, for instance" if is_other else _reason(error)
+        raise web.fault or web.broken or AudioError(f"cannot be read: {reason}", address) from error
 
 
-def open_media(file: BinaryIO, reading: Reading, cut: bool, stack: ExitStack) -> Opened | None:
+def open_media(file: View, reading: Reading, complete: bool | None, stack: ExitStack) -> Opened | None:
     """Open the first sound track of a file.
 
     Args:
-        file: a seekable file.
+        file: the file.
         reading: where faults and warnings are noted.
-        cut: it is known to be cut short.
+        complete: whether all of it is known to be there.
         stack: closes what is opened.
 
     Returns:
@@ -90,72 +135,83 @@ def open_media(file: BinaryIO, reading: Reading, cut: bool, stack: ExitStack) ->
         return None
     import av
 
+    _limit_allocations(file.size)
     file.seek(0)
     try:  # without any protocol, a playlist cannot lead to other files or into the network
         options = {"protocol_whitelist": "none"}
         container = stack.enter_context(av.open(file, "r", options=options, metadata_errors="replace"))
     except av.FFmpegError:
         return None
-    return _open_track(container, reading, cut)
+    return _open_track(container, reading, complete)
 
 
-def _network_options() -> dict[str, str]:
-    import ssl
-
-    options = {"protocol_whitelist": "http,https,httpproxy,tcp,tls,crypto,data", "tls_verify": "1"}
-    certificates = ssl.get_default_verify_paths().cafile
-    return options if certificates is None else {**options, "ca_file": certificates}
-
-
-def _open_track(container: "InputContainer", reading: Reading, cut: bool) -> Opened:
+def _open_track(container: "InputContainer", reading: Reading, complete: bool | None, web: Web | None = None) -> Opened:
     if not container.streams.audio:
         raise AudioError("no sound track", reading.name)
     track = container.streams.audio[0]
     if track.codec_context is None:
         raise AudioError("cannot be decoded: the codec of its sound track is not known here", reading.name)
-    if track.duration and track.time_base:
-        reading.expected_seconds = float(track.duration * track.time_base)
-    frames = _frames(container, reading, cut)
+    seconds = float(track.duration * track.time_base) if track.duration and track.time_base else None
+    frames = _frames(container, reading, complete, web)
     first = next(frames, None)
     if first is None:
-        raise AudioError(reading.cut or "no samples", reading.name)
+        raise AudioError(reading.cut if reading.broken else "no samples", reading.name)
     # The first frame decides, not the header: that of an HE-AAC track gives half its rate.
-    return Opened(first.sample_rate, first.layout.nb_channels, partial(_blocks, first, frames, reading))
+    blocks = partial(_blocks, first, frames, reading, _length(container, seconds, first.sample_rate))
+    return Opened(first.sample_rate, first.layout.nb_channels, blocks, seconds)
 
 
-def _frames(container: "InputContainer", reading: Reading, cut: bool) -> Iterator["AudioFrame"]:
+def _frames(
+    container: "InputContainer", reading: Reading, complete: bool | None, web: Web | None
+) -> Iterator["AudioFrame"]:
     """Decode the first sound track; packets that cannot be decoded are left out, with a warning.
 
     If nothing decodes behind such a packet, or the reading fails, the sound breaks off there. Gaps in the timestamps
     are ignored: the sound is what the frames hold, end to end.
+
+    Raises:
+        AudioError: nothing can be decoded, or the address of `web` leads to where it must not.
     """
     import av
 
     track = container.streams.audio[0]
     track.codec_context.thread_count = 1  # several files are read at once
-    faults, found, seconds = 0, False, 0.0
+    faults, found = 0, False
     last: Exception | None = None
     try:
         for packet in _in_time(container, track, reading.name):
+            reading.spend(0)
+            if web is not None and web.live and web.broken is not None:  # what was held back until then is old
+                break
             try:
                 frames = packet.decode()
-            except av.FFmpegError as error:
+            except (av.FFmpegError, ValueError, IndexError) as error:  # FFmpeg's, PyAV's
                 faults, last = faults + 1, error
                 continue
             for frame in frames:
                 if frame.samples:
                     found, last = True, None
-                    seconds += frame.samples / frame.sample_rate
+                    if frame.pts is not None and frame.time_base:
+                        reading.position = float(frame.pts * frame.time_base) + frame.samples / frame.sample_rate
                     yield frame
     except av.FFmpegError as error:
-        last, cut = error, True
+        last, complete = error, False
+    if web is not None:
+        if web.fault is not None:
+            raise web.fault
+        if web.broken is not None:
+            if not found:
+                raise web.broken
+            reading.warn(web.broken.reason)
+            complete = False
+        if web.missing:
+            reading.warn(f"{web.missing} parts of its playlist cannot be read; they are left out")
     if last is not None and not found:
         raise AudioError(f"cannot be decoded: {_reason(last)}", reading.name) from last
     # Behind the sound of an MP3 file tags of many kinds may follow, which nothing announces.
-    if cut or (last is not None and container.format.name != "mp3"):
-        reading.broken(seconds, reading.expected_seconds)
-    elif faults:
-        reading.warn(f"{faults} packets cannot be decoded; they are left out")
+    if complete is False or (last is not None and complete is None and container.format.name != "mp3"):
+        reading.broken = True
+    reading.lost += faults
 
 
 def _in_time(container: "InputContainer", track: "AudioStream", name: str) -> Iterator["Packet[AudioStream]"]:
@@ -172,28 +228,51 @@ def _in_time(container: "InputContainer", track: "AudioStream", name: str) -> It
             late = patience is not None and time.monotonic() - asked >= float(patience)
         except av.error.ExitError:
             late = True
+        except (
+            IndexError
+        ):  # how PyAV ends where a stream has appeared since the beginning; the track is flushed by then
+            return
         if late:
-            raise AudioError(f"no sound arrived for {_PATIENCE:g} s", name)
+            raise AudioError(f"no sound arrived for {PATIENCE:g} s", name)
         if packet is None:
             return
         yield packet
 
 
-def _blocks(first: "AudioFrame", frames: Iterator["AudioFrame"], reading: Reading, size: int) -> Iterator[Block]:
-    """Join frames to blocks of at least `size` frames, the last of a rate and a number of channels aside."""
+def _length(container: "InputContainer", seconds: float | None, rate: int) -> int | None:
+    """Return how many samples of an MP4 track are sound, and not padding by the encoder; None: the file does not say.
+
+    The padding before the sound is left out by FFmpeg, as is that behind it in other containers.
+    """
+    if seconds is None or "mp4" not in container.format.name:
+        return None
+    length = round(seconds * rate)
+    # iTunes writes: 0, samples of padding before and behind, samples of sound, all hexadecimal.
+    words = container.metadata.get("iTunSMPB", "").split()
+    try:
+        stated = int(words[3], 16)
+    except (IndexError, ValueError):
+        return length
+    return stated if 0 <= length - stated <= _MOST_PADDING else length
+
+
+def _blocks(
+    first: "AudioFrame", frames: Iterator["AudioFrame"], reading: Reading, length: int | None, size: int
+) -> Iterator[Block]:
+    """Join frames to blocks of at least `size` samples, the last ones before a change of form aside."""
     parts: list[NDArray[Any]] = []
     held, form = 0, (first.sample_rate, first.layout.nb_channels)
     try:
-        for frame in chain((first,), frames):
-            if (now := (frame.sample_rate, frame.layout.nb_channels)) != form:
+        for samples, rate in _without_padding(chain((first,), frames), length):
+            if (now := (rate, samples.shape[1])) != form:
                 reading.warn(
                     f"changes from {_form(*form)} to {_form(*now)} at {reading.seconds + held / form[0]:.2f} s"
                 )
                 if parts:
                     yield Block(np.concatenate(parts), form[0])
                 parts, held, form = [], 0, now
-            parts.append(_samples(frame))
-            held += frame.samples
+            parts.append(samples)
+            held += len(samples)
             if held >= size:  # at once, as the next frame may be long in coming
                 yield Block(np.concatenate(parts), form[0])
                 parts, held = [], 0
@@ -203,6 +282,30 @@ def _blocks(first: "AudioFrame", frames: Iterator["AudioFrame"], reading: Readin
         raise
     if parts:
         yield Block(np.concatenate(parts), form[0])
+
+
+def _without_padding(frames: Iterable["AudioFrame"], length: int | None) -> Iterator[tuple[NDArray[Any], int]]:
+    """Yield the samples of frames (t, channels) and their rate, but not what is padding behind `length` samples.
+
+    What follows is held back, and is sound after all if there is more of it than any padding.
+    """
+    done, behind = 0, 0
+    held: list[tuple[NDArray[Any], int]] = []
+    for frame in frames:
+        samples, rate = _samples(frame), frame.sample_rate
+        if length is None or done + len(samples) <= length:
+            done += len(samples)
+            yield samples, rate
+            continue
+        if done < length:
+            yield samples[: length - done], rate
+            samples, done = samples[length - done :], length
+        held.append((samples, rate))
+        behind += len(samples)
+        if behind > _MOST_PADDING:
+            length = None
+            yield from held
+            held = []
 
 
 def _form(rate: int, channels: int) -> str:
@@ -223,22 +326,9 @@ def _samples(frame: "AudioFrame") -> NDArray[Any]:
     )
 
 
-def _refusal(error: "FFmpegError", address: str) -> str:
-    """Return why an address cannot be opened, where FFmpeg itself only reports "Input/output error"."""
-    import av
-
-    if not isinstance(error, av.error.EOFError | av.error.InvalidDataError) and error.errno != errno.EIO:
-        return _reason(error)
-    try:
-        socket.getaddrinfo(urlsplit(address).hostname, None)
-    except (OSError, ValueError):  # ValueError: not a valid host name
-        return "its host cannot be found"
-    return "the answer is not sound: it is empty, a web page, an endless redirect, or without a valid certificate"
-
-
 def _reason(error: Exception) -> str:
     """Return what FFmpeg says, without its number and without the name once more."""
     reason = getattr(error, "strerror", None) or str(error)
     if reason == "Immediate exit requested":  # what a timeout comes to
-        return f"no answer within {_PATIENCE:g} s"
+        return f"no answer within {PATIENCE:g} s"
     return " ".join(reason.split())

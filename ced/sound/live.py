@@ -16,8 +16,9 @@ from ced.errors import AudioError, ConfigError
 from ced.sound import audio
 from ced.sound.audio import SAMPLE_RATE, Window
 from ced.sound.decode import checked
-from ced.sound.ffmpeg import is_address, open_address
+from ced.sound.ffmpeg import open_address
 from ced.sound.reading import Block, Reading
+from ced.sound.web import is_address
 
 BLOCK = 0.1  # seconds that are read at a time
 _DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before each further attempt to open a source; the last is kept
@@ -253,8 +254,8 @@ def _received(url: str) -> Iterator[NDArray[np.float32]]:
         opened = open_address(url, stack, reading, live=True)
         # Each packet as it comes: what is joined to blocks would wait for more.
         yield from audio.resampled(checked(opened.blocks(1), reading))
-        if reading.cut is not None:
-            raise AudioError(reading.cut, url)
+        if reading.broken:
+            raise AudioError(reading.warnings[-1] if reading.warnings else reading.cut, url)
 
 
 def _paced(found: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:

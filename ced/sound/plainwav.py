@@ -9,6 +9,8 @@ from typing import BinaryIO
 import numpy as np
 
 from ced.sound.reading import Block
+from ced.sound.truncation import is_chunk
+from ced.sound.view import View
 
 _HEAD = 4096  # bytes looked at for the chunks before the samples
 _PCM, _BITS = 1, 16
@@ -53,6 +55,8 @@ def plain_wav(file: BinaryIO) -> PlainWav | None:
     kind, channels, rate, _, frame, bits = form
     if (kind, bits, frame) != (_PCM, _BITS, 2 * channels) or not channels or not rate:
         return None
-    if not size or size % frame or place + size > os.fstat(file.fileno()).st_size:
+    view = View(file, 0, os.fstat(file.fileno()).st_size)
+    end = place + size + size % 2
+    if not size or size % frame or place + size > view.size or not is_chunk(view, end) or view.at(end, 4) == b"RIFF":
         return None
     return PlainWav(rate, channels, size // frame, place)

@@ -1,16 +1,34 @@
 """What the decoders of all formats hand over: blocks of samples, and what is odd about their source."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from ced.errors import AudioError, ClosedError, TooLongError
+from ced.errors import AudioError, CedError, ClosedError, TooLongError
 
 RATES = (1_000, 768_000)  # Hz
 MOST_CHANNELS = 64
 _MOST_VALUES = 1 << 22  # samples x channels in a block: 16 MiB of float32, whatever a header claims
+
+
+@contextmanager
+def boundary(name: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into AudioError: libraries raise all kinds of errors on files from outside."""
+    try:
+        yield
+    except CedError:
+        raise
+    except OSError as error:
+        raise AudioError(f"cannot be read: {error.strerror or error}", name) from error
+    except MemoryError as error:
+        raise AudioError("cannot be decoded: it needs too much memory", name) from error
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise AudioError(f"cannot be decoded: {type(error).__name__}: {reason}", name) from error
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -28,11 +46,13 @@ class Opened:
     Attributes:
         rate, channels: of its first block; later ones may differ.
         blocks: yields blocks of up to so many frames; can be called once.
+        seconds: how long it is according to its header; None: that says nothing.
     """
 
     rate: int
     channels: int
     blocks: Callable[[int], Iterator[Block]]
+    seconds: float | None = None
 
     def frames(self, seconds: float) -> int:
         """Return how many frames to decode at a time: `seconds`, or fewer where they would take too much memory."""
@@ -49,8 +69,10 @@ class Reading:
         cancelled: asked at each block; True ends the reading with ClosedError.
         warnings: what was odd, a phrase each, without the name.
         expected_seconds: what the header claims; None: it claims nothing.
-        seconds: decoded so far.
-        cut: how the source breaks off; None: it does not, so far.
+        seconds: decoded so far, up to the last block that was passed on.
+        position: where the last frame ends according to its time stamp, in seconds; None: unknown.
+        lost: packets that could not be decoded and were left out.
+        broken: whether the source was found to break off.
     """
 
     name: str
@@ -59,7 +81,9 @@ class Reading:
     warnings: list[str] = field(default_factory=list)
     expected_seconds: float | None = None
     seconds: float = 0.0
-    cut: str | None = None
+    position: float | None = None
+    lost: int = 0
+    broken: bool = False
     _spent: int = 0
 
     def warn(self, text: str) -> None:
@@ -92,7 +116,14 @@ class Reading:
         if not 1 <= channels <= MOST_CHANNELS:
             raise AudioError(f"{channels} channels; 1 to {MOST_CHANNELS} can be read", self.name)
 
-    def broken(self, found: float, expected: float | None = None) -> None:
-        """Note that the source breaks off after `found` of `expected` seconds."""
-        of = f" of {expected:.2f} s" if expected is not None and expected > found else ""
-        self.cut = f"cut short: it breaks off after {found:.2f} s{of}"
+    @property
+    def cut(self) -> str:
+        """How the source breaks off, if it does."""
+        expected = self.expected_seconds
+        of = f" of {expected:.2f} s" if expected is not None and expected > self.seconds else ""
+        return f"cut short: it breaks off after {self.seconds:.2f} s{of}"
+
+
+def join(blocks: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Put blocks end to end, without a copy if there is only one."""
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)

@@ -1,123 +1,458 @@
-"""Whether a file is all there: what formats say of their own length, and libsndfile keeps to itself or guesses."""
+"""Find out from a file's own headers whether it is complete, and where in it the sound is.
 
-import os
+Decoders believe headers, or correct them silently: of joined files they read the first, of a wrong size they read that
+much, and of a file that is cut short they read what is there without a word.
+"""
+
+import re
 import struct
-from typing import BinaryIO
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-_TAIL = 1 << 17  # bytes; an OGG page has at most 65,307
-_UNKNOWN = 0x7FFFF000  # sizes from here on stand for "not known yet" in files that were written to a pipe
+from ced.sound.view import View
+
+SLACK = 0.1  # seconds; what is less than that is padding, or a rounded length
+_CHUNK = 1 << 20  # bytes read at a time in searches
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
-_XING_WITHIN = 4096  # bytes from an MP3 file's first frame
+_ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+_FLAC_START = b"fLaC\x00\x00\x00\x22"  # the marker, and the header of the block that is always first
+_MOST_PAGES = 1 << 20  # of an OGG file; 4 GB of ordinary ones
+_MOST_PARTS = 1000  # joined files; what follows is read with the last
+_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # an MP4 or MOV file begins with one of them
+_METADATA = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"cue ", b"smpl", b"JUNK", b"junk", b"FLLR", b"PAD ", b"guan")
 
 
-def is_cut(file: BinaryIO) -> bool:
-    """Return whether a file ends within what it announces: WAV's and AIFF's samples, a part of MP4, WebM or AVI.
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a file that is a sound file of its own.
 
-    Of an OGG file, which announces nothing, the last page must be whole.
+    Attributes:
+        start, end: its bytes.
+        corrections: places, counted from `start`, and the bytes to read there instead of what the file has.
+        kind: "" for those that libsndfile recognises by their bytes, "mp3", or "mp3 stream", an MP3 file that does not
+            say how long it is: only FFmpeg reads it to its end.
     """
-    place = file.tell()
-    try:
-        file.seek(0)
-        head = file.read(12)
-        if len(head) < 12:  # no format is as short
-            return True
-        if head[:4] == b"RIFF":
-            return _chunks_are_cut(file, "<4sI", b"data") if head[8:] == b"WAVE" else _riff_is_cut(file, head)
-        if head[:4] == b"FORM":
-            return _chunks_are_cut(file, ">4sI", b"SSND")
-        if head[4:8] == b"ftyp":
-            return _boxes_are_cut(file)
-        if head[:4] == _EBML:
-            return _segment_is_cut(file)
-        return head[:4] == b"OggS" and _ogg_is_cut(file)
-    finally:
-        file.seek(place)
+
+    start: int
+    end: int
+    corrections: tuple[tuple[int, bytes], ...] = ()
+    kind: str = ""
 
 
-def _chunks_are_cut(file: BinaryIO, layout: str, samples: bytes) -> bool:
-    end = file.seek(0, os.SEEK_END)
-    place = 12
-    while place + 8 <= end:
-        file.seek(place)
-        name, size = struct.unpack(layout, file.read(8))
-        place += 8 + size
-        if name == samples:
-            return bool(size < _UNKNOWN and place > end)
-        place += size % 2
-    return True
+@dataclass(frozen=True)
+class Structure:
+    """What the headers of a file say.
+
+    Attributes:
+        parts: one or several sounds, one behind the other.
+        complete: whether all that is announced is there; None: nothing is announced.
+        seconds: how much is announced, where less is there; None: unknown, or all is there.
+        warnings: what is odd, a phrase each.
+        fault: why nothing can be read at all.
+    """
+
+    parts: tuple[Part, ...]
+    complete: bool | None = None
+    seconds: float | None = None
+    warnings: tuple[str, ...] = ()
+    fault: str | None = None
 
 
-def _riff_is_cut(file: BinaryIO, head: bytes) -> bool:
-    """Look at the outermost chunk, as of AVI files."""
-    (size,) = struct.unpack("<I", head[4:8])
-    return bool(size < _UNKNOWN and 8 + size > file.seek(0, os.SEEK_END))
+def inspect(file: View) -> Structure:
+    """Look at the headers of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    parts: list[Part] = []
+    warnings: dict[str, None] = {}
+    while True:
+        start = _behind_id3(file, parts[-1].end if parts else 0)  # ID3v2 tags may precede any kind of file
+        found = _inspect(file.within(start, file.size))
+        parts += (replace(part, start=part.start + start, end=part.end + start) for part in found.parts)
+        warnings.update(dict.fromkeys(found.warnings))
+        if parts[-1].end >= file.size or len(parts) >= _MOST_PARTS:
+            parts[-1] = replace(parts[-1], end=file.size)
+            return replace(found, parts=tuple(parts), warnings=tuple(warnings))
 
 
-def _boxes_are_cut(file: BinaryIO) -> bool:
-    """Look at the outermost boxes of an MP4 file (ISO/IEC 14496-12, 4.2)."""
-    end = file.seek(0, os.SEEK_END)
-    place = 0
-    while place + 8 <= end:
-        file.seek(place)
-        size, _, long = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
+def _inspect(file: View) -> Structure:
+    head = file.at(0, 16)
+    whole = Structure((Part(0, file.size),))
+    if len(head) < 12:  # no format is as short
+        return replace(whole, complete=False)
+    if head[:4] in (b"RIFF", b"RF64", b"BW64"):
+        if head[8:12] == b"WAVE":
+            return _wav(file)
+        (size,) = struct.unpack("<I", head[4:8])  # of AVI files and others, look at the outermost chunk only
+        return replace(whole, complete=_is_unknown(size) or 8 + size <= file.size)
+    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
+        return _aiff(file)
+    if head[:4] in (b".snd", b"dns."):
+        return _au(file)
+    if head[:4] == b"caff":
+        return _caf(file)
+    if head[:4] == b"riff":
+        return _w64(file)
+    if head[:4] == b"OggS":
+        return _ogg(file)
+    if head[:4] == b"fLaC":
+        return _flac(file)
+    if head[4:8] in _BOXES:
+        return _boxes(file)
+    if head[:4] == _EBML:
+        return replace(whole, complete=_segment_is_complete(file))
+    if head == _ASF:
+        return replace(whole, complete=_objects_are_complete(file))
+    return _mp3(file) or whole
+
+
+def _find(file: View, sought: bytes, place: int) -> int:
+    """Return where some bytes are next, -1 if nowhere."""
+    while len(data := file.at(place, _CHUNK)) >= len(sought):
+        if (found := data.find(sought)) >= 0:
+            return place + found
+        place += len(data) - len(sought) + 1
+    return -1
+
+
+def _is_unknown(size: int) -> bool:
+    """Return whether a 32-bit size stands for "not known yet", as in files that were written to a pipe."""
+    return size >= 0xFFFFF000 or 0x7FFFF000 <= size <= 0x80001000
+
+
+# Formats with one chunk of samples, whose size is announced.
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The samples of a file: where they begin, how many bytes are announced, and how many make a second.
+
+    Attributes:
+        size_at, size_as: where the size is, and its layout.
+        unknown: the size that makes libsndfile read to the end of the file; None: what is there.
+        chunks: whether chunks of metadata may follow.
+    """
+
+    place: int
+    announced: int
+    second: float
+    size_at: int
+    size_as: str
+    unknown: int | None
+    chunks: bool = True
+
+
+def _compare(file: View, samples: _Samples) -> Structure:
+    """Compare the announced size of the samples with what is there."""
+    whole, there, announced = Part(0, file.size), file.size - samples.place, samples.announced
+    if there <= 0:
+        return Structure((whole,), complete=not announced)
+    value = there if samples.unknown is None else samples.unknown
+    corrected = replace(whole, corrections=((samples.size_at, struct.pack(samples.size_as, value)),))
+    more = announced - there
+    if more > 0:
+        if more > samples.place:
+            return Structure((whole,), False, announced / samples.second)
+        # Some recorders count the header as samples.
+        warning = f"its header announces {more} bytes more than there are; nothing seems to be missing"
+        return Structure((whole,), True, warnings=(warning,))
+    end = samples.place + announced
+    if samples.chunks:
+        end += announced % 2 if is_chunk(file, end + announced % 2) else 0
+        if file.at(end, 4) == b"RIFF" and file.at(end + 8, 4) == b"WAVE":
+            return Structure((Part(0, end),))  # another file follows
+        if is_chunk(file, end):
+            return Structure((whole,), True)
+    rest = (file.size - end) / samples.second
+    if rest < SLACK:
+        return Structure((whole,), True)
+    if not announced:
+        return Structure((corrected,), warnings=(f"its header was never finished; {rest:.2f} s of sound follow it",))
+    warning = f"its header announces {announced / samples.second:.2f} s, but {rest:.2f} s more follow, and are read"
+    return Structure((corrected,), True, warnings=(warning,))
+
+
+def is_chunk(file: View, place: int) -> bool:
+    """Return whether what is at a place is the end, a chunk, a tag or padding, rather than samples."""
+    head = file.at(place, 8)
+    if len(head) < 8:
+        return True
+    if head[:4] in _METADATA or head[:3] in (b"TAG", b"ID3"):
+        return True
+    size = min(int.from_bytes(head[4:], "little"), int.from_bytes(head[4:], "big"))
+    if all(32 <= byte < 127 for byte in head[:4]) and place + 8 + size <= file.size + 1:
+        return True
+    return file.size - place <= 1 << 16 and not any(file.at(place, 1 << 16))
+
+
+def _chunks(file: View, layout: str, place: int = 12) -> Iterator[tuple[bytes, int, int]]:
+    """Yield name, size and first byte of each chunk."""
+    while len(head := file.at(place, 8)) == 8:
+        name, size = struct.unpack(layout, head)
+        yield name, size, place + 8
+        place += 8 + size + size % 2
+
+
+def _wav(file: View) -> Structure:
+    wide, wide_at, second = 0, 0, 1.0
+    for name, size, place in _chunks(file, "<4sI"):
+        if name == b"ds64":  # of RF64 files: sizes in 64 bits
+            (wide,), wide_at = struct.unpack("<Q", file.at(place + 8, 8).ljust(8, b"\0")), place + 8
+        elif name == b"fmt ":
+            kind, _, rate, speed, frame = struct.unpack("<HHIIH", file.at(place, 14).ljust(14, b"\0"))
+            second = max(1.0, rate * frame if kind in (1, 3, 0xFFFE) else speed)  # uncompressed, or not
+        elif name == b"data":
+            if _is_unknown(size):
+                if not wide_at:
+                    return Structure((Part(0, file.size),))
+                return _compare(file, _Samples(place, wide, second, wide_at, "<Q", None))
+            return _compare(file, _Samples(place, size, second, place - 4, "<I", 0xFFFFFFFF))
+    return _without_samples(file, "data")
+
+
+def _without_samples(file: View, name: str) -> Structure:
+    return Structure((Part(0, file.size),), False, fault=f"cannot be decoded: it has no samples (no chunk {name!r})")
+
+
+def _aiff(file: View) -> Structure:
+    second = 1.0
+    for name, size, place in _chunks(file, ">4sI"):
+        if name == b"COMM":
+            channels, bits, exponent, mantissa = struct.unpack(">H4xHHQ", file.at(place, 18).ljust(18, b"\0"))
+            rate = mantissa * 2.0 ** max(-80, min(0, exponent - 16446))  # an 80-bit float
+            second = max(1.0, rate * channels * bits / 8)
+        elif name == b"SSND":
+            return _compare(file, _Samples(place, size, second, place - 4, ">I", min(file.size - place, 0x7FFFFFFF)))
+    return _without_samples(file, "SSND")
+
+
+def _au(file: View) -> Structure:
+    order = ">" if file.at(0, 4) == b".snd" else "<"
+    place, size, kind, rate, channels = struct.unpack(f"{order}5I", file.at(4, 20).ljust(20, b"\0"))
+    if _is_unknown(size):
+        return Structure((Part(0, file.size),))
+    width = {3: 2, 4: 3, 5: 4, 6: 4, 7: 8}.get(kind, 1)
+    second = max(1.0, rate * channels * width)
+    return _compare(file, _Samples(place, size, second, 8, f"{order}I", 0xFFFFFFFF, chunks=False))
+
+
+def _caf(file: View) -> Structure:
+    """Look at the chunks of a Core Audio file: names of 4 bytes, sizes of 8."""
+    place = 8
+    while len(head := file.at(place, 12)) == 12:
+        name, size = struct.unpack(">4sq", head)
+        if size < 0:  # to the end of the file
+            return Structure((Part(0, file.size),))
+        if name == b"data" and place + 12 + size > file.size:
+            return Structure(
+                (Part(0, file.size, ((place + 4, struct.pack(">q", file.size - place - 12)),)),), complete=False
+            )
+        place += 12 + size
+    return Structure((Part(0, file.size),), complete=place <= file.size)
+
+
+def _w64(file: View) -> Structure:
+    """Look at the chunks of a Sony Wave64 file: names of 16 bytes, sizes of 8 that include both."""
+    place = 40
+    while len(head := file.at(place, 24)) == 24:
+        name, size = struct.unpack("<4s12xQ", head)
+        if name == b"data" and size <= 24 < file.size - place:
+            corrected = Part(0, file.size, ((place + 16, struct.pack("<Q", file.size - place)),))
+            return Structure((corrected,), warnings=("its header was never finished; the sound behind it is read",))
+        if size < 24:
+            break
+        place += size + -size % 8
+    return Structure((Part(0, file.size),), complete=place <= file.size + 7)
+
+
+# Containers of packets
+
+
+def _ogg(file: View) -> Structure:
+    """Go from page to page of an OGG file (RFC 3533): chained streams, a last page that is not complete."""
+    starts, place, pages = [0], 0, 0
+    beginning, last, complete = True, 0, True
+    while pages < _MOST_PAGES and len(head := file.at(place, 282)) >= 27:
+        if head[:4] != b"OggS":
+            if (found := _find(file, b"OggS", place)) < 0:
+                place = file.size  # something else follows the last page
+                break
+            place = found
+            continue
+        pages, last = pages + 1, head[5]
+        if last & 2 and not beginning and len(starts) < _MOST_PARTS:
+            starts.append(place)
+        beginning = bool(last & 2)
+        place += 27 + head[26] + sum(head[27 : 27 + head[26]])
+    tail = file.at(place, 27)  # less than the header of a page
+    if place > file.size or (tail and b"OggS".startswith(tail[:4])):
+        complete = False
+    warnings = () if last & 4 or not complete else ("it has no end mark, so its end may be missing",)
+    parts = tuple(Part(*ends) for ends in zip(starts, [*starts[1:], file.size], strict=True))
+    return Structure(parts, complete, warnings=warnings)
+
+
+def _flac(file: View) -> Structure:
+    starts = [0]
+    while len(starts) < _MOST_PARTS and (place := _find(file, _FLAC_START, starts[-1] + 4)) > 0:
+        starts.append(place)
+    # The last 36 bits of these 5 bytes are how many frames there are.
+    unknown = not int.from_bytes(file.at(starts[-1] + 21, 5)) & (1 << 36) - 1
+    warnings = ("its header does not say how long it is, so its end may be missing",) if unknown else ()
+    parts = tuple(Part(*ends) for ends in zip(starts, [*starts[1:], file.size], strict=True))
+    return Structure(parts, warnings=warnings)
+
+
+def _boxes(file: View) -> Structure:
+    """Look at the outermost boxes of an MP4 or MOV file (ISO/IEC 14496-12, 4.2)."""
+    place, names = 0, set()
+    whole = Structure((Part(0, file.size),))
+    while len(head := file.at(place, 8)) == 8:
+        size, name = struct.unpack(">I4s", head)
+        names.add(name)
         if size == 1:
-            size = long
-        if size < 8:  # 0: to the end of the file; anything else is none
-            return False
+            (size,) = struct.unpack(">Q", file.at(place + 8, 8).ljust(8, b"\0"))
+        elif size == 0:  # to the end of the file
+            place = file.size
+            break
+        if size < 8:  # no box; what follows is unknown
+            return whole
         place += size
-    return place > end
+    if b"moov" not in names and b"mdat" in names:
+        why = "the recording was not finished" if place <= file.size else "it is cut short"
+        return replace(whole, complete=False, fault=f"cannot be decoded: it has no index (moov), so {why}")
+    return replace(whole, complete=place <= file.size)
 
 
-def _segment_is_cut(file: BinaryIO) -> bool:
+def _segment_is_complete(file: View) -> bool | None:
     """Look at the segment that follows the header of a Matroska or WebM file (RFC 8794, 4 and 6)."""
-    end = file.seek(0, os.SEEK_END)
-    file.seek(len(_EBML))
-    header = _ebml_size(file)
+    header, place = _ebml_size(file, len(_EBML))
     if header is None:
-        return False
-    segment = file.tell() + header
-    if segment > end:
-        return True
-    file.seek(segment)
-    if file.read(4) != _SEGMENT:
-        return True
-    size = _ebml_size(file)
-    return size is not None and file.tell() + size > end
-
-
-def _ebml_size(file: BinaryIO) -> int | None:
-    """Read a size: as many leading zero bits as bytes follow the first; all ones mean that it is not known."""
-    first = file.read(1)
-    if not first or not first[0]:
         return None
+    if file.at(place + header, 4) != _SEGMENT:
+        return False
+    size, place = _ebml_size(file, place + header + 4)
+    return None if size is None else place + size <= file.size
+
+
+def _ebml_size(file: View, place: int) -> tuple[int | None, int]:
+    """Return a size, None if it is not known, and the place behind it.
+
+    As many leading zero bits as bytes follow the first; all ones mean that it is not known.
+    """
+    first = file.at(place, 1)
+    if not first or not first[0]:
+        return None, place
     more = 8 - first[0].bit_length()
-    value = int.from_bytes(first + file.read(more)) & ((1 << 7 * (more + 1)) - 1)
-    return None if value == (1 << 7 * (more + 1)) - 1 else value
+    value = int.from_bytes(first + file.at(place + 1, more)) & ((1 << 7 * (more + 1)) - 1)
+    return (None if value == (1 << 7 * (more + 1)) - 1 else value), place + 1 + more
 
 
-def _ogg_is_cut(file: BinaryIO) -> bool:
-    end = file.seek(0, os.SEEK_END)
-    file.seek(max(0, end - _TAIL))
-    tail = file.read()
-    page = tail.rfind(b"OggS")
-    segments = tail[page + 26 : page + 27]
-    if page < 0 or not segments:
-        return True
-    sizes = tail[page + 27 : page + 27 + segments[0]]
-    return len(sizes) < segments[0] or page + 27 + segments[0] + sum(sizes) > len(tail)
+def _objects_are_complete(file: View) -> bool | None:
+    """Look at the outermost objects of a WMA or ASF file: identifiers of 16 bytes, sizes of 8 that include both."""
+    place = 0
+    while len(head := file.at(place, 24)) == 24:
+        (size,) = struct.unpack("<16xQ", head)
+        if size < 24:
+            return None
+        place += size
+    return place <= file.size
 
 
-def announces_length(file: BinaryIO) -> bool:
-    """Return whether an MP3 file says how long it is (Xing's or LAME's header); otherwise libsndfile guesses."""
-    place = file.tell()
-    try:
-        file.seek(0)
-        head = file.read(10)
-        start = 0
-        if head[:3] == b"ID3" and len(head) == 10:
-            start = 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
-        file.seek(start)
-        first = file.read(_XING_WITHIN)
-        return b"Xing" in first or b"Info" in first
-    finally:
-        file.seek(place)
+# MPEG audio
+
+_GARBAGE = 4096  # bytes before a frame that are passed over
+_LEAST_FRAMES = 4  # that must follow each other, to be sound and not a coincidence
+# kbit/s of layer III: version 1; versions 2 and 2.5
+_BITRATES = (
+    (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+)
+_RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}  # Hz, by version
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """An MP3 frame: its length, and where in it an encoder may have put a count of all frames, both in bytes."""
+
+    length: int
+    count_at: int
+
+
+def _frame(head: bytes) -> _Frame | None:
+    """Return what the 4 bytes of a frame's header mean; None: they are not one of layer III."""
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0 or head[1] >> 1 & 3 != 1:
+        return None
+    version, bitrate, rate = head[1] >> 3 & 3, head[2] >> 4, head[2] >> 2 & 3
+    if version == 1 or bitrate in (0, 15) or rate == 3:
+        return None
+    first = version == 3
+    length = (144_000 if first else 72_000) * _BITRATES[not first][bitrate - 1] // _RATES[version][rate]
+    mono = head[3] >> 6 == 3
+    side = (17 if mono else 32) if first else (9 if mono else 17)
+    return _Frame(length + (head[2] >> 1 & 1), 4 + side)
+
+
+def _behind_id3(file: View, place: int) -> int:
+    """Return the place behind the ID3v2 tags at a place."""
+    while len(head := file.at(place, 10)) == 10 and head[:3] == b"ID3":
+        place += 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+    return place
+
+
+def _behind_tags(file: View, place: int) -> int:
+    """Return the place behind the tags of any kind that are at a place, where one MP3 file ends and another begins."""
+    while True:
+        before = place
+        place = _behind_id3(file, place)
+        head = file.at(place, 32)
+        if head[:3] == b"TAG":
+            place += 128
+        elif head[:8] == b"APETAGEX":  # the size leaves out the header
+            place += 32 + int.from_bytes(head[12:16], "little")
+        elif head[:11] == b"LYRICSBEGIN" and (end := _find(file, b"LYRICS200", place)) > 0:
+            place = end + 9
+        if place == before:
+            return place
+
+
+def mp3_frames_at(file: View, place: int) -> int | None:
+    """Return where, at a place or a little behind it, several frames follow each other."""
+    data = file.at(place, _GARBAGE)
+    for found in re.finditer(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]", data):
+        start = here = place + found.start()
+        for _ in range(_LEAST_FRAMES):
+            if (frame := _frame(file.at(here, 4))) is None:
+                break
+            here += frame.length
+        else:
+            return start
+    return None
+
+
+def _mp3(file: View) -> Structure | None:
+    """Look for the count of frames that encoders put into the first one (Xing, LAME), and for what follows the last.
+
+    Returns:
+        None if the file is not MP3.
+    """
+    parts: list[Part] = []
+    place, complete = 0, None
+    while (start := mp3_frames_at(file, _behind_tags(file, place))) is not None:
+        frame = _frame(file.at(start, 4))
+        assert frame is not None
+        name, flags, count, size = struct.unpack(">4sIII", file.at(start + frame.count_at, 16).ljust(16, b"\0"))
+        if name not in (b"Xing", b"Info") or not flags & 1 or not count:
+            parts.append(Part(start, file.size, kind="mp3 stream"))
+            return Structure(tuple(parts))
+        place = start + size
+        if not flags & 2 or size < frame.length or place > file.size or len(parts) + 1 == _MOST_PARTS:
+            parts.append(Part(start, file.size, kind="mp3"))
+            return Structure(tuple(parts))
+        parts.append(Part(start, place, kind="mp3"))
+        complete = True
+    if not parts:
+        return None
+    parts[-1] = replace(parts[-1], end=file.size)
+    return Structure(tuple(parts), complete)

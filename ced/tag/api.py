@@ -10,7 +10,7 @@ from pydantic.json_schema import SkipJsonSchema
 from ced.errors import ConfigError
 from ced.tag.intake import FIELD, PCM
 from ced.tag.options import EVENT_THRESHOLD, TOP_K, TagOptions
-from ced.tag.records import Kind, Tags
+from ced.tag.records import Channel, Kind, Tags
 
 PATH = "/v1/audio/classification"
 _LEAST_WINDOW, _LEAST_HOP, _LONGEST = 0.16, 0.02, 3600.0  # seconds
@@ -90,6 +90,10 @@ class Answer(BaseModel):
     seconds: float = Field(description="The length of the sound.")
     pieces: list[Tags]
     kind: Kind = Field(description="Whether the pieces are windows or events.")
+    channel: Channel = Field(description="What was tagged of a sound of several channels.")
+    rate: int | None = Field(description="The sampling rate of the sound, in Hz.")
+    complete: bool = Field(description="False: the sound is cut short.")
+    expected_seconds: float | None = Field(description="The length of the sound according to its header.")
     embeddings: list[Vector] = Field([], description="Only there when asked for.")
 
 

@@ -130,14 +130,14 @@ def _download(
     only: list[str] = fastapi.Query([]),  # noqa: B008
 ) -> Response:
     kept = _found(shelf, token)
-    lines = FORMATS[kind].lines if kind in page.DOWNLOADS else None
-    if lines is None:
+    make = FORMATS[kind].text if kind in page.DOWNLOADS else None
+    if make is None:
         raise fastapi.HTTPException(404, f"there is no {kind}; there are {', '.join(page.DOWNLOADS)}")
     try:
         record = kept.timeline.record(Filter(threshold, tuple(only)))
     except ConfigError as error:
         raise fastapi.HTTPException(422, str(error)) from error
-    text = (f"{line}\n".encode("utf-8", "backslashreplace") for line in lines([record]))
+    text = (piece.encode("utf-8", "backslashreplace") for piece in make([record]))
     headers = {"Content-Disposition": f'attachment; filename="tags{FORMATS[kind].suffix}"', "Cache-Control": "no-store"}
     return StreamingResponse(text, media_type="text/plain; charset=utf-8", headers=headers)
 

@@ -122,7 +122,8 @@ def run(
         inputs: what to do.
         process: what to do with each; it is called by `jobs` threads.
         out: the folder, which is made if need be.
-        settings: what records depend on besides the sounds, as JSON has it; a later run must have the same.
+        settings: what records depend on besides the sounds, as JSON has it; a later run must have the same. With a
+            `clock` that is not None, tables have clock times.
         output: formats (`results.FORMATS`); they may differ from an earlier run's.
         combined: write one output for all of these inputs, `tags` with the format's suffix, at the end, instead of one
             for each in a tree like the inputs' (`Input.relative` with the format's suffix behind it).
@@ -137,7 +138,7 @@ def run(
         StoreError: the folder's journal is none.
         CedError: as for `results`.
     """
-    chosen = formats(output, shared=combined)
+    chosen = formats(output, shared=combined, clock=settings.get("clock") is not None)
     targets = {} if combined else _targets(inputs, chosen, out)
     errors = out / ERRORS_NAME
     began = time.monotonic()

@@ -92,7 +92,7 @@ class Hearing:
         kept, overview, end = folder / "clip.flac", Overview(), 0.0
         try:
             with soundfile.SoundFile(kept, "w", SAMPLE_RATE, 1, subtype="PCM_24") as file:
-                for block in audio.windows(path, _BLOCK):
+                for block in audio.windows(path, _BLOCK, tail="short"):
                     if block.end > self.limits.minutes * 60:
                         raise AudioError(
                             f"{name} is longer than {self.limits.minutes:g} min, which is all that is taken here"

@@ -79,15 +79,20 @@ class Journal:
                 if number == 0:
                     self._check(values["format"], values["settings"], settings)
                 else:
-                    stamp = values["stamp"]
+                    stamp = None if values["stamp"] is None else (int(values["stamp"][0]), int(values["stamp"][1]))
                     self._owners[values["place"]] = values["name"]
-                    self._lines[values["name"]] = place, None if stamp is None else (stamp[0], stamp[1])
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise StoreError(f"line {number + 1} of {self.path} is no line of a journal; {_ANEW}") from error
+                    self._lines[values["name"]] = place, stamp
+                    if not isinstance(values["record"], dict):
+                        raise TypeError("the record is not an object")
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                raise self._damaged(number + 1) from error
             place += len(line)
         self._file.truncate(place)
         if not place:
             self._append({"format": FORMAT_VERSION, "settings": settings})
+
+    def _damaged(self, line: int) -> StoreError:
+        return StoreError(f"line {line} of {self.path} is not a line of a journal; {_ANEW}")
 
     def _check(self, version: int, before: dict[str, Any], now: dict[str, Any]) -> None:
         if version != FORMAT_VERSION:
@@ -123,9 +128,18 @@ class Journal:
         return self._owners.get(str(item.relative))
 
     def record(self, item: Input) -> Record:
-        """Read the record of a file that is done."""
-        self._file.seek(self._lines[item.name][0])
-        return Record.from_json(json.loads(self._file.readline())["record"])
+        """Read the record of a file that is done.
+
+        Raises:
+            StoreError: the journal is damaged.
+        """
+        place = self._lines[item.name][0]
+        self._file.seek(place)
+        try:
+            return Record.from_json(json.loads(self._file.readline())["record"])
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            self._file.seek(0)
+            raise self._damaged(self._file.read(place).count(b"\n") + 1) from error
 
 
 def _short(value: Any) -> str:

@@ -9,12 +9,21 @@ from pathlib import Path
 
 from ced.errors import ConfigError, MissingPackageError
 from ced.files import written_aside
-from ced.sound.ffmpeg import is_address
-from ced.tag.records import FORMAT_VERSION, Record, Tag, Tags
+from ced.sound.web import is_address
+from ced.tag.records import (
+    CLOCK_KEYS,
+    FORMAT_VERSION,
+    Tag,
+    Tags,
+    Timeline,
+    clock_times,
+    json_head,
+    json_piece,
+    json_tail,
+)
 from ced.text import cell, csv_lines, json_line, printable
 
 COLUMNS = ("file", "start", "end", "label", "mid", "prob")  # of CSV and Parquet; seconds, and a probability
-CLOCK_COLUMNS = ("start_time", "end_time")  # behind them, with a clock: ISO 8601
 RAVEN_COLUMNS = (
     "Selection",
     "View",
@@ -28,90 +37,101 @@ RAVEN_COLUMNS = (
     "Label",
     "Score",
 )
+_SIDES: Mapping[str | int, int] = {"mean": 1, "left": 1, "right": 2}  # the channel that Raven shows
 _HIGHEST = 8000.0  # Hz; the upper edge of the mel filters of all models
 _ROW_GROUP = 1 << 16  # rows of a Parquet file that are in memory at a time
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a cell begins with that spreadsheet programs take for a formula
 _MARK = "\ufeff"  # byte-order mark, without which Excel takes UTF-8 for another encoding
 
 
-def text(name: str, timeline: Iterable[Tags]) -> Iterator[str]:
-    """Yield lines for a reader: a heading with the name, then each window's tags, a blank line between windows.
+def text(records: Iterable[Timeline]) -> Iterator[str]:
+    """Yield lines for a reader: a heading with the name, then each window's tags, a blank line after each window.
 
-    The heading comes with the first window, so a sound that cannot be read has none. All text is printable.
+    All text is printable.
     """
-    for number, window in enumerate(timeline):
-        yield "" if number else f"===== {printable(name)} ====="
-        for rank, tag in enumerate(window.tags, start=1):
-            yield f"[{window.start:.1f}s]-[{window.end:.1f}s] Topk-{rank} {printable(tag.label)} {tag.prob:.4f}"
-
-
-def _texts(records: Iterable[Record]) -> Iterator[str]:
     for record in records:
-        yield from text(record.file, record.pieces or (Tags(0.0, record.seconds, ()),))
-        yield ""
+        yield f"===== {printable(record.file)} =====\n"
+        for number, piece in enumerate(record):
+            if number:
+                yield "\n"
+            for rank, tag in enumerate(piece.tags, start=1):
+                yield f"[{piece.start:.1f}s]-[{piece.end:.1f}s] Topk-{rank} {printable(tag.label)} {tag.prob:.4f}\n"
+        yield "\n"
 
 
-def jsonl(records: Iterable[Record]) -> Iterator[str]:
-    """Yield each record as a line of JSON."""
+def jsonl(records: Iterable[Timeline]) -> Iterator[str]:
+    """Yield each record as a line of JSON, piece by piece; an interrupted one is closed, as not complete."""
     for record in records:
-        yield json_line(record.to_json())
+        yield f'{json_line(json_head(record))[:-1]}, "pieces": ['
+        try:
+            for number, piece in enumerate(record):
+                yield ", " * (number > 0) + json_line(json_piece(record, piece))
+        except GeneratorExit:
+            raise
+        except BaseException:  # Ctrl-C, too
+            yield f"], {json_line({**json_tail(record), 'complete': False})[1:]}\n"
+            raise
+        yield f"], {json_line(json_tail(record))[1:]}\n"
 
 
-def csv(records: Iterable[Record], *, clock: bool = False) -> Iterator[str]:
+def csv(records: Iterable[Timeline], *, clock: bool = False) -> Iterator[str]:
     """Yield a header and a line for each tag, quoted as in RFC 4180; fields that hold line breaks span lines.
 
     Args:
         records: what to write.
-        clock: add `CLOCK_COLUMNS`, empty for sounds whose clock time is not known.
+        clock: add `CLOCK_KEYS`, empty for sounds whose clock time is not known.
     """
-    return csv_lines(_table(records, clock))
+    for line in csv_lines(_table(records, clock)):
+        yield f"{line}\n"
 
 
-def spreadsheet(records: Iterable[Record], *, clock: bool = False) -> Iterator[str]:
+def spreadsheet(records: Iterable[Timeline], *, clock: bool = False) -> Iterator[str]:
     """Yield CSV for spreadsheet programs: with a byte-order mark, and an apostrophe before what could be a formula.
 
     A file may be named `=HYPERLINK(...).wav`, which Excel, LibreOffice and Google Sheets would run.
     """
     rows = (tuple(_inert(value) for value in row) for row in _table(records, clock))
     for number, line in enumerate(csv_lines(rows)):
-        yield line if number else _MARK + line
+        yield f"{line}\n" if number else f"{_MARK}{line}\n"
 
 
 def _inert(value: str) -> str:
     return f"'{value}" if value.startswith(_FORMULA) else value
 
 
-def _table(records: Iterable[Record], clock: bool) -> Iterator[tuple[str, ...]]:
-    yield COLUMNS + CLOCK_COLUMNS if clock else COLUMNS
+def _table(records: Iterable[Timeline], clock: bool) -> Iterator[tuple[str, ...]]:
+    yield COLUMNS + CLOCK_KEYS if clock else COLUMNS
     for record, piece, tag in _rows(records):
         row = (record.file, f"{piece.start:.6f}", f"{piece.end:.6f}", tag.label, tag.mid or "", f"{tag.prob:.6f}")
-        yield (*row, *(time or "" for time in record.clock_times(piece))) if clock else row
+        yield (*row, *(time or "" for time in clock_times(record.began, piece))) if clock else row
 
 
-def audacity(records: Iterable[Record]) -> Iterator[str]:
+def audacity(records: Iterable[Timeline]) -> Iterator[str]:
     """Yield a label for each tag, for Audacity's File > Import > Labels.
 
     Audacity shows nothing but the label, so the probability is a part of its text.
     """
     for _, piece, tag in _rows(records):
-        yield f"{piece.start:.6f}\t{piece.end:.6f}\t{cell(tag.label)} {tag.prob:.2f}"
+        yield f"{piece.start:.6f}\t{piece.end:.6f}\t{cell(tag.label)} {tag.prob:.2f}\n"
 
 
-def raven(records: Iterable[Record]) -> Iterator[str]:
+def raven(records: Iterable[Timeline]) -> Iterator[str]:
     """Yield a selection table for Raven: a header and a row for each tag, over all frequencies of models and sound.
 
     Raven opens several sounds as one sequence: "Begin Time (s)" counts from the start of the first sound of the table,
     "File Offset (s)" from the start of each.
     """
-    yield "\t".join(RAVEN_COLUMNS)
+    yield "\t".join(RAVEN_COLUMNS) + "\n"
     number, before = 0, 0.0
     for record in records:
         highest = _HIGHEST if record.rate is None else min(_HIGHEST, record.rate / 2)
         place = cell(_whole_path(record.file))
+        channel = _SIDES.get(record.channel, record.channel)
         for _, piece, tag in _rows([record]):
             number += 1
             times = f"{before + piece.start:.6f}\t{before + piece.end:.6f}\t0.0\t{highest:.1f}"
-            yield f"{number}\tSpectrogram 1\t1\t{times}\t{place}\t{piece.start:.6f}\t{cell(tag.label)}\t{tag.prob:.6f}"
+            what = f"{piece.start:.6f}\t{cell(tag.label)}\t{tag.prob:.6f}"
+            yield f"{number}\tSpectrogram 1\t{channel}\t{times}\t{place}\t{what}\n"
         before += record.seconds
 
 
@@ -120,19 +140,19 @@ def _whole_path(file: str) -> str:
     return file if is_address(file) or file.startswith("<") else os.path.abspath(file)
 
 
-def _rows(records: Iterable[Record]) -> Iterator[tuple[Record, Tags, Tag]]:
+def _rows(records: Iterable[Timeline]) -> Iterator[tuple[Timeline, Tags, Tag]]:
     for record in records:
-        for piece in record.pieces:
+        for piece in record:
             for tag in piece.tags:
                 yield record, piece, tag
 
 
-def _write_parquet(records: Iterable[Record], path: Path, *, clock: bool = False) -> None:
+def _write_parquet(records: Iterable[Timeline], path: Path, *, clock: bool = False) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
     kinds = (pa.string(), pa.float64(), pa.float64(), pa.string(), pa.string(), pa.float32())
-    names = COLUMNS + CLOCK_COLUMNS if clock else COLUMNS
+    names = COLUMNS + CLOCK_KEYS if clock else COLUMNS
     fields = list(zip(names, kinds + (pa.string(),) * (len(names) - len(kinds)), strict=True))
     schema = pa.schema(fields, {"ced.format": str(FORMAT_VERSION)})
     columns: list[list[object]] = [[] for _ in names]
@@ -147,7 +167,7 @@ def _write_parquet(records: Iterable[Record], path: Path, *, clock: bool = False
         for record, piece, tag in _rows(records):
             name = record.file.encode("utf-8", "backslashreplace").decode()
             row = (name, piece.start, piece.end, tag.label, tag.mid, tag.prob)
-            times = record.clock_times(piece) if clock else ()
+            times = clock_times(record.began, piece) if clock else ()
             for column, value in zip(columns, (*row, *times), strict=True):
                 column.append(value)
             if len(columns[0]) == _ROW_GROUP:
@@ -161,21 +181,21 @@ class Format:
 
     Attributes:
         suffix: of its files, behind the name of the sound.
-        lines: yields what a file holds, line by line; None: not text.
+        text: yields what a file holds as the pieces of records come; None: not text.
         file: writes a file that is not text.
         shared: whether the sounds of several files can share one output.
         package: what writing needs beyond the core installation.
     """
 
     suffix: str
-    lines: Callable[[Iterable[Record]], Iterator[str]] | None = None
-    file: Callable[[Iterable[Record], Path], None] | None = None
+    text: Callable[[Iterable[Timeline]], Iterator[str]] | None = None
+    file: Callable[[Iterable[Timeline], Path], None] | None = None
     shared: bool = True
     package: str | None = None
 
 
 FORMATS: Mapping[str, Format] = {
-    "text": Format(".txt", _texts),
+    "text": Format(".txt", text),
     "jsonl": Format(".jsonl", jsonl),
     "csv": Format(".csv", csv),
     "spreadsheet": Format(".spreadsheet.csv", spreadsheet),
@@ -185,8 +205,8 @@ FORMATS: Mapping[str, Format] = {
 }
 _CLOCKED: Mapping[str, Format] = {
     **FORMATS,
-    "csv": replace(FORMATS["csv"], lines=partial(csv, clock=True)),
-    "spreadsheet": replace(FORMATS["spreadsheet"], lines=partial(spreadsheet, clock=True)),
+    "csv": replace(FORMATS["csv"], text=partial(csv, clock=True)),
+    "spreadsheet": replace(FORMATS["spreadsheet"], text=partial(spreadsheet, clock=True)),
     "parquet": replace(FORMATS["parquet"], file=partial(_write_parquet, clock=True)),
 }
 
@@ -211,7 +231,7 @@ def formats(names: Sequence[str], *, shared: bool = False, printed: bool = False
         found = (_CLOCKED if clock else FORMATS)[name.lower()]
         if shared and not found.shared:
             raise ConfigError(f"the output format {name} has no column for a file's name; write a file for each sound")
-        if printed and found.lines is None:
+        if printed and found.text is None:
             raise ConfigError(f"the output format {name} is not text and cannot be printed; write it to a folder")
         if found.package and find_spec(found.package) is None:
             raise MissingPackageError(found.package, f"the output format {name}")
@@ -219,7 +239,7 @@ def formats(names: Sequence[str], *, shared: bool = False, printed: bool = False
     return chosen
 
 
-def write(chosen: Format, records: Iterable[Record], path: Path) -> None:
+def write(chosen: Format, records: Iterable[Timeline], path: Path) -> None:
     """Write records to a file at once; of any number of records few are in memory.
 
     Text is UTF-8; bytes of a file name that are not text become escapes.
@@ -230,7 +250,6 @@ def write(chosen: Format, records: Iterable[Record], path: Path) -> None:
     with written_aside(path, sync=False) as aside:
         if chosen.file is not None:
             chosen.file(records, aside)
-        elif chosen.lines is not None:
+        elif chosen.text is not None:
             with aside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-                for line in chosen.lines(records):
-                    file.write(f"{line}\n")
+                file.writelines(chosen.text(records))

@@ -1,10 +1,12 @@
 """The tagger: a sound is cut into windows, a model scores them, and the scores become tags, events or embeddings."""
 
+import logging
 import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -20,11 +22,12 @@ from ced.model.zoo import DEFAULT_MODEL
 from ced.parallel import attempts, in_order
 from ced.progress import Progress, silent
 from ced.sound import audio
-from ced.sound.audio import Source, Window, name_of
+from ced.sound.audio import SAMPLE_RATE, Sound, Source, Window, name_of, open_sound
+from ced.sound.features import MIN_SAMPLES
 from ced.sound.labels import ClassTable
-from ced.tag.events import events
-from ced.tag.options import TagKeywords, TagOptions
-from ced.tag.records import Record, Scored, Tags
+from ced.tag import clock
+from ced.tag.options import TagKeywords, TagOptions, Tail
+from ced.tag.records import Kind, Record, Scored, Tags
 
 if TYPE_CHECKING:
     from ced.model.vit import CED
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 DEVICES = ("cpu",)  # of graphs
 _AHEAD = 2  # windows in memory for each thread that scores
 _ROUNDING = 1e-6  # how far a probability may lie outside [0, 1]
+
+_log = logging.getLogger(__name__)
 
 Array = NDArray[np.float32]
 T = TypeVar("T")
@@ -154,7 +159,7 @@ class Tagger:
 
     def tag(
         self,
-        source: Source,
+        source: Source | Sound,
         options: TagOptions | None = None,
         *,
         name: str | None = None,
@@ -163,7 +168,8 @@ class Tagger:
         """Tag a sound.
 
         Args:
-            source: a path, an http(s) address, the bytes of a file, a binary file, or (samples, rate).
+            source: a path, an http(s) address, the bytes of a file, a binary file, (samples, rate), or a sound that is
+                open already (`channel` and `strict` then have no effect).
             options: how it is tagged; None: the defaults.
             name: the name of the sound in the record; None: its path or address.
             changes: fields of `TagOptions` that replace those of `options`.
@@ -173,22 +179,21 @@ class Tagger:
             CheckpointError: the model cannot score columns, or answers with impossible scores.
             ConfigError: an option is out of range, or does not fit the model.
         """
-        options = self.checked(options, **changes)
-        scored = _Counted(self._scored(source, options))
-        pieces = tuple(self._pieces(scored, options))
-        return Record(
-            name or name_of(source), self.name, scored.seconds, pieces, "events" if options.events else "windows"
-        )
+        return self.stream(source, options, name=name, **changes).record()
 
     def stream(
-        self, source: Source, options: TagOptions | None = None, **changes: Unpack[TagKeywords]
-    ) -> Iterator[Tags]:
+        self,
+        source: Source | Sound,
+        options: TagOptions | None = None,
+        *,
+        name: str | None = None,
+        **changes: Unpack[TagKeywords],
+    ) -> "TagStream":
         """Yield the windows or events of a sound as soon as they are known; a long sound is never in memory as a whole.
 
         Arguments and errors are those of `tag`; options are checked at once, other errors come with the iteration.
         """
-        options = self.checked(options, **changes)
-        return self._pieces(self._scored(source, options), options)
+        return TagStream(self, source, self.checked(options, **changes), name)
 
     def tag_many(
         self, sources: Iterable[Source], options: TagOptions | None = None, **changes: Unpack[TagKeywords]
@@ -207,6 +212,7 @@ class Tagger:
         window: float = TagOptions.window,
         hop: float | None = None,
         columns: bool = False,
+        tail: Tail = TagOptions.tail,
         silence: float | None = None,
         channel: str | int = TagOptions.channel,
         strict: bool = False,
@@ -216,8 +222,12 @@ class Tagger:
         Arguments are those of `TagOptions`, errors those of `tag`; arguments are checked at once, other errors come
         with the iteration.
         """
-        options = TagOptions(window=window, hop=hop, columns=columns, silence=silence, channel=channel, strict=strict)
-        return self._scored(source, self.checked(options))
+        options = self.checked(
+            TagOptions(
+                window=window, hop=hop, columns=columns, tail=tail, silence=silence, channel=channel, strict=strict
+            )
+        )
+        return self._scores(source, options)
 
     def embed(
         self,
@@ -225,6 +235,7 @@ class Tagger:
         *,
         window: float = TagOptions.window,
         hop: float | None = None,
+        tail: Tail = TagOptions.tail,
         channel: str | int = TagOptions.channel,
         strict: bool = False,
     ) -> Embedding:
@@ -237,9 +248,11 @@ class Tagger:
             CheckpointError: the model gives no embeddings, or some that are not finite.
             ConfigError: an argument is out of range.
         """
-        options = self.checked(TagOptions(window=window, hop=hop, channel=channel, strict=strict))
-        windows = self._ahead(_windows(source, options), lambda piece: (piece.start, piece.end, self._vector(piece)))
-        starts, ends, vectors = zip(*windows, strict=True)
+        options = self.checked(TagOptions(window=window, hop=hop, tail=tail, channel=channel, strict=strict))
+        with self.reading(source, options) as sound:
+            windows = audio.cut(sound.blocks(), options.window, options.step, tail=options.tail)
+            found = list(self._ahead(windows, lambda window: (window.start, window.end, self._vector(window))))
+        starts, ends, vectors = zip(*found, strict=True)
         return Embedding(np.array(starts), np.array(ends), np.stack(vectors))
 
     def checked(self, options: TagOptions | None = None, **changes: Unpack[TagKeywords]) -> TagOptions:
@@ -272,19 +285,38 @@ class Tagger:
             return [Scored(window.start, window.end, probs)]
         model = self._column_scorer()
         (rows,) = self._probs(model.columns(window.wave[None]), 3)
-        # The samples after the last whole column belong to the last one.
+        # The samples after the last whole column belong to the last one; what earlier windows have is left out.
         times = [*(window.start + model.column_starts(len(rows))).tolist(), window.end]
-        return [Scored(start, end, row) for row, (start, end) in zip(rows, pairwise(times), strict=True)]
+        return [
+            Scored(max(start, window.new), end, row)
+            for row, (start, end) in zip(rows, pairwise(times), strict=True)
+            if end > window.new
+        ]
 
-    def _scored(self, source: Source, options: TagOptions) -> Iterator[Scored]:
-        for several in self._ahead(_windows(source, options), partial(self.score_window, options=options)):
-            yield from several
+    @contextmanager
+    def reading(self, source: Source | Sound, options: TagOptions) -> Iterator[Sound]:
+        """Open a sound as the options have it, and log once what was odd about it."""
+        if isinstance(source, Sound):
+            yield source
+            return
+        with open_sound(
+            source, channel=options.channel, strict=options.strict, cancelled=lambda: self._closed
+        ) as sound:
+            try:
+                yield sound
+            finally:
+                for warning in sound.warnings:
+                    _log.warning("%s: %s", sound.name, warning)
 
-    def _pieces(self, scored: Iterable[Scored], options: TagOptions) -> Iterator[Tags]:
-        selection = options.selection(self.labels)
-        if not options.events:
-            return map(selection.tags, scored)
-        return events(scored, selection, release=options.release, gap=options.gap, shortest=options.shortest)
+    def score_windows(self, sound: Sound, options: TagOptions) -> Iterator[list[Scored]]:
+        """Yield the scores of each window of an open sound, as `score_window` does."""
+        windows = audio.cut(sound.blocks(), options.window, options.step, tail=options.tail)
+        return self._ahead(windows, partial(self.score_window, options=options))
+
+    def _scores(self, source: Source, options: TagOptions) -> Iterator[Scored]:
+        with self.reading(source, options) as sound:
+            for window in self.score_windows(sound, options):
+                yield from window
 
     def _column_scorer(self) -> ColumnScorer:
         if not isinstance(self.scorer, ColumnScorer):
@@ -349,23 +381,60 @@ class Tagger:
             raise ClosedError("the tagger is closed")
 
 
-class _Counted:
-    """Passes scored windows on and keeps how long the sound is so far."""
+class TagStream:
+    """The windows or events of one sound, each as soon as it is known; a `Timeline` for writers.
 
-    def __init__(self, scored: Iterable[Scored]) -> None:
-        self._scored = scored
-        self.seconds = 0.0
+    Attributes:
+        file, model, kind, channel, rate, began: as in a `Record`; `rate` is known with the first piece.
+        seconds: how much of the sound has been tagged so far.
+        complete: whether the whole sound has been tagged.
+        expected_seconds: the length of the sound according to its header, as far as that is known by now.
+    """
 
-    def __iter__(self) -> Iterator[Scored]:
-        for window in self._scored:
-            self.seconds = window.end
-            yield window
+    def __init__(self, tagger: Tagger, source: Source | Sound, options: TagOptions, name: str | None) -> None:
+        self.file = name or (source.name if isinstance(source, Sound) else name_of(source))
+        self.model, self.channel = tagger.name, options.channel
+        self.kind: Kind = "events" if options.events else "windows"
+        self.began = None if options.clock is None else clock.begin(source, self.file, options.clock)
+        self.rate: int | None = None
+        self.seconds, self.complete = 0.0, False
+        self.expected_seconds: float | None = None
+        self._pieces = self._tagged(tagger, source, options)
 
+    def __iter__(self) -> Iterator[Tags]:
+        return self
 
-def _windows(source: Source, options: TagOptions) -> Iterator[Window]:
-    if options.channel != "mean":
-        raise ConfigError(f"channel is {options.channel!r}; sounds are read as the mean of their channels")
-    return audio.windows(source, options.window, options.step)
+    def __next__(self) -> Tags:
+        return next(self._pieces)
+
+    def record(self) -> Record:
+        """Tag what is left of the sound, and return the record of all of it."""
+        pieces = tuple(self)
+        return Record(
+            self.file,
+            self.model,
+            self.seconds,
+            pieces,
+            self.kind,
+            self.channel,
+            self.complete,
+            self.expected_seconds,
+            self.rate,
+            self.began,
+        )
+
+    def _tagged(self, tagger: Tagger, source: Source | Sound, options: TagOptions) -> Iterator[Tags]:
+        with tagger.reading(source, options) as sound:
+            self.rate = sound.rate
+            yield from options.pieces(self._scored(tagger, sound, options), tagger.labels)
+            self.complete = sound.complete
+            if self.seconds * SAMPLE_RATE < MIN_SAMPLES:
+                _log.warning("%s: only %.3f s long, too short to be tagged reliably", self.file, self.seconds)
+
+    def _scored(self, tagger: Tagger, sound: Sound, options: TagOptions) -> Iterator[Scored]:
+        for window in tagger.score_windows(sound, options):
+            self.seconds, self.expected_seconds = window[-1].end, sound.expected_seconds
+            yield from window
 
 
 def _open(

@@ -10,11 +10,11 @@ from torch import nn
 
 from ced.errors import AudioError, CheckpointError
 from ced.model import hear, loading
+from ced.model.config import ModelConfig
 from ced.model.embedding import grid
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
 from ced.model.runtime import OnnxModel
-from ced.model.config import ModelConfig
 from ced.model.vit import CED
 from ced.model.zoo import MODELS
 

@@ -301,7 +301,7 @@ class TestFeatures:
             (WAVE, 44_100, "the waves have 44100 Hz; resample them to 16000"),
             (np.zeros(100, np.int16), 16_000, "a wave is int16 (100,); it must be mono floats in [-1, 1], (samples,)"),
             (np.zeros((2, 100, 2), np.float32), 16_000, "a wave is float32 (100, 2); it must be mono floats"),
-            ([], None, "there is no wave to make features of"),
+            ([], None, "no waves were given"),
             ([np.zeros(0, np.float32)], None, "a wave is float32 (0,); it must be mono floats"),
         ],
     )
@@ -334,7 +334,7 @@ class TestFeatures:
             "labels": (2,),
         }
         rows[1]["input_values"] = extractor(WAVE[:8000])["input_values"][0]
-        with pytest.raises(AudioError, match=r"features of \(64, 51\) to \(64, 101\) cannot be put together"):
+        with pytest.raises(AudioError, match=r"features of \(64, 51\) to \(64, 101\) cannot be collated"):
             DataCollatorWithPadding(extractor)(rows)
 
     def test_another_rate_is_refused(self) -> None:

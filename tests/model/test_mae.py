@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ced.errors import ConfigError
-from ced.model.mae import MaskedAutoencoder, error_of_hidden, normalised, patches, picture
 from ced.model.config import ModelConfig
+from ced.model.mae import MaskedAutoencoder, error_of_hidden, normalised, patches, picture
 from ced.model.vit import CED
 
 CONFIG = ModelConfig(32, 2, depth=2, outputdim=1, target_length=64, pooling="token")

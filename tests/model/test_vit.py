@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ced.errors import ConfigError
-from ced.model.vit import CED, POOLINGS, ModelConfig, Pooling
+from ced.model.config import POOLINGS, ModelConfig, Pooling
+from ced.model.vit import CED
 from ced.sound.labels import ClassTable, audioset
 
 SIZES = {"tiny": (192, 3, 5.5), "mini": (256, 4, 9.6), "small": (384, 6, 22), "base": (768, 12, 86)}

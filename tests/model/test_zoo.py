@@ -1,11 +1,13 @@
 """The table of models, the cache, and what a name or a path stands for."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from ced.errors import CheckpointError, DownloadError
+from ced.errors import CheckpointError
 from ced.model import zoo
+from ced.model.weights import checkpoint_file
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +22,7 @@ def test_the_published_names_sizes_and_addresses() -> None:
     expected = {
         "ced_tiny": (192, 3, address.format(8275347, "tiny_mAP_4814")),
         "ced_mini": (256, 4, address.format(8275347, "mini_mAP_4896")),
-        "ced_small": (384, 6, address.format(8275347, "small_mAP_4958")),
+        "ced_small": (384, 6, address.format(8275319, "small_mAP_4958")),
         "ced_base": (768, 12, address.format(8275347, "base_mAP_4999")),
         "audiotransformer_tiny": (192, 3, address.format(8275347, "tiny_mae_as_10s")),
         "audiotransformer_mini": (256, 4, address.format(8275347, "mini_mae_as_10s")),
@@ -28,11 +30,10 @@ def test_the_published_names_sizes_and_addresses() -> None:
         "audiotransformer_base": (768, 12, address.format(8275347, "base_mae_as_10s")),
         "audiotransformer_base_4740": (768, 12, address.format(7964975, "base_mAP_47_40")),
     }
-    found = {name: (each.width, each.heads, each.url) for name, each in zoo.MODELS.items()}
+    found = {name: (each.width, each.heads, each.zenodo.url) for name, each in zoo.MODELS.items()}
     assert found == expected
     assert [entry.name for entry in zoo.MODELS.values()] == list(expected)
     assert zoo.list_models() == [*zoo.MODELS, "esc10"]
-    assert all(entry.file in entry.url for entry in zoo.MODELS.values())
 
 
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,39 +46,28 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert zoo.cache_dir() == tmp_path / "home" / ".cache" / "ced"
 
 
-def test_where_graphs_are_published(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = zoo.MODELS["ced_mini"]
-    assert entry.onnx_url == "https://huggingface.co/mispeech/ced-mini/resolve/main/model.onnx"
-    assert entry.onnx_file == "ced_mini.onnx"
-    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
-    assert entry.onnx_url == "https://mirror.example/mispeech/ced-mini/resolve/main/model.onnx"
-    published = [name for name, each in zoo.MODELS.items() if each.onnx_url]
-    assert published == ["ced_tiny", "ced_mini", "ced_small", "ced_base"]
-    with pytest.raises(CheckpointError, match="no ONNX graph of audiotransformer_base_4740 is published"):
-        zoo.fetch_onnx("audiotransformer_base_4740")
-
-
-def test_a_graph_that_is_not_to_be_had(tmp_path: Path) -> None:
-    message = (
-        r"ced_tiny is not in the cache \(.*/cache/ced_tiny\.onnx\) and not to be had: cannot fetch https://hugging"
-        r".*; without network there is what comes with the package: -m esc10$"
-    )
-    with pytest.raises(DownloadError, match=message):
-        zoo.fetch_onnx("ced_tiny")
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "ced_tiny.onnx").write_bytes(b"put there by hand")
-    assert zoo.fetch_onnx("ced_tiny") == tmp_path / "cache" / "ced_tiny.onnx"
+def test_the_four_taggers_are_pinned() -> None:
+    """Revisions and checksums as several users of the published repositories have pinned them."""
+    found = {name: entry.hub for name, entry in zoo.MODELS.items() if entry.hub is not None}
+    assert list(found) == ["ced_tiny", "ced_mini", "ced_small", "ced_base"]
+    assert {name: hub.repo for name, hub in found.items()} == {
+        name: f"mispeech/{name.replace('_', '-')}" for name in found
+    }
+    assert {hub.revision[:8] for hub in found.values()} == {"ace276d2", "26c3ebca", "06bb40c5", "db3e14a8"}
+    assert {hub.sha256[:8] for hub in found.values()} == {"0e086f0c", "e4070d02", "a495e319", "31493569"}
+    assert all(re.fullmatch("[0-9a-f]{40}", hub.revision) for hub in found.values())
+    assert all(re.fullmatch("[0-9a-f]{64}", hub.sha256) for hub in found.values())
 
 
 def test_the_checkpoint_of_a_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no checkpoint; it needs one of averaged\.safetensors, last"):
-        zoo.checkpoint_file(tmp_path)
+        checkpoint_file(tmp_path)
     for name in ("model.safetensors", "last.safetensors", "averaged.safetensors"):
         (tmp_path / name).write_bytes(b"weights")
-        assert zoo.checkpoint_file(tmp_path) == tmp_path / name
+        assert checkpoint_file(tmp_path) == tmp_path / name
     (tmp_path / "averaged.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"averaged\.safetensors is empty"):
-        zoo.checkpoint_file(tmp_path)
+        checkpoint_file(tmp_path)
 
 
 def test_what_looks_like_a_name_is_taken_for_one(tmp_path: Path) -> None:

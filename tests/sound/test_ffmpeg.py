@@ -84,7 +84,11 @@ def test_kinds(files: dict[str, Path], suffix: str, container: str, codec: str, 
     expected = np.concatenate([frame if len(frame) == 2 else frame.reshape(-1, 2).T for frame in frames], axis=1)
     if expected.dtype == np.int16:
         expected = expected / np.float32(32768)
-    np.testing.assert_allclose(wave, soxr.resample(expected.mean(axis=0), rate, SAMPLE_RATE, "HQ"), atol=1e-6)
+    whole = soxr.resample(expected.mean(axis=0), rate, SAMPLE_RATE, "HQ")
+    same = len(wave) - 100  # the encoder's padding is removed where the file tells how much it is
+    np.testing.assert_allclose(wave[:same], whole[:same], atol=1e-6)
+    if suffix in (".m4a", ".mp4", ".webm"):
+        assert len(wave) == SECONDS * SAMPLE_RATE
 
 
 @pytest.mark.parametrize("suffix", [".m4a", ".mp4", ".webm", ".avi", ".aac"])
@@ -172,7 +176,9 @@ def test_a_variable_mp3_without_a_header_is_read_to_its_end(
     assert 19.9 < len(wave) / SAMPLE_RATE < 20.2
     assert not caplog.records
     monkeypatch.setitem(sys.modules, "av", None)
-    assert len(load(path)) / SAMPLE_RATE < 15
+    with pytest.raises(AudioError, match="cut short"):
+        load(path)
+    assert len(load(path, strict=False)) / SAMPLE_RATE < 15
     assert "vbr.mp3: its length is not in its header" in caplog.text
     assert "pip install 'ced-audio[media]'" in caplog.text
 
@@ -233,7 +239,7 @@ def test_an_address_of_a_file_that_libsndfile_reads(site: str) -> None:
 
 
 def test_an_address_that_leads_nowhere(site: str) -> None:
-    with pytest.raises(AudioError, match=r"/none.mp3: .*Server returned 404 Not Found"):
+    with pytest.raises(AudioError, match=r"/none.mp3: .*the server answers 404 Not Found"):
         load(f"{site}/none.mp3")
 
 

@@ -21,7 +21,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError, MissingPackageError
-from ced.sound import device, ffmpeg, live
+from ced.sound import device, live, web
 from ced.sound.audio import SAMPLE_RATE, Window, windows
 from ced.sound.live import Arrival, Listening, LiveSource
 
@@ -264,7 +264,7 @@ def test_a_station_that_breaks_off_is_heard_again(radio: str) -> None:
 
 def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("av")
-    monkeypatch.setattr(ffmpeg, "_PATIENCE", 0.5)
+    monkeypatch.setattr(web, "PATIENCE", 0.5)
     release = threading.Event()
 
     class Silent(Station):
@@ -305,7 +305,7 @@ def test_a_stream_that_stalls_is_given_up_for_what_it_is(
     monkeypatch: pytest.MonkeyPatch, server: Callable[[type[Station]], str], kind: str
 ) -> None:
     pytest.importorskip("av")
-    monkeypatch.setattr(ffmpeg, "_PATIENCE", 0.5)
+    monkeypatch.setattr(web, "PATIENCE", 0.5)
     monkeypatch.setattr(live, "_HASTE", 100)
     release = threading.Event()
     file = io.BytesIO()
@@ -348,15 +348,15 @@ def test_an_answer_without_sound(server: Callable[[type[Station]], str], page: s
                 self.wfile.write(b"<html><body>Radio</body></html>" * 20)
 
     url = server(Page) + page
-    said = f"{url}: cannot be read: the answer is not sound"
-    with pytest.raises(AudioError, match=re.escape(said)):
+    why = {"nothing": ".*closed connection", "loop": ".*more than 5 redirects"}.get(page, "the answer is not sound")
+    with pytest.raises(AudioError, match=f"{re.escape(url)}: cannot be read: {why}"):
         next(live.address(url).open())
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "a" * 80 + ".com", "["])
 def test_a_host_that_is_not_there(host: str) -> None:
     pytest.importorskip("av")
-    with pytest.raises(AudioError, match=re.escape("its host cannot be found")):
+    with pytest.raises(AudioError, match=r"the host .* cannot be found|a host$"):
         next(live.address(f"http://{host}").open())
 
 

@@ -392,3 +392,47 @@ def test_a_full_disk_is_one_error_that_names_the_file(tree: Path, small_disk: Pa
     assert (summary.failed, summary.files) == (0, 12)
     run(inputs, loudness, tree / "unbroken", settings=SETTINGS, output=["jsonl"], combined=True)
     assert (out / "tags.jsonl").read_bytes() == (tree / "unbroken/tags.jsonl").read_bytes()
+
+
+RECORD = {"format": 1, "file": "in", "model": "m", "seconds": 1.0, "pieces": []}
+PIECE = {"start": 0.0, "end": 1.0, "tags": [{"label": "a", "index": 0, "mid": None, "prob": 0.5}]}
+
+
+def damaged_lines() -> list[str]:
+    """Return lines that a damaged or hostile journal may have, about the sound `in/0/00.wav`."""
+    good = {"name": "in/0/00.wav", "place": "0/00.wav", "stamp": None, "record": RECORD}
+    wrong: list[object] = [
+        *([], 1, None, "x", {}),
+        *({**good, "name": {}}, {**good, "place": []}, {**good, "stamp": "xy"}, {**good, "stamp": [1]}),
+        *({**good, "record": record} for record in (None, [], "x", 1, {}, {**RECORD, "format": 2})),
+    ]
+    changes: list[tuple[str, object]] = [("file", 1), ("seconds", "x"), ("pieces", 1), ("pieces", [1]), ("kind", "x")]
+    changes += [("rate", "x"), ("began", "yesterday"), ("pieces", [{**PIECE, "start": "x"}])]
+    changes += [("pieces", [{**PIECE, "tags": [1]}]), ("pieces", [{**PIECE, "tags": [{"label": "a"}]}])]
+    wrong += [{**good, "record": {**RECORD, key: changed}} for key, changed in changes]
+    deep = "[" * 100_000 + "]" * 100_000
+    return [*map(json.dumps, wrong), deep, json.dumps(good).replace('"m"', deep), "{", "\x00", json.dumps(good)[:-5]]
+
+
+@pytest.mark.parametrize("line", damaged_lines(), ids=lambda line: line[:60])
+def test_a_damaged_journal_is_one_error(tree: Path, line: str) -> None:
+    """With the stamp of the file, so that its record is used, where the line has one to replace."""
+    status = os.stat("in/0/00.wav")
+    line = line.replace('"stamp": null', f'"stamp": [{status.st_size}, {status.st_mtime_ns}]')
+    Path("out").mkdir()
+    first = json.dumps({"format": 1, "settings": {**SETTINGS, "record format": 1}})
+    Path("out/journal.jsonl").write_text(f"{first}\n{line}\n")
+    inputs = [Input("in/0/00.wav", "in/0/00.wav", Path("0/00.wav"))]
+    with pytest.raises(StoreError, match=r"line 2 of out/journal\.jsonl is not a line of a journal") as raised:
+        run(inputs, loudness, Path("out"), settings=SETTINGS, output=["csv"])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"format": 1, "settings": []}', '{"format": [], "settings": {}}', "[]"]
+)
+def test_a_journal_with_a_damaged_first_line_is_one_error(tree: Path, line: str) -> None:
+    Path("out").mkdir()
+    Path("out/journal.jsonl").write_text(f"{line}\n")
+    with pytest.raises(StoreError, match=r"journal\.jsonl"):
+        run(find_inputs(["in"]), loudness, Path("out"), settings=SETTINGS)

@@ -1,6 +1,5 @@
 """Addresses that strangers name: what is fetched, and what never is."""
 
-import ipaddress
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ced.errors import AudioError
-from ced.tag.fetch import fetch, is_public
+from ced.tag.fetch import fetch
 
 
 class Site(BaseHTTPRequestHandler):
@@ -48,11 +47,11 @@ def test_an_address_is_fetched_under_its_name(site: str, path: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("/a.wav", "holds more than 0.000999 MB"),
-        ("/a.wav?without-a-length", "holds more than 0.000999 MB"),
+        ("/a.wav", "holds more than 999 bytes"),
+        ("/a.wav?without-a-length", "holds more than 999 bytes"),
         ("/none", "answers 404"),
-        ("/round", "redirected more than 5 times"),
-        ("/file", "begins with http:// or https://"),
+        ("/round", "more than 5 redirects"),
+        ("/file", "begins with http:// or https:// and a host"),
     ],
 )
 def test_what_cannot_be_had_is_said(site: str, path: str, said: str, tmp_path: Path) -> None:
@@ -62,34 +61,12 @@ def test_what_cannot_be_had_is_said(site: str, path: str, said: str, tmp_path: P
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::1]", "[::ffff:127.0.0.1]"])
 def test_this_machine_is_not_asked(host: str, site: str, tmp_path: Path) -> None:
-    with pytest.raises(AudioError, match=r"is not a public address|there is no host"):
+    with pytest.raises(AudioError, match=r"is not a public address|cannot be found|is not one of web servers"):
         fetch(f"http://{host}:{site.rpartition(':')[2]}/a.wav", tmp_path, most=1000)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("address", ["file:///etc/passwd", "/etc/passwd", "http://", "http://[", ""])
 def test_only_http_is_spoken(address: str, tmp_path: Path) -> None:
-    with pytest.raises(AudioError, match="begins with http:// or https://"):
+    with pytest.raises(AudioError, match="begins with http:// or https:// and a host"):
         fetch(address, tmp_path, most=1000)
-
-
-@pytest.mark.parametrize(
-    ("address", "public"),
-    [
-        ("8.8.8.8", True),
-        ("2001:4860:4860::8888", True),
-        ("::ffff:8.8.8.8", True),
-        ("10.1.2.3", False),
-        ("169.254.169.254", False),
-        ("100.64.0.1", False),
-        ("224.0.0.1", False),
-        ("0.0.0.0", False),
-        ("fe80::1", False),
-        ("fd00::1", False),
-        ("::ffff:192.168.0.1", False),
-        ("2002:7f00:1::", False),
-        ("64:ff9b::a00:1", False),
-    ],
-)
-def test_public_addresses(address: str, public: bool) -> None:
-    assert is_public(ipaddress.ip_address(address)) is public

@@ -135,7 +135,7 @@ def test_a_file_has_the_record_that_the_tagger_gives(client: httpx.Client, graph
     answer = client.post(PATH, files={"file": ("a.wav", file(sound))}, params={"top_k": 2, "window": 1, "hop": 0.5})
     assert answer.status_code == 200
     expected = tuple(Tagger(graph).tag((sound, RATE), top_k=2, window=1.0, hop=0.5))
-    assert Record.from_json(answer.json()) == Record("a.wav", "small", 2.5, expected)
+    assert Record.from_json(answer.json()) == Record("a.wav", "small", 2.5, expected, expected_seconds=2.5, rate=RATE)
 
 
 def test_a_raw_body_and_samples_are_heard_as_a_form_is(client: httpx.Client) -> None:

@@ -51,6 +51,17 @@ def largest_difference(weights: Weights, path: Path) -> float:
     return max(differences)
 
 
+def change_on_noise(exact: Path, int8: Path, config: ModelConfig) -> float:
+    """Return the largest change in probability from a float graph to its int8 one on noise and tones."""
+    sessions = [ort.open_session(path, threads=1) for path in (exact, int8)]
+    name = sessions[0].get_inputs()[0].name
+    changes = []
+    for batch in _example_waves(config) if name == "waves" else _example_feats(config):
+        one, other = (session.run([PROB], {name: batch})[0] for session in sessions)
+        changes.append(float(np.abs(one - other).max()))
+    return max(changes)
+
+
 def _lengths(config: ModelConfig) -> list[tuple[int, int]]:
     """Batch sizes and frames to compare at: one patch, short, the longest piece, and longer where that is allowed."""
     longest = config.target_length

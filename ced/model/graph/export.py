@@ -139,6 +139,8 @@ def _published_metadata() -> dict[str, str]:
 
 def _metadata(weights: Weights) -> dict[str, str]:
     config = weights.config
+    front_end = asdict(config.front_end)
+    del front_end["center"]  # every graph is centred
     special = {} if weights.has_head else {HEAD: NO_HEAD}
     if not config.pad_last:
         special[LONGEST] = str(config.target_length * config.hop_size - 1)
@@ -152,7 +154,7 @@ def _metadata(weights: Weights) -> dict[str, str]:
             "sample_rate": str(SAMPLE_RATE),
             "hop": str(config.hop_size),
             PIECE: str(config.target_length),
-            "preprocessing": json.dumps(asdict(config.front_end)),
+            "preprocessing": json.dumps(front_end),
         }
     )
 

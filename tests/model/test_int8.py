@@ -10,13 +10,13 @@ import soundfile
 import torch
 
 from ced.errors import ConfigError, ExportError
-from ced.model import quantize as quantize_module
+from ced.model.config import ModelConfig
+from ced.model.graph import Input
+from ced.model.graph import compare as compare_module
+from ced.model.graph.compare import Comparison, Figures, export_int8
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
-from ced.model.graph import Input
 from ced.model.runtime import OnnxModel
-from ced.model.quantize import Comparison, Figures, quantize
-from ced.model.config import ModelConfig
 from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 
@@ -49,7 +49,7 @@ def clips(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("source", ["wave", "feats"])
 def test_what_is_in_8_bits(network: CED, source: Input, tmp_path: Path) -> None:
     report = export(weights_of(network), tmp_path / "a.onnx", source)
-    assert quantize(report.path) is None
+    assert export_int8(report.path) is None
     made = onnx.load(tmp_path / "a.int8.onnx")
     weights = {tuple(each.dims): each for each in made.graph.initializer if each.data_type == onnx.TensorProto.INT8}
     assert {(64, 192), (64, 64), (64, 256), (256, 64)} < weights.keys()  # qkv, proj, fc1, fc2
@@ -70,7 +70,7 @@ def test_what_is_in_8_bits(network: CED, source: Input, tmp_path: Path) -> None:
 
 def test_close_to_float(network: CED, tmp_path: Path) -> None:
     report = export(weights_of(network), tmp_path / "a.onnx")
-    quantize(report.path)
+    export_int8(report.path)
     waves = np.random.default_rng(0).normal(0, 0.1, (2, 20_000)).astype(np.float32)
     exact, int8 = OnnxModel(report.path), OnnxModel(tmp_path / "a.int8.onnx")
     assert 0 < np.abs(exact(waves) - int8(waves)).max() < 0.02
@@ -81,7 +81,7 @@ def test_close_to_float(network: CED, tmp_path: Path) -> None:
 
 def test_compared_on_clips(network: CED, clips: Path, tmp_path: Path) -> None:
     report = export(weights_of(network), tmp_path / "a.onnx")
-    found = quantize(report.path, check=clips, bound=100)
+    found = export_int8(report.path, check=clips, bound=100)
     assert found is not None
     assert found.clips == 6
     assert found.exact.accuracy is not None
@@ -93,16 +93,16 @@ def test_refused_past_the_bound(network: CED, clips: Path, tmp_path: Path, monke
     report = export(weights_of(network), tmp_path / "a.onnx")
     (tmp_path / "a.int8.onnx").write_bytes(b"of an earlier export")
     bad = Comparison(6, Figures(0.9, 1.0), Figures(0.89, 1.0), 0.01, 0.1)
-    monkeypatch.setattr(quantize_module, "compare", lambda *_: bad)
+    monkeypatch.setattr(compare_module, "compare", lambda *_: bad)
     with pytest.raises(ExportError, match=r"int8 costs .*a\.onnx 1\.00 points of mAP; at most 0\.3 are allowed"):
-        quantize(report.path, check=clips)
+        export_int8(report.path, check=clips)
     assert sorted(os.listdir(tmp_path)) == ["a.onnx", "clips"]
-    assert quantize(report.path, check=clips, bound=1.1) is bad
+    assert export_int8(report.path, check=clips, bound=1.1) is bad
 
 
 def test_a_bound_below_zero(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="bound is -1"):
-        quantize(tmp_path / "a.onnx", bound=-1)
+        export_int8(tmp_path / "a.onnx", bound=-1)
 
 
 def test_the_figures_in_one_line() -> None:
