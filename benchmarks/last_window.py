@@ -1,7 +1,7 @@
 """Measure how often the last window of a sound gets a wrong tag, when it is short and when it is aligned.
 
-Run as `python benchmarks/last_window.py ESC10` (a few seconds for one fold), where ESC10 is a folder with `meta.tsv` and
-`audio/`. Every clip is cut to 5 s and tagged in one window of full length and a rest of 0.05 to 2 s. Columns:
+Run as `python benchmarks/last_window.py ESC10` (a few seconds for one fold), where ESC10 is a folder with `meta.tsv`
+and `audio/`. Every clip is cut to 5 s and tagged in one window of full length and a rest of 0.05 to 2 s. Columns:
 
     rest         seconds behind the window of full length
     full         of the window of full length: clips with a wrong tag, that is, one of another class at 0.5 or more

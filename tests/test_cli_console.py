@@ -26,7 +26,9 @@ def run(
 ) -> subprocess.CompletedProcess[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CED_OFFLINE": "1", "COLUMNS": "200"}
     command = [sys.executable, "-c", code, *map(str, words)]
-    done = subprocess.run(command, check=False, env=environment, timeout=120, **{"capture_output": True, **options})  # type: ignore[call-overload]
+    done: subprocess.CompletedProcess[bytes] = subprocess.run(
+        command, check=False, env=environment, timeout=120, **{"capture_output": True, **options}
+    )  # type: ignore[call-overload]
     assert b"Traceback" not in (done.stderr or b"")
     assert b"Exception ignored" not in (done.stderr or b"")
     return done
@@ -82,9 +84,10 @@ def test_progress_bars_show_safe_text_and_no_markup(monkeypatch: pytest.MonkeyPa
 def test_data_is_exact_in_a_file_and_safe_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     line = f"1\t{HOSTILE}\n"
     for kind, expected in ((io.StringIO, line), (Terminal, "1\t\\x1b]0;pwned\\x07\\x9b2J\\u202egpj\\r\\n\tx\n")):
-        monkeypatch.setattr(sys, "stdout", kind())
+        output = kind()
+        monkeypatch.setattr(sys, "stdout", output)
         console.show_data(line)
-        assert sys.stdout.getvalue() == expected  # type: ignore[attr-defined]
+        assert output.getvalue() == expected
 
 
 def test_a_hint_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -199,7 +199,7 @@ def _members(experiments: list[Path]) -> list[Path]:
     Raises:
         CheckpointError: none of the folders has a checkpoint.
     """
-    from ced.model.weights import checkpoint_file
+    from ced.model.zoo import checkpoint_file
 
     found: dict[Path, None] = {}
     problems = []

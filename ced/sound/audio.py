@@ -154,11 +154,12 @@ def open_sound(
             outside 1,000-768,000 Hz or more than 64 channels, or no channel of that number. Further ones come from
             `Sound.blocks`.
         ConfigError: `channel` is not one of those above.
-        TooLongError: (while reading) the budget is exceeded.
+        TooLongError: (while reading) the budget is exceeded, or the sound is more than 2**27 samples and more than 4096
+            for each byte of its file, as only files have that are made to exhaust their reader.
         ClosedError: (while reading) `cancelled` returned True.
     """
     number = check_channel(channel)
-    reading = Reading(name_of(source), budget, cancelled)
+    reading = Reading(name_of(source), budget, cancelled=cancelled)
     with ExitStack() as stack:
         opened = open_source(source, reading, stack)
         if number is not None and number > opened.channels:

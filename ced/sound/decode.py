@@ -81,8 +81,7 @@ def _open_path(path: str, reading: Reading, stack: ExitStack) -> Opened:
         raise AudioError(f"cannot be read: {error}", reading.name) from error
     if (wav := plain_wav(file)) is not None:
         return Opened(wav.rate, wav.channels, partial(wav.blocks, file), wav.frames / wav.rate)
-    # As bytes, names that are not valid text are readable too; Windows has no such names.
-    return _open_file(file, reading, stack, path if os.name == "nt" else os.fsencode(path))
+    return _open_file(file, reading, stack)
 
 
 def _regular_file(path: str, name: str) -> io.FileIO:
@@ -129,11 +128,12 @@ class SoundBytes(io.BytesIO):
         self.name = name
 
 
-def _open_file(file: IO[bytes], reading: Reading, stack: ExitStack, path: str | bytes | None = None) -> Opened:
+def _open_file(file: IO[bytes], reading: Reading, stack: ExitStack) -> Opened:
     """Open the sound in a file, or the several that it has, one behind the other."""
     view = View(file, 0, file.seek(0, os.SEEK_END))
     if not view.size:
         raise AudioError("empty (0 bytes)", reading.name)
+    reading.size = view.size
     structure = inspect(view)
     if structure.fault is not None:
         raise AudioError(structure.fault, reading.name)
@@ -143,7 +143,7 @@ def _open_file(file: IO[bytes], reading: Reading, stack: ExitStack, path: str | 
     if rest:
         first = open_part(view, part, True, reading, stack)
         return Opened(first.rate, first.channels, partial(_joined, view, structure, first, reading))
-    opened = open_part(view, part, structure.complete, reading, stack, path)
+    opened = open_part(view, part, structure.complete, reading, stack)
     return opened if structure.seconds is None else replace(opened, seconds=structure.seconds)
 
 

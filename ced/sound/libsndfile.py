@@ -25,7 +25,6 @@ _MOST_FAULTS = 1000  # in a row; behind a fault in an MP3 file, libsndfile looks
 _MOST_FRAMES = 1 << 50  # more are libsndfile's way to say that the number is not known
 _INSPECTED = {"WAV", "WAVEX", "RF64", "AIFF", "AU", "CAF", "W64", "OGG", "FLAC", "MP3"}  # by ced.sound.truncation
 _TRUNCATED = re.compile("should be|truncated")  # in libsndfile's log, of other formats
-_ID3 = b"ID3\x03\0\0\0\0\0\x0a" + bytes(10)  # an empty tag; without one, libsndfile does not recognise MP3
 
 
 class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile ships no types
@@ -35,9 +34,7 @@ class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile ship
         return False
 
 
-def open_part(
-    view: View, part: Part, complete: bool | None, reading: Reading, stack: ExitStack, path: str | bytes | None = None
-) -> Opened:
+def open_part(view: View, part: Part, complete: bool | None, reading: Reading, stack: ExitStack) -> Opened:
     """Open a part of a file, with FFmpeg if libsndfile cannot read it, or not to its end.
 
     Args:
@@ -46,19 +43,15 @@ def open_part(
         complete: whether all of the part is known to be there.
         reading: where faults and warnings are noted.
         stack: closes what is opened.
-        path: of the file; given to libsndfile where it reads the whole file, as that is faster.
 
     Raises:
         AudioError: neither can read it, or there is no sound in it; also from the blocks.
     """
-    seen = view.within(part.start, part.end, part.corrections, _ID3 if part.kind else b"")
+    seen = view.within(part.start, part.end, part.corrections, part.prefix)
     buffered = io.BufferedReader(seen, _BUFFER)  # libsndfile reads MP3 in pieces of a frame
-    if part.kind == "mp3 stream" and (media := open_media(seen, reading, complete, stack)) is not None:
+    if not part.counted and (media := open_media(seen, reading, complete, stack)) is not None:
         return media
-    if path is None or part != Part(0, view.size):
-        file = _open(buffered, stack)
-    elif isinstance(file := _open(path, stack), _ForwardFile) and file.frames > _MOST_FRAMES:
-        file = _open(buffered, stack)  # by its path, a file of unknown length would be read as it grows
+    file = _open(buffered, stack)
     if isinstance(file, AudioError):
         if (media := open_media(seen, reading, complete, stack)) is not None:
             return media
@@ -68,14 +61,14 @@ def open_part(
     if file.format not in _INSPECTED and _TRUNCATED.search(file.extra_info):
         complete = False
     # Of a stream, libsndfile guesses the length; of a cut OGG file, it takes what is there.
-    unknown = file.frames > _MOST_FRAMES or part.kind == "mp3 stream" or (complete is False and file.format == "OGG")
+    unknown = file.frames > _MOST_FRAMES or not part.counted or (complete is False and file.format == "OGG")
     announced = None if unknown else file.frames
     blocks = partial(_blocks, file, buffered, reading, announced, complete)
     seconds = None if announced is None else announced / file.samplerate
     return Opened(file.samplerate, file.channels, blocks, seconds)
 
 
-def _open(source: "str | bytes | io.BufferedReader[View]", stack: ExitStack) -> "_ForwardFile | AudioError":
+def _open(source: "io.BufferedReader[View]", stack: ExitStack) -> "_ForwardFile | AudioError":
     """Open a file with libsndfile; return what is wrong where it cannot."""
     try:
         with catching([]):
@@ -84,15 +77,12 @@ def _open(source: "str | bytes | io.BufferedReader[View]", stack: ExitStack) -> 
         return file
     except soundfile.LibsndfileError as error:
         return AudioError(_reason(error))
-    except TypeError:  # soundfile wants to be told what headerless files (.raw) hold
-        return AudioError("it has no header")
 
 
 def _reason(error: soundfile.LibsndfileError) -> str:
     reason: str = error.error_string.strip().rstrip(".")
-    # What libsndfile says of files that it does not recognise, or that break off in their header.
-    if reason.startswith("File does not exist") or "resource fork" in reason:
-        return "the format is not recognised, or the file is damaged"
+    if "resource fork" in reason or "data offset" in reason:  # what libsndfile says where it has run out of ideas
+        return "Format not recognised"
     return reason.removeprefix("Error : ")
 
 
@@ -143,7 +133,7 @@ def _blocks(
     if file.format in ("FLAC", "MP3") and (failed or missing > slack):
         further, position = yield from _by_ffmpeg(seen, reading, done, file, frames)
         missing -= further
-        if further and file.format == "FLAC" and announced is not None:
+        if further and file.format == "FLAC" and announced is not None and complete is None:
             complete = position > (announced - 0.5) / file.samplerate
         failed &= not further
     if announced is None and file.format == "MP3" and mp3_frames_at(seen, source.tell()) is not None:

@@ -12,6 +12,9 @@ from ced.errors import AudioError, CedError, ClosedError, TooLongError
 
 RATES = (1_000, 768_000)  # Hz
 MOST_CHANNELS = 64
+# Samples x channels for each byte of a file. Digital silence has up to 2,300 in FLAC, 640 in Opus; bombs have 14,000.
+_MOST_PER_BYTE = 4096
+_UNSUSPICIOUS = 1 << 27  # samples x channels that any file may have: 25 minutes of CD sound
 _MOST_VALUES = 1 << 22  # samples x channels in a block: 16 MiB of float32, whatever a header claims
 
 
@@ -66,6 +69,7 @@ class Reading:
     Attributes:
         name: what messages call it.
         budget: samples x channels that may be decoded; None: any number.
+        size: bytes of the file; None: unknown. Far more samples than bytes are no recording.
         cancelled: asked at each block; True ends the reading with ClosedError.
         warnings: what was odd, a phrase each, without the name.
         expected_seconds: what the header claims; None: it claims nothing.
@@ -77,6 +81,7 @@ class Reading:
 
     name: str
     budget: int | None = None
+    size: int | None = None
     cancelled: Callable[[], bool] | None = None
     warnings: list[str] = field(default_factory=list)
     expected_seconds: float | None = None
@@ -96,13 +101,16 @@ class Reading:
 
         Raises:
             ClosedError: the reader has cancelled.
-            TooLongError: the budget is exceeded.
+            TooLongError: the budget is exceeded, or the samples are out of all proportion to the file.
         """
         if self.cancelled is not None and self.cancelled():
             raise ClosedError(f"reading {self.name} was cancelled")
         self._spent += values
         if self.budget is not None and self._spent > self.budget:
             raise TooLongError(f"longer than the {self.budget} samples (times channels) that are allowed", self.name)
+        if self.size is not None and self._spent > max(_UNSUSPICIOUS, _MOST_PER_BYTE * self.size):
+            more = f"more than {_MOST_PER_BYTE} samples for each of its {self.size} bytes"
+            raise TooLongError(f"{more}; no recording is as small, so it is not decoded further", self.name)
 
     def check_form(self, rate: int, channels: int) -> None:
         """Refuse rates and channels that no recording has, but that cost a lot to decode and resample.

@@ -15,9 +15,8 @@ SLACK = 0.1  # seconds; what is less than that is padding, or a rounded length
 _CHUNK = 1 << 20  # bytes read at a time in searches
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
-_FLAC_START = b"fLaC\x00\x00\x00\x22"  # the marker, and the header of the block that is always first
 _MOST_PAGES = 1 << 20  # of an OGG file; 4 GB of ordinary ones
-_MOST_PARTS = 1000  # joined files; what follows is read with the last
+_MOST_PARTS = 1000  # joined files
 _BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # an MP4 or MOV file begins with one of them
 _METADATA = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"cue ", b"smpl", b"JUNK", b"junk", b"FLLR", b"PAD ", b"guan")
 
@@ -29,14 +28,15 @@ class Part:
     Attributes:
         start, end: its bytes.
         corrections: places, counted from `start`, and the bytes to read there instead of what the file has.
-        kind: "" for those that libsndfile recognises by their bytes, "mp3", or "mp3 stream", an MP3 file that does not
-            say how long it is: only FFmpeg reads it to its end.
+        prefix: bytes to read before it.
+        counted: False of an MP3 file that does not say how long it is: only FFmpeg reads it to its end.
     """
 
     start: int
     end: int
     corrections: tuple[tuple[int, bytes], ...] = ()
-    kind: str = ""
+    prefix: bytes = b""
+    counted: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ def inspect(file: View) -> Structure:
         found = _inspect(file.within(start, file.size))
         parts += (replace(part, start=part.start + start, end=part.end + start) for part in found.parts)
         warnings.update(dict.fromkeys(found.warnings))
+        if len(parts) >= _MOST_PARTS:
+            warnings[f"it is joined from more than {_MOST_PARTS} files; what is behind these may be missing"] = None
+            found = replace(found, complete=False)
         if parts[-1].end >= file.size or len(parts) >= _MOST_PARTS:
             parts[-1] = replace(parts[-1], end=file.size)
             return replace(found, parts=tuple(parts), warnings=tuple(warnings))
@@ -126,20 +129,20 @@ def _is_unknown(size: int) -> bool:
 
 @dataclass(frozen=True)
 class _Samples:
-    """The samples of a file: where they begin, how many bytes are announced, and how many make a second.
+    """The samples of a file.
 
     Attributes:
-        size_at, size_as: where the size is, and its layout.
-        unknown: the size that makes libsndfile read to the end of the file; None: what is there.
+        place: of the first, in bytes.
+        announced: how many bytes they have, according to the header.
+        second: how many bytes make a second.
+        corrected: the file with a size that makes libsndfile read all that is there.
         chunks: whether chunks of metadata may follow.
     """
 
     place: int
     announced: int
     second: float
-    size_at: int
-    size_as: str
-    unknown: int | None
+    corrected: Part
     chunks: bool = True
 
 
@@ -148,8 +151,6 @@ def _compare(file: View, samples: _Samples) -> Structure:
     whole, there, announced = Part(0, file.size), file.size - samples.place, samples.announced
     if there <= 0:
         return Structure((whole,), complete=not announced)
-    value = there if samples.unknown is None else samples.unknown
-    corrected = replace(whole, corrections=((samples.size_at, struct.pack(samples.size_as, value)),))
     more = announced - there
     if more > 0:
         if more > samples.place:
@@ -168,9 +169,11 @@ def _compare(file: View, samples: _Samples) -> Structure:
     if rest < SLACK:
         return Structure((whole,), True)
     if not announced:
-        return Structure((corrected,), warnings=(f"its header was never finished; {rest:.2f} s of sound follow it",))
+        return Structure(
+            (samples.corrected,), warnings=(f"its header was never finished; {rest:.2f} s of sound follow it",)
+        )
     warning = f"its header announces {announced / samples.second:.2f} s, but {rest:.2f} s more follow, and are read"
-    return Structure((corrected,), True, warnings=(warning,))
+    return Structure((samples.corrected,), True, warnings=(warning,))
 
 
 def is_chunk(file: View, place: int) -> bool:
@@ -203,11 +206,19 @@ def _wav(file: View) -> Structure:
             kind, _, rate, speed, frame = struct.unpack("<HHIIH", file.at(place, 14).ljust(14, b"\0"))
             second = max(1.0, rate * frame if kind in (1, 3, 0xFFFE) else speed)  # uncompressed, or not
         elif name == b"data":
-            if _is_unknown(size):
-                if not wide_at:
-                    return Structure((Part(0, file.size),))
-                return _compare(file, _Samples(place, wide, second, wide_at, "<Q", None))
-            return _compare(file, _Samples(place, size, second, place - 4, "<I", 0xFFFFFFFF))
+            there = file.size - place
+            if not wide_at and there < 0xFFFFF000:
+                corrected = Part(0, file.size, ((place - 4, b"\xff\xff\xff\xff"),))
+            elif not wide_at:  # under an RF64 file's header, which has such sizes
+                header = struct.pack(
+                    "<4sI8sIQQQI", b"RF64", 0xFFFFFFFF, b"WAVEds64", 28, place + there + 36, there, 0, 0
+                )
+                corrected = Part(12, file.size, ((place - 16, b"\xff\xff\xff\xff"),), header)
+            else:
+                corrected = Part(0, file.size, ((wide_at, struct.pack("<Q", there)),))
+            if _is_unknown(size) and not wide_at:
+                return Structure((Part(0, file.size) if there < 0xFFFFF000 else corrected,))
+            return _compare(file, _Samples(place, wide if _is_unknown(size) else size, second, corrected))
     return _without_samples(file, "data")
 
 
@@ -223,7 +234,8 @@ def _aiff(file: View) -> Structure:
             rate = mantissa * 2.0 ** max(-80, min(0, exponent - 16446))  # an 80-bit float
             second = max(1.0, rate * channels * bits / 8)
         elif name == b"SSND":
-            return _compare(file, _Samples(place, size, second, place - 4, ">I", min(file.size - place, 0x7FFFFFFF)))
+            there = struct.pack(">I", min(file.size - place, 0x7FFFFFFF))
+            return _compare(file, _Samples(place, size, second, Part(0, file.size, ((place - 4, there),))))
     return _without_samples(file, "SSND")
 
 
@@ -234,7 +246,8 @@ def _au(file: View) -> Structure:
         return Structure((Part(0, file.size),))
     width = {3: 2, 4: 3, 5: 4, 6: 4, 7: 8}.get(kind, 1)
     second = max(1.0, rate * channels * width)
-    return _compare(file, _Samples(place, size, second, 8, f"{order}I", 0xFFFFFFFF, chunks=False))
+    corrected = Part(0, file.size, ((8, b"\xff\xff\xff\xff"),))
+    return _compare(file, _Samples(place, size, second, corrected, chunks=False))
 
 
 def _caf(file: View) -> Structure:
@@ -271,16 +284,16 @@ def _w64(file: View) -> Structure:
 
 def _ogg(file: View) -> Structure:
     """Go from page to page of an OGG file (RFC 3533): chained streams, a last page that is not complete."""
-    starts, place, pages = [0], 0, 0
+    starts, page, place, pages = [0], 0, 0, 0
     beginning, last, complete = True, 0, True
     while pages < _MOST_PAGES and len(head := file.at(place, 282)) >= 27:
-        if head[:4] != b"OggS":
-            if (found := _find(file, b"OggS", place)) < 0:
-                place = file.size  # something else follows the last page
+        if head[:4] != b"OggS":  # the page before is damaged, or something else follows it; another may begin within it
+            if (found := _find(file, b"OggS", page + 4)) < 0:
+                place = file.size
                 break
-            place = found
+            page = place = found
             continue
-        pages, last = pages + 1, head[5]
+        pages, last, page = pages + 1, head[5], place
         if last & 2 and not beginning and len(starts) < _MOST_PARTS:
             starts.append(place)
         beginning = bool(last & 2)
@@ -294,9 +307,11 @@ def _ogg(file: View) -> Structure:
 
 
 def _flac(file: View) -> Structure:
-    starts = [0]
-    while len(starts) < _MOST_PARTS and (place := _find(file, _FLAC_START, starts[-1] + 4)) > 0:
-        starts.append(place)
+    starts, place = [0], 4
+    while len(starts) < _MOST_PARTS and (place := _find(file, b"fLaC", place)) > 0:
+        if file.at(place + 4, 4) in (b"\0\0\0\x22", b"\x80\0\0\x22"):  # the header of the block that is always first
+            starts.append(place)
+        place += 4
     # The last 36 bits of these 5 bytes are how many frames there are.
     unknown = not int.from_bytes(file.at(starts[-1] + 21, 5)) & (1 << 36) - 1
     warnings = ("its header does not say how long it is, so its end may be missing",) if unknown else ()
@@ -364,6 +379,7 @@ def _objects_are_complete(file: View) -> bool | None:
 
 _GARBAGE = 4096  # bytes before a frame that are passed over
 _LEAST_FRAMES = 4  # that must follow each other, to be sound and not a coincidence
+_EMPTY_ID3 = b"ID3\x03\0\0\0\0\0\x0a" + bytes(10)  # a tag; libsndfile recognises MP3 only behind one
 # kbit/s of layer III: version 1; versions 2 and 2.5
 _BITRATES = (
     (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -444,13 +460,13 @@ def _mp3(file: View) -> Structure | None:
         assert frame is not None
         name, flags, count, size = struct.unpack(">4sIII", file.at(start + frame.count_at, 16).ljust(16, b"\0"))
         if name not in (b"Xing", b"Info") or not flags & 1 or not count:
-            parts.append(Part(start, file.size, kind="mp3 stream"))
+            parts.append(Part(start, file.size, prefix=_EMPTY_ID3, counted=False))
             return Structure(tuple(parts))
         place = start + size
         if not flags & 2 or size < frame.length or place > file.size or len(parts) + 1 == _MOST_PARTS:
-            parts.append(Part(start, file.size, kind="mp3"))
+            parts.append(Part(start, file.size, prefix=_EMPTY_ID3))
             return Structure(tuple(parts))
-        parts.append(Part(start, place, kind="mp3"))
+        parts.append(Part(start, place, prefix=_EMPTY_ID3))
         complete = True
     if not parts:
         return None

@@ -62,13 +62,19 @@ class View(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Read up to as many bytes as `buffer` has; 0 at the end, and where reading fails (see `fault`)."""
+        target = memoryview(buffer)[: max(0, self.size - self._place)]
         try:
-            data = self.at(self._place, len(buffer))
+            if self._corrections or self._prefix or not isinstance(self._file, io.RawIOBase | io.BufferedIOBase):
+                data = self.at(self._place, len(target))
+                target[: len(data)] = data
+                count = len(data)
+            else:
+                self._file.seek(self._start + self._place)
+                count = self._file.readinto(target) or 0
         except OSError as error:
-            self.fault, data = error, b""
-        buffer[: len(data)] = data
-        self._place += len(data)
-        return len(data)
+            self.fault, count = error, 0
+        self._place += count
+        return count
 
     def seek(self, place: int, whence: int = os.SEEK_SET, /) -> int:
         """Go to a place; to an impossible one, as decoders try in damaged files, at most as far as it is possible."""

@@ -1,10 +1,11 @@
 import io
+import re
 import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import soxr
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, MissingPackageError
-from ced.sound.audio import SAMPLE_RATE, load, load_stored, stream
+from ced.sound import ffmpeg
+from ced.sound.audio import SAMPLE_RATE, load, load_stored, open_sound, stream
 
 av: Any = pytest.importorskip("av")
 
@@ -39,7 +41,7 @@ def write(path: Path, container: str, codec: str, rate: int, samples: NDArray[np
     options = {"movflags": "faststart"} if container in ("ipod", "mp4") else {}
     with av.open(str(path), "w", format=container, options=options) as out:
         track = out.add_stream(codec, rate=rate)
-        track.layout = "stereo"
+        track.layout, track.bit_rate = "stereo", 128_000
         kind, size = track.codec_context.format.name, track.codec_context.frame_size or 1024
         for start in range(0, samples.shape[1], size):
             part = samples[:, start : start + size]
@@ -189,6 +191,164 @@ def test_without_pyav_the_extra_is_named(files: dict[str, Path], monkeypatch: py
         load(files[".m4a"])
     with pytest.raises(MissingPackageError, match=r"http://x/a .* av: pip install 'ced-audio\[media\]'"):
         load("http://x/a")
+
+
+def test_padding_is_removed_where_an_mp4_file_tells_how_much_it_is(tmp_path: Path) -> None:
+    """By the length of the track (edit list), or in the words of iTunes; Opus in WebM and OGG has its own."""
+    for rate, codec in ((44_100, "aac"), (48_000, "aac"), (48_000, "libopus")):
+        path = write(tmp_path / "a.mp4", "mp4", codec, rate, tones(rate, 10.0))
+        wave = load(path)
+        assert len(wave) == 10 * SAMPLE_RATE
+        expected = soxr.resample(tones(rate, 10.0).mean(axis=0), rate, SAMPLE_RATE, "HQ")
+        assert np.corrcoef(wave, expected)[0, 1] > 0.999  # not a sample late
+    for kind in ("webm", "ogg"):
+        assert len(load(write(tmp_path / "a", kind, "libopus", 48_000, tones(48_000, 10.0)))) == 10 * SAMPLE_RATE
+
+
+def box(name: bytes, body: bytes) -> bytes:
+    return (8 + len(body)).to_bytes(4) + name + body
+
+
+def test_padding_in_the_words_of_itunes(tmp_path: Path) -> None:
+    frames = 3 * 44_100
+    path = tmp_path / "a.m4a"
+    samples = np.pad(tones(44_100), ((0, 0), (0, 1000)))
+    write(path, "ipod", "aac", 44_100, samples)
+    assert len(load(path)) > 3.02 * SAMPLE_RATE
+    words = f" 00000000 00000400 {1000:08X} {frames:016X}" + " 00000000" * 8
+    said = (
+        box(b"mean", bytes(4) + b"com.apple.iTunes")
+        + box(b"name", bytes(4) + b"iTunSMPB")
+        + box(b"data", b"\0\0\0\1" + bytes(4) + words.encode())
+    )
+    handler = box(b"hdlr", bytes(8) + b"mdirappl" + bytes(9))
+    tags = box(b"udta", box(b"meta", bytes(4) + handler + box(b"ilst", box(b"----", said))))
+    data = path.read_bytes()
+    film = data.index(b"moov") - 4
+    size = int.from_bytes(data[film : film + 4])
+    body = data[film + 8 : film + size]
+    body = body[: body.index(b"udta") - 4] + tags
+    moved = len(tags) - (size - 8 - (len(body) - len(tags)))
+    place = body.index(b"stco") + 8
+    count = int.from_bytes(body[place : place + 4])
+    offsets = np.frombuffer(body[place + 4 : place + 4 + 4 * count], ">u4") + moved
+    body = body[: place + 4] + offsets.astype(">u4").tobytes() + body[place + 4 + 4 * count :]
+    path.write_bytes(data[:film] + box(b"moov", body) + data[film + size :])
+    assert len(load(path)) == 3 * SAMPLE_RATE
+
+
+def test_a_recording_that_was_not_finished_says_so(files: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "a.m4a"
+    with av.open(str(path), "w", format="ipod") as out:
+        track = out.add_stream("aac", rate=44_100)
+        track.layout = "stereo"
+        for start in range(0, 44_100, 1024):
+            frame = av.AudioFrame.from_ndarray(tones(44_100)[:, start : start + 1024].copy(), "fltp", "stereo")
+            frame.rate, frame.pts = 44_100, start
+            out.mux(track.encode(frame))
+        out.mux(track.encode(None))
+    data = path.read_bytes()
+    index = data.index(b"moov") - 4
+    for cut, why in ((data[:index], "not finished"), (data[: index // 2], "cut short")):
+        with pytest.raises(AudioError, match=rf"no index \(moov\).*{why}"):
+            load(cut, strict=False)
+
+
+def test_a_track_that_changes_its_channels_and_rate(tmp_path: Path) -> None:
+    """As radio programmes do: AAC that goes from mono to stereo."""
+    parts = []
+    for rate, layout in ((44_100, "mono"), (44_100, "stereo"), (22_050, "stereo")):
+        file = io.BytesIO()
+        with av.open(file, "w", format="adts") as out:
+            track = out.add_stream("aac", rate=rate)
+            track.layout = layout
+            channels = track.codec_context.layout.nb_channels
+            for start in range(0, 2 * rate, 1024):
+                samples = np.repeat(tones(rate)[:1, start : start + 1024], channels, axis=0)
+                frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), "fltp", layout)
+                frame.rate, frame.pts = rate, start
+                out.mux(track.encode(frame))
+            out.mux(track.encode(None))
+        parts.append(file.getvalue())
+    with open_sound(b"".join(parts), block_seconds=0.5) as sound:
+        wave = np.concatenate(list(sound.blocks()))
+        assert sound.complete
+        assert [re.sub(" at [0-9.]+ s", "", warning) for warning in sound.warnings] == [
+            "changes from 1 channel at 44100 Hz to 2 channels at 44100 Hz",
+            "changes from 2 channels at 44100 Hz to 2 channels at 22050 Hz",
+        ]
+    np.testing.assert_array_equal(load(b"".join(parts)), wave)
+    assert abs(len(wave) / SAMPLE_RATE - 6) < 0.3
+    for second in (1, 3, 5):
+        piece = wave[second * SAMPLE_RATE :][:8_000]
+        assert pytest.approx(float(np.sqrt(np.mean(piece**2))), rel=0.02) == 0.4 / 2**0.5
+    assert load_stored(b"".join(parts), stereo=True).ndim == 1
+
+
+def test_joined_programme_streams(tmp_path: Path) -> None:
+    """A film behind a sound: streams appear while the file is read."""
+    data = write(tmp_path / "a.mpg", "mpeg", "mp2", 44_100, tones(44_100)).read_bytes()
+    film = io.BytesIO()
+    with av.open(film, "w", format="mpeg") as out:
+        track = out.add_stream("mpeg1video", rate=25)
+        track.width = track.height = 64
+        for value in range(10):
+            out.mux(track.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), value, np.uint8))))
+        out.mux(track.encode(None))
+    assert abs(len(load(data + film.getvalue() + data)) / SAMPLE_RATE - 6) < 0.3
+
+
+def test_pyav_s_own_error_where_streams_appear(files: dict[str, Path]) -> None:
+    """PyAV looks for streams that it does not know, at the end and by chance of memory."""
+
+    class Container:
+        def __init__(self, container: Any) -> None:
+            self.read_timeout = container.read_timeout
+            self.container = container
+
+        def demux(self, track: Any) -> Iterator[Any]:
+            yield from self.container.demux(track)
+            raise IndexError("list index out of range")
+
+    with av.open(str(files[".m4a"])) as container:
+        track = container.streams.audio[0]
+        found = list(ffmpeg._in_time(cast(Any, Container(container)), track, "a"))
+    assert sum(1 for packet in found if packet.size) > 100
+
+
+@pytest.mark.parametrize(
+    "fault", [ValueError("odd"), IndexError("0"), RuntimeError("x\ny"), MemoryError(), OSError(5, "I/O")]
+)
+def test_whatever_a_library_raises_is_an_error_of_the_sound(
+    files: dict[str, Path], fault: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise fault
+
+    def refused() -> AudioError:
+        with pytest.raises(AudioError) as caught:
+            load(files[".webm"])
+        assert caught.value.name == str(files[".webm"])
+        assert str(caught.value).isprintable()
+        return caught.value
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ffmpeg, "_samples", fail)
+        refused()
+    with monkeypatch.context() as patch:
+        patch.setattr(av, "open", fail)
+        refused()
+    with monkeypatch.context() as patch:
+        patch.setattr(soundfile.SoundFile, "_open", fail)
+        refused()
+
+
+def test_wma_that_is_cut_short(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.wma", "asf", "wmav2", 44_100, tones(44_100, 6.0))
+    data = path.read_bytes()
+    assert abs(len(load(data)) / SAMPLE_RATE - 6) < 0.2
+    with pytest.raises(AudioError, match="cut short"):
+        load(data[: len(data) // 2])
 
 
 class Site:
