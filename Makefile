@@ -21,7 +21,7 @@ test-network: .venv/dev.stamp  ## download the published weights and compare the
 
 lock: $(BIN)/uv  ## resolve all dependencies into locks/, with hashes; versions named in constraints.txt are kept
 	$(COMPILE) --extra serve --extra media pyproject.toml -o locks/serve.txt
-	$(COMPILE) --extra train --extra hf --extra media --extra app --extra dev --no-emit-package torch \
+	$(COMPILE) --extra train --extra hf --extra media --extra serve --extra dev --no-emit-package torch \
 		pyproject.toml -o locks/dev.txt
 	echo setuptools | $(COMPILE) - -o locks/build.txt
 

@@ -158,8 +158,8 @@ class WavPack:
                 found = checksum_of(np.frombuffer(data, np.uint8, samples * layout.frame, offset))
             if found != expected:
                 raise PackError(
-                    f"{self._paths[number]} is damaged: clip {quoted(self.names[row])} does not have its checksum; "
-                    "remove the file and run `ced pack` again"
+                    f"{self._paths[number]} is damaged: clip {quoted(self.names[row])} does not have its checksum;"
+                    " remove the file and run `ced pack` again"
                 )
         self._checked[row] = True
 

@@ -224,7 +224,7 @@ def certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "own.pem"
     subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", path, "-out", tmp_path / "c.pem"]
-    subprocess.run([*command, *subject], check=True, capture_output=True)
+    subprocess.run([*map(str, command), *subject], check=True, capture_output=True)
     path.write_bytes(path.read_bytes() + (tmp_path / "c.pem").read_bytes())
     monkeypatch.setattr(web, "_tls", lambda: ssl.create_default_context(cafile=path))
     return path
@@ -507,8 +507,8 @@ def test_a_redirect_of_a_part_does_not_lead_elsewhere(serve: Callable[..., Serve
 def test_playlists_of_playlists_end(serve: Callable[..., Server]) -> None:
     server = serve({})
 
-    class Endless(dict[str, bytes]):
-        def get(self, path: str, default: Any = None) -> bytes:  # type: ignore[override]
+    class Endless(dict[str, bytes | Answer]):
+        def get(self, path: str, default: Any = None) -> Any:
             return master(f"/{int(path[1:]) + 1}", f"/{int(path[1:]) + 1001}")
 
     server.pages = Endless()
