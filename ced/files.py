@@ -9,14 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ced.errors import BusyError, CedError, WriteError
 
 _LONGEST_STEM = 200  # bytes of a name; file systems allow 255
 _STALE = 86_400.0  # seconds without a change, after which a temporary file counts as left behind by a killed process
 _LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.partial$")  # how the names of temporary files end
-_FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
+FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # error numbers of a full disk or a used-up quota
 _LINKS = {errno.ELOOP, errno.EMLINK}  # what opening a link with O_NOFOLLOW fails with; FreeBSD: EMLINK
 _FULL_WORDS = re.compile(r"no space left|errno = 28\b|os error 28\b|disk quota exceeded", re.I)  # of HDF5, Rust, C++
 _swept: set[Path] = set()  # folders that this process has searched for stale files
@@ -67,7 +67,7 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         unnamed = error.filename is None and not isinstance(error, ConnectionError | TimeoutError)
-        if error.errno in _FULL or unnamed or _is_beside(error.filename, path):
+        if error.errno in FULL or unnamed or _is_beside(error.filename, path):
             raise WriteError(path, _reason(error)) from error
         raise
     except Exception as error:  # libraries in C++ and Rust have errors of their own
@@ -96,10 +96,12 @@ def _is_full(path: Path) -> bool:
 
 def _reason(error: OSError) -> str:
     """Return what went wrong, in a few words; HDF5 and Arrow say far more."""
-    if error.errno in _FULL or _FULL_WORDS.search(str(error)):
-        return os.strerror(error.errno if error.errno in _FULL else errno.ENOSPC)
     if error.errno in _LINKS:
         return "it is a link"
+    if error.errno is not None and error.errno in FULL:
+        return os.strerror(error.errno)
+    if _FULL_WORDS.search(str(error)):
+        return os.strerror(errno.ENOSPC)
     return " ".join((error.strerror or str(error)).split()) or type(error).__name__
 
 
@@ -194,6 +196,70 @@ def _opened(path: Path, flags: int) -> BinaryIO:
         file.close()
         raise WriteError(path, "it is not a regular file")
     return file
+
+
+class HeldWriter:
+    """A file to write to that never raises: the first error is held, and what comes after it is dropped.
+
+    It is for C libraries that crash, print tracebacks or lose the error when the file they write to raises one.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file  # unbuffered
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write bytes at the current place."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while len(rest) and self.error is None:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self.error = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        """Give the file a size."""
+        try:
+            return self._file.truncate(size) if self.error is None else size or 0
+        except OSError as error:
+            self.error = error
+            return size or 0
+
+    def read(self, size: int = -1) -> bytes:
+        """Read bytes from the current place."""
+        return self._file.read(size)
+
+    def readinto(self, buffer: Any) -> int:
+        """Read bytes from the current place; zeros stand for what was dropped."""
+        view = memoryview(buffer).cast("B")
+        read = self._file.readinto(view)  # type: ignore[attr-defined]
+        view[read:] = bytes(len(view) - read)
+        return len(view)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a place."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the current place."""
+        return self._file.tell()
+
+    def flush(self) -> None:
+        """Do nothing: nothing is buffered."""
+
+
+@contextmanager
+def errors_held(path: Path) -> Iterator[HeldWriter]:
+    """Open a file to write to, and raise the first error of it at the end, instead of whatever that error led to."""
+    with open(path, "w+b", buffering=0) as file:
+        held = HeldWriter(file)
+        try:
+            yield held
+        finally:
+            if held.error is not None:
+                raise held.error
 
 
 @contextmanager

@@ -5,7 +5,8 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 # Control characters (C0, DEL, C1), line and paragraph separators, lone surrogates (bytes of a file name that are not
 # UTF-8), and format characters: bidirectional marks and overrides, invisible operators, tags. The zero-width joiners
@@ -15,7 +16,7 @@ _UNSAFE = re.compile(
     "\U000e0000-\U000e007f\ud800-\udfff]"
 )
 _BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what ends a line or a cell, or is no text
-_MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))  # byte-order marks
+_MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))  # byte-order marks
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -66,18 +67,38 @@ def csv_lines(rows: Iterable[Sequence[object]], delimiter: str = ",") -> Iterato
         line.truncate()
 
 
-def decoded(data: bytes) -> str:
-    """Decode a text file by its byte-order mark, else as UTF-8; bytes that are not UTF-8 become lone surrogates.
+def decoded(data: bytes, *, strict: bool = False) -> str:
+    """Decode a text file by its byte-order mark, else as UTF-8. Notepad and PowerShell write marks, and UTF-16.
 
-    Notepad and PowerShell write UTF-8 with a mark, and UTF-16.
+    Args:
+        data: the whole file.
+        strict: refuse bytes that are not UTF-8, which otherwise become lone surrogates, as in names of files.
 
     Raises:
-        UnicodeDecodeError: it has the mark of UTF-16, but is not.
+        UnicodeDecodeError: it has the mark of UTF-16, but is not; or as for `strict`.
     """
-    for mark, encoding in _MARKS:
-        if data.startswith(mark):
-            return data[len(mark) :].decode(encoding, "surrogateescape" if encoding == "utf-8" else "strict")
-    return data.decode("utf-8", "surrogateescape")
+    return data.decode(_encoding(data), "strict" if strict else "surrogateescape")
+
+
+def open_text(path: Path) -> TextIO:
+    """Open a text file for reading, decoded as by `decoded`; line ends stay as they are.
+
+    Raises:
+        OSError: it cannot be read.
+        UnicodeDecodeError: as for `decoded`; when the reading comes to the place.
+    """
+    with path.open("rb") as file:
+        encoding = _encoding(file.read(3))
+    return path.open(encoding=encoding, errors="surrogateescape", newline="")
+
+
+def _encoding(begin: bytes) -> str:
+    return next((encoding for mark, encoding in _MARKS if begin.startswith(mark)), "utf-8")
+
+
+def quoted(name: str) -> str:
+    """Return a name as messages and lists show it: in quotes if it has spaces, commas or quotes, or is empty."""
+    return name if name and not set(name) & set(" ,;'\"") else repr(name)
 
 
 def size(count: float) -> str:

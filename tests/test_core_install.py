@@ -1,5 +1,6 @@
 """The core install, as someone gets it who only wants tags: a fresh environment, without torch."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,11 +12,14 @@ import pytest
 import soundfile
 import torch
 
+from ced.model import loading
 from ced.model.config import ModelConfig
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
+from ced.model.torch_scorer import TorchScorer
 from ced.model.vit import CED
-from ced.sound.labels import ClassTable
+from ced.sound.labels import ClassTable, audioset
+from tests.local_hub import LocalHub, published, random_network, running
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "h5py", "pyarrow", "matplotlib")
@@ -112,3 +116,97 @@ def test_what_the_core_lacks_is_named(fresh: Path, graph: Path, tmp_path: Path, 
     assert done.returncode == 1
     *_, line = done.stderr.splitlines()
     assert f"pip install '{extra}'" in line
+
+
+# Runs `ced` with the checksums of random weights in the place of the published ones.
+WITH_CHECKSUMS = """
+import json, sys
+from dataclasses import replace
+from ced.model import zoo
+checksums = json.loads(sys.argv.pop(1))
+for name, sha256 in checksums.items():
+    zoo.MODELS[name] = replace(zoo.MODELS[name], hub=replace(zoo.MODELS[name].hub, sha256=sha256))
+from ced.cli import main
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """A clip of 12 s, longer than one forward pass, and its samples."""
+    path = tmp_path_factory.mktemp("clip") / "noise.flac"
+    soundfile.write(path, np.random.default_rng(0).normal(0.0, 0.1, 12 * 16_000), 16_000, subtype="PCM_16")
+    return path, torch.from_numpy(soundfile.read(path, dtype="float32")[0])
+
+
+@pytest.mark.parametrize("name", ["ced_tiny", "ced_mini", "ced_small", "ced_base"])
+def test_published_names_give_the_scores_of_the_network(
+    fresh: Path, clip: tuple[Path, torch.Tensor], tmp_path: Path, name: str
+) -> None:
+    path, wave = clip
+    network = random_network(name)
+    with torch.inference_mode():
+        ten, thirty = network.probs(wave[None, :160_000])[0], network.probs(wave[None])[0]
+        scorer, waves = TorchScorer(network), wave[None].numpy()
+        columns, embedding = scorer.columns(waves)[0], scorer.embed(waves[:, :160_000])
+    with running(LocalHub()) as hub:
+        models = published(hub, {name: network})
+        checksums = {name: models[name].hub.sha256}  # type: ignore[union-attr]
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+            "CED_CACHE": str(tmp_path / "cache"),
+            "CED_OFFLINE": "",
+        }
+
+        def ced(*words: str) -> str:
+            command: list[str | Path] = [fresh / "python", "-c", WITH_CHECKSUMS, json.dumps(checksums), *words]
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment, timeout=300
+            )
+            assert done.returncode == 0, done.stderr
+            return str(done.stdout)
+
+        def scores(*words: str) -> list[dict[str, float]]:
+            (line,) = ced("tag", "-m", name, "-f", "jsonl", "-k", "527", *words, str(path)).splitlines()
+            return [{tag["label"]: tag["prob"] for tag in piece["tags"]} for piece in json.loads(line)["pieces"]]
+
+        first = scores()[0]
+        assert set(first) == set(audioset().names)
+        assert [first[label] for label in audioset().names] == pytest.approx(ten.tolist(), abs=1e-5)
+        (whole,) = scores("-c", "30")
+        assert [whole[label] for label in audioset().names] == pytest.approx(thirty.tolist(), abs=1e-5)
+        found = scores("-c", "30", "--columns")
+        assert len(found) == len(columns) == 74
+        for row, expected in zip(found[::25], columns[::25], strict=True):
+            assert [row[label] for label in audioset().names] == pytest.approx(expected.tolist(), abs=1e-5)
+        rounded = scores("-c", "30", "--precision", "int8")[0]
+        changes = np.abs(np.array([rounded[label] - whole[label] for label in audioset().names]))
+        assert 0 < changes.max() < 0.05
+        ced("embed", "-m", name, "--windows", "-o", "vectors.npy", str(path))
+        np.testing.assert_allclose(np.load(tmp_path / "vectors.npy")[0], embedding[0], atol=1e-4)
+        assert len(hub.downloads()) == 1
+
+
+def test_tagging_imports_no_more_than_it_needs(fresh: Path, network: CED, tmp_path: Path) -> None:
+    loading.save(tmp_path / "a.safetensors", network)
+    soundfile.write(tmp_path / "a.flac", np.zeros(16_000), 16_000)
+    environment = {**os.environ, "CED_CACHE": str(tmp_path / "cache")}
+    command: list[str | Path] = [
+        fresh / "python",
+        "-X",
+        "importtime",
+        "-m",
+        "ced",
+        "tag",
+        "-m",
+        "a.safetensors",
+        "a.flac",
+    ]
+    for cached in (False, True):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+        imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+        assert "onnxruntime" in imported
+        heavy = {"torch", "transformers", "huggingface_hub", "onnx", "safetensors"} & imported
+        assert heavy == (set() if cached else {"onnx", "safetensors"})

@@ -148,7 +148,7 @@ def read_as_file_and_bytes(folder: Path, data: bytes) -> int | None:
 
 
 def joined(source: Any) -> NDArray[np.float32]:
-    pieces = list(windows(source, 0.5))
+    pieces = list(windows(source, 0.5, tail="short"))
     assert all(len(piece.wave) for piece in pieces)
     return np.concatenate([piece.wave for piece in pieces])
 

@@ -1,17 +1,18 @@
 """The command `ced`; root scripts call it under the published names. Nothing else prints or exits."""
 
 import sys
+from typing import Annotated
 
 import typer
 
-from ced.cli import calibrating, distilling, exporting, listening, serving, showing, tagging
-from ced.cli.console import Commands, set_up_logging, set_up_streams
+import ced
+from ced.cli import calibrating, distilling, exporting, listening, serving, tagging
+from ced.cli.console import Commands, set_up_logging, set_up_streams, show
 from ced.cli.keys import FinetuneCommand, PretrainCommand, StoreCommand, TrainCommand
 
 app = typer.Typer(
     cls=Commands,
     name="ced",
-    help="Tag sounds, and make small models that tag sounds.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     add_completion=False,
@@ -20,12 +21,28 @@ app = typer.Typer(
 )
 _ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
 
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        show(f"ced {ced.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and exit.")
+    ] = False,
+) -> None:
+    """Tag sounds, and make small models that tag sounds."""
+
+
 app.command()(tagging.tag)
 app.command()(tagging.embed)
 app.command()(listening.live)
 app.command()(calibrating.calibrate)
 app.command()(serving.serve)
-app.command("app")(showing.show)
+app.command("app")(serving.show)
 app.command()(exporting.models)
 app.command()(exporting.export)
 app.command()(distilling.pack)

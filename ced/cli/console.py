@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from ced.errors import CedError, MissingPackageError, WriteError, optional_packages
+from ced.files import FULL
 from ced.progress import NotedProgress, silent
 from ced.text import printable
 
@@ -38,21 +39,27 @@ def show(text: object = "") -> None:
     Raises:
         WriteError: standard output cannot be written to.
     """
-    _print(printable(str(text)))
+    _print(printable(str(text)) + "\n")
 
 
-def show_data(line: str) -> None:
-    """Print a line of a table or of JSON: as it is, but on a terminal as a reader may see it.
+def show_data(text: str) -> None:
+    """Print a piece of a table or of JSON: as it is, but on a terminal as a reader may see it.
+
+    Args:
+        text: a line with its end, or a part of a line.
 
     Raises:
         WriteError: standard output cannot be written to.
     """
-    _print(printable(line, keep="\t") if sys.stdout.isatty() else line)
+    if sys.stdout.isatty():
+        end = "\n" if text.endswith("\n") else ""
+        text = printable(text.removesuffix("\n"), keep="\t") + end
+    _print(text)
 
 
-def _print(line: str) -> None:
+def _print(text: str) -> None:
     try:
-        print(line, flush=True)
+        print(text, end="", flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -65,54 +72,33 @@ def tell(text: object) -> None:
         print(printable(str(text)), file=sys.stderr, flush=True)
 
 
-def complain(error: CedError | str) -> None:
-    """Show what is wrong: a line, and the details of an error below it."""
-    if isinstance(error, CedError):
-        tell(f"ced: error: {error.message}{'; ' if error.hint else ''}{error.hint}")
-        for line in error.details:
-            tell(line)
-    else:
-        tell(f"ced: error: {error}")
+_hints: set[str] = set()  # that this command has shown
+
+
+def complain(error: CedError | str, hint: str = "") -> None:
+    """Show what is wrong: a line, with a hint only the first time it applies, and below it the details of an error."""
+    message = error.message if isinstance(error, CedError) else error
+    hint = error.hint if isinstance(error, CedError) else hint
+    tell(f"ced: error: {message}; {hint}" if hint and hint not in _hints else f"ced: error: {message}")
+    _hints.add(hint)
+    for line in error.details if isinstance(error, CedError) else ():
+        tell(line)
 
 
 class Commands(TyperGroup):
     """The commands, with one line for whatever goes wrong in any of them."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Read the words before the command; what is wrong with them is told in safe text."""
-        with _safe_usage_errors():
+        """Read the options before the name of the command, such as --version."""
+        _hints.clear()
+        with _errors_as_lines():
             return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that the words name; errors of the library become exit code 1."""
-        try:
-            with _safe_usage_errors():
-                result = super().invoke(ctx)
+        """Run the command; errors of the library become a line and exit code 1."""
+        with _errors_as_lines():
+            result = super().invoke(ctx)
             _flush()
-        except BrokenPipeError:  # the reader of our output has closed it
-            _drop_output()
-            raise typer.Exit(1) from None
-        except CedError as error:
-            complain(error)
-            _drop_unwritten_output()
-            raise typer.Exit(1) from None
-        except OSError as error:
-            complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-            _drop_unwritten_output()
-            raise typer.Exit(1) from None
-        except ModuleNotFoundError:
-            try:
-                with optional_packages():
-                    raise
-            except MissingPackageError as missing:
-                complain(missing)
-                raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            raise _interrupted() from None
-        except Exception as error:
-            if isinstance(error.__context__, KeyboardInterrupt):  # some libraries wrap it into an error of their own
-                raise _interrupted() from None
-            raise
         return result
 
 
@@ -120,12 +106,36 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # Typer's own, w
 
 
 @contextmanager
-def _safe_usage_errors() -> Iterator[None]:
-    """Make messages about wrong words safe for a terminal; they quote the words, which may be names of files."""
+def _errors_as_lines() -> Iterator[None]:
     try:
         yield
-    except _UsageError as error:
+    except _UsageError as error:  # quotes the words of the command line, which may be names of files
         vars(error)["message"] = printable(vars(error)["message"])
+        raise
+    except BrokenPipeError:  # the reader of our output has closed it
+        _drop_output()
+        raise typer.Exit(1) from None
+    except CedError as error:
+        complain(error)
+        _drop_unwritten_output()
+        raise typer.Exit(1) from None
+    except OSError as error:
+        where = error.filename or ("standard output" if error.errno in FULL else "")
+        complain(f"{where}: {error.strerror}" if where and error.strerror else str(error))
+        _drop_unwritten_output()
+        raise typer.Exit(1) from None
+    except ModuleNotFoundError:
+        try:
+            with optional_packages():
+                raise
+        except MissingPackageError as missing:
+            complain(missing)
+            raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise _interrupted() from None
+    except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # some libraries wrap it into an error of their own
+            raise _interrupted() from None
         raise
 
 

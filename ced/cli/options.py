@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ced.model.graph import Precision as GraphPrecision
-from ced.tag.options import EVENT_THRESHOLD, TOP_K
+from ced.tag.options import EVENT_THRESHOLD, TOP_K, Tail
 
 _INPUT, _WINDOWS, _SELECTION, _EVENTS, _OUTPUT = "Input", "Windows", "Selection", "Events", "Output"  # panels of --help
 
@@ -50,6 +50,14 @@ Hop = Annotated[
 ]
 Columns = Annotated[
     bool, typer.Option("--columns", rich_help_panel=_WINDOWS, help="Score every 0.16 s instead of whole windows.")
+]
+Tails = Annotated[
+    Tail,
+    typer.Option(
+        rich_help_panel=_WINDOWS,
+        help="Length of the last window: aligned, full length and ending with the sound; short, as the published "
+        "program has it, often tagged wrongly.",
+    ),
 ]
 LiveWindow = Annotated[
     float, typer.Option("--window", "-c", rich_help_panel=_WINDOWS, help="Seconds of a window, above 0.")
@@ -164,7 +172,15 @@ Formats = Annotated[
         "--format",
         "-f",
         rich_help_panel=_OUTPUT,
-        help="text, jsonl, csv, audacity, raven, parquet; with --out several.",
+        help="text, jsonl, csv, spreadsheet (CSV without formulas), audacity, raven, parquet; with --out several.",
+    ),
+]
+Clock = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_OUTPUT,
+        help="Add the clock time of each tag to csv, jsonl and parquet: auto (from the file's metadata or name), or "
+        "the time at the start of one sound, as 2024-05-01T05:30:00.",
     ),
 ]
 Out = Annotated[

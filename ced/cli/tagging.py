@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 
 from ced.cli import options
-from ced.cli.console import complain, reporting
+from ced.cli.console import complain, reporting, show, show_data
 from ced.errors import ConfigError
 from ced.machine import cores
 from ced.progress import NotedProgress, silent
@@ -34,6 +34,7 @@ def tag(
     window: options.Window = TagOptions.window,
     hop: options.Hop = None,
     columns: options.Columns = False,
+    tail: options.Tails = TagOptions.tail,
     silence: options.Silence = None,
     topk: options.TopK = None,
     threshold: options.Threshold = None,
@@ -45,6 +46,7 @@ def tag(
     gap: options.Gap = TagOptions.gap,
     shortest: options.Shortest = TagOptions.shortest,
     format: options.Formats = None,
+    clock: options.Clock = None,
     out: options.Out = None,
     combine: options.Combine = False,
     jobs: options.Jobs = None,
@@ -56,11 +58,11 @@ def tag(
     from ced.tag.inputs import find_inputs
     from ced.tag.tagger import Tagger
 
-    kind = _checked_output(format, out, combine)
     settings = TagOptions(
         window=window,
         hop=hop,
         columns=columns,
+        tail=tail,
         silence=silence,
         top_k=topk,
         only=tuple(labels or ()),
@@ -70,8 +72,10 @@ def tag(
         release=release,
         gap=gap,
         shortest=shortest,
+        clock=clock,
     )
     inputs = find_inputs(sounds, sys.stdin.buffer)
+    kind = _checked_output(format, out, combine, len(inputs), clock)
     with (
         reporting() as progress,
         Tagger(model, precision=precision, jobs=jobs or cores(), progress=progress) as tagger,
@@ -101,6 +105,7 @@ def embed(
     precision: options.Precision = "float32",
     window: options.Window = TagOptions.window,
     hop: options.Hop = None,
+    tail: options.Tails = TagOptions.tail,
     windows: options.EachWindow = False,
     jobs: options.Jobs = None,
 ) -> None:
@@ -120,27 +125,32 @@ def embed(
     with reporting() as progress, Tagger(model, precision=precision, jobs=jobs, progress=progress) as tagger:
 
         def process(sound: Input) -> Embedding:
-            return tagger.embed(sound.source, window=window, hop=hop)
+            return tagger.embed(sound.source, window=window, hop=hop, tail=tail)
 
         found = _without_failures(
             batch.results(inputs, process, jobs=jobs, task="embedding", progress=progress), failed
         )
         rows = (row for sound, vectors in found for row in rows_of(sound.name, vectors, windows=windows))
         count = write_embeddings(out, rows)
-    print(f"{out}: {count} vectors of {len(inputs) - len(failed)} sounds, {len(failed)} failed")
+    show(f"{out}: {count} vectors of {len(inputs) - len(failed)} sounds, {len(failed)} failed")
     if failed:
         raise typer.Exit(1)
 
 
-def _checked_output(names: list[str] | None, out: Path | None, combine: bool) -> "Format":
-    """Refuse outputs that cannot be, before any work is done for them; return the first, which may be printed."""
+def _checked_output(
+    names: list[str] | None, out: Path | None, combine: bool, sounds: int, clock: str | None
+) -> "Format":
+    """Refuse impossible outputs before any work is done for them; return the first, which may be printed."""
     from ced.tag.results import formats
 
     if combine and out is None:
         raise ConfigError("--combine says how files are written; name their folder with --out")
     if out is None and len(names or ()) > 1:
         raise ConfigError(f"{' and '.join(names or ())} cannot be printed at once; name a folder with --out")
-    return formats(names or ["text"], shared=combine, lines=out is None)[0]
+    if clock not in (None, "auto") and sounds > 1:
+        raise ConfigError(f"--clock {clock} is the start of one sound; {sounds} are named")
+    shared = combine or (out is None and sounds > 1)
+    return formats(names or ["text"], shared=shared, printed=out is None, clock=clock is not None)[0]
 
 
 def _print_records(
@@ -158,7 +168,7 @@ def _print_records(
     found = _without_failures(batch.results(inputs, process, jobs=jobs, progress=shown), failed)
     assert kind.text is not None
     for text in kind.text(record for _, record in found):
-        print(text, end="", flush=True)
+        show_data(text)
     return len(failed)
 
 
@@ -184,9 +194,9 @@ def _write_records(
         combined=combined,
         jobs=jobs,
         progress=progress,
-        failed=lambda outcome: complain(outcome.error),
+        failed=lambda outcome: complain(outcome.error, hint=outcome.hint),
     )
-    print(summary)
+    show(summary)
     return summary.failed
 
 
@@ -194,7 +204,7 @@ def _without_failures(outcomes: "Iterable[Outcome[T]]", failed: list[str]) -> "I
     """Yield sounds with what was made of them; of the others, show why not and add it to `failed`."""
     for outcome in outcomes:
         if outcome.result is None:
-            complain(outcome.error)
+            complain(outcome.error, hint=outcome.hint)
             failed.append(outcome.error)
         else:
             yield outcome.input, outcome.result

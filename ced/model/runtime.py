@@ -284,9 +284,7 @@ def _graph_of(name_or_path: str | os.PathLike[str], precision: Precision, progre
     path = zoo.local_path(name_or_path)
     if path.suffix == ".onnx":
         return path if precision == "float32" else _quantized(path)
-    from ced.model.weights import checkpoint_file
-
-    checkpoint = checkpoint_file(path)
+    checkpoint = zoo.checkpoint_file(path)
     return _made(checkpoint, _cached(_digest(checkpoint), precision), precision, str(path))
 
 

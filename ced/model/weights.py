@@ -22,14 +22,13 @@ from safetensors.numpy import save as to_bytes
 
 from ced.errors import CheckpointError, ConfigError, TableError, optional_packages
 from ced.files import written_aside
+from ced.model import zoo
 from ced.model.config import ModelConfig, Pooling, checked_config, shapes
 from ced.sound.features import PATCH
 from ced.sound.labels import ClassTable, default_classes, named_by_config
 
 FORMAT_VERSION = 1
 HEADER = "ced"  # one entry of safetensors' metadata, as several would be written in any order
-# Of a folder, the first one present is read: experiments, then Hugging Face folders.
-CHECKPOINT_FILES = ("averaged.safetensors", "last.safetensors", "averaged.pt", "model.safetensors")
 HEAD = "outputlayer."
 CLASS_TOKEN = ("cls_token", "token_pos_embed")
 PRETRAINING = ("decoder", "mask_token")  # beginnings of keys that only masked pre-training has
@@ -93,26 +92,8 @@ def read(path: Path) -> Weights:
         CheckpointError: nothing is there, it is none of these kinds, it is damaged, or it would execute code.
         MissingPackageError: a `.pt` file where torch is not installed.
     """
-    path = checkpoint_file(Path(path))
+    path = zoo.checkpoint_file(Path(path))
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
-
-
-def checkpoint_file(path: Path) -> Path:
-    """Return the file of a checkpoint, which may be given as the folder that it is in.
-
-    Raises:
-        CheckpointError: nothing is there, or an empty file, or the folder holds none.
-    """
-    if path.is_dir():
-        for name in CHECKPOINT_FILES:
-            if (path / name).is_file():
-                return checkpoint_file(path / name)
-        raise CheckpointError(f"folder {path} holds no checkpoint; it needs one of {', '.join(CHECKPOINT_FILES)}")
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
-    if not path.stat().st_size:
-        raise CheckpointError(f"checkpoint {path} is empty (0 bytes)")
-    return path
 
 
 def configured(
@@ -439,8 +420,6 @@ def _refuse_compressed(path: Path) -> None:
 
 def _same_model(path: Path) -> str:
     """Return how the model of a published `.pt` file is had as safetensors."""
-    from ced.model import zoo
-
     for entry in zoo.MODELS.values():
         if entry.zenodo.file == path.name and entry.hub is not None:
             return f"-m {entry.name}"

@@ -6,6 +6,7 @@ Zenodo record, or both.
 
 import difflib
 import hashlib
+import logging
 import os
 import pickle
 import zipfile
@@ -22,8 +23,12 @@ if TYPE_CHECKING:
     from ced.model.config import ModelConfig
     from ced.model.weights import Weights
 
+logger = logging.getLogger(__name__)
+
 WEIGHTS_FILE = "model.safetensors"
 ZENODO = "https://zenodo.org"
+# Of a folder, the first one present is read: experiments, then Hugging Face folders.
+CHECKPOINT_FILES = ("averaged.safetensors", "last.safetensors", "averaged.pt", "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -260,6 +265,33 @@ def damage(source: Hub | Zenodo, path: Path) -> str | None:
     return None if found == source.sha256 else f"its sha256 is {found}, published is {source.sha256}"
 
 
+def checkpoint_file(path: Path) -> Path:
+    """Return the file of a checkpoint, which may be given as the folder that it is in.
+
+    A folder of experiments stands for the newest of them that has a checkpoint: their names are time stamps.
+
+    Raises:
+        CheckpointError: nothing is there, or an empty file, or the folder holds none.
+    """
+    if path.is_dir():
+        if (found := _checkpoint_in(path)) is not None:
+            return checkpoint_file(found)
+        for folder in sorted((one for one in path.iterdir() if one.is_dir()), reverse=True):
+            if (found := _checkpoint_in(folder)) is not None:
+                logger.info("the newest checkpoint of %s is %s", path, found)
+                return checkpoint_file(found)
+        raise CheckpointError(f"folder {path} holds no checkpoint; it needs one of {', '.join(CHECKPOINT_FILES)}")
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    if not path.stat().st_size:
+        raise CheckpointError(f"checkpoint {path} is empty (0 bytes)")
+    return path
+
+
+def _checkpoint_in(folder: Path) -> Path | None:
+    return next((folder / name for name in CHECKPOINT_FILES if (folder / name).is_file()), None)
+
+
 def local_path(name_or_path: str | os.PathLike[str]) -> Path:
     """Return the path that is given instead of a name.
 
@@ -297,6 +329,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _from_hub(source: Hub, progress: Progress) -> Path:
     from ced.model import hub
 
+    if hub.cached(source.repo, WEIGHTS_FILE, source.revision) is None and not hub.offline():
+        logger.info("downloading %s from the Hugging Face hub, once", source.repo)
     path = hub.fetch(source.repo, WEIGHTS_FILE, source.revision, progress)
     if (wrong := damage(source, path)) is not None:
         hub.forget(path)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import soxr
@@ -17,11 +17,13 @@ from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading, join
 __all__ = [
     "AUDIO_SUFFIXES",
     "SAMPLE_RATE",
+    "TAILS",
     "Channel",
     "Mix",
     "Sound",
     "SoundBytes",
     "Source",
+    "Tail",
     "Window",
     "check_channel",
     "cut",
@@ -36,6 +38,9 @@ __all__ = [
 
 SAMPLE_RATE = 16_000
 Channel = str | int  # "mean", "left", "right", or a number from 1
+Tail = Literal["aligned", "short"]
+TAILS: tuple[Tail, ...] = ("aligned", "short")
+_SHORTEST_REST = 2_400  # samples: `features.MIN_SAMPLES`, one patch
 _SIDES = {"left": 1, "right": 2}
 _BLOCK, _LOAD_BLOCK = 10.0, 120.0  # seconds; of `load`, most files are one block
 # The mean of n unrelated channels has 1/n of their power. Far less than that, and they cancel: a wire is swapped.
@@ -47,11 +52,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """A piece of a sound."""
+    """A piece of a sound.
 
-    start: float  # seconds
-    end: float  # seconds
-    wave: NDArray[np.float32]  # (t,) at 16 kHz
+    Attributes:
+        start, end: seconds.
+        wave: (t,) float32 at 16 kHz.
+        new: seconds; what lies before is in earlier windows, too.
+    """
+
+    start: float
+    end: float
+    wave: NDArray[np.float32]
+    new: float = 0.0
 
 
 class Sound:
@@ -353,39 +365,52 @@ def _rest(resampler: Any) -> NDArray[np.float32]:
 
 
 def windows(
-    source: Source, length: float, hop: float | None = None, *, channel: Channel = "mean", strict: bool = True
+    source: Source,
+    length: float,
+    hop: float | None = None,
+    *,
+    tail: Tail = "aligned",
+    channel: Channel = "mean",
+    strict: bool = True,
 ) -> Iterator[Window]:
     """Cut a sound into windows, in bounded memory and without padding.
 
-    Windows start every `hop` seconds. The last is as short as what is left; none only repeats what is already in one.
+    Windows start every `hop` seconds; none only repeats what is in earlier ones. A sound shorter than one window is one
+    window.
 
     Args:
         source, channel, strict: as for `open_sound`.
         length: seconds a window.
         hop: seconds from one start to the next; None means `length`.
+        tail: what becomes of the rest behind the last window of full length. "aligned": the last window has full
+            length too and ends with the sound, so that it overlaps the one before; a rest under 0.15 s, which is less
+            than a patch of a network, is left out. "short": the last window is as short as the rest, as in the
+            published program; models tag such windows wrongly far more often.
 
     Raises:
         AudioError: as for `load`.
         ConfigError: `length` or `hop` is shorter than one sample; raised at once.
     """
-    return cut(stream(source, channel=channel, strict=strict), length, hop)
+    return cut(stream(source, channel=channel, strict=strict), length, hop, tail=tail)
 
 
-def cut(blocks: Iterable[NDArray[np.float32]], length: float, hop: float | None = None) -> Iterator[Window]:
+def cut(
+    blocks: Iterable[NDArray[np.float32]], length: float, hop: float | None = None, *, tail: Tail = "aligned"
+) -> Iterator[Window]:
     """Cut blocks into windows as `windows` does, each as soon as its last sample has come.
 
     Args:
         blocks: (t,) at 16 kHz, of any lengths.
-        length, hop: as for `windows`.
+        length, hop, tail: as for `windows`.
     """
     hop = length if hop is None else hop
     for what, seconds in (("length", length), ("hop", hop)):
         if not 1 <= seconds * SAMPLE_RATE < 2**62:
             raise ConfigError(f"the window {what} is {seconds} s; it must be above 0, at least 1/{SAMPLE_RATE}")
-    return _windows(blocks, round(length * SAMPLE_RATE), round(hop * SAMPLE_RATE))
+    return _windows(blocks, round(length * SAMPLE_RATE), round(hop * SAMPLE_RATE), tail)
 
 
-def _windows(blocks: Iterable[NDArray[np.float32]], size: int, step: int) -> Iterator[Window]:
+def _windows(blocks: Iterable[NDArray[np.float32]], size: int, step: int, tail: Tail) -> Iterator[Window]:
     buffer = np.zeros(0, np.float32)
     held = 0  # the sample that the buffer begins with
     start = 0  # the sample that the next window begins with
@@ -393,17 +418,23 @@ def _windows(blocks: Iterable[NDArray[np.float32]], size: int, step: int) -> Ite
     for block in blocks:
         buffer = np.concatenate((buffer, block))
         while held + len(buffer) >= start + size:
-            yield _window(buffer[start - held : start - held + size], start)
+            yield _window(buffer[start - held : start - held + size], start, seen)
             seen = start + size
             start += step
-        drop = min(start - held, len(buffer))
+        kept = start if tail == "short" else min(start, held + len(buffer) - size)  # for a last window of full length
+        drop = min(max(kept - held, 0), len(buffer))
         buffer, held = buffer[drop:], held + drop
-    if held + len(buffer) > max(start, seen):
-        yield _window(buffer[start - held :], start)
+    end = held + len(buffer)
+    if end <= max(start, seen):
+        return
+    if tail == "short" or not seen:
+        yield _window(buffer[start - held :], start, seen)
+    elif end - seen >= _SHORTEST_REST:
+        yield _window(buffer[end - size - held :], end - size, seen)
 
 
-def _window(wave: NDArray[np.float32], start: int) -> Window:
-    return Window(start / SAMPLE_RATE, (start + len(wave)) / SAMPLE_RATE, wave)
+def _window(wave: NDArray[np.float32], start: int, seen: int) -> Window:
+    return Window(start / SAMPLE_RATE, (start + len(wave)) / SAMPLE_RATE, wave, max(start, seen) / SAMPLE_RATE)
 
 
 def _mean(samples: NDArray[np.float32]) -> NDArray[np.float32]:

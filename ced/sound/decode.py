@@ -15,15 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, TooLongError
-from ced.sound.ffmpeg import is_address, open_address
+from ced.sound.ffmpeg import open_address
 from ced.sound.libsndfile import open_part
 from ced.sound.plainwav import plain_wav
 from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading, boundary
 from ced.sound.truncation import Structure, inspect
 from ced.sound.view import View
+from ced.sound.web import is_address
 
 AUDIO_SUFFIXES = frozenset(
-    {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64"}
+    {".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"}
+    | {".au", ".snd", ".caf", ".voc", ".sph", ".nist", ".avr", ".paf", ".pvf", ".sf", ".ircam", ".sds"}
 )
 FULL_SCALE = 32_768  # the int16 that stands for 1.0
 LOUDEST = 1e6  # floats beyond it are not sound, but other data, or scaled by mistake; models fail at far higher ones

@@ -55,10 +55,10 @@ def device(name: str | None = None, channel: Channel = 1) -> LiveSource:
 
     Args:
         name: its number, or any part of its name that no other has; None: the one that the system prefers.
-        channel: as for `ced.sound.audio.open_sound`.
+        channel: as for `ced.sound.audio.open_sound`; most inputs claim more channels than are connected.
 
     Raises:
-        ConfigError: there is no such channel.
+        ConfigError: `channel` is not one.
     """
     number = check_channel(channel)
     called = "the default input device" if name is None else f"input device {name}"

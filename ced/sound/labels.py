@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from ced.errors import TableError
+from ced.text import decoded
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def read_classes(path: Path) -> ClassTable:
         TableError: a column is missing, the indices are not 0, 1, 2, ..., or a name is given twice.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = decoded(Path(path).read_bytes(), strict=True)
     except (OSError, UnicodeDecodeError) as error:
         raise TableError(f"cannot read class table {path}: {error}") from error
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]

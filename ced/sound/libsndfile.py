@@ -56,8 +56,8 @@ def open_part(view: View, part: Part, complete: bool | None, reading: Reading, s
         if (media := open_media(seen, reading, complete, stack)) is not None:
             return media
         more = f", {MEDIA_KINDS}" if is_installed() else f"; {install_command('media')} adds {MEDIA_KINDS}"
-        reason = f"cannot be decoded: {file.reason}; readable are complete files of {_KINDS}{more}"
-        raise AudioError(reason, reading.name) from file
+        hint = f"readable are complete files of {_KINDS}{more}"
+        raise AudioError(f"cannot be decoded: {file.reason}", reading.name, hint=hint) from file
     if file.format not in _INSPECTED and _TRUNCATED.search(file.extra_info):
         complete = False
     # Of a stream, libsndfile guesses the length; of a cut OGG file, it takes what is there.

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from ced.errors import AudioError, ConfigError
 from ced.sound import audio
 from ced.sound.audio import SAMPLE_RATE, Channel, Mix, Window, check_channel
 from ced.sound.decode import checked
-from ced.sound.ffmpeg import is_address, open_address
+from ced.sound.ffmpeg import is_rtsp, open_address, open_rtsp
 from ced.sound.reading import Block, Reading
+from ced.sound.web import is_address, without_password
 
 BLOCK = 0.1  # seconds that are read at a time
 _DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before each further attempt to open a source; the last is kept
@@ -47,22 +49,22 @@ class LiveSource:
 
 
 def address(url: str, channel: Channel = "mean") -> LiveSource:
-    """Return the stream behind an http(s) address, decoded as it arrives.
+    """Return the stream behind an http(s) or rtsp address, decoded as it arrives.
 
-    What a server sends in advance is heard as by a player, hardly faster than it sounds; where that ends, so does the
-    delay.
+    What a server sends in advance is read hardly faster than it sounds, as by a player; where that ends, so does the
+    delay. A password in the address is not a part of the name.
 
     Args:
         url: the address.
         channel: as for `ced.sound.audio.open_sound`.
 
     Raises:
-        ConfigError: it is no such address, or no such channel.
+        ConfigError: it is not such an address, or no such channel.
     """
-    if not is_address(url):
-        raise ConfigError(f"{url} is no http(s) address; sounds in files are for `ced tag`")
+    if not (is_address(url) or is_rtsp(url)):
+        raise ConfigError(f"{url} is not an http(s) or rtsp address; sounds in files are for `ced tag`")
     check_channel(channel)
-    return LiveSource(url, lambda: _paced(_received(url, channel)))
+    return LiveSource(without_password(url), lambda: paced(_received(url, channel)))
 
 
 def blocks(found: Iterable[NDArray[Any]], rate: int, name: str = "<blocks>", channel: Channel = "mean") -> LiveSource:
@@ -265,15 +267,15 @@ class _Course:
 
 def _received(url: str, channel: Channel) -> Iterator[NDArray[np.float32]]:
     with ExitStack() as stack:
-        reading = Reading(url)
-        opened = open_address(url, stack, reading, live=True)
+        reading = Reading(without_password(url))
+        opened = (open_rtsp if is_rtsp(url) else partial(open_address, live=True))(url, stack, reading)
         # Each packet as it comes: what is joined to blocks would wait for more.
-        yield from audio.resampled(checked(opened.blocks(1), reading), Mix(channel, url))
+        yield from audio.resampled(checked(opened.blocks(1), reading), Mix(channel, reading.name))
         if reading.broken:
-            raise AudioError(reading.cut, url)
+            raise AudioError(reading.warnings[-1] if reading.warnings else reading.cut, reading.name)
 
 
-def _paced(found: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+def paced(found: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
     """Yield blocks hardly faster than they sound, as servers send what they have in store all at once."""
     due = time.monotonic()
     for block in found:

@@ -1,35 +1,66 @@
 """What the words of a command line mean: files, folders, patterns, lists, addresses, sound on standard input."""
 
 import glob
+import io
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from urllib.parse import quote, urlsplit
 
 from ced.errors import AudioError, ConfigError
 from ced.sound import audio
-from ced.sound.ffmpeg import MEDIA_SUFFIXES, is_address
+from ced.sound.ffmpeg import MEDIA_SUFFIXES
+from ced.sound.web import is_address
+from ced.text import decoded
 
 SUFFIXES = audio.AUDIO_SUFFIXES | MEDIA_SUFFIXES  # what is taken from folders, whether or not PyAV is there to read it
+_KINDS_NAMED = 5  # of files that were left out, before the rest is counted
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Input:
-    """A sound to be tagged."""
+    """A sound to be tagged, or one of its channels."""
 
     name: str  # what records call it
     source: audio.Source
     relative: Path  # where its output goes in a tree that mirrors the inputs'; its own suffix included
+    channel: int | None = None  # from 1, where each channel is tagged on its own
+
+    @property
+    def key(self) -> str:
+        """What tells it from all other inputs of a run."""
+        return self.name if self.channel is None else f"{self.name} [channel {self.channel}]"
+
+
+def each_channel(inputs: Iterable[Input]) -> Iterator[Input]:
+    """Yield an input for each channel of each sound; one that cannot be opened stays as it is, and fails later."""
+    for item in inputs:
+        if isinstance(item.source, io.IOBase):  # every channel reads it
+            item = replace(item, source=item.source.read())
+        try:
+            with audio.open_sound(item.source) as sound:
+                channels = sound.channels
+        except AudioError:
+            yield item
+            continue
+        for number in range(1, channels + 1):
+            place = item.relative.with_name(f"{item.relative.name}.channel{number}")
+            yield replace(item, relative=place, channel=number)
 
 
 def find_inputs(words: Sequence[str], stdin: BinaryIO | None = None) -> list[Input]:
     """Find the sounds that words stand for, in the order of the words, each sound once.
 
-    A word is a file; a folder (its sounds of known kinds, with those of its folders, sorted; hidden ones and linked
-    folders are left out); a pattern with `*`, `?`, `[...]` or `**` (sorted); an http(s) address; `-`, sound on
-    `stdin`; `@FILE` or `@-`, a list of files, folders and addresses, each ended by a line feed (or all by zero bytes).
+    A word is a file; a folder (its sounds of known kinds, with those of its folders, sorted; what is left out of it,
+    such as other kinds, hidden files, linked folders, pipes and devices, is counted in a note); a pattern with `*`,
+    `?`, `[...]` or `**` (sorted); an http(s) address; `-`, sound on `stdin`; `@FILE` or `@-`, a list of files, folders
+    and addresses, each ended by a line feed (or all by zero bytes), in UTF-8, or in UTF-16 with a byte-order mark.
     A file that is not there is an input all the same: reading it fails, as with any other that cannot be read.
 
     `relative` of what a folder or the fixed part of a pattern holds is its place therein; of files that are named one
@@ -85,14 +116,57 @@ def _meant(word: str, places: dict[str, Path]) -> Iterator[Input]:
 
 def _in_folder(folder: str) -> Iterator[Input]:
     files: list[str] = []
-    for path, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        kept = (name for name in names if not name.startswith(".") and _suffix(name) in SUFFIXES)
-        files += (os.path.join(path, name) for name in kept)
+    left_out: Counter[str] = Counter()
+    _search(folder, files, left_out)
     if not files:
-        raise AudioError(f"folder {folder} holds no sound files ({', '.join(sorted(SUFFIXES))})")
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise AudioError(f"folder {folder} holds no sound files{_counted(left_out, ': ')}", hint=f"known are {kinds}")
+    if left_out:
+        _log.info("%s: %d files or folders left out%s", folder, left_out.total(), _counted(left_out, ": "))
     for file in sorted(files, key=lambda file: file.split(os.sep)):
         yield Input(file, file, Path(os.path.relpath(file, folder)))
+
+
+def _search(folder: str, files: list[str], left_out: Counter[str]) -> None:
+    """Add the sounds of a folder, and of those below it, to `files`; count what is left out by its kind."""
+    folders = [folder]
+    while folders:
+        place = folders.pop()
+        try:
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    kind = _left_out_as(entry)
+                    if kind is not None:
+                        left_out[kind] += 1
+                    elif entry.is_dir():
+                        folders.append(os.path.join(place, entry.name))
+                    else:
+                        files.append(os.path.join(place, entry.name))
+        except OSError as error:
+            _log.warning("folder %s cannot be searched: %s", place, error.strerror)
+
+
+def _left_out_as(entry: "os.DirEntry[str]") -> str | None:
+    """Return the kind of an entry that is left out; None: it is a sound, or a folder to search."""
+    if entry.name.startswith("."):
+        return "hidden"
+    if entry.is_dir():
+        return "linked folder" if entry.is_symlink() else None
+    if (suffix := _suffix(entry.name)) not in SUFFIXES:
+        return suffix or "without suffix"
+    if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):  # a broken link is an error later
+        return None
+    return "pipe or device"
+
+
+def _counted(kinds: Counter[str], begin: str) -> str:
+    """Return a list of kinds with their numbers, the most common first; empty if there are none."""
+    if not kinds:
+        return ""
+    ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    named = [f"{count} {kind}" for kind, count in ordered[:_KINDS_NAMED]]
+    rest = sum(count for _, count in ordered[_KINDS_NAMED:])
+    return begin + ", ".join([*named, *([f"{rest} of other kinds"] if rest else [])])
 
 
 def _suffix(name: str) -> str:
@@ -112,17 +186,18 @@ def _matching(pattern: str) -> Iterator[Input]:
 
 
 def _listed(word: str, stdin: BinaryIO | None) -> Iterator[Input]:
-    if word == "@-":
-        assert stdin is not None
-        text, name = stdin.read(), "standard input"
-    else:
-        name = word[1:]
-        try:
-            text = Path(name).read_bytes()
-        except OSError as error:
-            raise AudioError(f"cannot read the list {name}: {error.strerror}") from error
-    ends = b"\0" if b"\0" in text else b"\n"
-    words = [os.fsdecode(line.rstrip(b"\r")) for line in text.split(ends)]
+    name = "standard input" if word == "@-" else word[1:]
+    try:
+        if word == "@-":
+            assert stdin is not None
+            text = decoded(stdin.read())
+        else:
+            text = decoded(Path(name).read_bytes())
+    except OSError as error:
+        raise AudioError(f"cannot read the list {name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise AudioError(f"cannot read the list {name}: it begins as UTF-16 text, but is not") from error
+    words = [line.removesuffix("\r") for line in text.split("\0" if "\0" in text else "\n")]
     words = [word for word in words if word.strip()]
     if not words:
         raise AudioError(f"the list {name} names no file")

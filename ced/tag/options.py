@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from ced.errors import ConfigError
+from ced.tag.clock import parse as parse_clock
 
 if TYPE_CHECKING:
     from ced.sound.labels import ClassTable
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 TOP_K = 3  # tags of a window, where neither `top_k` nor thresholds are given
 EVENT_THRESHOLD = 0.5  # of events, where no thresholds are given
+Tail = Literal["aligned", "short"]
 _SHORTEST, _LONGEST = 0.001, 2.0**31  # seconds of a window or hop
 
 
@@ -28,6 +30,7 @@ class TagKeywords(TypedDict, total=False):
     window: float
     hop: float | None
     columns: bool
+    tail: Tail
     silence: float | None
     channel: str | int
     strict: bool
@@ -40,6 +43,7 @@ class TagKeywords(TypedDict, total=False):
     release: float
     gap: float
     shortest: float
+    clock: str | None
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,9 @@ class TagOptions:
         window: seconds of a window.
         hop: seconds from one window's start to the next, at most `window`; None: windows lie end to end.
         columns: score every 0.16 s of a window instead of the window as a whole; windows then lie end to end.
+        tail: the rest behind the last window of full length. "aligned": the last window has full length too and ends
+            with the sound; a rest under 0.15 s is left out. "short": the last window is as short as the rest, as in the
+            published program, and often tagged wrongly.
         silence: windows of a lower level (root mean square, in dB of full scale, below 0) are not scored.
         channel: what is tagged of a sound of several channels: "mean", "left", "right", or a channel's number, from 1.
         strict: refuse files that are cut short, instead of tagging what can be read of them.
@@ -65,6 +72,8 @@ class TagOptions:
         release: part of the threshold that keeps an event going, above 0, at most 1.
         gap: seconds; events of one class that are no further apart are merged.
         shortest: seconds; shorter events are dropped, after merging.
+        clock: the clock time at the start of the sound, for `Record.began`: "auto", from its metadata or name, or a
+            date and time in ISO 8601.
 
     Raises:
         ConfigError: a number is out of range, or two options contradict each other.
@@ -73,6 +82,7 @@ class TagOptions:
     window: float = 10.0
     hop: float | None = None
     columns: bool = False
+    tail: Tail = "aligned"
     silence: float | None = None
     channel: str | int = "mean"
     strict: bool = False
@@ -85,6 +95,7 @@ class TagOptions:
     release: float = 0.5
     gap: float = 0.0
     shortest: float = 0.0
+    clock: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("only", "exclude"):  # lists are common, but could change later
@@ -93,11 +104,17 @@ class TagOptions:
             object.__setattr__(self, name, tuple(value))
         if not isinstance(self.thresholds, int | float | tuple | None):
             object.__setattr__(self, "thresholds", tuple(map(float, self.thresholds)))
-        from ced.sound.audio import check_channel
+        from ced.sound.audio import TAILS, check_channel
 
-        check_channel(self.channel)
+        number = check_channel(self.channel)
+        if self.channel not in ("mean", "left", "right"):  # such as the text "2"
+            object.__setattr__(self, "channel", number)
+        if self.tail not in TAILS:
+            raise ConfigError(f"tail is {self.tail!r}; allowed: {', '.join(TAILS)}")
         self._check_windows()
         self._check_numbers()
+        if self.clock is not None:
+            parse_clock(self.clock)
 
     def _check_windows(self) -> None:
         for name, seconds in (("window", self.window), ("hop", self.step)):

@@ -1,15 +1,21 @@
 """The results of tagging: the scores of a window, its tags, and one record for each sound."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, overload
+from datetime import datetime, timedelta
+from typing import Any, Literal, Protocol, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import ConfigError
+from ced.tag.clock import iso_time
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 1  # of the record, and so of every output that is made of it
+CLOCK_KEYS = ("start_time", "end_time")  # of windows and events, with a clock: ISO 8601
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +84,14 @@ class Timeline(Protocol):
         """What was tagged of a sound of several channels."""
 
     @property
+    def rate(self) -> int | None:
+        """The sampling rate of the sound, in Hz, before it was resampled."""
+
+    @property
+    def began(self) -> datetime | None:
+        """The time of the clock at the start of the sound."""
+
+    @property
     def seconds(self) -> float:
         """How much of the sound was tagged, from its start."""
 
@@ -106,6 +120,8 @@ class Record:
         channel: what was tagged of a sound of several channels: "mean", "left", "right", or a number from 1.
         complete: False if the file is cut short, so that `pieces` cover only a part of the sound.
         expected_seconds: the length of the sound according to its header; None if that does not say.
+        rate: the sampling rate of the sound, in Hz, before it was resampled; None: not known.
+        began: the time of the clock at the start of the sound; without a time zone where none is known.
     """
 
     file: str
@@ -116,6 +132,8 @@ class Record:
     channel: Channel = "mean"
     complete: bool = True
     expected_seconds: float | None = None
+    rate: int | None = None
+    began: datetime | None = None
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -142,7 +160,10 @@ class Record:
         return self.pieces
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """Return a row for each tag, with the columns of the CSV output: file, start, end, label, mid, prob."""
+        """Return a row for each tag, with the columns of the CSV output: file, start, end, label, mid, prob.
+
+        With a clock there are `start_time` and `end_time`, too, in ISO 8601.
+        """
         return [
             {
                 "file": self.file,
@@ -151,28 +172,115 @@ class Record:
                 "label": tag.label,
                 "mid": tag.mid,
                 "prob": tag.prob,
+                **({} if self.began is None else dict(zip(CLOCK_KEYS, clock_times(self.began, piece), strict=True))),
             }
             for piece in self.pieces
             for tag in piece.tags
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as a value for `json.dumps`."""
-        values = asdict(self)
-        pieces = values.pop("pieces")
-        return {"format": FORMAT_VERSION, **values, "pieces": pieces}
+        """Return the record as a value for `json.dumps`; with a clock, pieces have `start_time` and `end_time`."""
+        head, pieces, tail = json_head(self), [json_piece(self, piece) for piece in self], json_tail(self)
+        return {**head, "pieces": pieces, **tail}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Record":
         """Return the record that `to_json` described.
 
         Raises:
-            ValueError: it is of another format version.
+            ValueError, LookupError, TypeError: it is of another format version, or not a record.
         """
         if values.get("format") != FORMAT_VERSION:
             raise ValueError(f"a record of format {values.get('format')}; this program reads format {FORMAT_VERSION}")
-        pieces = tuple(
-            Tags(piece["start"], piece["end"], tuple(Tag(**tag) for tag in piece["tags"])) for piece in values["pieces"]
+        kind, rate, began = values.get("kind", "windows"), values.get("rate"), values.get("began")
+        expected = values.get("expected_seconds")
+        if kind not in ("windows", "events"):
+            raise ValueError(f"kind is {kind!r}; expected windows or events")
+        return cls(
+            _checked(values["file"], str),
+            _checked(values["model"], str),
+            _seconds(values["seconds"]),
+            tuple(
+                Tags(_seconds(piece["start"]), _seconds(piece["end"]), tuple(_tag(tag) for tag in piece["tags"]))
+                for piece in values["pieces"]
+            ),
+            kind,
+            _channel(values.get("channel", "mean")),
+            values.get("complete", True) is True,
+            None if expected is None else _seconds(expected),
+            None if rate is None else _checked(rate, int),
+            None if began is None else _time(began),
         )
-        fields = ("file", "model", "seconds", "kind", "channel", "complete", "expected_seconds")
-        return cls(**{name: values[name] for name in fields if name in values}, pieces=pieces)
+
+
+def clock_times(began: datetime | None, piece: Tags) -> tuple[str, str] | tuple[None, None]:
+    """Return when a window or event of a sound started and ended by the clock, in ISO 8601; None if not known."""
+    if began is None:
+        return None, None
+    start, end = (began + timedelta(seconds=seconds) for seconds in (piece.start, piece.end))
+    return start.isoformat(timespec="milliseconds"), end.isoformat(timespec="milliseconds")
+
+
+def json_head(record: Timeline) -> dict[str, Any]:
+    """Return what the JSON of a record has before its pieces, which is known before they are."""
+    clock = {} if record.began is None else {"began": record.began.isoformat()}
+    return {
+        "format": FORMAT_VERSION,
+        "file": record.file,
+        "model": record.model,
+        "kind": record.kind,
+        "channel": record.channel,
+        "rate": record.rate,
+        **clock,
+    }
+
+
+def json_piece(record: Timeline, piece: Tags) -> dict[str, Any]:
+    """Return the JSON of one piece of a record; with a clock it has `start_time` and `end_time`."""
+    times = {} if record.began is None else dict(zip(CLOCK_KEYS, clock_times(record.began, piece), strict=True))
+    return {**asdict(piece), **times}
+
+
+def json_tail(record: Timeline) -> dict[str, Any]:
+    """Return what the JSON of a record has after its pieces."""
+    return {"seconds": record.seconds, "complete": record.complete, "expected_seconds": record.expected_seconds}
+
+
+def _channel(value: Any) -> Channel:
+    return _checked(value, int) if isinstance(value, int) else _checked(value, str)
+
+
+def _tag(values: dict[str, Any]) -> Tag:
+    index, mid = values["index"], values["mid"]
+    return Tag(
+        _checked(values["label"], str),
+        None if index is None else _checked(index, int),
+        None if mid is None else _checked(mid, str),
+        _number(values["prob"]),
+    )
+
+
+def _checked(value: Any, kind: type[T]) -> T:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{value!r:.40} in place of a {kind.__name__}")
+    return value
+
+
+def _time(value: Any) -> datetime:
+    time = iso_time(_checked(value, str))
+    if time is None:
+        raise ValueError(f"{value!r:.40} in place of a date and time")
+    return time
+
+
+def _seconds(value: Any) -> float:
+    seconds = _number(value)
+    if not 0 <= seconds < 1e10:
+        raise ValueError(f"{seconds} in place of a number of seconds")
+    return seconds
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r:.40} in place of a number")
+    return value

@@ -1,17 +1,27 @@
-"""Writers: what records look like on paper, each kind as other programs read it. Column names are an interface."""
+"""Writers of records: text, JSON lines, CSV, Parquet, Audacity and Raven tables. Column names are an interface."""
 
-import csv as rfc4180
-import io
-import json
-import re
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from ced.errors import ConfigError, MissingPackageError
 from ced.files import written_aside
-from ced.tag.records import FORMAT_VERSION, Tag, Tags, Timeline
+from ced.sound.web import is_address
+from ced.tag.records import (
+    CLOCK_KEYS,
+    FORMAT_VERSION,
+    Tag,
+    Tags,
+    Timeline,
+    clock_times,
+    json_head,
+    json_piece,
+    json_tail,
+)
+from ced.text import cell, csv_lines, json_line, printable
 
 COLUMNS = ("file", "start", "end", "label", "mid", "prob")  # of CSV and Parquet; seconds, and a probability
 RAVEN_COLUMNS = (
@@ -27,81 +37,107 @@ RAVEN_COLUMNS = (
     "Label",
     "Score",
 )
-HIGHEST = 8000  # Hz; what models hear reaches so far up
+_SIDES: Mapping[str | int, int] = {"mean": 1, "left": 1, "right": 2}  # the channel that Raven shows
+_HIGHEST = 8000.0  # Hz; the upper edge of the mel filters of all models
 _ROW_GROUP = 1 << 16  # rows of a Parquet file that are in memory at a time
-_BREAKS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")  # what would break a line or a column that nothing quotes
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a cell begins with that spreadsheet programs take for a formula
+_MARK = "\ufeff"  # byte-order mark, without which Excel takes UTF-8 for another encoding
 
 
 def text(records: Iterable[Timeline]) -> Iterator[str]:
-    """Yield lines for a reader: a heading with the name, then each window's tags, a blank line after each window."""
+    """Yield lines for a reader: a heading with the name, then each window's tags, a blank line after each window.
+
+    All text is printable.
+    """
     for record in records:
-        yield f"===== {_plain(record.file)} =====\n"
+        yield f"===== {printable(record.file)} =====\n"
         for number, piece in enumerate(record):
             if number:
                 yield "\n"
             for rank, tag in enumerate(piece.tags, start=1):
-                yield f"[{piece.start:.1f}s]-[{piece.end:.1f}s] Topk-{rank} {tag.label} {tag.prob:.4f}\n"
+                yield f"[{piece.start:.1f}s]-[{piece.end:.1f}s] Topk-{rank} {printable(tag.label)} {tag.prob:.4f}\n"
         yield "\n"
 
 
 def jsonl(records: Iterable[Timeline]) -> Iterator[str]:
     """Yield each record as a line of JSON, piece by piece; an interrupted one is closed, as not complete."""
     for record in records:
-        head = {"format": FORMAT_VERSION, "file": record.file, "model": record.model, "kind": record.kind}
-        yield f'{json.dumps({**head, "channel": record.channel}, ensure_ascii=False)[:-1]}, "pieces": ['
+        yield f'{json_line(json_head(record))[:-1]}, "pieces": ['
         try:
             for number, piece in enumerate(record):
-                yield ", " * (number > 0) + json.dumps(asdict(piece), ensure_ascii=False)
+                yield ", " * (number > 0) + json_line(json_piece(record, piece))
         except GeneratorExit:
             raise
-        except BaseException:
-            yield _end(record, complete=False)
+        except BaseException:  # Ctrl-C, too
+            yield f"], {json_line({**json_tail(record), 'complete': False})[1:]}\n"
             raise
-        yield _end(record, complete=record.complete)
+        yield f"], {json_line(json_tail(record))[1:]}\n"
 
 
-def _end(record: Timeline, complete: bool) -> str:
-    values = {"seconds": record.seconds, "complete": complete, "expected_seconds": record.expected_seconds}
-    return f"], {json.dumps(values)[1:]}\n"
+def csv(records: Iterable[Timeline], *, clock: bool = False) -> Iterator[str]:
+    """Yield a header and a line for each tag, quoted as in RFC 4180; fields that hold line breaks span lines.
+
+    Args:
+        records: what to write.
+        clock: add `CLOCK_KEYS`, empty for sounds whose clock time is not known.
+    """
+    for line in csv_lines(_table(records, clock)):
+        yield f"{line}\n"
 
 
-def csv(records: Iterable[Timeline]) -> Iterator[str]:
-    """Yield a header and a line a tag, quoted as RFC 4180 has it."""
-    yield ",".join(COLUMNS) + "\n"
-    line = io.StringIO()
-    writer = rfc4180.writer(line, lineterminator="\n")
+def spreadsheet(records: Iterable[Timeline], *, clock: bool = False) -> Iterator[str]:
+    """Yield CSV for spreadsheet programs: with a byte-order mark, and an apostrophe before what could be a formula.
+
+    A file may be named `=HYPERLINK(...).wav`, which Excel, LibreOffice and Google Sheets would run.
+    """
+    rows = (tuple(_inert(value) for value in row) for row in _table(records, clock))
+    for number, line in enumerate(csv_lines(rows)):
+        yield f"{line}\n" if number else f"{_MARK}{line}\n"
+
+
+def _inert(value: str) -> str:
+    return f"'{value}" if value.startswith(_FORMULA) else value
+
+
+def _table(records: Iterable[Timeline], clock: bool) -> Iterator[tuple[str, ...]]:
+    yield COLUMNS + CLOCK_KEYS if clock else COLUMNS
     for record, piece, tag in _rows(records):
-        times = (f"{piece.start:.6f}", f"{piece.end:.6f}")
-        writer.writerow((record.file, *times, tag.label, tag.mid or "", f"{tag.prob:.6f}"))
-        yield line.getvalue()
-        line.seek(0)
-        line.truncate()
+        row = (record.file, f"{piece.start:.6f}", f"{piece.end:.6f}", tag.label, tag.mid or "", f"{tag.prob:.6f}")
+        yield (*row, *(time or "" for time in clock_times(record.began, piece))) if clock else row
 
 
 def audacity(records: Iterable[Timeline]) -> Iterator[str]:
-    """Yield a label a tag, for Audacity's File > Import > Labels.
+    """Yield a label for each tag, for Audacity's File > Import > Labels.
 
-    A label is all that Audacity shows of it, so the probability is a part of its text.
+    Audacity shows nothing but the label, so the probability is a part of its text.
     """
     for _, piece, tag in _rows(records):
-        yield f"{piece.start:.6f}\t{piece.end:.6f}\t{_plain(tag.label)} {tag.prob:.2f}\n"
+        yield f"{piece.start:.6f}\t{piece.end:.6f}\t{cell(tag.label)} {tag.prob:.2f}\n"
 
 
 def raven(records: Iterable[Timeline]) -> Iterator[str]:
-    """Yield a selection table for Raven: a header and a row a tag, over all frequencies that models hear.
+    """Yield a selection table for Raven: a header and a row for each tag, over all frequencies of models and sound.
 
-    Raven opens several sounds as one sequence: "Begin Time (s)" counts from the start of the first,
+    Raven opens several sounds as one sequence: "Begin Time (s)" counts from the start of the first sound of the table,
     "File Offset (s)" from the start of each.
     """
     yield "\t".join(RAVEN_COLUMNS) + "\n"
     number, before = 0, 0.0
     for record in records:
+        highest = _HIGHEST if record.rate is None else min(_HIGHEST, record.rate / 2)
+        place = cell(_whole_path(record.file))
+        channel = _SIDES.get(record.channel, record.channel)
         for _, piece, tag in _rows([record]):
             number += 1
-            times = f"{before + piece.start:.6f}\t{before + piece.end:.6f}\t0.0\t{HIGHEST:.1f}"
-            where = f"{_plain(record.file)}\t{piece.start:.6f}"
-            yield f"{number}\tSpectrogram 1\t1\t{times}\t{where}\t{_plain(tag.label)}\t{tag.prob:.6f}\n"
+            times = f"{before + piece.start:.6f}\t{before + piece.end:.6f}\t0.0\t{highest:.1f}"
+            what = f"{piece.start:.6f}\t{cell(tag.label)}\t{tag.prob:.6f}"
+            yield f"{number}\tSpectrogram 1\t{channel}\t{times}\t{place}\t{what}\n"
         before += record.seconds
+
+
+def _whole_path(file: str) -> str:
+    """Return the absolute path of a file, which Raven needs; an address or a name such as <stdin> as it is."""
+    return file if is_address(file) or file.startswith("<") else os.path.abspath(file)
 
 
 def _rows(records: Iterable[Timeline]) -> Iterator[tuple[Timeline, Tags, Tag]]:
@@ -111,21 +147,19 @@ def _rows(records: Iterable[Timeline]) -> Iterator[tuple[Timeline, Tags, Tag]]:
                 yield record, piece, tag
 
 
-def _plain(words: str) -> str:
-    return _BREAKS.sub(" ", words)
-
-
-def _write_parquet(records: Iterable[Timeline], path: Path) -> None:
+def _write_parquet(records: Iterable[Timeline], path: Path, *, clock: bool = False) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
     kinds = (pa.string(), pa.float64(), pa.float64(), pa.string(), pa.string(), pa.float32())
-    schema = pa.schema(list(zip(COLUMNS, kinds, strict=True)), {"ced.format": str(FORMAT_VERSION)})
-    columns: list[list[object]] = [[] for _ in COLUMNS]
+    names = COLUMNS + CLOCK_KEYS if clock else COLUMNS
+    fields = list(zip(names, kinds + (pa.string(),) * (len(names) - len(kinds)), strict=True))
+    schema = pa.schema(fields, {"ced.format": str(FORMAT_VERSION)})
+    columns: list[list[object]] = [[] for _ in names]
     with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
 
         def flush() -> None:
-            arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
+            arrays = [pa.array(column, kind) for column, (_, kind) in zip(columns, fields, strict=True)]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
             for column in columns:
                 column.clear()
@@ -133,7 +167,8 @@ def _write_parquet(records: Iterable[Timeline], path: Path) -> None:
         for record, piece, tag in _rows(records):
             name = record.file.encode("utf-8", "backslashreplace").decode()
             row = (name, piece.start, piece.end, tag.label, tag.mid, tag.prob)
-            for column, value in zip(columns, row, strict=True):
+            times = clock_times(record.began, piece) if clock else ()
+            for column, value in zip(columns, (*row, *times), strict=True):
                 column.append(value)
             if len(columns[0]) == _ROW_GROUP:
                 flush()
@@ -142,56 +177,79 @@ def _write_parquet(records: Iterable[Timeline], path: Path) -> None:
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write records."""
+    """A way to write records.
 
-    suffix: str  # of its files, behind the name of the sound
-    text: Callable[[Iterable[Timeline]], Iterator[str]] | None  # yields text as pieces come; None: binary
-    shared: bool = True  # whether the sounds of several files can share one output
-    package: str | None = None  # what writing needs beyond the core installation
+    Attributes:
+        suffix: of its files, behind the name of the sound.
+        text: yields what a file holds as the pieces of records come; None: not text.
+        file: writes a file that is not text.
+        shared: whether the sounds of several files can share one output.
+        package: what writing needs beyond the core installation.
+    """
+
+    suffix: str
+    text: Callable[[Iterable[Timeline]], Iterator[str]] | None = None
+    file: Callable[[Iterable[Timeline], Path], None] | None = None
+    shared: bool = True
+    package: str | None = None
 
 
 FORMATS: Mapping[str, Format] = {
     "text": Format(".txt", text),
     "jsonl": Format(".jsonl", jsonl),
     "csv": Format(".csv", csv),
+    "spreadsheet": Format(".spreadsheet.csv", spreadsheet),
     "audacity": Format(".labels.txt", audacity, shared=False),
     "raven": Format(".selections.txt", raven),
-    "parquet": Format(".parquet", None, package="pyarrow"),
+    "parquet": Format(".parquet", file=_write_parquet, package="pyarrow"),
+}
+_CLOCKED: Mapping[str, Format] = {
+    **FORMATS,
+    "csv": replace(FORMATS["csv"], text=partial(csv, clock=True)),
+    "spreadsheet": replace(FORMATS["spreadsheet"], text=partial(spreadsheet, clock=True)),
+    "parquet": replace(FORMATS["parquet"], file=partial(_write_parquet, clock=True)),
 }
 
 
-def formats(names: Sequence[str], *, shared: bool = False, lines: bool = False) -> list[Format]:
+def formats(names: Sequence[str], *, shared: bool = False, printed: bool = False, clock: bool = False) -> list[Format]:
     """Look formats up by name, before any work is done for them.
 
     Args:
-        names: some of `FORMATS`.
+        names: some of `FORMATS`, in capitals or not.
         shared: the sounds of several files go into one output.
-        lines: the output is printed, line by line.
+        printed: the output is printed, line by line.
+        clock: tables have the clock times of tags.
 
     Raises:
-        ConfigError: a name is unknown, a format cannot do what is asked, or its package is not installed.
+        ConfigError: a name is unknown, or a format cannot do what is asked.
+        MissingPackageError: its package is not installed.
     """
+    chosen = []
     for name in names:
-        if name not in FORMATS:
-            raise ConfigError(f"there is no output format {name}; there are {', '.join(FORMATS)}")
-        chosen = FORMATS[name]
-        if shared and not chosen.shared:
-            raise ConfigError(f"the output format {name} has no place for a file's name; write an output for each file")
-        if lines and chosen.text is None:
-            raise ConfigError(f"the output format {name} is no text that could be printed; write it to a folder")
-        if chosen.package and find_spec(chosen.package) is None:
-            raise MissingPackageError(chosen.package, f"the output format {name}")
-    return [FORMATS[name] for name in names]
+        if name.lower() not in FORMATS:
+            raise ConfigError(f"unknown output format {name}; allowed: {', '.join(FORMATS)}")
+        found = (_CLOCKED if clock else FORMATS)[name.lower()]
+        if shared and not found.shared:
+            raise ConfigError(f"the output format {name} has no column for a file's name; write a file for each sound")
+        if printed and found.text is None:
+            raise ConfigError(f"the output format {name} is not text and cannot be printed; write it to a folder")
+        if found.package and find_spec(found.package) is None:
+            raise MissingPackageError(found.package, f"the output format {name}")
+        chosen.append(found)
+    return chosen
 
 
 def write(chosen: Format, records: Iterable[Timeline], path: Path) -> None:
-    """Write records to a file, which is there whole or not at all; of any number of them few are in memory.
+    """Write records to a file at once; of any number of records few are in memory.
 
-    Text is UTF-8; of a file name that is not valid text, the bytes that are none are written as escapes.
+    Text is UTF-8; bytes of a file name that are not text become escapes.
+
+    Raises:
+        WriteError: the file cannot be written.
     """
     with written_aside(path, sync=False) as aside:
-        if chosen.text is None:
-            _write_parquet(records, aside)
-            return
-        with aside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.writelines(chosen.text(records))
+        if chosen.file is not None:
+            chosen.file(records, aside)
+        elif chosen.text is not None:
+            with aside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+                file.writelines(chosen.text(records))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ced.errors import ConfigError, TableError
 from ced.sound.labels import ClassTable
 from ced.sound.tables import Table, read_table, write_table
+from ced.text import open_text
 
 FORMAT_VERSION = 1
 NEVER = math.inf  # the threshold of a class that is never to become a tag
@@ -145,10 +146,11 @@ def read_thresholds(path: str | os.PathLike[str], labels: ClassTable, default: f
 
 def _check_version(path: Path) -> None:
     try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-            line = file.readline()
-    except OSError as error:
-        raise TableError(f"cannot read thresholds {path}: {error.strerror}") from error
+        with open_text(path) as file:
+            line = file.readline(1000)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TableError(f"cannot read thresholds {path}: {reason}") from error
     version = re.match(r"# ced thresholds, format (\d+)", line)
     if version and int(version[1]) != FORMAT_VERSION:
         raise TableError(f"thresholds {path} are of format {version[1]}; this program reads format {FORMAT_VERSION}")

@@ -7,7 +7,6 @@ import pytest
 
 from ced.errors import CheckpointError
 from ced.model import zoo
-from ced.model.weights import checkpoint_file
 
 
 @pytest.fixture(autouse=True)
@@ -61,13 +60,13 @@ def test_the_four_taggers_are_pinned() -> None:
 
 def test_the_checkpoint_of_a_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no checkpoint; it needs one of averaged\.safetensors, last"):
-        checkpoint_file(tmp_path)
+        zoo.checkpoint_file(tmp_path)
     for name in ("model.safetensors", "last.safetensors", "averaged.safetensors"):
         (tmp_path / name).write_bytes(b"weights")
-        assert checkpoint_file(tmp_path) == tmp_path / name
+        assert zoo.checkpoint_file(tmp_path) == tmp_path / name
     (tmp_path / "averaged.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"averaged\.safetensors is empty"):
-        checkpoint_file(tmp_path)
+        zoo.checkpoint_file(tmp_path)
 
 
 def test_what_looks_like_a_name_is_taken_for_one(tmp_path: Path) -> None:

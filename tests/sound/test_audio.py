@@ -13,7 +13,18 @@ import soxr
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError
-from ced.sound.audio import AUDIO_SUFFIXES, SAMPLE_RATE, load, load_stored, name_of, stream, windows
+from ced.sound.audio import (
+    AUDIO_SUFFIXES,
+    SAMPLE_RATE,
+    TAILS,
+    Tail,
+    load,
+    load_stored,
+    name_of,
+    stream,
+    windows,
+)
+from ced.sound.features import MIN_SAMPLES
 from ced.sound.plainwav import plain_wav
 
 ESC10 = os.environ.get("CED_ESC10")
@@ -229,10 +240,10 @@ def test_stream_of_a_long_sound_needs_little_memory(tmp_path: Path) -> None:
 
 
 def spans(
-    seconds: float, length: float, hop: float | None = None, rate: int = SAMPLE_RATE
+    seconds: float, length: float, hop: float | None = None, tail: Tail = "short", rate: int = SAMPLE_RATE
 ) -> list[tuple[float, float]]:
     samples = np.zeros(round(seconds * rate), np.float32)
-    return [(window.start, window.end) for window in windows((samples, rate), length, hop)]
+    return [(window.start, window.end) for window in windows((samples, rate), length, hop, tail=tail)]
 
 
 def test_windows_have_a_short_tail_and_no_needless_one() -> None:
@@ -248,13 +259,29 @@ def test_windows_have_a_short_tail_and_no_needless_one() -> None:
     assert spans(2.0, 1.0, rate=44_100) == [(0.0, 1.0), (1.0, 2.0)]
 
 
+def test_an_aligned_last_window_has_full_length_and_ends_with_the_sound() -> None:
+    assert spans(2.0, 1.0, tail="aligned") == [(0.0, 1.0), (1.0, 2.0)]
+    assert spans(2.25, 1.0, tail="aligned") == [(0.0, 1.0), (1.0, 2.0), (1.25, 2.25)]
+    assert spans(0.25, 1.0, tail="aligned") == [(0.0, 0.25)]
+    assert spans(2.25, 1.0, 0.5, tail="aligned") == [(0.0, 1.0), (0.5, 1.5), (1.0, 2.0), (1.25, 2.25)]
+    assert spans(33.0, 30.0, tail="aligned") == [(0.0, 30.0), (3.0, 33.0)]  # of more than one block
+    shortest = MIN_SAMPLES / SAMPLE_RATE
+    assert spans(1.0 + shortest, 1.0, tail="aligned") == [(0.0, 1.0), (shortest, 1.0 + shortest)]
+    assert spans(1.0 + shortest - 1 / SAMPLE_RATE, 1.0, tail="aligned") == [(0.0, 1.0)]
+    assert spans(0.1, 0.05, tail="aligned") == [(0.0, 0.05), (0.05, 0.1)]
+
+
+@pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize(("length", "hop"), [(10.0, None), (1.0, 0.3), (7.0, 9.0), (45.0, 20.0)])
-def test_windows_hold_what_load_gives(tmp_path: Path, length: float, hop: float | None) -> None:
+def test_windows_hold_what_load_gives(tmp_path: Path, length: float, hop: float | None, tail: Tail) -> None:
     path = write(tmp_path / "a.ogg", noise(70, 8_000), 8_000, "OGG", "VORBIS")
     wave = load(path)
-    for window in windows(path, length, hop):
+    end = 0
+    for window in windows(path, length, hop, tail=tail):
+        assert round(window.new * SAMPLE_RATE) == max(end, round(window.start * SAMPLE_RATE))
         start, end = round(window.start * SAMPLE_RATE), round(window.end * SAMPLE_RATE)
         np.testing.assert_array_equal(window.wave, wave[start:end])
+    assert end >= len(wave) - MIN_SAMPLES or (hop or 0) > length
 
 
 @pytest.mark.parametrize(("length", "hop"), [(0.0, None), (-1.0, None), (1.0, 0.0), (float("nan"), 1.0), (1e300, None)])

@@ -427,7 +427,7 @@ def test_an_address_of_a_file_that_libsndfile_reads(site: str) -> None:
 
 
 def test_an_address_that_leads_nowhere(site: str) -> None:
-    with pytest.raises(AudioError, match=r"/none.mp3: .*Server returned 404 Not Found"):
+    with pytest.raises(AudioError, match=r"/none.mp3: .*the server answers 404 Not Found"):
         load(f"{site}/none.mp3")
 
 

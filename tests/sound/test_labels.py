@@ -76,7 +76,7 @@ def test_files_that_are_no_tables(tmp_path: Path, kind: str) -> None:
     if kind == "folder":
         path.mkdir()
     elif kind == "binary":
-        path.write_bytes(b"\xff\xfe\x00index")
+        path.write_bytes(b"\xff\x00index")
     with pytest.raises(TableError, match=r"cannot read class table .*classes\.tsv"):
         read_classes(path)
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from ced.errors import TableError
-from ced.sound.labels import ClassTable, numbered
+from ced.sound.labels import ClassTable, numbered, read_classes
 from ced.sound.tables import LabelsReport, Table, multi_hot, parse_labels, read_table, segments_to_labels, write_table
 
 CLASSES = ClassTable(("dog", "cat", "rain"), ("/m/dog", "/m/cat", "/t/rain"))
@@ -28,6 +28,27 @@ def test_read(tmp_path: Path) -> None:
     assert table.column("filename") == ["a b.wav", 'q "x".wav']
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_read_what_windows_programs_write(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_bytes("filename\tname\r\nKäfer 虫.wav\tx\r\n".encode(encoding))
+    assert read_table(path).columns == {"filename": ["Käfer 虫.wav"], "name": ["x"]}
+    path.write_bytes("index\tname\r\n0\tKäfer\r\n".encode(encoding))
+    assert read_classes(path).names == ("Käfer",)
+
+
+def test_a_table_reads_back_whatever_its_cells_hold(tmp_path: Path) -> None:
+    cells = ["plain", "a\rb", "a\nb", "a\r\nb", "a\tb", 'a"b', "", " a ", "\x1b[0m", "\udce9.wav"]
+    write_table(tmp_path / "a.tsv", {"x": cells, "y": cells[::-1]})
+    assert read_table(tmp_path / "a.tsv").columns == {"x": cells, "y": cells[::-1]}
+
+
+def test_a_table_that_is_not_the_text_it_claims_to_be(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_bytes(b"\xff\xfe" + "a\tb\r\n".encode("utf-16-le") + b"\x00")
+    with pytest.raises(TableError, match=r"cannot read table .*a\.tsv"):
+        read_table(tmp_path / "a.tsv")
+
+
 def test_read_with_another_delimiter(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('filename,name\nä.wav,"one, two"\n', encoding="utf-8")
@@ -44,7 +65,8 @@ def test_tables_that_are_refused(tmp_path: Path) -> None:
     assert "more than one column 'x'" in refused(path, "x\tx\na\tb\n")
     assert "line 3: 1 fields; the header has 2" in refused(path, "x\ty\na\tb\nc\n")
     assert "line 4: 3 fields; the header has 2" in refused(path, "x\ty\na\tb\n\nc\td\te\n")
-    assert "cannot read" in refused(path, 'x\ty\n"a\tb\nc\td\n')  # a quote that never ends must not swallow rows
+    broken = 'x\ty\na\tb\n"c\td\ne\tf\n'  # a quote that never ends must not swallow rows
+    assert "line 3: unexpected end of data; is a quote not closed there?" in refused(path, broken)
     assert "one character; got '||'" in refused(path, "x\n1\n", "||")
     with pytest.raises(TableError, match="No such file"):
         read_table(tmp_path / "none.tsv")

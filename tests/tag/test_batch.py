@@ -238,7 +238,7 @@ def test_other_settings_are_refused_by_name(tree: Path) -> None:
         run(inputs, loudness, Path("out"), settings={"model": "loudness", "window": 2.0, "hop": 1.0})
     assert str(caught.value) == (
         "out/journal.jsonl was begun with window 1.0, now 2.0, hop unset, now 1.0;"
-        " choose another folder, or remove that file to start anew"
+        " choose another folder, or remove that file to start again"
     )
     assert contents(tree / "out") == before
 
@@ -247,7 +247,7 @@ def test_other_settings_are_refused_by_name(tree: Path) -> None:
 def test_another_file_is_no_journal(tree: Path, junk: str) -> None:
     Path("out").mkdir()
     Path("out/journal.jsonl").write_text(junk)
-    with pytest.raises(StoreError, match=r"remove that file to start anew"):
+    with pytest.raises(StoreError, match=r"remove that file to start again"):
         run(find_inputs(["in"]), loudness, Path("out"), settings=SETTINGS)
     assert contents(tree / "out") == {"journal.jsonl": junk.encode()}
 
@@ -341,7 +341,7 @@ def test_a_killed_run_goes_on_and_ends_like_an_unbroken_one(tree: Path) -> None:
 
 
 def test_a_summary_without_time() -> None:
-    summary = str(Summary(2, 0, 2, 0.0, 0.0))
+    summary = str(Summary(2, 0, 0, 2, 0.0, 0.0))
     assert summary == "2 files: 0 tagged, 0 failed, 2 done before; 0.00 h of sound, 0 x real time"
 
 
@@ -392,3 +392,48 @@ def test_a_full_disk_is_one_error_that_names_the_file(tree: Path, small_disk: Pa
     assert (summary.failed, summary.files) == (0, 12)
     run(inputs, loudness, tree / "unbroken", settings=SETTINGS, output=["jsonl"], combined=True)
     assert (out / "tags.jsonl").read_bytes() == (tree / "unbroken/tags.jsonl").read_bytes()
+
+
+RECORD: dict[str, Any] = {"format": 1, "file": "in", "model": "m", "seconds": 1.0, "pieces": []}
+PIECE = {"start": 0.0, "end": 1.0, "tags": [{"label": "a", "index": 0, "mid": None, "prob": 0.5}]}
+
+
+def damaged_lines() -> list[str]:
+    """Return lines that a damaged or hostile journal may have, about the sound `in/0/00.wav`."""
+    good = {"name": "in/0/00.wav", "place": "0/00.wav", "stamp": None, "record": RECORD}
+    wrong: list[object] = [
+        *([], 1, None, "x", {}),
+        *({**good, "name": {}}, {**good, "place": []}, {**good, "stamp": "xy"}, {**good, "stamp": [1]}),
+    ]
+    records: list[object] = [None, [], "x", 1, {}, {**RECORD, "format": 2}]
+    wrong += [{**good, "record": record} for record in records]
+    changes: list[tuple[str, object]] = [("file", 1), ("seconds", "x"), ("pieces", 1), ("pieces", [1]), ("kind", "x")]
+    changes += [("rate", "x"), ("began", "yesterday"), ("pieces", [{**PIECE, "start": "x"}])]
+    changes += [("pieces", [{**PIECE, "tags": [1]}]), ("pieces", [{**PIECE, "tags": [{"label": "a"}]}])]
+    wrong += [{**good, "record": {**RECORD, key: changed}} for key, changed in changes]
+    deep = "[" * 100_000 + "]" * 100_000
+    return [*map(json.dumps, wrong), deep, json.dumps(good).replace('"m"', deep), "{", "\x00", json.dumps(good)[:-5]]
+
+
+@pytest.mark.parametrize("line", damaged_lines(), ids=lambda line: line[:60])
+def test_a_damaged_journal_is_one_error(tree: Path, line: str) -> None:
+    """With the stamp of the file, so that its record is used, where the line has one to replace."""
+    status = os.stat("in/0/00.wav")
+    line = line.replace('"stamp": null', f'"stamp": [{status.st_size}, {status.st_mtime_ns}]')
+    Path("out").mkdir()
+    first = json.dumps({"format": 1, "settings": {**SETTINGS, "record format": 1}})
+    Path("out/journal.jsonl").write_text(f"{first}\n{line}\n")
+    inputs = [Input("in/0/00.wav", "in/0/00.wav", Path("0/00.wav"))]
+    with pytest.raises(StoreError, match=r"line 2 of out/journal\.jsonl is not a line of a journal") as raised:
+        run(inputs, loudness, Path("out"), settings=SETTINGS, output=["csv"])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"format": 1, "settings": []}', '{"format": [], "settings": {}}', "[]"]
+)
+def test_a_journal_with_a_damaged_first_line_is_one_error(tree: Path, line: str) -> None:
+    Path("out").mkdir()
+    Path("out/journal.jsonl").write_text(f"{line}\n")
+    with pytest.raises(StoreError, match=r"journal\.jsonl"):
+        run(find_inputs(["in"]), loudness, Path("out"), settings=SETTINGS)

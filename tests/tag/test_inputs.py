@@ -47,8 +47,61 @@ def test_a_folder_with_its_folders(tree: Path) -> None:
     assert found("in/")[0] == ("in/a/z.mp3", "a/z.mp3")
     assert found(str(tree / "in")) == [(f"{tree}/in/{name}", name) for name in inside]
     assert found("in/a", "in/a/z.mp3") == [("in/a/z.mp3", "z.mp3")]
-    with pytest.raises(AudioError, match=r"^folder none holds no sound files \(.*\.flac, .*\.m4a, "):
+    with pytest.raises(AudioError, match=r"^folder none holds no sound files: 1 \.txt; known are .*\.flac, .*\.m4a, "):
         find_inputs(["in", "none"])
+
+
+def test_what_is_left_out_of_a_folder_is_counted(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ["a.txt", "b.TXT", "c.jpg", "d", "deep/e.txt", "f.png", "g.gif", "h.bmp", "i.pdf", ".j", "sound.wav"]
+    for name in names:
+        path = tree / "mixed" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    caplog.set_level("INFO")
+    assert found("mixed") == [("mixed/sound.wav", "sound.wav")]
+    (note,) = caplog.messages
+    assert note.startswith("mixed: 10 files or folders left out: 3 .txt, ")
+    assert note.endswith(" 3 of other kinds")
+    caplog.clear()
+    assert found("other") == [("other/b.wav", "b.wav")]
+    assert caplog.messages == []
+
+
+KINDS = "ts mxf vob mts m2ts m4v eac3 dts spx gsm voc ogv awb tak mpc bwf BWF"
+
+
+@pytest.mark.parametrize("suffix", KINDS.split())
+def test_kinds_of_recorders_and_films_are_taken(tree: Path, suffix: str) -> None:
+    (tree / f"none/a.{suffix}").touch()
+    assert found("none") == [(f"none/a.{suffix}", f"a.{suffix}")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes and links as POSIX has them")
+def test_only_files_are_taken_from_a_folder(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    os.mkfifo(tree / "other/pipe.wav")
+    (tree / "other/zero.wav").symlink_to("/dev/zero")
+    (tree / "other/folder").symlink_to(tree / "in")
+    (tree / "other/link.wav").symlink_to(tree / "in/b.wav")
+    (tree / "other/broken.wav").symlink_to(tree / "nowhere.wav")
+    (tree / "other/named.wav").mkdir()
+    caplog.set_level("INFO")
+    assert [name for name, _ in found("other")] == ["other/b.wav", "other/broken.wav", "other/link.wav"]
+    assert caplog.messages == ["other: 3 files or folders left out: 2 pipe or device, 1 linked folder"]
+
+
+def test_a_folder_that_cannot_be_searched_is_named(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("a.b"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert ("in/a/z.mp3", "a/z.mp3") in found("in")
+    assert "folder in/a.b cannot be searched: Permission denied" in caplog.text
 
 
 def test_patterns(tree: Path) -> None:
@@ -78,6 +131,24 @@ def test_a_list(tree: Path, ends: str) -> None:
         found("@-", stdin=b"\n \n")
     with pytest.raises(AudioError, match="cannot read the list nothing: No such file"):
         find_inputs(["@nothing"])
+
+
+@pytest.mark.parametrize(
+    ("mark", "encoding"), [(b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")]
+)
+@pytest.mark.parametrize("ends", ["\r\n", "\n"])
+def test_a_list_as_windows_programs_write_it(tree: Path, mark: bytes, encoding: str, ends: str) -> None:
+    (tree / "Käfer 虫.wav").touch()
+    text = mark + ends.join(["in/b.wav", "Käfer 虫.wav", ""]).encode(encoding)
+    (tree / "list").write_bytes(text)
+    assert [name for name, _ in found("@list")] == ["in/b.wav", "Käfer 虫.wav"]
+    assert [name for name, _ in found("@-", stdin=text)] == ["in/b.wav", "Käfer 虫.wav"]
+
+
+def test_a_list_that_is_not_the_text_it_claims_to_be(tree: Path) -> None:
+    (tree / "list").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(AudioError, match="the list list: it begins as UTF-16 text"):
+        found("@list")
 
 
 def test_sound_on_standard_input(tree: Path) -> None:

@@ -1,9 +1,12 @@
 import csv
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -49,6 +52,7 @@ class Interrupted:
 
     file, model, channel = "long.wav", "mine", "left"
     kind: Literal["windows"] = "windows"
+    rate, began = 16_000, None
     seconds, complete, expected_seconds = 10.0, False, 3600.0
 
     def __iter__(self) -> Iterator[Tags]:
@@ -56,7 +60,7 @@ class Interrupted:
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", ["text", "jsonl", "csv", "audacity", "raven"])
+@pytest.mark.parametrize("name", ["text", "jsonl", "csv", "spreadsheet", "audacity", "raven"])
 def test_windows_are_written_as_they_come_and_kept_when_interrupted(name: str) -> None:
     make = FORMATS[name].text
     assert make is not None
@@ -69,7 +73,7 @@ def test_windows_are_written_as_they_come_and_kept_when_interrupted(name: str) -
     assert whole.endswith("\n")
     if name == "jsonl":
         record = Record.from_json(json.loads(whole))
-        assert record == Record("long.wav", "mine", 10.0, TIMELINE[:1], "windows", "left", False, 3600.0)
+        assert record == Record("long.wav", "mine", 10.0, TIMELINE[:1], "windows", "left", False, 3600.0, 16_000)
 
 
 def test_jsonl_is_a_versioned_record_a_line() -> None:
@@ -77,11 +81,11 @@ def test_jsonl_is_a_versioned_record_a_line() -> None:
     tag = '{"label": "Bark, loud", "index": 0, "mid": null, "prob": 0.75}'
     assert first == (
         '{"format": 1, "file": "a, \\"b\\"\\tc\\nd.wav", "model": "mine", "kind": "windows", "channel": "mean",'
-        f' "pieces": [{{"start": 0.25, "end": 0.5, "tags": [{tag}]}}],'
+        f' "rate": null, "pieces": [{{"start": 0.25, "end": 0.5, "tags": [{tag}]}}],'
         ' "seconds": 1.0, "complete": true, "expected_seconds": null}'
     )
+    assert json.loads(first) == json.loads(json.dumps(ODD.to_json()))
     assert Record.from_json(json.loads(second)) == QUIET
-    assert json.loads(second).keys() == QUIET.to_json().keys()
     assert Record.from_json(json.loads(first)) == ODD
 
 
@@ -112,10 +116,25 @@ def test_raven_selections_of_several_sounds_lie_end_to_end() -> None:
         "Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\tLow Freq (Hz)\tHigh Freq (Hz)"
         "\tBegin Path\tFile Offset (s)\tLabel\tScore"
     )
-    view = "Spectrogram 1\t1"
-    assert rows[0] == f"1\t{view}\t0.000000\t10.000000\t0.0\t8000.0\tsounds/dog.wav\t0.000000\tSpeech\t0.987650"
-    assert rows[2] == f"3\t{view}\t10.000000\t12.340000\t0.0\t8000.0\tsounds/dog.wav\t10.000000\tDog\t0.500000"
-    assert rows[4:] == [f'5\t{view}\t15.590000\t15.840000\t0.0\t8000.0\ta, "b" c d.wav\t0.250000\tBark, loud\t0.750000']
+    view, here, dog = "Spectrogram 1\t1", os.getcwd(), os.path.abspath("sounds/dog.wav")
+    assert rows[0] == f"1\t{view}\t0.000000\t10.000000\t0.0\t8000.0\t{dog}\t0.000000\tSpeech\t0.987650"
+    assert rows[2] == f"3\t{view}\t10.000000\t12.340000\t0.0\t8000.0\t{dog}\t10.000000\tDog\t0.500000"
+    odd = f'{here}/a, "b"\\tc\\nd.wav'
+    assert rows[4:] == [f"5\t{view}\t15.590000\t15.840000\t0.0\t8000.0\t{odd}\t0.250000\tBark, loud\t0.750000"]
+
+
+@pytest.mark.parametrize(
+    ("rate", "highest"), [(None, "8000.0"), (8000, "4000.0"), (16000, "8000.0"), (192000, "8000.0")]
+)
+def test_raven_selections_stay_below_half_the_rate(rate: int | None, highest: str) -> None:
+    _, row, *_ = lines("raven", replace(DOG, rate=rate))
+    assert row.split("\t")[6] == highest
+
+
+@pytest.mark.parametrize("file", ["<stdin>", "https://example.org/a b.wav"])
+def test_raven_names_what_has_no_path_as_it_is(file: str) -> None:
+    _, row, *_ = lines("raven", replace(DOG, file=file))
+    assert row.split("\t")[7] == file
 
 
 def test_parquet_has_the_columns_of_csv(tmp_path: Path) -> None:
@@ -186,12 +205,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 def test_what_a_format_cannot_do_is_said_before_the_work() -> None:
     assert formats(["text", "parquet"]) == [FORMATS["text"], FORMATS["parquet"]]
-    with pytest.raises(ConfigError, match=r"no output format xml; there are text, jsonl, csv, audacity, raven, parq"):
+    assert formats(["JSONL", "Csv"]) == [FORMATS["jsonl"], FORMATS["csv"]]
+    with pytest.raises(ConfigError, match=r"format xml; allowed: text, jsonl, csv, spreadsheet, audacity, raven, parq"):
         formats(["csv", "xml"])
-    with pytest.raises(ConfigError, match="audacity has no place for a file's name"):
+    with pytest.raises(ConfigError, match="audacity has no column for a file's name"):
         formats(["audacity"], shared=True)
-    with pytest.raises(ConfigError, match="parquet is no text"):
-        formats(["parquet"], lines=True)
+    with pytest.raises(ConfigError, match="parquet is not text"):
+        formats(["parquet"], printed=True)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,3 +226,75 @@ def test_importing_brings_no_optional_package() -> None:
     program = "import sys, ced.tag.results; print({'pyarrow', 'torch', 'pydantic', 'onnxruntime'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+HOSTILE = "\x1b]0;pwned\x07\x9b2J\u202egpj.exe\u2066 a\r\nb\tc \u2028 d"
+
+
+def hostile() -> Record:
+    tag = Tag(f"label {HOSTILE}", 0, None, 0.75)
+    return Record(f"name {HOSTILE}", "mine", 1.0, (Tags(0.0, 1.0, (tag,)), Tags(1.0, 2.0, (tag,))))
+
+
+def test_csv_reads_back_as_it_was_whatever_names_hold() -> None:
+    text = "".join(f"{line}\n" for line in lines("csv", hostile()))
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    assert [(row[0], row[3]) for row in rows[1:]] == [(f"name {HOSTILE}", f"label {HOSTILE}")] * 2
+    assert {len(row) for row in rows} == {6}
+
+
+def test_a_lone_carriage_return_does_not_end_a_row() -> None:
+    record = Record("a\rb.wav", "mine", 1.0, DOG.pieces)
+    text = "".join(f"{line}\n" for line in lines("csv", record))
+    assert [row[0] for row in csv.reader(io.StringIO(text, newline=""))] == ["file", *["a\rb.wav"] * 4]
+
+
+@pytest.mark.parametrize("name", ["text", "jsonl", "audacity", "raven"])
+def test_no_line_has_what_moves_a_terminal_or_breaks_a_line(name: str) -> None:
+    found = lines(name, hostile())
+    kept = "\x1b\x07\x9b\r\n\u2028" + ("\u202e\u2066\t" if name in ("text", "jsonl") else "")
+    assert not set("".join(found)) & set(kept)
+    assert r"\u001b" in found[0] if name == "jsonl" else r"\x1b" in "".join(found)
+    if name == "jsonl":
+        assert Record.from_json(json.loads(found[0])) == hostile()
+    if name in ("audacity", "raven"):
+        assert {line.count("\t") for line in found} == {2 if name == "audacity" else 10}
+
+
+@pytest.mark.parametrize("begin", ["=", "+", "-", "@", "\t", "\r"])
+def test_spreadsheets_get_no_formulas(begin: str) -> None:
+    formula = begin + 'HYPERLINK("http://x","y").wav'
+    record = Record(formula, "mine", 1.0, (Tags(0.0, 1.0, (Tag(formula, 0, formula, 0.5),)),))
+    text = "".join(f"{line}\n" for line in lines("spreadsheet", record))
+    assert text[0] == "\ufeff"
+    header, row = csv.reader(io.StringIO(text[1:], newline=""))
+    assert header == ["file", "start", "end", "label", "mid", "prob"]
+    assert row == [f"'{formula}", "0.000000", "1.000000", f"'{formula}", f"'{formula}", "0.500000"]
+    assert formula in next(csv.DictReader(io.StringIO("\n".join(lines("csv", record)), newline="")))["file"]
+
+
+def test_with_a_clock_tables_have_the_time_of_each_tag(tmp_path: Path) -> None:
+    timed = replace(DOG, began=datetime(2024, 5, 1, 5, 30, tzinfo=UTC))
+    local = replace(QUIET, began=datetime(2024, 5, 1, 23, 59, 59, 500_000), pieces=DOG.pieces[1:])
+    times = [
+        ("2024-05-01T05:30:00.000+00:00", "2024-05-01T05:30:10.000+00:00"),
+        ("2024-05-01T05:30:00.000+00:00", "2024-05-01T05:30:10.000+00:00"),
+        ("2024-05-01T05:30:10.000+00:00", "2024-05-01T05:30:12.340+00:00"),
+        ("2024-05-01T05:30:10.000+00:00", "2024-05-01T05:30:12.340+00:00"),
+        *[("2024-05-02T00:00:09.500", "2024-05-02T00:00:11.840")] * 2,
+        ("", ""),
+    ]
+    for name in ("csv", "spreadsheet", "parquet"):
+        (chosen,) = formats([name], clock=True)
+        path = tmp_path / name
+        write(chosen, [timed, local, ODD], path)
+        if name == "parquet":
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        else:
+            rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8-sig"), newline="")))
+        assert list(rows[0])[6:] == ["start_time", "end_time"]
+        assert [(row["start_time"] or "", row["end_time"] or "") for row in rows] == times
+    values = json.loads(lines("jsonl", timed)[0])
+    assert values["began"] == "2024-05-01T05:30:00+00:00"
+    assert (values["pieces"][1]["start_time"], values["pieces"][1]["end_time"]) == times[2]
+    assert Record.from_json(values) == timed

@@ -79,18 +79,36 @@ def spread(network: CED) -> CED:
 
 def test_windows_are_tagged_best_first() -> None:
     wave = np.concatenate([np.full(RATE, 0.75, np.float32), np.full(RATE // 2, 0.25, np.float32)])
-    first, second = Tagger(Levels()).tag((wave, RATE), top_k=2, window=1.0)
+    first, second = Tagger(Levels()).tag((wave, RATE), top_k=2, window=1.0, tail="short")
     assert (first.start, first.end) == (0.0, 1.0)
     assert first.tags == (Tag("high", 0, None, 0.75), Tag("middle", 2, None, 0.5))
     assert (second.start, second.end) == (1.0, 1.5)
     assert second.tags == (Tag("low", 1, None, 0.75), Tag("middle", 2, None, 0.5))
 
 
-def test_short_sounds_and_tails_are_scored_at_their_own_length() -> None:
+def test_a_short_sound_is_scored_at_its_own_length_and_a_rest_as_asked() -> None:
     scorer = Levels()
-    list(Tagger(scorer).tag((np.zeros(RATE, np.float32), RATE)))
-    list(Tagger(scorer).tag((np.zeros(25_000, np.float32), RATE), window=1.0))
-    assert scorer.lengths == [16_000, 16_000, 9_000]
+    sound = (np.zeros(25_000, np.float32), RATE)
+    Tagger(scorer).tag((np.zeros(RATE, np.float32), RATE))
+    aligned = Tagger(scorer).tag(sound, window=1.0)
+    short = Tagger(scorer).tag(sound, window=1.0, tail="short")
+    assert scorer.lengths == [16_000, 16_000, 16_000, 16_000, 9_000]
+    assert [(piece.start, piece.end) for piece in aligned] == [(0.0, 1.0), (0.5625, 1.5625)]
+    assert [(piece.start, piece.end) for piece in short] == [(0.0, 1.0), (1.0, 1.5625)]
+
+
+def test_padding_behind_a_sound_is_not_tagged() -> None:
+    """Decoders of AAC, MP3 and Opus leave a few hundredths of a second behind a clip."""
+    record = Tagger(Levels()).tag((np.zeros(round(10.052 * RATE), np.float32), RATE))
+    assert [(piece.start, piece.end) for piece in record] == [(0.0, 10.0)]
+
+
+def test_a_sound_shorter_than_a_patch_has_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    Tagger(Levels()).tag((np.zeros(2_399, np.float32), RATE), name="click.wav")
+    (warning,) = caplog.records
+    assert "click.wav: only 0.150 s long, too short" in warning.getMessage()
+    Tagger(Levels()).tag((np.zeros(2_400, np.float32), RATE))
+    assert len(caplog.records) == 1
 
 
 def test_hop_makes_windows_overlap() -> None:
@@ -187,6 +205,14 @@ def test_columns_are_scored_every_sixth_of_a_second() -> None:
     assert [float(one.probs[0]) for one in scored[:4]] == [0.0, 0.25, 0.5, 0.75]
 
 
+def test_columns_of_an_aligned_last_window_follow_those_before() -> None:
+    wave = np.repeat(np.linspace(0.0, 0.875, 8, dtype=np.float32), 2560)[: 7 * 2560]  # 1.12 s
+    scored = list(Tagger(Fine()).score((wave, RATE), window=0.8, columns=True))
+    assert [round(one.start, 4) for one in scored] == [0.0, 0.16, 0.32, 0.48, 0.64, 0.8, 0.96]
+    assert [round(one.end, 4) for one in scored] == [0.16, 0.32, 0.48, 0.64, 0.8, 0.96, 1.12]
+    assert [float(one.probs[0]) for one in scored] == [0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75]
+
+
 def test_columns_need_a_model_that_has_them_and_windows_end_to_end() -> None:
     sound = (np.zeros(100, np.float32), RATE)
     with pytest.raises(CheckpointError, match="Levels cannot score columns"):
@@ -211,7 +237,7 @@ def test_silent_windows_are_not_scored_and_have_no_tags() -> None:
 
 def test_an_embedding_has_a_vector_a_window_and_one_of_the_clip() -> None:
     wave = np.concatenate([np.full(RATE, 0.5, np.float32), np.full(RATE // 2, 0.125, np.float32)])
-    found = Tagger(Fine()).embed((wave, RATE), window=1.0)
+    found = Tagger(Fine()).embed((wave, RATE), window=1.0, tail="short")
     assert found.starts.tolist() == [0.0, 1.0]
     assert found.ends.tolist() == [1.0, 1.5]
     assert found.vectors.tolist() == [[16_000, 0.5], [8_000, 0.125]]
