@@ -14,6 +14,7 @@ _OPTIONAL = {
     "h5py": ("h5py", "train"),
     "matplotlib": ("matplotlib", "train"),
     "multipart": ("python-multipart", "serve"),
+    "paho": ("paho-mqtt", "mqtt"),
     "prometheus_client": ("prometheus-client", "serve"),
     "pyarrow": ("pyarrow", "parquet"),
     "python_multipart": ("python-multipart", "serve"),

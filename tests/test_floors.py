@@ -118,7 +118,7 @@ def run_python(program: str) -> str:
         ("ced.config", ["torch"]),
         ("ced.tag.live", ["torch", "onnx", "pyarrow", "pydantic", "sounddevice", "av"]),
         ("ced.sound.device", ["torch", "sounddevice", "av"]),
-        ("ced.tag.server", ["torch", "onnx", "pyarrow"]),
+        ("ced.serve.app", ["torch", "onnx", "pyarrow"]),
         ("ced.cli", ["torch", "numpy", "pydantic", "rich.progress", "fastapi", "uvicorn"]),
     ],
 )

@@ -73,8 +73,8 @@ def device(name: str | None = None, channel: Channel = 1) -> LiveSource:
             opened = True
             found = portaudio.query_devices(_number(name), "input")
             rate = round(found["default_samplerate"])
-            count = min(found["max_input_channels"], MOST_CHANNELS if number is None else number)
-            yield from waves(_blocks(portaudio, found["index"], rate, count, called), rate, called, number)
+            channels = min(found["max_input_channels"], MOST_CHANNELS if number is None else number)
+            yield from waves(_blocks(portaudio, found["index"], rate, channels, called), rate, called, channel)
         except (portaudio.PortAudioError, ValueError) as error:
             raise AudioError(f"{called} cannot be heard: {_reason(error)}") from error
 

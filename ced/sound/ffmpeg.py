@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ced.errors import AudioError, optional_packages
 from ced.sound.reading import Block, Opened, Reading
+from ced.sound.truncation import SLACK
 from ced.sound.view import View
 from ced.sound.web import PATIENCE, TrustedAddress, Web
 
@@ -45,6 +46,10 @@ _AT_ONCE = {"probesize": "32768", "analyzeduration": "1000000"}  # bytes, micros
 # Bytes that FFmpeg may allocate at once. Headers of a few bytes claim gigabytes, while what is needed for a file grows
 # with it: the index of an MP4 file of a day has 90 MB.
 _LEAST_ALLOCATION, _MOST_ALLOCATION, _ALLOCATION = 64 << 20, 256 << 20, 4  # the last for each byte of a file
+_TICKS = 1_000_000  # a second, of the durations of containers
+_GUESSED = {"aac", "mp3", "ac3", "eac3", "dts", "amr", "mpeg", "mpegts", "loas"}  # FFmpeg's names of formats
+_STATED = {"matroska,webm", "avi", "flv", "asf"}  # of the container, not of each track
+_COUNTED = {"ape", "wv", "tta", "tak", "mpc", "mpc8", "shn"}  # with a count of samples
 _MOST_PADDING = 8192  # samples that encoders put behind a sound
 _allocation = 0  # the present limit of FFmpeg
 
@@ -175,8 +180,8 @@ def _open_track(container: "InputContainer", reading: Reading, complete: bool | 
     track = container.streams.audio[0]
     if track.codec_context is None:
         raise AudioError("cannot be decoded: the codec of its sound track is not known here", reading.name)
-    seconds = float(track.duration * track.time_base) if track.duration and track.time_base else None
-    frames = _frames(container, reading, complete, web)
+    seconds = _announced(container, track)
+    frames = _frames(container, reading, complete, seconds, web)
     first = next(frames, None)
     if first is None:
         raise AudioError(reading.cut if reading.broken else "no samples", reading.name)
@@ -185,8 +190,17 @@ def _open_track(container: "InputContainer", reading: Reading, complete: bool | 
     return Opened(first.sample_rate, first.layout.nb_channels, blocks, seconds)
 
 
+def _announced(container: "InputContainer", track: "AudioStream") -> float | None:
+    """Return how many seconds a track has according to its file; None where FFmpeg guesses them from the bit rate."""
+    if track.duration and track.time_base and container.format.name not in _GUESSED:
+        return float(track.duration * track.time_base)
+    if container.duration and container.format.name in _STATED:
+        return container.duration / _TICKS
+    return None
+
+
 def _frames(
-    container: "InputContainer", reading: Reading, complete: bool | None, web: Web | None
+    container: "InputContainer", reading: Reading, complete: bool | None, announced: float | None, web: Web | None
 ) -> Iterator["AudioFrame"]:
     """Decode the first sound track; packets that cannot be decoded are left out, with a warning.
 
@@ -200,7 +214,7 @@ def _frames(
 
     track = container.streams.audio[0]
     track.codec_context.thread_count = 1  # several files are read at once
-    faults, found = 0, False
+    faults, found, seconds = 0, False, 0.0
     last: Exception | None = None
     try:
         for packet in _in_time(container, track, reading.name):
@@ -215,6 +229,7 @@ def _frames(
             for frame in frames:
                 if frame.samples:
                     found, last = True, None
+                    seconds += frame.samples / frame.sample_rate
                     if frame.pts is not None and frame.time_base:
                         reading.position = float(frame.pts * frame.time_base) + frame.samples / frame.sample_rate
                     yield frame
@@ -232,6 +247,8 @@ def _frames(
             reading.warn(f"{web.missing} parts of its playlist cannot be read; they are left out")
     if last is not None and not found:
         raise AudioError(f"cannot be decoded: {_reason(last)}", reading.name) from last
+    if complete is None and announced is not None and container.format.name in _COUNTED:
+        complete = seconds > announced - SLACK
     # Behind the sound of an MP3 file tags of many kinds may follow, which nothing announces.
     if complete is False or (last is not None and complete is None and container.format.name != "mp3"):
         reading.broken = True

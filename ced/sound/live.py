@@ -9,18 +9,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError
 from ced.sound import audio
-from ced.sound.audio import SAMPLE_RATE, Channel, Window
-from ced.sound.decode import checked, to_float
+from ced.sound.audio import SAMPLE_RATE, Channel, Mix, Window, check_channel
+from ced.sound.decode import checked
 from ced.sound.ffmpeg import is_rtsp, open_address, open_rtsp
 from ced.sound.reading import Block, Reading
-from ced.sound.web import is_address
+from ced.sound.web import is_address, without_password
 
 BLOCK = 0.1  # seconds that are read at a time
 _DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before each further attempt to open a source; the last is kept
@@ -60,32 +59,25 @@ def address(url: str, channel: Channel = "mean") -> LiveSource:
         channel: as for `ced.sound.audio.open_sound`.
 
     Raises:
-        ConfigError: it is not such an address, or `channel` is not one.
+        ConfigError: it is not such an address, or no such channel.
     """
-    number = audio.check_channel(channel)
     if not (is_address(url) or is_rtsp(url)):
         raise ConfigError(f"{url} is not an http(s) or rtsp address; sounds in files are for `ced tag`")
-    return LiveSource(_without_password(url), lambda: paced(_received(url, number)))
+    check_channel(channel)
+    return LiveSource(without_password(url), lambda: paced(_received(url, channel)))
 
 
-def _without_password(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # brackets that are not closed, which opening it tells
-        return url
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=f"{parts.username}:***@{host}").geturl()
-
-
-def blocks(found: Iterable[NDArray[Any]], rate: int, name: str = "<blocks>") -> LiveSource:
+def blocks(found: Iterable[NDArray[Any]], rate: int, name: str = "<blocks>", channel: Channel = "mean") -> LiveSource:
     """Return a source of blocks (t, channels) of any integer or float type, which can be listened to once.
 
     Whoever listens gets an AudioError at a block of another shape or type, or one that `ced.sound.audio.load` would
     refuse.
+
+    Raises:
+        ConfigError: `channel` is not one that `ced.sound.audio.open_sound` accepts.
     """
-    return LiveSource(name, lambda: waves(_shaped(found, name), rate, name), endless=False)
+    check_channel(channel)
+    return LiveSource(name, lambda: waves(_shaped(found, name), rate, name, channel), endless=False)
 
 
 def _shaped(found: Iterable[NDArray[Any]], name: str) -> Iterator[NDArray[Any]]:
@@ -97,33 +89,15 @@ def _shaped(found: Iterable[NDArray[Any]], name: str) -> Iterator[NDArray[Any]]:
 
 
 def waves(
-    found: Iterable[NDArray[Any]], rate: int, name: str, channel: int | None = None
+    found: Iterable[NDArray[Any]], rate: int, name: str, channel: Channel = "mean"
 ) -> Iterator[NDArray[np.float32]]:
     """Bring blocks (t, channels) to what models take, (t,) at 16 kHz.
 
-    Args:
-        found: the blocks.
-        rate: of their samples, in Hz.
-        name: what messages call their source.
-        channel: the one to take, from 1; None: the mean of all.
-
     Raises:
-        AudioError: there is no such channel, or a sample is not one of sound; while reading.
+        AudioError: a sample is not a number or far beyond [-1, 1], or there is no such channel.
     """
-    blocks = checked((Block(samples, rate) for samples in found), Reading(name))
-    return audio.resampled(blocks, None if channel is None else _taking(channel, name))
-
-
-def _taking(channel: int, name: str) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
-    """Return what takes one channel, from 1, out of blocks (t, channels)."""
-
-    def take(samples: NDArray[Any]) -> NDArray[np.float32]:
-        if channel > samples.shape[1]:
-            plural = "s" if samples.shape[1] > 1 else ""
-            raise AudioError(f"there is no channel {channel}; it has {samples.shape[1]} channel{plural}", name)
-        return to_float(np.ascontiguousarray(samples[:, channel - 1]))
-
-    return take
+    read = (Block(samples, rate) for samples in found)
+    return audio.resampled(checked(read, Reading(name)), Mix(channel, name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,13 +265,12 @@ class _Course:
         self._closed.wait(delay)
 
 
-def _received(url: str, channel: int | None) -> Iterator[NDArray[np.float32]]:
+def _received(url: str, channel: Channel) -> Iterator[NDArray[np.float32]]:
     with ExitStack() as stack:
-        reading = Reading(_without_password(url))
+        reading = Reading(without_password(url))
         opened = (open_rtsp if is_rtsp(url) else partial(open_address, live=True))(url, stack, reading)
         # Each packet as it comes: what is joined to blocks would wait for more.
-        blocks = checked(opened.blocks(1), reading)
-        yield from audio.resampled(blocks, None if channel is None else _taking(channel, reading.name))
+        yield from audio.resampled(checked(opened.blocks(1), reading), Mix(channel, reading.name))
         if reading.broken:
             raise AudioError(reading.warnings[-1] if reading.warnings else reading.cut, reading.name)
 

@@ -105,12 +105,12 @@ def standard_input(number: int = 0, samples: Samples | None = None, channel: Cha
     Raises:
         ConfigError: `channel` is not one.
     """
-    chosen = check_channel(channel)
+    check_channel(channel)
 
     def opened() -> Iterator[NDArray[np.float32]]:
         pipe = _Pipe(number)
         known, length = (samples, None) if samples is not None else _header(pipe)
-        found = waves(_blocks(pipe, known, length), known.rate, NAME, chosen)
+        found = waves(_blocks(pipe, known, length), known.rate, NAME, channel)
         return paced(found)  # a file that is sent here is heard as it sounds
 
     return LiveSource(NAME, opened, endless=False)

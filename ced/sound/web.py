@@ -59,6 +59,18 @@ def is_address(name: str) -> bool:
     return name.lower().startswith(_SCHEMES)
 
 
+def without_password(address: str) -> str:
+    """Return an address for messages and results: with *** in place of a password."""
+    try:
+        parts = urlsplit(address)
+    except ValueError:  # brackets that are not closed, which opening it tells
+        return address
+    if parts.password is None:
+        return address
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=f"{parts.username}:***@{host}").geturl()
+
+
 def is_public(address: Address) -> bool:
     """Return whether an IP address is of the public internet, also when another one is packed into it."""
     if isinstance(address, ipaddress.IPv6Address):
@@ -85,7 +97,8 @@ class Web:
         live: playlists may be read again without end.
 
     Attributes:
-        live: as given.
+        address, live: as given.
+        name: the address, for messages.
         fault: why something that the sound needs was refused.
         broken: why the file that the address itself holds could not be read to its end.
         missing: how many parts of playlists could not be read.
@@ -95,7 +108,7 @@ class Web:
     """
 
     def __init__(self, address: str, *, private: Literal["named", "any", "none"] = "named", live: bool = False) -> None:
-        self.address, self.missing = str(address), 0
+        self.address, self.name, self.missing = str(address), without_password(str(address)), 0
         self.fault: AudioError | None = None
         self.broken: AudioError | None = None
         self._private, self.live = private, live
@@ -171,16 +184,18 @@ class Web:
 
     def refused(self, url: str, why: str) -> AudioError:
         """Return the error of a URL that must not be read."""
-        to = "" if url == self.address else f"it leads to {url[:200]}: "
-        return _RefusedError(f"cannot be read: {to}{why}", self.address)
+        to = "" if url == self.address else f"it leads to {without_password(url)[:200]}: "
+        return _RefusedError(f"cannot be read: {to}{why}", self.name)
 
     def failed(self, url: str, why: str) -> AudioError:
         """Return the error of a URL that cannot be read."""
-        return AudioError(f"cannot be read: {'' if url == self.address else f'{url[:200]}: '}{why}", self.address)
+        return AudioError(
+            f"cannot be read: {'' if url == self.address else f'{without_password(url)[:200]}: '}{why}", self.name
+        )
 
     def broke_off(self, url: str, why: str) -> AudioError:
         """Return the error of a URL that could be read up to a place."""
-        return AudioError(f"{'' if url == self.address else f'{url[:200]}: '}{why}", self.address)
+        return AudioError(f"{'' if url == self.address else f'{without_password(url)[:200]}: '}{why}", self.name)
 
     def request(self, url: str, first: int) -> tuple[str, HTTPResponse]:
         """Ask for what a URL holds from byte `first` on, and follow redirects.

@@ -1,11 +1,12 @@
 """What the words of a command line mean: files, folders, patterns, lists, addresses, sound on standard input."""
 
 import glob
+import io
 import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from urllib.parse import quote, urlsplit
@@ -24,11 +25,33 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Input:
-    """A sound to be tagged."""
+    """A sound to be tagged, or one of its channels."""
 
     name: str  # what records call it
     source: audio.Source
     relative: Path  # where its output goes in a tree that mirrors the inputs'; its own suffix included
+    channel: int | None = None  # from 1, where each channel is tagged on its own
+
+    @property
+    def key(self) -> str:
+        """What tells it from all other inputs of a run."""
+        return self.name if self.channel is None else f"{self.name} [channel {self.channel}]"
+
+
+def each_channel(inputs: Iterable[Input]) -> Iterator[Input]:
+    """Yield an input for each channel of each sound; one that cannot be opened stays as it is, and fails later."""
+    for item in inputs:
+        if isinstance(item.source, io.IOBase):  # every channel reads it
+            item = replace(item, source=item.source.read())
+        try:
+            with audio.open_sound(item.source) as sound:
+                channels = sound.channels
+        except AudioError:
+            yield item
+            continue
+        for number in range(1, channels + 1):
+            place = item.relative.with_name(f"{item.relative.name}.channel{number}")
+            yield replace(item, relative=place, channel=number)
 
 
 def find_inputs(words: Sequence[str], stdin: BinaryIO | None = None) -> list[Input]:

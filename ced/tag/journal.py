@@ -20,7 +20,7 @@ from ced.tag.records import FORMAT_VERSION as RECORD_FORMAT
 from ced.tag.records import Record
 
 FORMAT_VERSION = 1
-_ANEW = "choose another folder, or remove that file to start anew"
+_AGAIN = "choose another folder, or remove that file to start again"
 
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns since 1970
 
@@ -41,20 +41,26 @@ class Journal:
 
     Args:
         path: where it is, or is begun.
-        settings: what records depend on besides the sounds, as JSON has it.
+        settings: what records depend on besides the sounds, as JSON has it; None: whatever it was begun with.
+
+    Attributes:
+        settings: as they were when it was begun.
 
     Raises:
         ConfigError: it was begun under other settings.
-        StoreError: it is no journal of this format.
+        StoreError: it is not a journal of this format.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any] | None) -> None:
         self.path = path
+        self.settings: Mapping[str, Any] = settings or {}
+        self._incomplete: set[str] = set()
         self._lines: dict[str, tuple[int, Stamp | None]] = {}  # name -> where its line begins, stamp
         self._owners: dict[str, str] = {}  # place of outputs -> name
         self._file: BinaryIO = open_to_append(path)
         try:
-            self._read(json.loads(json.dumps({**settings, "record format": RECORD_FORMAT})))
+            now = None if settings is None else json.loads(json.dumps({**settings, "record format": RECORD_FORMAT}))
+            self._read(now)
         except BaseException:
             self._file.close()
             raise
@@ -65,42 +71,48 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._file.close()
 
-    def _read(self, settings: dict[str, Any]) -> None:
+    def _read(self, settings: dict[str, Any] | None) -> None:
         """Check the first line, find the others, and drop a last one that was not written to its end."""
         self._file.seek(0)
         place = 0
         for number, line in enumerate(self._file):
             if not line.endswith(b"\n"):
                 if number == 0 and not line.startswith(b'{"format"'[: len(line)]):
-                    raise StoreError(f"{self.path} is no journal; {_ANEW}")
+                    raise StoreError(f"{self.path} is not a journal; {_AGAIN}")
                 break
             try:
                 values = json.loads(line)
                 if number == 0:
-                    self._check(values["format"], values["settings"], settings)
+                    self._check(values["format"], _object(values["settings"]), settings)
                 else:
                     stamp = None if values["stamp"] is None else (int(values["stamp"][0]), int(values["stamp"][1]))
                     self._owners[values["place"]] = values["name"]
                     self._lines[values["name"]] = place, stamp
-                    if not isinstance(values["record"], dict):
-                        raise TypeError("the record is not an object")
+                    self._note(values["name"], _object(values["record"]).get("complete"))
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise self._damaged(number + 1) from error
             place += len(line)
+        if settings is None and not place:
+            raise StoreError(f"{self.path} is not a journal; name the folder of a finished run")
+        if settings is None:
+            return
         self._file.truncate(place)
         if not place:
             self._append({"format": FORMAT_VERSION, "settings": settings})
 
     def _damaged(self, line: int) -> StoreError:
-        return StoreError(f"line {line} of {self.path} is not a line of a journal; {_ANEW}")
+        return StoreError(f"line {line} of {self.path} is not a line of a journal; {_AGAIN}")
 
-    def _check(self, version: int, before: dict[str, Any], now: dict[str, Any]) -> None:
+    def _check(self, version: int, before: dict[str, Any], now: dict[str, Any] | None) -> None:
         if version != FORMAT_VERSION:
-            raise StoreError(f"{self.path} has format {version}; this program writes {FORMAT_VERSION}; {_ANEW}")
+            raise StoreError(f"{self.path} has format {version}; this program writes {FORMAT_VERSION}; {_AGAIN}")
+        self.settings = before
+        if now is None:
+            return
         changed = [key for key in (before | now) if before.get(key) != now.get(key)]
         if changed:
             then = ", ".join(f"{key} {_short(before.get(key))}, now {_short(now.get(key))}" for key in changed)
-            raise ConfigError(f"{self.path} was begun with {then}; {_ANEW}")
+            raise ConfigError(f"{self.path} was begun with {then}; {_AGAIN}")
 
     def _append(self, values: dict[str, Any]) -> int:
         """Add a line and return where it begins; it is with the operating system when this returns."""
@@ -112,16 +124,36 @@ class Journal:
 
     def holds(self, item: Input, stamp: Stamp | None) -> bool:
         """Return whether a file is done and has not changed since; what is read from a stream never is."""
-        if not isinstance(item.source, str | os.PathLike) or item.name not in self._lines:
+        if not isinstance(item.source, str | os.PathLike) or item.key not in self._lines:
             return False
-        return self._lines[item.name][1] == stamp
+        return self._lines[item.key][1] == stamp
 
     def add(self, item: Input, stamp: Stamp | None, record: Record) -> None:
         """Write down that a file is done."""
         outputs = str(item.relative)
-        place = self._append({"name": item.name, "place": outputs, "stamp": stamp, "record": record.to_json()})
-        self._lines[item.name] = place, stamp
-        self._owners[outputs] = item.name
+        place = self._append({"name": item.key, "place": outputs, "stamp": stamp, "record": record.to_json()})
+        self._lines[item.key] = place, stamp
+        self._owners[outputs] = item.key
+        self._note(item.key, record.complete)
+
+    def _note(self, key: str, complete: object) -> None:
+        (self._incomplete.add if complete is False else self._incomplete.discard)(key)
+
+    def is_complete(self, item: Input) -> bool:
+        """Return whether the whole of a file was tagged, that is, whether it is not cut short."""
+        return item.key not in self._incomplete
+
+    def places(self) -> list[Path]:
+        """Return where the outputs of each file that is done lie, without their suffixes."""
+        return [Path(place) for place in self._owners]
+
+    def record_at(self, place: Path) -> Record:
+        """Read the record of the file whose outputs lie at a place.
+
+        Raises:
+            StoreError: the journal is damaged.
+        """
+        return self._record(self._owners[str(place)])
 
     def owner(self, item: Input) -> str | None:
         """Return the name of the input whose outputs lie where those of `item` would; None if there is none."""
@@ -133,13 +165,22 @@ class Journal:
         Raises:
             StoreError: the journal is damaged.
         """
-        place = self._lines[item.name][0]
+        return self._record(item.key)
+
+    def _record(self, key: str) -> Record:
+        place = self._lines[key][0]
         self._file.seek(place)
         try:
             return Record.from_json(json.loads(self._file.readline())["record"])
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             self._file.seek(0)
             raise self._damaged(self._file.read(place).count(b"\n") + 1) from error
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r:.40} is not an object")
+    return value
 
 
 def _short(value: Any) -> str:

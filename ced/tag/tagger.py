@@ -4,22 +4,24 @@ import logging
 import math
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, islice, pairwise
+from queue import SimpleQueue
 from threading import Semaphore
 from typing import TYPE_CHECKING, Protocol, TypeVar, Unpack, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ced.errors import AudioError, CheckpointError, ClosedError, ConfigError
+from ced.errors import AudioError, CedError, CheckpointError, ClosedError, ConfigError
 from ced.model.graph import PRECISIONS, Precision
 from ced.model.zoo import DEFAULT_MODEL
-from ced.parallel import attempts, in_order
+from ced.parallel import in_order
 from ced.progress import Progress, silent
 from ced.sound import audio
 from ced.sound.audio import SAMPLE_RATE, Sound, Source, Window, name_of, open_sound
@@ -28,6 +30,7 @@ from ced.sound.labels import ClassTable
 from ced.tag import clock
 from ced.tag.options import TagKeywords, TagOptions, Tail
 from ced.tag.records import Kind, Record, Scored, Tags
+from ced.tag.scores import ScoreLog
 
 if TYPE_CHECKING:
     from ced.model.vit import CED
@@ -39,6 +42,7 @@ _ROUNDING = 1e-6  # how far a probability may lie outside [0, 1]
 _log = logging.getLogger(__name__)
 
 Array = NDArray[np.float32]
+WindowProgress = Callable[[float, float | None], None]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -187,13 +191,20 @@ class Tagger:
         options: TagOptions | None = None,
         *,
         name: str | None = None,
+        scores: ScoreLog | None = None,
+        progress: WindowProgress = lambda seconds, expected: None,
         **changes: Unpack[TagKeywords],
     ) -> "TagStream":
         """Yield the windows or events of a sound as soon as they are known; a long sound is never in memory as a whole.
 
         Arguments and errors are those of `tag`; options are checked at once, other errors come with the iteration.
+
+        Args:
+            source, options, name, changes: as for `tag`.
+            scores: scores that an earlier run left, which are not computed again; further ones are added.
+            progress: called after each window, with the seconds that it adds and the expected length of the sound.
         """
-        return TagStream(self, source, self.checked(options, **changes), name)
+        return TagStream(self, source, self.checked(options, **changes), name, scores, progress)
 
     def tag_many(
         self, sources: Iterable[Source], options: TagOptions | None = None, **changes: Unpack[TagKeywords]
@@ -203,7 +214,8 @@ class Tagger:
         Arguments and other errors are those of `tag`; options are checked at once.
         """
         options = self.checked(options, **changes)
-        return attempts(lambda source: self.tag(source, options), sources, self._jobs, name=name_of)
+        streams = in_turn((self.stream(source, options) for source in sources), self._jobs)
+        return map(_result, streams)
 
     def score(
         self,
@@ -321,10 +333,10 @@ class Tagger:
                 for warning in sound.warnings:
                     _log.warning("%s: %s", sound.name, warning)
 
-    def score_windows(self, sound: Sound, options: TagOptions) -> Iterator[list[Scored]]:
-        """Yield the scores of each window of an open sound, as `score_window` does."""
+    def score_windows(self, sound: Sound, options: TagOptions, skip: int = 0) -> Iterator[list[Scored]]:
+        """Yield the scores of each window of an open sound but the first `skip`, as `score_window` does."""
         windows = audio.cut(sound.blocks(), options.window, options.step, tail=options.tail)
-        return self._ahead(windows, partial(self.score_window, options=options))
+        return self._ahead(islice(windows, skip, None), partial(self.score_window, options=options))
 
     def _scores(self, source: Source, options: TagOptions) -> Iterator[Scored]:
         with self.reading(source, options) as sound:
@@ -406,9 +418,18 @@ class TagStream:
         seconds: how much of the sound has been tagged so far.
         complete: whether the whole sound has been tagged.
         expected_seconds: the length of the sound according to its header, as far as that is known by now.
+        error: after `read_ahead`, why the sound could not be read, or not to its end.
     """
 
-    def __init__(self, tagger: Tagger, source: Source | Sound, options: TagOptions, name: str | None) -> None:
+    def __init__(
+        self,
+        tagger: Tagger,
+        source: Source | Sound,
+        options: TagOptions,
+        name: str | None,
+        scores: ScoreLog | None,
+        progress: WindowProgress,
+    ) -> None:
         self.file = name or (source.name if isinstance(source, Sound) else name_of(source))
         self.model, self.channel = tagger.name, options.channel
         self.kind: Kind = "events" if options.events else "windows"
@@ -416,7 +437,8 @@ class TagStream:
         self.rate: int | None = None
         self.seconds, self.complete = 0.0, False
         self.expected_seconds: float | None = None
-        self._pieces = self._tagged(tagger, source, options)
+        self.error: AudioError | None = None
+        self._pieces = self._tagged(tagger, source, options, scores, progress)
 
     def __iter__(self) -> Iterator[Tags]:
         return self
@@ -440,18 +462,103 @@ class TagStream:
             self.began,
         )
 
-    def _tagged(self, tagger: Tagger, source: Source | Sound, options: TagOptions) -> Iterator[Tags]:
+    def read_ahead(self, pool: Executor) -> None:
+        """Tag in a thread of `pool` from now on; the iteration waits for the pieces.
+
+        An AudioError ends the iteration and is kept in `error`; others are raised by it.
+        """
+        found: SimpleQueue[Tags | BaseException | None] = SimpleQueue()
+        pool.submit(self._fill, self._pieces, found)
+        self._pieces = _taken(found)
+
+    def wait(self) -> bool:
+        """Wait until a piece has come or the sound has ended; return whether there is something to write of it."""
+        first = next(self._pieces, None)
+        if first is not None:
+            self._pieces = chain([first], self._pieces)
+        return first is not None or self.error is None
+
+    def _fill(self, pieces: Iterator[Tags], found: "SimpleQueue[Tags | BaseException | None]") -> None:
+        try:
+            for piece in pieces:
+                found.put(piece)
+        except AudioError as error:
+            self.error = error
+        except CedError as error:
+            found.put(error)
+        except Exception as error:  # an unforeseen error of a decoder must not stop the other sounds
+            self.error = AudioError(f"{type(error).__name__}: {error}", self.file)
+        finally:
+            found.put(None)
+
+    def _tagged(
+        self,
+        tagger: Tagger,
+        source: Source | Sound,
+        options: TagOptions,
+        scores: ScoreLog | None,
+        progress: WindowProgress,
+    ) -> Iterator[Tags]:
         with tagger.reading(source, options) as sound:
             self.rate = sound.rate
-            yield from options.pieces(self._scored(tagger, sound, options), tagger.labels)
+            windows = _windows(tagger, sound, options, scores)
+            yield from options.pieces(self._rows(windows, sound, progress), tagger.labels)
             self.complete = sound.complete
             if self.seconds * SAMPLE_RATE < MIN_SAMPLES:
                 _log.warning("%s: only %.3f s long, too short to be tagged reliably", self.file, self.seconds)
 
-    def _scored(self, tagger: Tagger, sound: Sound, options: TagOptions) -> Iterator[Scored]:
-        for window in tagger.score_windows(sound, options):
-            self.seconds, self.expected_seconds = window[-1].end, sound.expected_seconds
+    def _rows(self, windows: Iterable[Sequence[Scored]], sound: Sound, progress: WindowProgress) -> Iterator[Scored]:
+        for window in windows:
+            added, self.seconds = window[-1].end - self.seconds, window[-1].end
+            self.expected_seconds = sound.expected_seconds
+            progress(added, self.expected_seconds)
             yield from window
+
+
+def _windows(tagger: Tagger, sound: Sound, options: TagOptions, scores: ScoreLog | None) -> Iterator[Sequence[Scored]]:
+    """Yield the windows that a log has, then score those behind them, which are added to it."""
+    if scores is None:
+        yield from tagger.score_windows(sound, options)
+        return
+    done = 0
+    for window in scores.stored():
+        done += 1
+        yield window
+    yield from map(scores.add, tagger.score_windows(sound, options, skip=done))
+
+
+def _taken(found: "SimpleQueue[Tags | BaseException | None]") -> Iterator[Tags]:
+    while (piece := found.get()) is not None:
+        if isinstance(piece, BaseException):
+            raise piece
+        yield piece
+
+
+def in_turn(streams: Iterable[TagStream], jobs: int, ahead: int = 32) -> Iterator[TagStream]:
+    """Tag several sounds at a time, and yield their streams in order; each has to be iterated over before the next.
+
+    Args:
+        streams: taken one by one, as their turn comes closer.
+        jobs: sounds that are read at a time.
+        ahead: sounds that may be done before the one whose turn it is.
+    """
+    pool = ThreadPoolExecutor(jobs, thread_name_prefix="sound")
+    waiting: deque[TagStream] = deque()
+    try:
+        for stream in streams:
+            stream.read_ahead(pool)
+            waiting.append(stream)
+            if len(waiting) > jobs + ahead:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _result(stream: TagStream) -> Record | AudioError:
+    record = stream.record()
+    return record if stream.error is None else stream.error
 
 
 def _open(

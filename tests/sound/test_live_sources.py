@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError, MissingPackageError
 from ced.sound import device, live, web
-from ced.sound.audio import SAMPLE_RATE, Window, windows
+from ced.sound.audio import SAMPLE_RATE, Channel, Window, windows
 from ced.sound.live import Arrival, Listening, LiveSource
 
 Waves = Iterator[NDArray[np.float32]]
@@ -407,8 +407,8 @@ class FakeStream:
     def run(self) -> None:
         for _ in range(5):
             time.sleep(0.01)
-            levels = np.array([0.25, 0.125], np.float32)[: self.port.channels]
-            self.callback(np.tile(levels, (4800, 1)), 4800, None, None)
+            block = np.tile(np.array([0.25, -0.75], np.float32)[: self.port.channels], (4800, 1))
+            self.callback(block, 4800, None, None)
         self.port.there = False
         self.finished()
 
@@ -464,6 +464,32 @@ def test_a_device_that_gives_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(FakeStream, "run", lambda _: None)
     with pytest.raises(AudioError, match=r"the default input device gives no sound for 0\.1 s"):
         next(device.device().open())
+
+
+@pytest.mark.parametrize(("channel", "level"), [("left", 0.25), ("right", -0.75), (2, -0.75), ("mean", -0.25)])
+def test_a_channel_of_a_device(monkeypatch: pytest.MonkeyPatch, channel: Channel, level: float) -> None:
+    monkeypatch.setitem(sys.modules, "sounddevice", FakePortAudio())
+    heard = device.device(channel=channel).open()
+    next(heard)  # the resampler begins with it
+    assert float(np.median(next(heard))) == pytest.approx(level, abs=1e-3)
+    monkeypatch.setitem(sys.modules, "sounddevice", FakePortAudio())
+    with pytest.raises(AudioError, match="no channel 3; it has 2 channels"):
+        next(device.device(channel=3).open())
+    with pytest.raises(ConfigError, match="mean, left, right"):
+        device.device(channel="middle")
+
+
+def test_a_channel_of_blocks_and_addresses() -> None:
+    stereo = np.tile(np.array([0.5, -0.25], np.float32), (1600, 1))
+    for channel, level in (("left", 0.5), ("right", -0.25), ("mean", 0.125)):
+        (wave,) = live.blocks([stereo], SAMPLE_RATE, channel=channel).open()
+        assert set(wave.tolist()) == {level}
+    with pytest.raises(AudioError, match="no channel 3; it has 2 channels"):
+        list(live.blocks([stereo], SAMPLE_RATE, channel=3).open())
+    with pytest.raises(ConfigError, match="mean, left, right"):
+        live.blocks([stereo], SAMPLE_RATE, channel=0)
+    with pytest.raises(ConfigError, match="mean, left, right"):
+        live.address("http://x/a", "both")
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -587,18 +613,6 @@ def test_a_camera_is_heard(camera: Camera, channel: str, level: float) -> None:
     assert float(np.abs(found[1].wave).max()) == pytest.approx(level, abs=0.01)
     assert "SETUP sound" in camera.asked
     assert "SETUP picture" not in camera.asked
-
-
-@pytest.mark.parametrize(
-    ("channel", "opened", "level"), [(1, 1, 0.25), ("left", 1, 0.25), ("right", 2, 0.125), ("mean", 2, 0.1875)]
-)
-def test_a_channel_of_a_device(monkeypatch: pytest.MonkeyPatch, channel: str | int, opened: int, level: float) -> None:
-    port = FakePortAudio()
-    monkeypatch.setitem(sys.modules, "sounddevice", port)
-    with Listening(device.device("micro", channel), 0.2, 0.2) as listening:
-        found = taken(listening, lambda found: len(found) == 1)
-    assert port.channels == opened
-    assert float(np.median(found[0].wave)) == pytest.approx(level, abs=0.01)
 
 
 def test_a_channel_that_a_device_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:

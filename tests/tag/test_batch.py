@@ -238,7 +238,7 @@ def test_other_settings_are_refused_by_name(tree: Path) -> None:
         run(inputs, loudness, Path("out"), settings={"model": "loudness", "window": 2.0, "hop": 1.0})
     assert str(caught.value) == (
         "out/journal.jsonl was begun with window 1.0, now 2.0, hop unset, now 1.0;"
-        " choose another folder, or remove that file to start anew"
+        " choose another folder, or remove that file to start again"
     )
     assert contents(tree / "out") == before
 
@@ -247,7 +247,7 @@ def test_other_settings_are_refused_by_name(tree: Path) -> None:
 def test_another_file_is_no_journal(tree: Path, junk: str) -> None:
     Path("out").mkdir()
     Path("out/journal.jsonl").write_text(junk)
-    with pytest.raises(StoreError, match=r"remove that file to start anew"):
+    with pytest.raises(StoreError, match=r"remove that file to start again"):
         run(find_inputs(["in"]), loudness, Path("out"), settings=SETTINGS)
     assert contents(tree / "out") == {"journal.jsonl": junk.encode()}
 
@@ -341,7 +341,7 @@ def test_a_killed_run_goes_on_and_ends_like_an_unbroken_one(tree: Path) -> None:
 
 
 def test_a_summary_without_time() -> None:
-    summary = str(Summary(2, 0, 2, 0.0, 0.0))
+    summary = str(Summary(2, 0, 0, 2, 0.0, 0.0))
     assert summary == "2 files: 0 tagged, 0 failed, 2 done before; 0.00 h of sound, 0 x real time"
 
 
@@ -394,7 +394,7 @@ def test_a_full_disk_is_one_error_that_names_the_file(tree: Path, small_disk: Pa
     assert (out / "tags.jsonl").read_bytes() == (tree / "unbroken/tags.jsonl").read_bytes()
 
 
-RECORD = {"format": 1, "file": "in", "model": "m", "seconds": 1.0, "pieces": []}
+RECORD: dict[str, Any] = {"format": 1, "file": "in", "model": "m", "seconds": 1.0, "pieces": []}
 PIECE = {"start": 0.0, "end": 1.0, "tags": [{"label": "a", "index": 0, "mid": None, "prob": 0.5}]}
 
 
