@@ -35,6 +35,14 @@ Precision = Annotated[
         rich_help_panel=_INPUT, help="float32, or int8: a smaller and faster model whose scores differ a little."
     ),
 ]
+AllowPrivate = Annotated[
+    bool,
+    typer.Option(
+        "--allow-private",
+        rich_help_panel=_INPUT,
+        help="Let redirects and playlists of addresses lead to this machine and to local networks, too.",
+    ),
+]
 Jobs = Annotated[
     int | None,
     typer.Option("--jobs", "-j", min=1, help="Windows scored at a time, one thread each; default: all cores."),

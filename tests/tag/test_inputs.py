@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ced.errors import AudioError, ConfigError
+from ced.sound.web import TrustedAddress
 from ced.tag.inputs import Input, find_inputs
 
 
@@ -172,7 +173,11 @@ def test_sound_on_standard_input(tree: Path) -> None:
     ],
 )
 def test_addresses(address: str, place: str) -> None:
-    assert find_inputs([address]) == [Input(address, address, Path(place))]
+    name = address.replace("HTTPS://me:secret", "https://me:***")
+    assert find_inputs([address]) == [Input(name, address, Path(place))]
+    (trusted,) = find_inputs([address], allow_private=True)
+    assert isinstance(trusted.source, TrustedAddress)
+    assert trusted == Input(name, address, Path(place))
 
 
 def test_no_words() -> None:
