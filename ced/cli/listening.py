@@ -64,6 +64,7 @@ def live(
         return
     if format.lower() not in FORMATS:
         raise ConfigError(f"unknown live format {format}; allowed: {', '.join(FORMATS)}")
+    channel = channel or ("1" if address is None else "mean")
     source = _source(address, device, channel, _samples(address, rate, channels, sample_format))
     found = _actions(exec, webhook, mqtt)
     from ced.model.runtime import open_model
@@ -90,7 +91,7 @@ def live(
         listener = Listener(tagger, source, settings)
         with _stopping(listener) as signals:
             for report in listener.reports():
-                event = report.to_json(source.name, model)
+                event = report.to_json(source.name, model, channel)
                 if format.lower() == "jsonl":
                     show_data(json_line(event) + "\n")
                 elif report.state == "begin":
@@ -106,20 +107,20 @@ def live(
         raise typer.Exit(1)
 
 
-def _source(address: str | None, device: str | None, channel: str | None, samples: "Samples | None") -> "LiveSource":
+def _source(address: str | None, device: str | None, channel: str, samples: "Samples | None") -> "LiveSource":
     if address is not None and device is not None:
         raise ConfigError(f"--device {device} and {address} cannot be used together; leave one out")
     if address == "-":
         from ced.sound.pipe import standard_input
 
-        return standard_input(sys.stdin.fileno(), samples, channel or "mean")
+        return standard_input(sys.stdin.fileno(), samples, channel)
     if address is not None:
         from ced.sound import live as streams
 
-        return streams.address(address, channel or "mean")
+        return streams.address(address, channel)
     from ced.sound import device as inputs
 
-    return inputs.device(device, channel or 1)
+    return inputs.device(device, channel)
 
 
 def _samples(
