@@ -11,7 +11,6 @@ _OPTIONAL = {
     "av": ("av", "media"),
     "bitsandbytes": ("bitsandbytes", "gpu"),
     "fastapi": ("fastapi", "serve"),
-    "gradio": ("gradio", "app"),
     "h5py": ("h5py", "train"),
     "matplotlib": ("matplotlib", "train"),
     "multipart": ("python-multipart", "serve"),
@@ -25,6 +24,7 @@ _OPTIONAL = {
     "torch": ("torch", "train"),
     "transformers": ("transformers", "hf"),
     "uvicorn": ("uvicorn", "serve"),
+    "websockets": ("websockets", "serve"),
 }
 
 

@@ -155,8 +155,8 @@ def open_sound(
             outside 1,000-768,000 Hz or more than 64 channels, or no channel of that number. Further ones come from
             `Sound.blocks`.
         ConfigError: `channel` is not one of those above.
-        TooLongError: (while reading) the budget is exceeded, or the sound is more than 2**27 samples and more than 4096
-            for each byte of its file, as only files have that are made to exhaust their reader.
+        TooLongError: (while reading) the budget is exceeded, or the sound has more than 2**27 samples and more than
+            2,560 for each byte of its file, as only files have that are made to exhaust their reader.
         ClosedError: (while reading) `cancelled` returned True.
     """
     number = check_channel(channel)
