@@ -134,7 +134,7 @@ def _in_folder(folder: str) -> Iterator[Input]:
         kinds = ", ".join(sorted(SUFFIXES))
         raise AudioError(f"folder {folder} holds no sound files{_counted(left_out, ': ')}", hint=f"known are {kinds}")
     if left_out:
-        _log.info("%s: %d files or folders left out%s", folder, left_out.total(), _counted(left_out, ": "))
+        _log.info("%s: left out%s", folder, _counted(left_out, ": "))
     for file in sorted(files, key=lambda file: file.split(os.sep)):
         yield Input(file, file, Path(os.path.relpath(file, folder)))
 
