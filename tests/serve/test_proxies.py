@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 from websockets.sync.client import connect
+from websockets.typing import Origin
 
 from ced.serve.app import Application
 from ced.serve.schema import CLASSIFY, LIVE_PATH, STREAM
@@ -83,7 +84,7 @@ def check(url: str, context: ssl.SSLContext | bool) -> None:
     with connect(
         f"ws{url.removeprefix('http')}{LIVE_PATH}",
         ssl=context if isinstance(context, ssl.SSLContext) else None,
-        origin=url,  # type: ignore[arg-type]
+        origin=Origin(url),
     ) as live:
         assert json.loads(live.recv())["type"] == "begin"
 
