@@ -21,8 +21,8 @@ test-network: .venv/dev.stamp  ## download the published weights and compare the
 
 lock: $(BIN)/uv  ## resolve all dependencies into locks/, with hashes; versions named in constraints.txt are kept
 	$(COMPILE) --extra serve --extra media pyproject.toml -o locks/serve.txt
-	$(COMPILE) --extra train --extra hf --extra media --extra serve --extra dev --no-emit-package torch \
-		pyproject.toml -o locks/dev.txt
+	$(COMPILE) --extra train --extra hf --extra media --extra mqtt --extra serve --extra dev \
+		--no-emit-package torch pyproject.toml -o locks/dev.txt
 	echo setuptools | $(COMPILE) - -o locks/build.txt
 
 clean:  ## remove the environment and what `make demo` wrote

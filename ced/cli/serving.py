@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ced.cli.console import reporting, set_up_logging, set_up_streams
+from ced.cli.console import reporting, set_up_logging, set_up_streams, tell
 from ced.cli.options import Jobs, Model
 from ced.errors import ConfigError, optional_packages
 from ced.machine import allow_open_files, cores
@@ -127,7 +127,7 @@ def _run(settings: "Settings", listener: socket.socket, workers: int, access_log
         app = server.open_application(settings, progress)
     where = server.address(listener)
     docs = f", described at {where}/docs" if where.startswith("http") else ""
-    print(f"ced: serving {settings.model} at {where}{docs}", file=sys.stderr, flush=True)
+    tell(f"ced: serving {settings.model} at {where}{docs}")
     if browser:
         import webbrowser
 

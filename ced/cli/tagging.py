@@ -29,6 +29,7 @@ T = TypeVar("T", bound="Timed")
 
 def tag(
     sounds: options.Sounds,
+    allow_private: options.AllowPrivate = False,
     model: options.Model = "ced_mini",
     precision: options.Precision = "float32",
     window: options.Window = TagOptions.window,
@@ -74,7 +75,7 @@ def tag(
         shortest=shortest,
         clock=clock,
     )
-    inputs = find_inputs(sounds, sys.stdin.buffer)
+    inputs = find_inputs(sounds, sys.stdin.buffer, allow_private=allow_private)
     kind = _checked_output(format, out, combine, len(inputs), clock)
     with (
         reporting() as progress,
@@ -101,6 +102,7 @@ def tag(
 def embed(
     sounds: options.Sounds,
     out: options.EmbeddingsOut,
+    allow_private: options.AllowPrivate = False,
     model: options.Model = "ced_mini",
     precision: options.Precision = "float32",
     window: options.Window = TagOptions.window,
@@ -119,7 +121,7 @@ def embed(
     from ced.tag.tagger import Embedding, Tagger
 
     check_suffix(out)
-    inputs = find_inputs(sounds, sys.stdin.buffer)
+    inputs = find_inputs(sounds, sys.stdin.buffer, allow_private=allow_private)
     jobs = jobs or cores()
     failed: list[str] = []
     with reporting() as progress, Tagger(model, precision=precision, jobs=jobs, progress=progress) as tagger:
