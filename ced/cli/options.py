@@ -10,14 +10,10 @@ from ced.tag.options import EVENT_THRESHOLD, TOP_K, Tail
 
 _INPUT, _WINDOWS, _SELECTION, _EVENTS, _OUTPUT = "Input", "Windows", "Selection", "Events", "Output"  # panels of --help
 
-Sounds = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="SOUND...",
-        help="Files, folders, patterns, http(s) addresses, @LIST (a path a line; @-: on standard input), or - (a sound "
-        "on standard input).",
-    ),
-]
+_SOUNDS = "Files, folders, patterns, http(s) addresses, @LIST (a path a line; @-: on standard input), or - (a sound on "
+_SOUNDS += "standard input)."
+Sounds = Annotated[list[str], typer.Argument(metavar="SOUND...", help=_SOUNDS)]
+SoundsUnlessFrom = Annotated[list[str] | None, typer.Argument(metavar="SOUND...", help=_SOUNDS)]
 Model = Annotated[
     str,
     typer.Option(
@@ -31,6 +27,27 @@ Precision = Annotated[
     GraphPrecision,
     typer.Option(
         rich_help_panel=_INPUT, help="float32, or int8: a smaller and faster model whose scores differ a little."
+    ),
+]
+Channel = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=_INPUT,
+        metavar="mean|left|right|N|each",
+        help="Tag the mean of all channels, one of them (N counts from 1), or each on its own.",
+    ),
+]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", rich_help_panel=_INPUT, help="Refuse files that are cut short."),
+]
+From = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        rich_help_panel=_INPUT,
+        metavar="DIR",
+        help="Instead of sounds: the folder of a run with --keep-scores, for other thresholds, labels or events.",
     ),
 ]
 Jobs = Annotated[
@@ -187,6 +204,16 @@ Out = Annotated[
     Path | None,
     typer.Option(
         "--out", "-o", rich_help_panel=_OUTPUT, help="Folder for outputs; an interrupted run is continued there."
+    ),
+]
+KeepScores = Annotated[
+    bool,
+    typer.Option("--keep-scores", rich_help_panel=_OUTPUT, help="With --out: keep the scores of windows for --from."),
+]
+Clips = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=_OUTPUT, metavar="DIR", help="With --events: cut each event out as a file in this folder."
     ),
 ]
 Combine = Annotated[
