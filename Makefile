@@ -14,14 +14,14 @@ test: .venv/dev.stamp  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not network"
 
 test-network: .venv/dev.stamp  ## download the published weights and compare them with published values
 	$(BIN)/pytest -m network
 
 lock: $(BIN)/uv  ## resolve all dependencies into locks/, with hashes; versions named in constraints.txt are kept
 	$(COMPILE) --extra serve --extra media pyproject.toml -o locks/serve.txt
-	$(COMPILE) --extra train --extra hf --extra media --extra app --extra dev --no-emit-package torch \
+	$(COMPILE) --extra train --extra hf --extra media --extra serve --extra dev --no-emit-package torch \
 		pyproject.toml -o locks/dev.txt
 	echo setuptools | $(COMPILE) - -o locks/build.txt
 

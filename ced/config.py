@@ -4,14 +4,29 @@ The keys are those of the published configurations. Everything wrong with a file
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ced.errors import ConfigError
+
+_LONGEST_FILE = 1 << 20  # characters; a configuration has about a thousand
+_MOST_VALUES = 10_000  # in a file, each counted as often as its aliases repeat it
+_DEEPEST = 20  # lists and mappings within each other
+_SHOWN = 100  # characters of a value in an error
 
 Mode = Annotated[
     Literal["amp", "amp_bf16", "off"],
@@ -32,7 +47,8 @@ def _file_name(text: str) -> str:
 
 
 FileName = Annotated[str, AfterValidator(_file_name)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=10_000_000)]
+Workers = Annotated[int, Field(ge=0, le=1024)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -42,6 +58,23 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     refused: ClassVar[Mapping[str, str]] = {}  # keys that other commands know, and why this one does not
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_is_true(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false for numbers, as which they would be 1 and 0."""
+        kinds = set(_kinds(cls.model_fields[str(info.field_name)].annotation))
+        parts = value if isinstance(value, list) else [value]
+        if kinds & {int, float} and bool not in kinds and any(isinstance(part, bool) for part in parts):
+            raise ValueError("should be a number")
+        return value
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """Yield the types that an annotation is made of."""
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _kinds(inner)
 
 
 class ShiftArgs(Section):
@@ -60,7 +93,7 @@ class ShiftArgs(Section):
 class TimeMaskingArgs(Section):
     """Blank a random band of frames."""
 
-    time_mask_param: Positive = 192
+    time_mask_param: Positive | None = Field(None, description="null: 192 for 10 s, in proportion for shorter chunks")
 
 
 class FrequencyMaskingArgs(Section):
@@ -125,7 +158,7 @@ class StoreConfig(Section):
         10, gt=0, le=3600, description="seconds of a chunk; a rest shorter than half of it is left out"
     )
     batch_size: Positive = Field(128, description="chunks a forward pass")
-    num_workers: int = Field(4, ge=0, description="threads that read audio")
+    num_workers: Workers = Field(4, description="threads that read audio")
     mode: Mode = Field("amp", description="precision on a GPU: amp (fp16), amp_bf16 or off (fp32)")
     wavtransforms: Wav = Field(ALL_WAV, description="Shift: {min_shift, max_shift}")
     spectransforms: Spec = Field(ALL_SPEC, description="TimeMasking: {time_mask_param}, FrequencyMasking: {...}")
@@ -134,6 +167,8 @@ class StoreConfig(Section):
 
 class LoopConfig(Section):
     """Keys that every training command has."""
+
+    command: ClassVar[str]  # the command that trains with this configuration
 
     train_data: UserPath = Field(description="table of the audio pack to train on")
     outputpath: UserPath = Field(Path("experiments"), description="folder for experiments")
@@ -147,12 +182,12 @@ class LoopConfig(Section):
     epoch_length: Positive | None = Field(None, description="steps an epoch; null: all of the data once")
     optimizer: Optimizer = Field("Adam8bit", description="Adam8bit becomes Adam without CUDA and bitsandbytes")
     optimizer_args: OptimizerArgs = Field(OptimizerArgs(), description="lr, weight_decay, betas, eps")
-    warmup_iters: int | None = Field(None, ge=0, description="steps of linear warm-up")
+    warmup_iters: int | None = Field(None, ge=0, le=10**12, description="steps of linear warm-up")
     warmup_epochs: float | None = Field(None, ge=0, description="the same in epochs; give one of the two")
     use_scheduler: bool = Field(True, description="cosine decay after the warm-up; false: constant")
     decay_frac: float = Field(0.1, ge=0, le=1, description="last learning rate as a part of the first")
     mode: Mode = Field("amp", description="precision: amp (fp16, GPU only), amp_bf16 or off (fp32)")
-    num_workers: int = Field(4, ge=0, description="threads that read audio")
+    num_workers: Workers = Field(4, description="threads that read audio")
     compile: bool = Field(False, description="compile the network with torch.compile")
     seed: Seed = Field(42, description="where every random choice comes from")
     logfile: FileName = Field("train.log", description="name of the log in the experiment folder")
@@ -179,6 +214,7 @@ class TaggerConfig(LoopConfig):
 class TrainConfig(TaggerConfig):
     """Keys of `ced train`: distil a student from a view store."""
 
+    command = "train"
     logitspath: UserPath = Field(description="the view store: folder with logits_ep<e>_<rank>.h5")
     num_classes: Positive = Field(527, description="classes of the store and of the student")
     label_type: Fill = Field("zero", description="scores outside the top k")
@@ -191,8 +227,13 @@ class TrainConfig(TaggerConfig):
 class FinetuneConfig(TaggerConfig):
     """Keys of `ced finetune`: learn a labelled table."""
 
-    classes: UserPath | None = Field(None, description="class table (index, name); null: AudioSet's 527")
+    command = "finetune"
+    classes: UserPath | None = Field(None, description="class table (index, name); audioset or null: AudioSet's 527")
     task: Literal["multi", "single"] = Field("multi", description="any number of classes a clip, or exactly one")
+    balanced: bool = Field(False, description="draw clips so that all classes come up equally often")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="part of each target that is spread evenly: over yes and no, or over the classes"
+    )
     trainable: Literal["all", "head"] = Field("all", description="what learns: the whole network or its head")
     chunk_length: float = Field(
         10, gt=0, le=3600, description="seconds a training item is cut or padded to: about the length of the clips"
@@ -204,9 +245,9 @@ class FinetuneConfig(TaggerConfig):
 class DecoderArgs(Section):
     """The network that fills in what a masked autoencoder does not see."""
 
-    embed_dim: Positive = 512
-    num_heads: Positive = 8
-    depth: Positive = 8
+    embed_dim: int = Field(512, ge=1, le=16_384)
+    num_heads: int = Field(8, ge=1, le=16_384)
+    depth: int = Field(8, ge=1, le=256)
 
     @model_validator(mode="after")
     def _even_heads(self) -> Self:
@@ -225,6 +266,7 @@ class PretrainOptimizerArgs(OptimizerArgs):
 class PretrainConfig(LoopConfig):
     """Keys of `ced pretrain`: a masked autoencoder learns to fill in hidden patches; the defaults are as published."""
 
+    command = "pretrain"
     refused = dict.fromkeys(
         TaggerConfig.model_fields.keys() - LoopConfig.model_fields.keys(),
         "pre-training knows no labels: nothing is validated or mixed, and last.safetensors is the result",
@@ -269,7 +311,7 @@ def load(kind: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
     Raises:
         ConfigError: everything that is wrong, one line each, with the nearest known key.
     """
-    values = _read(path) if path is not None else {}
+    values = read_file(path) if path is not None else {}
     for key, value in _parse(overrides):
         _set(values, key, value)
     return check(kind, values, str(path) if path is not None else "the command line")
@@ -295,25 +337,71 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return a mapping as a dict."""
-        seen = set()
+        seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is a list or a mapping", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
+    """Return the keys and values of a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, is not YAML, holds something else than a mapping, or is absurdly large.
+    """
     try:
         with path.open(encoding="utf-8") as file:
-            values = yaml.load(file, _Loader)
+            text = file.read(_LONGEST_FILE + 1)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read configuration {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot read configuration {path}: {reason}") from error
+    try:
+        values = _values_of(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, a number of too many digits
+        raise ConfigError(f"configuration {path} is not YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"configuration {path} holds {type(values).__name__}; it must be keys and values")
     return values
+
+
+def _values_of(text: str) -> Any:
+    """Return the values of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is none.
+        ValueError: a value cannot be made, or there are more or deeper ones than any configuration has.
+    """
+    _check_size(text)
+    return yaml.load(text, _Loader)
+
+
+def _check_size(text: str) -> None:
+    """Refuse a text that would become far more than it is: aliases of aliases, lists in lists without end."""
+    if len(text) > _LONGEST_FILE:
+        raise ValueError(f"it has more than {_LONGEST_FILE:,} characters")
+    total = 0
+    sizes: dict[str, int] = {}  # of what an anchor names
+    open_ones: list[tuple[str | None, int]] = []  # anchor of each list or mapping around, and values before it
+    for event in yaml.parse(text, _Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            total += 1
+            open_ones.append((event.anchor, total))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_ones.pop()
+            if anchor is not None:
+                sizes[anchor] = total - before
+        elif isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _ in open_ones):
+                raise ValueError(f"{event.anchor} contains itself")
+            total += sizes.get(str(event.anchor), 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            total += 1
+        if len(open_ones) > _DEEPEST or total > _MOST_VALUES:
+            raise ValueError(f"it has more than {_MOST_VALUES:,} values, or more than {_DEEPEST} within each other")
 
 
 def _parse(words: Sequence[str]) -> list[tuple[str, Any]]:
@@ -332,8 +420,8 @@ def _parse(words: Sequence[str]) -> list[tuple[str, Any]]:
                 raise ConfigError(f"--{key} has no value; configuration keys are given as --key value")
             text = rest.pop(0)
         try:
-            pairs.append((key, yaml.safe_load(text)))
-        except yaml.YAMLError:
+            pairs.append((key, _values_of(text)))
+        except (yaml.YAMLError, ValueError):
             pairs.append((key, text))
     return pairs
 
@@ -364,7 +452,7 @@ def _explain(kind: type[Section], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"  {place}: required, but not given"
     message = problem["msg"].removeprefix("Value error, ")
-    came = f", got {problem['input']!r}" if problem["loc"] else ""
+    came = f", got {repr(problem['input'])[:_SHOWN]}" if problem["loc"] else ""
     return f"  {place + ': ' if place else ''}{message[0].lower()}{message[1:]}{came}"
 
 

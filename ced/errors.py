@@ -11,10 +11,10 @@ _OPTIONAL = {
     "av": ("av", "media"),
     "bitsandbytes": ("bitsandbytes", "gpu"),
     "fastapi": ("fastapi", "serve"),
-    "gradio": ("gradio", "app"),
     "h5py": ("h5py", "train"),
     "matplotlib": ("matplotlib", "train"),
     "multipart": ("python-multipart", "serve"),
+    "paho": ("paho-mqtt", "mqtt"),
     "prometheus_client": ("prometheus-client", "serve"),
     "pyarrow": ("pyarrow", "parquet"),
     "python_multipart": ("python-multipart", "serve"),
@@ -24,6 +24,7 @@ _OPTIONAL = {
     "torch": ("torch", "train"),
     "transformers": ("transformers", "hf"),
     "uvicorn": ("uvicorn", "serve"),
+    "websockets": ("websockets", "serve"),
 }
 
 

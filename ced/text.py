@@ -96,6 +96,11 @@ def _encoding(begin: bytes) -> str:
     return next((encoding for mark, encoding in _MARKS if begin.startswith(mark)), "utf-8")
 
 
+def quoted(name: str) -> str:
+    """Return a name as messages and lists show it: in quotes if it has spaces, commas or quotes, or is empty."""
+    return name if name and not set(name) & set(" ,;'\"") else repr(name)
+
+
 def size(count: float) -> str:
     """Return a number of bytes for messages, in decimal units: 512 bytes, 1.5 MB."""
     for unit, name in _UNITS:

@@ -202,11 +202,11 @@ def test_every_command_has_help(ced: Command, command: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "names no eval_data"),
-        (b"- eval_data\n", "names no eval_data"),
+        (b"", "it must be keys and values"),
+        (b"- eval_data\n", "it must be keys and values"),
         (b"eval_data: null\n", "names no eval_data"),
         (b"eval_data: [a: b: c\n", "is not YAML"),
-        (b"\xff\xfe\xfa", "is not YAML"),
+        (b"\xff\xfe\xfa", "cannot read configuration"),
     ],
 )
 def test_an_experiment_with_a_broken_configuration_is_one_line(

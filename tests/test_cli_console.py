@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -21,16 +22,12 @@ UNSAFE = set(HOSTILE) - set("]0;pwned2Jgpj\tx")
 POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows allows no such names")
 
 
-def run(
-    *words: str | Path, code: str = "from ced.cli import main; main()", **options: object
-) -> subprocess.CompletedProcess[bytes]:
+def run(*words: str | Path, stdout: Any = subprocess.PIPE) -> subprocess.CompletedProcess[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CED_OFFLINE": "1", "COLUMNS": "200"}
-    command = [sys.executable, "-c", code, *map(str, words)]
-    done: subprocess.CompletedProcess[bytes] = subprocess.run(
-        command, check=False, env=environment, timeout=120, **{"capture_output": True, **options}
-    )  # type: ignore[call-overload]
-    assert b"Traceback" not in (done.stderr or b"")
-    assert b"Exception ignored" not in (done.stderr or b"")
+    command = [sys.executable, "-c", "from ced.cli import main; main()", *map(str, words)]
+    done = subprocess.run(command, check=False, env=environment, timeout=120, stdout=stdout, stderr=subprocess.PIPE)
+    assert b"Traceback" not in done.stderr
+    assert b"Exception ignored" not in done.stderr
     return done
 
 
@@ -84,10 +81,10 @@ def test_progress_bars_show_safe_text_and_no_markup(monkeypatch: pytest.MonkeyPa
 def test_data_is_exact_in_a_file_and_safe_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     line = f"1\t{HOSTILE}\n"
     for kind, expected in ((io.StringIO, line), (Terminal, "1\t\\x1b]0;pwned\\x07\\x9b2J\\u202egpj\\r\\n\tx\n")):
-        output = kind()
-        monkeypatch.setattr(sys, "stdout", output)
+        shown = kind()
+        monkeypatch.setattr(sys, "stdout", shown)
         console.show_data(line)
-        assert output.getvalue() == expected
+        assert shown.getvalue() == expected
 
 
 def test_a_hint_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,7 +145,7 @@ def test_a_closed_output_takes_any_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [["--version"], ["models"], ["--help"]])
 def test_a_full_output_is_one_line(words: list[str]) -> None:
     with open("/dev/full", "wb") as full:
-        done = run(*words, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+        done = run(*words, stdout=full)
     assert done.returncode == 1
     (line,) = done.stderr.decode().splitlines()
     assert line.startswith("ced: error: ")
@@ -157,11 +154,10 @@ def test_a_full_output_is_one_line(words: list[str]) -> None:
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
-    code = "import sys; sys.argv = ['ced', 'models']; from ced.cli import main; import os; os.close(0); main()"
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "wb") as broken:
-        done = run(code=code, capture_output=False, stdout=broken, stderr=subprocess.PIPE)
+        done = run("models", stdout=broken)
     assert (done.returncode, done.stderr) == (1, b"")
 
 

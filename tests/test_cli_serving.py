@@ -21,6 +21,7 @@ import pytest
 import soundfile
 import torch
 
+from ced.cli import main
 from ced.model.config import ModelConfig
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
@@ -30,6 +31,8 @@ from ced.tag.tagger import Tagger
 
 ROOT = Path(__file__).parents[1]
 RATE = 16_000
+KEY = "0123456789abcdef"
+Server = subprocess.Popen[str]
 PATH = "/v1/audio/classification"
 
 
@@ -46,19 +49,21 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def serving(graph: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run `ced serve`, and give the process and its address once it listens."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CED_OFFLINE": "1"}
-    command = [sys.executable, "-m", "ced", "serve", "-m", str(graph), *words]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+def serving(graph: Path, *words: str, command: str = "serve", **variables: str) -> Iterator[tuple[Server, str]]:
+    """Run `ced serve` or `ced app`, and give the process and its address once it listens."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CED_OFFLINE": "1", **variables}
+    line = [sys.executable, "-m", "ced", command, "-m", str(graph), *words]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
         assert process.stderr is not None
-        line = process.stderr.readline()
         try:
-            said = re.fullmatch(
-                r"ced: serving .*small.onnx at http://(127.0.0.1|0.0.0.0)(:\d+), described at .*/docs\n", line
-            )
-            assert said, line
-            yield process, f"http://127.0.0.1{said[2]}"
+            for told in process.stderr:  # behind a warning, if it listens for other machines
+                if found := re.fullmatch(r"ced: serving .*small.onnx at (\S+?)(, described at .*/docs)?\n", told):
+                    yield process, found[1].replace("0.0.0.0", "127.0.0.1")
+                    break
+                assert told.startswith("ced: warning: "), told
+            else:
+                raise AssertionError(process.wait())
         finally:
             process.kill()
 
@@ -136,55 +141,213 @@ def test_the_commands_of_its_page_work(graph: Path, tmp_path: Path) -> None:
     for kind in ("wav", "flac"):
         soundfile.write(tmp_path / f"a.{kind}", wave, RATE)
     (wave * 32_767).astype("<i2").tofile(tmp_path / "a.s16")
+    (tmp_path / "keys").write_text(f"{KEY}\n")
     servers = [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("ced serve")]
+    assert len(servers) >= 4
     for words in servers:
-        assert len(words) >= 2
         if "-m" in words:
             del words[words.index("-m") : words.index("-m") + 2]
-        with serving(graph, *words, "--port", "0") as (_, url):
-            assert httpx.get(f"{url}/healthz/live").status_code == 200
+        words = [word.replace("/run/ced", str(tmp_path)).replace("keys", str(tmp_path / "keys")) for word in words]
+        is_unix = "--unix-socket" in words
+        with serving(graph, *words, *([] if is_unix else ["--port", "0"])) as (_, url):
+            transport = httpx.HTTPTransport(uds=url.removeprefix("unix:")) if is_unix else httpx.HTTPTransport()
+            with httpx.Client(transport=transport, base_url="http://localhost" if is_unix else url) as client:
+                assert client.get("/healthz/live").status_code == 200
     curls = [line for line in lines if line.startswith("curl ")]
-    assert len(curls) == 7
-    with serving(graph, "--port", "0") as (_, url):
+    assert len(curls) >= 8
+    with serving(graph, "--port", "0", CED_API_KEY=KEY) as (_, url):
         for line in curls:
-            words = shlex.split(line.replace("http://127.0.0.1:8000", url), comments=True)
-            done = subprocess.run([*words, "-sS", "--fail"], capture_output=True, cwd=tmp_path, check=False)
+            words = shlex.split(line.replace("http://127.0.0.1:8000", url).replace("KEY", KEY), comments=True)
+            done = subprocess.run(
+                [*words, "-sS", "--fail", "-H", f"Authorization: Bearer {KEY}"],
+                capture_output=True,
+                cwd=tmp_path,
+                check=False,
+            )
             assert done.returncode == 0, (line, done.stderr)
             if "classification" in line:
                 assert json.loads(done.stdout)["seconds"] == 3.0
 
 
+def test_the_live_client_of_its_page_works(graph: Path) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serve.md").read_text(encoding="utf-8"), re.S)
+    with serving(graph, "--port", "0") as (_, url):
+        program = program.replace("ws://127.0.0.1:8000", url.replace("http", "ws")).replace("sleep(0.1)", "sleep(0.01)")
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    kinds = done.stdout.split()
+    assert (kinds[0], kinds[-1]) == ("begin", "end")
+    assert "window" in kinds
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_stop_is_quiet(graph: Path, number: signal.Signals, code: int) -> None:
-    with serving(graph, "--port", "0") as (process, url):
-        assert httpx.get(f"{url}/healthz/ready").status_code == 200
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_stop_is_quiet_and_prompt(graph: Path, number: signal.Signals, code: int, workers: str) -> None:
+    with serving(graph, "--port", "0", "--workers", workers) as (process, url):
+        assert httpx.get(f"{url}/healthz/ready", timeout=60).status_code == 200
         form = {"content-type": "multipart/form-data; boundary=x"}
         assert httpx.post(url + PATH, content=b"--x\r\n\0: \0\r\n", headers=form).status_code == 422
-        with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 80), timeout=20) as junk:
+        place = ("127.0.0.1", httpx.URL(url).port or 80)
+        with socket.create_connection(place, timeout=20) as junk:
             junk.sendall(b"\0junk\r\n\r\n")
             assert junk.recv(12) == b"HTTP/1.1 400"
+        idle = [socket.create_connection(place) for _ in range(10)]
+        began = time.monotonic()
         process.send_signal(number)
         assert process.wait(60) == code
+        assert time.monotonic() - began < 10
+        for each in idle:
+            each.close()
         assert process.stderr is not None
-        assert process.stderr.read() in ("", "ced: interrupted\n")
+        assert process.stderr.read() == ("" if code == 0 else "ced: interrupted\n")
 
 
-def test_what_cannot_be_served_is_said_in_a_line(graph: Path) -> None:
+def test_each_request_is_a_line_on_standard_output(graph: Path) -> None:
+    for words, count in (((), 2), (("--workers", "2"), 2), (("--no-access-log",), 0)):
+        with serving(graph, "--port", "0", *words) as (process, url):
+            for path in ("/healthz/ready", "/v1/model"):
+                assert httpx.get(url + path, timeout=60).status_code == 200
+            process.terminate()
+            assert process.stdout is not None
+            lines = [json.loads(line) for line in process.stdout.read().splitlines()]
+        assert [line["path"] for line in lines] == ["/healthz/ready", "/v1/model"][:count]
+
+
+def test_workers_share_a_port_and_are_replaced(graph: Path) -> None:
+    def get(path: str) -> str:
+        return httpx.get(url + path, timeout=60).text
+
+    with serving(graph, "--port", "0", "--workers", "2", "--no-access-log") as (process, url):
+        sound = io.BytesIO()
+        soundfile.write(sound, np.zeros(RATE), RATE, format="WAV")
+        for _ in range(10):
+            assert httpx.post(url + PATH, content=sound.getvalue(), timeout=60).status_code == 200
+        assert 'ced_requests_total{status="200"} 10.0' in get("/metrics")  # of both processes together
+        children = (Path("/proc") / str(process.pid) / "task" / str(process.pid) / "children").read_text().split()
+        workers = [int(pid) for pid in children if b"spawn_main" in (Path("/proc") / pid / "cmdline").read_bytes()]
+        assert len(workers) == 2
+        time.sleep(5)  # a worker that ends at once is not replaced
+        os.kill(workers[0], signal.SIGKILL)
+        for _ in range(10):
+            assert get("/healthz/ready") == '{"status":"ok"}'
+        assert 'ced_requests_total{status="200"} 10.0' in get("/metrics")
+        process.kill()  # and workers do not outlive the first process
+        process.wait()
+        end = time.monotonic() + 30
+        while any(is_running(pid) for pid in workers) or is_listening(url):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in (Path("/proc") / str(pid) / "status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def is_listening(url: str) -> bool:
+    try:
+        httpx.get(f"{url}/healthz/live")
+    except httpx.TransportError:
+        return False
+    return True
+
+
+def test_api_keys_come_from_a_file_or_the_environment(graph: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"\n{KEY}\n  another-key-0123\n")
+    for words, variables, keys in (
+        (("--api-key", str(file)), {}, [KEY, "another-key-0123"]),
+        ((), {"CED_API_KEY": f"{KEY}\n"}, [KEY]),
+    ):
+        with serving(graph, "--port", "0", "--host", "0.0.0.0", *words, **variables) as (_, url):
+            assert httpx.get(f"{url}/v1/model").status_code == 401
+            for key in keys:
+                headers = {"Authorization": f"Bearer {key}"}
+                assert httpx.get(f"{url}/v1/model", headers=headers).status_code == 200
+
+
+def test_a_unix_socket_is_removed_at_the_end_and_replaced_after_a_kill(graph: Path, tmp_path: Path) -> None:
+    path = tmp_path / "ced.sock"
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        with serving(graph, "--unix-socket", str(path)) as (process, url):
+            assert url == f"unix:{path}"
+            transport = httpx.HTTPTransport(uds=str(path))
+            headers = {"X-Forwarded-For": "203.0.113.7"}
+            with httpx.Client(transport=transport, base_url="http://any", headers=headers) as client:
+                assert client.get("/healthz/ready").status_code == 200
+            process.send_signal(number)
+            assert process.wait(60) == (-9 if number == signal.SIGKILL else 0)
+            assert process.stdout is not None
+            assert json.loads(process.stdout.read())["client"] == "203.0.113.7"
+        assert path.exists() == (number == signal.SIGKILL)
+
+
+def test_app_is_the_server_for_this_machine_only(graph: Path, tmp_path: Path) -> None:
+    opened = tmp_path / "opened"
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
+    browser.chmod(0o755)
+    with serving(graph, command="app", BROWSER=f"{browser} %s") as (process, url):
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url)
+        assert "<html" in httpx.get(url).text
+        assert httpx.get(url, headers={"Host": "example.org"}).status_code == 400
+        limits = httpx.get(f"{url}/v1/model").json()["limits"]
+        assert limits["seconds"] >= 3600
+        process.terminate()
+        assert process.wait(60) == 0
+    assert opened.read_text().strip() == url
+    opened.unlink()
+    with serving(graph, "--no-browser", command="app", BROWSER=f"{browser} %s") as (_, url):
+        assert httpx.get(url).status_code == 200
+    assert not opened.exists()
+
+
+def test_an_upload_leaves_nothing_behind_when_the_server_is_killed(graph: Path, tmp_path: Path) -> None:
+    """An upload that is too large for memory lies in a file without a name."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    with serving(graph, "--port", "0", TMPDIR=str(folder)) as (process, url):
+        place = ("127.0.0.1", httpx.URL(url).port or 80)
+        with socket.create_connection(place) as sender:
+            head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20000000\r\n\r\n"
+            sender.sendall(head.encode() + bytes(10_000_000))
+            files = Path("/proc") / str(process.pid) / "fd"
+            end = time.monotonic() + 30
+            while not any(str(folder) in os.readlink(each) for each in files.iterdir() if each.is_symlink()):
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            process.kill()
+            process.wait()
+    assert not list(folder.iterdir())
+
+
+def test_what_cannot_be_served_is_one_line(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "short").write_text("secret\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for words, said in (
-            (("-m", str(graph), "--port", port), f"cannot listen at 127.0.0.1, port {port}: Address already in use"),
-            (("-m", str(graph), "--host", "203.0.113.1", "--port", "0"), "cannot listen at 203.0.113.1, port 0: "),
+            (("-m", str(graph), "--port", port), f"port {port}: Address already in use"),
+            (("-m", str(graph), "--host", "203.0.113.1", "--port", "0"), "203.0.113.1, port 0: "),
             (("-m", "nothing.onnx", "--port", "0"), "nothing.onnx"),
-            (
-                ("-m", str(graph), "--port", "0", "--max-seconds", "nan"),
-                "--max-seconds is nan; it must be a number above 0",
-            ),
-            (("-m", str(graph), "--port", "0", "--proxy", "junk"), "--proxy junk is no address or network"),
+            (("-m", "nothing.onnx", "--port", "0", "--workers", "2"), "nothing.onnx"),
+            (("-m", str(graph), "--port", "0", "--max-seconds", "nan"), "--max-seconds is nan"),
+            (("-m", str(graph), "--port", "0", "--proxy", "junk"), "--proxy junk"),
+            (("-m", str(graph), "--port", "0", "--root-path", "a/"), "--root-path is a/"),
+            (("-m", str(graph), "--port", "0", "--api-key", str(tmp_path / "none")), "No such file"),
+            (("-m", str(graph), "--port", "0", "--api-key", str(tmp_path / "empty")), "has no API key"),
+            (("-m", str(graph), "--port", "0", "--api-key", str(tmp_path / "short")), "has 6 characters"),
+            (("-m", str(graph), "--unix-socket", str(tmp_path / "short")), "not a socket"),
         ):
-            command = [sys.executable, "-m", "ced", "serve", *words]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
-            assert done.returncode == 1
-            (line,) = done.stderr.splitlines()
+            monkeypatch.setattr(sys, "argv", ["ced", "serve", *words])
+            with pytest.raises(SystemExit) as ended:
+                main()
+            assert ended.value.code == 1
+            (line,) = capsys.readouterr().err.splitlines()
             assert line.startswith("ced: error: ")
             assert said in line
+            assert "secret" not in line

@@ -158,11 +158,26 @@ def test_unknown_keys_inside_transforms_name_the_nearest() -> None:
         (["--warmup_epochs", ".inf"], "warmup_epochs: input should be a finite number"),
         (["--optimizer_args.betas", "[1.5, 0.9]"], "optimizer_args.betas.0: input should be less than 1"),
         (["--seed", "99999999999999999999999"], "seed: "),
+        (["--batch_size", "true"], "batch_size: should be a number, got True"),
+        (["--epochs", "yes"], "epochs: should be a number, got True"),
+        (["--warmup_epochs", "false"], "warmup_epochs: should be a number, got False"),
+        (["--optimizer_args.betas", "[true, 0.9]"], "optimizer_args.betas: should be a number, got [True, 0.9]"),
+        (["--mixup", "on"], "mixup: should be a number, got True"),
+        (["--batch_size", "1000000000000"], "batch_size: input should be less than or equal to 10000000"),
+        (["--num_workers", "100000"], "num_workers: input should be less than or equal to 1024"),
+        (["--model", "[" + "[1]," * 500 + "]"], "model: input should be a valid string, got [[1], [1], [1], [1]"),
         (["--logfile", "a/b.log"], "logfile: should be a file name without a folder, got 'a/b.log'"),
     ],
 )
 def test_what_cannot_be_done_is_refused(words: list[str], message: str) -> None:
-    assert message in errors_of(TrainConfig, [*MINIMAL, "--logitspath", "s", *words])[1]
+    found = errors_of(TrainConfig, [*MINIMAL, "--logitspath", "s", *words])[1]
+    assert message in found
+    assert len(found) < 300
+
+
+def test_words_that_yaml_reads_as_true_are_still_switches() -> None:
+    config = load(TrainConfig, None, [*MINIMAL, "--logitspath", "s", "--compile", "yes", "--mode", "off"])
+    assert (config.compile, config.mode, config.pretrained) == (True, "off", True)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +193,11 @@ def test_words_that_are_no_overrides_are_refused(words: list[str], message: str)
     assert message in errors_of(TrainConfig, words)[0]
 
 
+LAUGHS = 'l0: &l0 ["lol"]\n' + "".join(
+    f"l{level}: &l{level} [{', '.join([f'*l{level - 1}'] * 10)}]\n" for level in range(1, 20)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -185,6 +205,18 @@ def test_words_that_are_no_overrides_are_refused(words: list[str], message: str)
         ("a: [", "is not YAML"),
         ("", "holds NoneType"),
         ("seed: 1\nepochs: 2\nseed: 3\n", "key 'seed' stands twice"),
+        ("? [a]\n: b\n", "a key is a list or a mapping"),
+        ("seed: 2026-13-45\n", "month must be"),
+        (f"seed: {'1' * 5000}\n", "is not YAML: Exceeds the limit"),
+        ("[" * 50_000, "within each other"),
+        ("- " * 50_000, "within each other"),
+        ("a: " + "{a: " * 50_000, "within each other"),
+        ("a: [" + "1," * 20_000 + "]", "more than 10,000 values"),
+        ("a: [" + "[]," * 20_000 + "]", "more than 10,000 values"),
+        ("x" * 2_000_000, "more than 1,048,576 characters"),
+        ("a: &a [*a]\n", "a contains itself"),
+        (LAUGHS, "more than 10,000 values"),
+        (LAUGHS.replace("[", "{<<: [").replace("]", "]}"), "is not YAML"),
     ],
 )
 def test_files_that_hold_no_configuration_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -23,8 +23,9 @@ FLOORS: dict[str, set[str]] = {
     "model": {"base", "sound"},
     "distill": {"base", "sound", "model"},
     "tag": {"base", "sound", "model"},
+    "serve": {"base", "sound", "model", "tag"},
     "demo": {"base", "sound", "model", "distill", "tag"},
-    "cli": {"base", "sound", "model", "distill", "tag", "demo"},
+    "cli": {"base", "sound", "model", "distill", "tag", "serve", "demo"},
 }
 
 
@@ -117,7 +118,7 @@ def run_python(program: str) -> str:
         ("ced.config", ["torch"]),
         ("ced.tag.live", ["torch", "onnx", "pyarrow", "pydantic", "sounddevice", "av"]),
         ("ced.sound.device", ["torch", "sounddevice", "av"]),
-        ("ced.tag.server", ["torch", "onnx", "pyarrow"]),
+        ("ced.serve.app", ["torch", "onnx", "pyarrow"]),
         ("ced.cli", ["torch", "numpy", "pydantic", "rich.progress", "fastapi", "uvicorn"]),
     ],
 )

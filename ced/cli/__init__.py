@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import ced
-from ced.cli import calibrating, distilling, exporting, listening, serving, showing, tagging
+from ced.cli import calibrating, distilling, exporting, listening, serving, tagging
 from ced.cli.console import Commands, set_up_logging, set_up_streams, show
 from ced.cli.keys import FinetuneCommand, PretrainCommand, StoreCommand, TrainCommand
 
@@ -42,7 +42,7 @@ app.command()(tagging.embed)
 app.command()(listening.live)
 app.command()(calibrating.calibrate)
 app.command()(serving.serve)
-app.command("app")(showing.show)
+app.command("app")(serving.show)
 app.command()(exporting.models)
 app.command()(exporting.export)
 app.command()(distilling.pack)

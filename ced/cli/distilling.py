@@ -1,12 +1,14 @@
 """Commands that make a student: pack, labels, store, train, finetune, pretrain, evaluate, demo."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from ced.cli.console import complain, hush, is_main_process, reporting, show, tell
-from ced.errors import ConfigError
+from ced.errors import CheckpointError, ConfigError
+from ced.text import quoted
 
 Resume = Annotated[
     Path | None,
@@ -93,7 +95,7 @@ def labels(
         ("unknown labels", report.unknown_mids),
     ):
         if names:
-            show(f"{what}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+            show(f"{what}: {len(names)} ({', '.join(map(quoted, names[:3]))}{', ...' if len(names) > 3 else ''})")
 
 
 def store(words: Words = None) -> None:
@@ -156,43 +158,72 @@ def evaluate(
         Path | None,
         typer.Option("--test_data", help="Labelled table; default: eval_data of the experiment's configuration."),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Clips scored at once.")] = 32,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, max=10_000, help="Clips scored at once.")] = 32,
     per_class: Annotated[bool, typer.Option("--per_class", help="Print each class's average precision, too.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write a table of every class's results: a .tsv or .csv file.")
+    ] = None,
 ) -> None:
-    """Evaluate a tagger on a labelled table; several by the mean of their probabilities."""
+    """Evaluate a tagger on a labelled table; several by the mean of their probabilities.
+
+    A folder of experiments stands for the newest of them that has a result: `experiments/NAME`.
+    """
     import torch
 
     from ced.distill import evaluate
     from ced.model.loading import load_model
 
-    table = test_data or _eval_data(experiments[0])
+    if out is not None and out.suffix.lower() not in evaluate.DELIMITERS:
+        raise typer.BadParameter(f"--out is the name of a table: NAME{' or NAME'.join(evaluate.DELIMITERS)}")
+    chosen = _members(experiments)
+    table = test_data or _eval_data(chosen[0])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with reporting() as progress:
-        models = [load_model(str(experiment), progress=progress).to(device) for experiment in experiments]
+        models = [load_model(str(experiment), progress=progress).to(device) for experiment in chosen]
         found = evaluate.evaluate(models, table, batch_size=batch_size, progress=progress)
+    if len(chosen) > 1:
+        show(f"the mean of {len(chosen)} models: {', '.join(quoted(str(path)) for path in chosen)}")
     if per_class:
         for name, value in zip(found.labels.names, found.per_class, strict=True):
             show(f"{value:.4f}  {name}")
     show(found.summary)
     if found.missing:
-        show(f"left out, as no clip has them: {', '.join(found.missing)}")
+        show(f"left out, as no clip has them: {', '.join(map(quoted, found.missing))}")
+    if out is not None:
+        evaluate.write_results(out, found)
+
+
+def _members(experiments: list[Path]) -> list[Path]:
+    """Return the models to evaluate: folders as the experiment that they stand for, without those that have none yet.
+
+    Raises:
+        CheckpointError: none of the folders has a checkpoint.
+    """
+    from ced.model.zoo import checkpoint_file
+
+    found: dict[Path, None] = {}
+    problems = []
+    for path in experiments:
+        try:
+            found[checkpoint_file(path).parent if path.is_dir() else path] = None
+        except CheckpointError as error:
+            problems.append(error)
+    if not found:
+        raise problems[0]
+    for problem in problems:
+        tell(f"ced: warning: left out: {problem}")
+    return list(found)
 
 
 def _eval_data(experiment: Path) -> Path:
     """Return the table that an experiment was validated on."""
-    import yaml
-
+    from ced.config import read_file
     from ced.distill.experiment import CONFIG_NAME
 
-    path = experiment / CONFIG_NAME
-    if path.is_file():
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from error
-        if isinstance(values, dict) and isinstance(table := values.get("eval_data"), str):
-            return Path(table)
-    raise ConfigError(f"{experiment} names no eval_data; give a labelled table with --test_data")
+    path = (experiment if experiment.is_dir() else experiment.parent) / CONFIG_NAME
+    if path.is_file() and isinstance(table := read_file(path).get("eval_data"), str):
+        return Path(table)
+    raise ConfigError(f"{quoted(str(experiment))} names no eval_data; give a labelled table with --test_data")
 
 
 def demo(
@@ -228,16 +259,22 @@ def _split(words: list[str] | None, resume: Path | None = None, command: str = "
 
     path = resume / CONFIG_NAME
     if not path.is_file():
-        raise ConfigError(f"{resume} is no experiment: it has no {CONFIG_NAME}")
+        raise ConfigError(f"{quoted(str(resume))} is not an experiment: it has no {CONFIG_NAME}")
     text = path.read_text(encoding="utf-8", errors="replace")
     began = next((command for key, command in _KEY_OF.items() if f"{key}:" in text), "finetune")
     if began != command:
-        raise ConfigError(f"{resume} was begun with `ced {began}`, and goes on with `ced {began} --resume {resume}`")
+        again = shlex.join(["ced", began, "--resume", str(resume)])
+        raise ConfigError(f"{quoted(str(resume))} was begun with `ced {began}`, and goes on with `{again}`")
     return path, words or []
 
 
 def _name(path: Path | None, model: str) -> str:
-    return path.stem if path is not None else Path(model).stem
+    """Name a run after its configuration, after the experiment that the configuration is of, or after its model."""
+    from ced.distill.experiment import run_name
+
+    if path is None:
+        return run_name(Path(model)) or Path(model).stem
+    return run_name(path) or path.stem
 
 
 def _result(path: Path) -> None:

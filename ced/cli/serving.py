@@ -1,69 +1,213 @@
-"""The command that answers requests: serve."""
+"""The commands that answer requests: serve, and app, which opens the page in a browser."""
 
 import ipaddress
 import logging
 import math
-import signal
+import os
+import socket
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ced.cli.console import reporting
-from ced.cli.listener import address, listen
+from ced.cli.console import reporting, set_up_logging, set_up_streams
 from ced.cli.options import Jobs, Model
 from ced.errors import ConfigError, optional_packages
 from ced.machine import allow_open_files, cores
 
+if TYPE_CHECKING:
+    from ced.serve.body import Limits
+    from ced.serve.server import Settings
+
+KEY_VARIABLE = "CED_API_KEY"
+_SHORTEST_KEY = 16  # characters
+
 _log = logging.getLogger(__name__)
+
+_MaxMegabytes = Annotated[float, typer.Option(help="Largest body of a request.")]
+_MaxSeconds = Annotated[float, typer.Option(help="Most sound in a request; overlapping windows count in full.")]
+_Queue = Annotated[int, typer.Option(min=0, help="Requests that may wait; further ones are refused with 503.")]
+_AllowAddresses = Annotated[
+    bool, typer.Option("--allow-addresses", help="Fetch sounds from http(s) addresses of public hosts.")
+]
+_MaxLive = Annotated[int, typer.Option(min=0, help="Most live connections at the same time.")]
 
 
 def serve(
     model: Model = "ced_mini",
-    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 or :: lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any that is free.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 or :: for other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: any free one.")] = 8000,
+    unix_socket: Annotated[
+        Path | None, typer.Option(help="Listen on a Unix socket at this path instead of a port.")
+    ] = None,
     jobs: Jobs = None,
-    max_megabytes: Annotated[float, typer.Option(help="The most in the body of a request.")] = 50.0,
-    max_seconds: Annotated[
-        float, typer.Option(help="The most sound in a request, counted as often as windows hear it.")
-    ] = 600.0,
-    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; further ones are told to come back.")] = 16,
-    rate: Annotated[
-        int | None, typer.Option(min=1, help="Requests of one client in a minute.", show_default="no limit")
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the port, each with its own model.")] = 1,
+    max_megabytes: _MaxMegabytes = 50.0,
+    max_seconds: _MaxSeconds = 600.0,
+    queue: _Queue = 16,
+    max_live: _MaxLive = 4,
+    api_key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help=f"File with an API key a line, one of which each request must have; or ${KEY_VARIABLE}.",
+        ),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Host name that requests may be addressed to, besides this machine's own; may be repeated."),
     ] = None,
     proxy: Annotated[
         list[str] | None,
-        typer.Option(help="Address or network of a proxy whose X-Forwarded-For is believed; may be repeated."),
+        typer.Option(help="Address or network of a proxy whose X-Forwarded-For is trusted; may be repeated."),
     ] = None,
+    root_path: Annotated[str, typer.Option(help="Path prefix under which a proxy publishes the server.")] = "",
+    allow_addresses: _AllowAddresses = False,
+    access_log: Annotated[bool, typer.Option(help="Print a line of JSON for each request.")] = True,
 ) -> None:
-    """Serve a model over HTTP: POST a sound to /v1/audio/classification, see /docs for the rest.
+    """Serve a model over HTTP, with a page at / and a description of the interface at /docs.
 
-    There are no passwords: put it behind a proxy that has them before other machines may reach it.
+    TLS and rate limits are a proxy's task: see docs/serve.md.
     """
     with optional_packages("ced serve"):
-        from ced.tag.intake import Limits
-        from ced.tag.server import Application, Server
-    from ced.model.runtime import open_model
+        from ced.serve import server
+        from ced.serve.app import Access
+    keys = _keys(api_key)
+    listener = server.listen(host, port) if unix_socket is None else server.listen_unix(unix_socket)
+    try:
+        is_local = _is_local(listener)
+        settings = server.Settings(
+            model,
+            Path(model).name,
+            jobs or max(1, cores() // workers),
+            _limits(max_megabytes, max_seconds, queue, max_live),
+            Access(keys, _hosts(listener, host, allowed_host), _prefix(root_path), allow_addresses),
+            ("*",) if unix_socket is not None else tuple(map(_network, proxy or ())),
+        )
+        if not is_local and not keys:
+            _log.warning("%s can be reached from other machines, without an API key", server.address(listener))
+        _run(settings, listener, workers, access_log)
+    finally:
+        listener.close()
+        if unix_socket is not None:
+            unix_socket.unlink(missing_ok=True)
 
-    for option, value in (("--max-megabytes", max_megabytes), ("--max-seconds", max_seconds)):
+
+def show(
+    model: Model = "ced_mini",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: any free one.")] = 0,
+    jobs: Jobs = None,
+    max_megabytes: _MaxMegabytes = 2000.0,
+    max_seconds: _MaxSeconds = 86_400.0,
+    allow_addresses: _AllowAddresses = False,
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+) -> None:
+    """Open a page in the browser that tags sounds: files, recordings, and the microphone while it listens.
+
+    It is the page of `ced serve`, for this machine only.
+    """
+    with optional_packages("ced app"):
+        from ced.serve import server
+        from ced.serve.app import Access
+    with server.listen("127.0.0.1", port) as listener:
+        limits = _limits(max_megabytes, max_seconds, queue=16, live=4)
+        access = Access(hosts=_hosts(listener, "127.0.0.1", None), addresses=allow_addresses)
+        settings = server.Settings(model, Path(model).name, jobs or cores(), limits, access, grace=1)
+        _run(settings, listener, 1, False, browser)
+
+
+def _run(settings: "Settings", listener: socket.socket, workers: int, access_log: bool, browser: bool = False) -> None:
+    """Open the model, print where it is served, and serve it."""
+    from ced.serve import server
+
+    allow_open_files()
+    with reporting() as progress:
+        app = server.open_application(settings, progress)
+    where = server.address(listener)
+    docs = f", described at {where}/docs" if where.startswith("http") else ""
+    print(f"ced: serving {settings.model} at {where}{docs}", file=sys.stderr, flush=True)
+    if browser:
+        import webbrowser
+
+        webbrowser.open(where)
+    if workers > 1:
+        app.close()
+        server.run_workers(settings, listener, workers, partial(_set_up_worker, access_log))
+    else:
+        _set_up_logs(access_log)
+        server.run(app, settings, listener)
+
+
+def _set_up_worker(access_log: bool) -> None:
+    """Prepare one of several processes, as `ced.cli.main` does the first."""
+    set_up_streams()
+    set_up_logging()
+    _set_up_logs(access_log)
+
+
+def _set_up_logs(access_log: bool) -> None:
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # broken forms are faults of clients
+    requests = logging.getLogger("ced.access")
+    requests.propagate = False
+    requests.setLevel(logging.INFO if access_log else logging.CRITICAL)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    requests.addHandler(handler)
+
+
+def _keys(file: Path | None) -> tuple[str, ...]:
+    """Return the API keys of a file and of the environment."""
+    keys = []
+    if file is not None:
+        try:
+            keys += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the API keys in {file}: {getattr(error, 'strerror', error)}") from error
+        if not keys:
+            raise ConfigError(f"{file} has no API key; write one a line")
+    if KEY_VARIABLE in os.environ:
+        keys.append(os.environ[KEY_VARIABLE].strip())
+    for key in keys:
+        if len(key) < _SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+            where = KEY_VARIABLE if file is None else str(file)
+            raise ConfigError(
+                f"an API key in {where} has {len(key)} characters; it must have {_SHORTEST_KEY} or more, of ASCII and"
+                " without spaces (openssl rand -hex 32 makes one)"
+            )
+    return tuple(keys)
+
+
+def _limits(megabytes: float, seconds: float, queue: int, live: int) -> "Limits":
+    from ced.serve.body import Limits
+
+    for option, value in (("--max-megabytes", megabytes), ("--max-seconds", seconds)):
         if not 0 < value < math.inf:
             raise ConfigError(f"{option} is {value}; it must be a number above 0")
-    limits = Limits(max_megabytes, max_seconds, queue, rate)
-    proxies = [_network(each) for each in proxy or ()]
-    allow_open_files()
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # forms that are broken are their clients' affair
-    with listen(host, port) as listener:
-        with reporting() as progress:
-            graph = open_model(model, progress=progress)
-        app = Application(graph, Path(model).name, jobs=jobs or cores(), limits=limits)
-        where = address(listener)
-        print(f"ced: serving {model} at {where}, described at {where}/docs", file=sys.stderr, flush=True)
-        if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-            _log.warning("%s may be reached from other machines, and asks nobody for a password", where)
-        before = signal.signal(signal.SIGTERM, lambda *_: None)  # which the server sends again, when it has ended
-        Server(app, proxies).run([listener])
-        signal.signal(signal.SIGTERM, before)
+    return Limits(megabytes, seconds, queue, live)
+
+
+def _is_local(listener: socket.socket) -> bool:
+    return listener.family == socket.AF_UNIX or ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+
+
+def _hosts(listener: socket.socket, host: str, allowed: list[str] | None) -> tuple[str, ...]:
+    """Return the host names that requests may be addressed to; none: any.
+
+    A server for this machine only has only this machine's names, so that no web site can make a browser send requests
+    to it under a name of its own (DNS rebinding).
+    """
+    if allowed is None and (listener.family == socket.AF_UNIX or not _is_local(listener)):
+        return ()
+    own = f"[{host}]" if ":" in host else host
+    return tuple(dict.fromkeys((*(allowed or ()), "localhost", "127.0.0.1", "[::1]", own)))
+
+
+def _prefix(path: str) -> str:
+    if path and (not path.startswith("/") or path.endswith("/")):
+        raise ConfigError(f"--root-path is {path}; it must begin with a slash and not end with one, as /tagger")
+    return path
 
 
 def _network(text: str) -> str:
@@ -71,4 +215,4 @@ def _network(text: str) -> str:
     try:
         return str(ipaddress.ip_network(text, strict=False))
     except ValueError as error:
-        raise ConfigError(f"--proxy {text} is no address or network, as 10.0.0.2 or 10.0.0.0/24") from error
+        raise ConfigError(f"--proxy {text} is not an address or network, as 10.0.0.2 or 10.0.0.0/24") from error

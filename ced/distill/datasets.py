@@ -4,6 +4,7 @@ One data set serves all walks. The teacher cuts clips into chunks and draws new 
 store, and evaluation takes whole clips without a view.
 """
 
+import hashlib
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,8 +24,10 @@ from ced.errors import ConfigError, PackError
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.decode import FULL_SCALE
 from ced.sound.features import MIN_SAMPLES
+from ced.text import quoted
 
 _INT16_STEP = 1 / FULL_SCALE
+_FINGERPRINTED = 256  # chunks whose samples tell audio that was packed again from the audio before
 
 Items = Sequence[int] | NDArray[np.int64]  # which chunks of a data set, (b,)
 
@@ -74,6 +77,30 @@ def cut(pack: WavPack, chunk_length: float) -> Chunks:
     return Chunks(np.array(clips, np.int64), np.array(starts, np.int64), np.array(stops, np.int64))
 
 
+def fingerprint(
+    pack: WavPack,
+    chunks: Chunks,
+    filenames: NDArray[np.object_],
+    starts: NDArray[np.float32],
+    ends: NDArray[np.float32],
+) -> str:
+    """Return a digest of the names and times of chunks, and of the samples of some: all of them would take long.
+
+    Args:
+        pack: where the chunks are.
+        chunks: n pieces of its clips.
+        filenames: (n,) str, the name of each chunk's clip.
+        starts: (n,) seconds.
+        ends: (n,) seconds.
+    """
+    digest = hashlib.sha256("\n".join(filenames).encode(errors="surrogateescape"))
+    digest.update(starts.tobytes() + ends.tobytes())
+    some = np.linspace(0, len(chunks) - 1, min(len(chunks), _FINGERPRINTED)).astype(int)
+    for item in some.tolist():
+        digest.update(pack.read(*chunks.place(item)).tobytes())
+    return digest.hexdigest()
+
+
 def stored(pack: WavPack, rows: Rows, chunk_length: float) -> Chunks:
     """Return the chunks that the rows of a store speak of.
 
@@ -96,8 +123,8 @@ def stored(pack: WavPack, rows: Rows, chunk_length: float) -> Chunks:
         if off.any():
             item = int(off.argmax())
             raise PackError(
-                f"clip {rows.filenames[item]}: the store says {stored_seconds[item]:.5f} s where the pack has "
-                f"{seconds[item]:.5f} s; was it packed again after its views were stored?"
+                f"clip {quoted(str(rows.filenames[item]))}: the store says {stored_seconds[item]:.5f} s where the pack "
+                f"has {seconds[item]:.5f} s; was it packed again after its views were stored?"
             )
     return Chunks(clips, starts, stops)
 
@@ -197,6 +224,23 @@ def shuffled(count: int, batch_size: int, seed: Sequence[int]) -> Iterator[NDArr
             pool = np.concatenate([pool, rng.permutation(count)])
         yield pool[:batch_size]
         pool = pool[batch_size:]
+
+
+def drawn(
+    weights: NDArray[np.float64], batch_size: int, batches: int, seed: Sequence[int]
+) -> Iterator[NDArray[np.int64]]:
+    """Yield batches of items drawn in proportion to their weights, (n,), in a random order.
+
+    Of N draws, an item gets N times its part of all weights, rounded up or down (systematic sampling): its number of
+    draws varies as little as it can.
+    """
+    rng = np.random.default_rng(seed)
+    count = batches * batch_size
+    order = rng.permutation(len(weights))  # so that the rounding does not favour the same items each time
+    places = (np.arange(count) + rng.random()) / count
+    bounds = np.cumsum(weights[order]) / np.sum(weights)
+    items = order[np.searchsorted(bounds, places, side="right").clip(max=len(weights) - 1)]
+    yield from rng.permutation(items).reshape(batches, batch_size)
 
 
 def prefetch(dataset: ViewDataset, batches: Iterable[Items], workers: int) -> Generator[Batch, None, None]:

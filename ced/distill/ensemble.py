@@ -21,6 +21,7 @@ from ced.model.loading import load_model
 from ced.model.vit import CED
 from ced.progress import Progress, silent
 from ced.sound.labels import ClassTable
+from ced.text import quoted
 
 MODEL_ARGS = ("pooling", "target_length")  # what a configuration may change about a teacher
 
@@ -145,10 +146,10 @@ class Ensemble:
             if teacher.labels is not None:
                 tables[teacher.name] = teacher.labels
         if len(set(counts.values())) > 1:
-            said = ", ".join(f"{name} {count}" for name, count in counts.items())
+            said = ", ".join(f"{quoted(name)} {count}" for name, count in counts.items())
             raise ConfigError(f"teachers have different numbers of classes: {said}")
         if len({table.names for table in tables.values()}) > 1:
-            raise ConfigError(f"teachers {', '.join(tables)} do not have the same class table")
+            raise ConfigError(f"teachers {', '.join(map(quoted, tables))} do not have the same class table")
         return next(iter(counts.values())), next(iter(tables.values()), None)
 
 

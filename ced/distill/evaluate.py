@@ -1,35 +1,48 @@
 """How good a tagger is: mean average precision over the clips of a labelled table.
 
-Clips are scored whole, those of equal length together, so that a clip's scores do not depend on its neighbours.
+Clips are scored whole, those of equal length together, so that a clip's scores do not depend on its neighbours. A clip
+of many forward passes is read and scored in blocks, so that memory does not grow with its length.
 """
 
-from collections.abc import Iterator, Sequence
+import csv
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ced.config import Mode, TaggerConfig
-from ced.distill.datasets import ViewDataset, in_order, prefetch, whole
+from ced.distill.datasets import Batch, ViewDataset, in_order, prefetch, whole
 from ced.distill.distributed import World
 from ced.distill.precision import autocast
 from ced.distill.wavpack import WavPack
-from ced.errors import ConfigError, TableError
+from ced.errors import ConfigError, PackError, TableError
+from ced.files import writing, written_aside
+from ced.model.config import ModelConfig
 from ced.model.metrics import accuracy, average_precision
 from ced.model.vit import CED
 from ced.progress import Progress, silent
+from ced.sound.features import PATCH, TOP_DB, frames_of
 from ced.sound.labels import ClassTable
 from ced.sound.tables import multi_hot, parse_labels
+
+DELIMITERS = {".tsv": "\t", ".csv": ","}  # of tables of results, by the suffixes that they may have
+PIECES_AT_ONCE = 32  # forward passes that a clip may need to be scored whole; 5 minutes with published networks
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a labelled table says about a tagger."""
+    """The figures of a tagger on a labelled table."""
 
     map: float  # mean of the classes' average precision
     per_class: NDArray[np.float64]  # (c,) average precision; NaN for the missing classes
+    positives: NDArray[np.int64]  # (c,) clips that have the class
+    recall: NDArray[np.float64] | None  # (c,) part of a class's clips in which it scores highest; None as `accuracy`
     missing: tuple[str, ...]  # classes without a positive clip, left out of the mean
     clips: int  # how many clips the figures are about
     labels: ClassTable
@@ -47,7 +60,7 @@ class Evaluator:
     """A labelled table, opened to evaluate any number of taggers on it.
 
     Every process of a run must take part; each scores its share of the clips and gets the whole result. Memory grows
-    with the longest clip, by 2 to 3 GB an hour for a small network, and hardly with the number of clips.
+    neither with the length of the clips nor, but for their scores, with their number.
     """
 
     def __init__(
@@ -93,13 +106,19 @@ class Evaluator:
                 raise ConfigError("the tagger's classes are not those of the table")
         scores = self.scores(members, world=world, progress=progress)
         per_class = average_precision(self.targets, scores)
+        found = accuracy(self.targets, scores)
+        highest = scores.argmax(1)
+        positives = self.targets.sum(0)
+        hits = np.bincount(highest[self.targets[np.arange(len(scores)), highest]], minlength=len(positives))
         return Evaluation(
             map=float(np.nanmean(per_class)),
             per_class=per_class,
+            positives=positives,
+            recall=None if found is None else np.where(positives, hits / np.maximum(positives, 1), np.nan),
             missing=self.missing,
             clips=len(scores),
             labels=self.labels,
-            accuracy=accuracy(self.targets, scores),
+            accuracy=found,
         )
 
     def scores(
@@ -109,6 +128,7 @@ class Evaluator:
         world = world or World(0, 1, next(members[0].parameters()).device)
         longest = min(member.config.target_length * member.config.hop_size for member in members)
         batches = list(self._batches(longest))[world.rank :: world.size]
+        long = np.flatnonzero(self.dataset.chunks.stops > PIECES_AT_ONCE * longest)[world.rank :: world.size].tolist()
         was_training = [member.training for member in members]
         for member in members:
             member.eval()
@@ -119,7 +139,12 @@ class Evaluator:
                 probs = torch.stack([member.probs(waves) for member in members]).mean(0)
                 found.append((batch.items, probs.cpu().numpy()))
                 if world.is_main:
-                    progress("evaluate", done, len(batches))
+                    progress("evaluate", done, len(batches) + len(long))
+            for done, clip in enumerate(long, start=1 + len(batches)):
+                probs = torch.stack([self._long_probs(member, clip, world) for member in members]).mean(0)
+                found.append((np.array([clip]), probs[None].cpu().numpy()))
+                if world.is_main:
+                    progress("evaluate", done, len(batches) + len(long))
         for member, training in zip(members, was_training, strict=True):
             member.train(training)
         scores = np.full(self.targets.shape, np.nan, np.float32)
@@ -127,14 +152,77 @@ class Evaluator:
             scores[items] = probs
         return scores
 
+    def _long_probs(self, member: CED, clip: int, world: World) -> Tensor:
+        """Return the probabilities of a clip that is read in blocks, (c,)."""
+        pack = self.dataset.pack
+
+        def read(start: int, stop: int) -> Tensor:
+            wave = torch.from_numpy(pack.read(clip, start, stop).copy())
+            return Batch(np.array([clip]), wave[None], torch.zeros(1, 2)).to_device(world.device)[0]
+
+        return probs_in_blocks(member, read, pack.samples(clip))
+
     def _batches(self, longest: int) -> Iterator[NDArray[np.int64]]:
-        """Group clips of equal length; clips longer than `longest` samples weigh as many as they are long."""
+        """Group clips of equal length; clips longer than `longest` samples weigh as many as they are long.
+
+        Those that are scored in blocks are left out.
+        """
         lengths = self.dataset.chunks.stops
-        for length in np.unique(lengths):
+        for length in np.unique(lengths[lengths <= PIECES_AT_ONCE * longest]):
             clips = np.flatnonzero(lengths == length)
             size = max(1, self.batch_size * longest // max(int(length), longest))
             for batch in in_order(len(clips), size):
                 yield clips[batch]
+
+
+def probs_in_blocks(model: CED, read: Callable[[int, int], Tensor], samples: int) -> Tensor:
+    """Score a long clip as `CED.probs` does, but never hold more than some pieces of it.
+
+    Features are clamped at a level below the maximum of the whole clip, so it is read twice.
+
+    Args:
+        model: in eval mode.
+        read: returns the samples from a first to before a last one, (1, t) float in [-1, 1], on the model's device.
+        samples: of the clip; more than two forward passes.
+
+    Returns:
+        (c,) float32 probabilities.
+    """
+    config = model.config
+    frames = frames_of(samples, config.hop_size) if config.center else 1 + (samples - config.n_fft) // config.hop_size
+    # Each block has whole pieces, but for the last. That one is longer than a piece, so that its own last piece is
+    # padded, as in a clip that is scored whole.
+    ends = list(range(PIECES_AT_ONCE * config.target_length, frames, PIECES_AT_ONCE * config.target_length))
+    if ends and frames - ends[-1] <= config.target_length:
+        ends.pop()
+    blocks = list(pairwise([0, *ends, frames]))
+    floor = max(float(_decibels(model, read, samples, *block).max()) for block in blocks) - TOP_DB
+    total, pieces = torch.zeros(()), 0
+    for first, last in blocks:
+        scores = model.forward_mel(_decibels(model, read, samples, first, last).clamp_min(floor))[0].float()
+        count = _pieces(last - first, config)
+        if config.eval_avg == "max":
+            total = scores if not pieces else total.maximum(scores)
+        else:
+            total = scores if not pieces else total + (scores - total) * (count / (pieces + count))
+        pieces += count
+    return model.as_probs(total)
+
+
+def _pieces(frames: int, config: ModelConfig) -> int:
+    """Return the pieces of a mel that are scored: a short last one is padded or, below a patch, left out."""
+    whole, rest = divmod(frames, config.target_length)
+    return whole + (rest > 0 if config.pad_last else rest >= PATCH)
+
+
+def _decibels(model: CED, read: Callable[[int, int], Tensor], samples: int, first: int, last: int) -> Tensor:
+    """Return the features of the frames from `first` to before `last` of a clip, not clamped, (1, f, n)."""
+    config = model.config
+    margin = config.n_fft // 2 if config.center else 0  # samples by which the clip is padded on both sides
+    start, stop = first * config.hop_size - margin, (last - 1) * config.hop_size + config.n_fft - margin
+    wave = read(max(start, 0), min(stop, samples))
+    wave = F.pad(wave, (max(-start, 0), max(stop - samples, 0)), mode="reflect")
+    return model.front_end.decibels(wave, center=False)
 
 
 def evaluate(
@@ -153,9 +241,35 @@ def evaluate(
     return evaluator(models, world=world, progress=progress)
 
 
+def write_results(path: Path, found: Evaluation) -> None:
+    """Write a table with a row a class, separated by tabs or, in a .csv file, by commas.
+
+    Its columns are index, mid (if the classes have any), name, positives, average_precision, and recall if every clip
+    has exactly one class. A figure of a class without a positive clip is empty.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    labels = found.labels
+    columns: dict[str, Sequence[object]] = {"index": range(len(labels))}
+    if labels.mids is not None:
+        columns["mid"] = labels.mids
+    columns |= {"name": labels.names, "positives": found.positives.tolist()}
+    figures = {"average_precision": found.per_class, "recall": found.recall}
+    for name, values in figures.items():
+        if values is not None:
+            columns[name] = ["" if np.isnan(value) else f"{value:.6f}" for value in values]
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter=DELIMITERS[path.suffix.lower()], lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+
+
 @dataclass(frozen=True, eq=False)
 class Validation:
-    """How a training run is validated, and what follows from it."""
+    """The table that a training run is validated on, and the keys of its configuration that concern it."""
 
     evaluator: Evaluator
     config: TaggerConfig
@@ -165,11 +279,15 @@ def validation(config: TaggerConfig, labels: ClassTable) -> Validation | None:
     """Open the table that a training run is validated on, if it has one."""
     if config.eval_data is None:
         return None
-    evaluator = Evaluator(
-        config.eval_data,
-        labels,
-        batch_size=config.eval_batch_size,
-        num_workers=config.num_workers,
-        mode=config.mode,
-    )
+    try:
+        evaluator = Evaluator(
+            config.eval_data,
+            labels,
+            batch_size=config.eval_batch_size,
+            num_workers=config.num_workers,
+            mode=config.mode,
+        )
+    except (TableError, PackError) as error:
+        error.hint = error.hint or "eval_data is the table to validate on; --eval_data null trains without one"
+        raise
     return Validation(evaluator, config)

@@ -1,7 +1,7 @@
-"""The folder of one training run: what was asked, what was measured, the best networks, and how to go on after a kill.
+"""The folder of one training run: its configuration, measurements and best networks, and the state to resume from.
 
     config.yaml            the whole configuration
-    train.log              what was said
+    train.log              the log
     metrics.jsonl          a line an epoch
     events.out.tfevents.*  the same for TensorBoard
     curves.png             loss, learning rate and mAP
@@ -10,32 +10,40 @@
     averaged.safetensors   the result: the mean of the best; without validation the result is last.safetensors
     resume.pt              everything needed to go on from the end of the last whole epoch
 
-resume.pt decides: what else an interrupted epoch left behind is brought back to what it says.
+resume.pt decides: whatever else an interrupted epoch left is brought back to the state in it.
 """
 
 import copy
 import dataclasses
+import hashlib
 import logging
+import re
+import secrets
+import shlex
+import shutil
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 import torch
 
 from ced.config import LoopConfig, dump, load
 from ced.errors import ConfigError, TrainingError
-from ced.files import written_aside
+from ced.files import errors_held, writing, written_aside
 from ced.model import loading, weights
 from ced.model.vit import CED
 
 CONFIG_NAME = "config.yaml"
 STATE_NAME = "resume.pt"
+METRICS_NAME = "metrics.jsonl"
 LAST_NAME = "last.safetensors"
 RESULT_NAME = "averaged.safetensors"
 _FREE_KEYS = {"num_workers"}  # may differ on resuming, as they do not change the result
+_STAMP = re.compile(r"\d{4}(-\d\d){2}_\d\d(-\d\d){2}(_\d+)?")  # the name of an experiment's folder, see `create`
 
 C = TypeVar("C", bound=LoopConfig)
 
@@ -51,6 +59,7 @@ class State:
     world_size: int = 1  # processes that began it
     finished: bool = False  # nothing is left to do, the result and all records are written
     stepper: dict[str, Any] = field(default_factory=dict)  # weights, and what their next step depends on
+    config: str = ""  # SHA-256 of config.yaml; "" where an earlier release began the run
 
     def rank(self, map: float, epoch: int, n_saved: int) -> str | None:
         """Take up the mAP of an epoch; return the file for its network if it is among the best `n_saved`."""
@@ -61,59 +70,123 @@ class State:
 
 
 def create(config: LoopConfig, name: str) -> Path:
-    """Make the folder of a new run, `<outputpath>/<name>/<time stamp>`, with its configuration in it."""
+    """Make the folder of a new run, `<outputpath>/<name>/<time stamp>`, with its configuration in it.
+
+    It gets its name once the configuration is in it: there are no experiments without.
+    """
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     parent = config.outputpath / name
     parent.mkdir(parents=True, exist_ok=True)
-    folder, again = parent / stamp, 1
-    while True:
-        try:
-            folder.mkdir()
-            break
-        except FileExistsError:
+    unnamed = parent / f".{stamp}.{secrets.token_hex(4)}.partial"
+    try:
+        unnamed.mkdir()
+        with written_aside(unnamed / CONFIG_NAME) as path:
+            path.write_text(dump(config), encoding="utf-8")
+        folder, again = parent / stamp, 1
+        while True:
+            try:
+                return unnamed.rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
             again += 1
             folder = parent / f"{stamp}_{again}"
-    with written_aside(folder / CONFIG_NAME) as path:
-        path.write_text(dump(config), encoding="utf-8")
-    return folder
+    finally:
+        shutil.rmtree(unnamed, ignore_errors=True)
 
 
-def check_resumable(config: C, folder: Path) -> None:
+def run_name(path: Path) -> str | None:
+    """Return the name of the run whose experiment `path` is, or is a file of; None if it is neither."""
+    path = path.absolute()
+    for place in (path, path.parent):
+        if _STAMP.fullmatch(place.name):
+            return place.parent.name
+    return None
+
+
+def check_resumable(config: C, folder: Path, command: str) -> None:
     """Make sure that a run was started with this configuration.
+
+    Args:
+        config: of the run that goes on.
+        folder: the experiment.
+        command: the command that trains so, for messages.
 
     Raises:
         TrainingError: the folder is no experiment.
         ConfigError: a key that changes the run has another value than in the experiment's config.yaml.
     """
-    if not (folder / CONFIG_NAME).is_file():
+    path = folder / CONFIG_NAME
+    if not path.is_file():
         raise TrainingError(f"{folder} is not an experiment: it has no {CONFIG_NAME}")
-    before = load(type(config), folder / CONFIG_NAME)
+    before = load(type(config), path)
     for key in type(config).model_fields:
         was, now = getattr(before, key), getattr(config, key)
         if was != now and key not in _FREE_KEYS:
-            raise ConfigError(f"{key} is {now}, but {folder} was begun with {was}; a run is resumed as it was begun")
+            value = now if isinstance(now, str | int | float | Path) else "..."
+            words = ["ced", command, str(path), "--pretrained", str(folder), f"--{key}", str(value)]
+            raise ConfigError(
+                f"{key} is {now}, but {folder} was begun with {was}; a run is resumed with the settings that it was "
+                f"begun with. To train its result further, begin a new experiment: {shlex.join(words)}"
+            )
 
 
 def load_state(folder: Path) -> State | None:
     """Read where a run stands; None when it has not finished an epoch.
 
     Raises:
-        TrainingError: the file is damaged.
+        TrainingError: the file is damaged, or missing although the experiment has results; or config.yaml was changed.
     """
     path = folder / STATE_NAME
     if not path.exists():
+        if results := _results(folder):
+            raise TrainingError(
+                f"{folder} has no {STATE_NAME}, so that it cannot be resumed, but it has results ({results}); to train "
+                f"further, begin a new experiment with --pretrained {shlex.quote(str(folder))}"
+            )
         return None
     try:
-        return State(**torch.load(path, map_location="cpu", weights_only=True))
+        _check_archive(path)
+        state = State(**torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load raises whatever the damage leads to
         raise TrainingError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    if state.config and state.config != config_digest(folder):
+        raise TrainingError(f"{folder / CONFIG_NAME} is not the one that the run was begun with: damaged, or edited")
+    return state
+
+
+def _results(folder: Path) -> str | None:
+    """Name a file that shows that an experiment has finished an epoch; None if there is none."""
+    metrics = folder / METRICS_NAME
+    if metrics.is_file() and metrics.stat().st_size:
+        return METRICS_NAME
+    return RESULT_NAME if (folder / RESULT_NAME).exists() else None
+
+
+def _check_archive(path: Path) -> None:
+    """Compare every entry of a file of torch.save with its checksum, which torch.load does not look at.
+
+    Raises:
+        ValueError: an entry is damaged, or claims to be larger than the file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+                raise ValueError(f"{entry.filename} is not stored as it is")
+        if (name := archive.testzip()) is not None:
+            raise ValueError(f"{name} does not have its checksum")
+
+
+def config_digest(folder: Path) -> str:
+    """Return the SHA-256 of an experiment's config.yaml."""
+    return hashlib.sha256((folder / CONFIG_NAME).read_bytes()).hexdigest()
 
 
 def save_state(folder: Path, state: State) -> None:
     """Write where a run stands; a kill leaves the former state or this one."""
     values = {one.name: getattr(state, one.name) for one in dataclasses.fields(State)}
-    with written_aside(folder / STATE_NAME) as path:
-        torch.save(values, path)
+    with written_aside(folder / STATE_NAME) as path, errors_held(path) as file:
+        torch.save(values, cast("IO[bytes]", file))
 
 
 def remove_unkept(folder: Path, state: State) -> None:
@@ -147,7 +220,7 @@ def make_result(folder: Path, state: State, average: bool) -> None:
 def logging_to(path: Path) -> Iterator[None]:
     """Append what the package logs to a file, from INFO on, for as long as the context lasts."""
     logger = logging.getLogger("ced")
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     level = logger.level
     logger.addHandler(handler)
@@ -157,4 +230,14 @@ def logging_to(path: Path) -> Iterator[None]:
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # of a full disk, which was reported when the line was written
+            handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log whose lines are either written or an error; logging itself would print a traceback and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is logging's)
+        """Raise what failed."""
+        with writing(Path(self.baseFilename)):
+            raise

@@ -1,5 +1,7 @@
-"""Learn a labelled table: train a tagger from scratch, or make one out of a network that heard other things."""
+"""Learn a labelled table: train a tagger from scratch, or fine-tune one that was trained on other classes."""
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +14,18 @@ from ced.config import FinetuneConfig
 from ced.distill.datasets import ViewDataset, chunk_samples, crop
 from ced.distill.evaluate import validation
 from ced.distill.loop import VIEWS, EpochData, Task, run
-from ced.distill.start import start_network, warn_of_cuts
+from ced.distill.start import start_network, warn_of_cuts, warn_of_padding
 from ced.distill.step import Loss
-from ced.distill.views import recipe_of
+from ced.distill.views import check_masks, recipe_of
 from ced.distill.wavpack import WavPack
-from ced.errors import TableError
+from ced.errors import ConfigError, TableError
 from ced.model.vit import CED
 from ced.progress import Progress, silent
 from ced.sound.labels import ClassTable, audioset, read_classes
 from ced.sound.tables import multi_hot, parse_labels
+from ced.text import quoted
+
+AUDIOSET = "audioset"  # as a class table: AudioSet's
 
 
 def finetune(config: FinetuneConfig, *, name: str, resume: Path | None = None, progress: Progress = silent) -> Path:
@@ -28,14 +33,18 @@ def finetune(config: FinetuneConfig, *, name: str, resume: Path | None = None, p
 
     Raises:
         TableError: a table lacks a column, or a clip has a label out of range, or other than one with task `single`.
+        ConfigError: there is no class table for classes that are not AudioSet's, or the masks blank whole chunks.
         PackError: the pack lacks a clip.
     """
     return run(config, lambda: _task(config, progress), name=name, resume=resume, progress=progress)
 
 
 def _task(config: FinetuneConfig, progress: Progress) -> Task:
-    labels = audioset() if config.classes is None else read_classes(config.classes)
+    named = config.classes if config.classes != Path(AUDIOSET) else None
+    labels = audioset() if named is None else read_classes(named)
     clips = LabelledClips(config, labels)
+    if config.classes is None:
+        refuse_numbered_classes(clips)
     single = config.task == "single"
     needs = {"pooling": "logit", "activation": "softmax" if single else "sigmoid"}
     network = start_network(config, labels, needs, progress)
@@ -46,10 +55,38 @@ def _task(config: FinetuneConfig, progress: Progress) -> Task:
     return Task(network, len(clips.pack), clips.epoch, loss, validation(config, labels), config.mixup)
 
 
+def refuse_numbered_classes(clips: "LabelledClips") -> None:
+    """Refuse a table whose labels are 0, 1, 2, ... to a last one, where no class table says what they are.
+
+    As indices of AudioSet's classes they would be "Speech", "Male speech, man speaking", and so on.
+
+    Raises:
+        ConfigError: the labels are of that kind.
+    """
+    used = sorted({label for labels in clips.labels for label in labels})
+    if used == list(range(len(used))) and len(used) < clips.num_classes:
+        first = ", ".join(map(quoted, audioset().names[: min(len(used), 3)]))
+        raise ConfigError(
+            f"the labels of {clips.pack.table.path} are 0 to {used[-1]}, and as AudioSet's classes they would be "
+            f"{first}{', ...' if len(used) > 3 else ''}; give a class table (index, name) with --classes, or, if they "
+            f"are AudioSet's, --classes {AUDIOSET}"
+        )
+
+
 def learn_head(network: CED) -> None:
     """Freeze all of a network but its output layer."""
     network.requires_grad_(False)
     network.outputlayer.requires_grad_(True)
+
+
+def balancing(labels: Sequence[tuple[int, ...]]) -> NDArray[np.float64]:
+    """Return how often to draw each clip so that all classes come up about equally often, (n,).
+
+    Each class of a clip adds one n-th to it, n being the clips of that class; clips without any are one more class.
+    """
+    groups = [row or (-1,) for row in labels]
+    counts = Counter(label for row in groups for label in row)
+    return np.array([sum(1 / counts[label] for label in row) for row in groups])
 
 
 class LabelledClips:
@@ -69,8 +106,14 @@ class LabelledClips:
                         f"table {config.train_data}, row {number} ({filename}) has {len(row)} labels; "
                         "task single needs exactly one a clip"
                     )
-        self.recipe = recipe_of(config.wavtransforms, config.spectransforms)
+        self.recipe = recipe_of(config.wavtransforms, config.spectransforms, self.samples)
+        check_masks(self.recipe, self.samples)
+        warn_of_padding(self.pack, self.samples)
         self.seed = config.seed
+        self.weights = balancing(self.labels) if config.balanced else None
+        # Of a class among all, or of yes and no for each class.
+        even = 1 / self.num_classes if config.task == "single" else 0.5
+        self.smoothing, self.offset = config.label_smoothing, config.label_smoothing * even
 
     def epoch(self, epoch: int) -> EpochData:
         """Return the data of a training epoch (1, 2, ...)."""
@@ -80,6 +123,6 @@ class LabelledClips:
 
         def targets(items: NDArray[np.int64], generator: torch.Generator) -> Tensor:
             rows = multi_hot([self.labels[item] for item in items], self.num_classes)
-            return torch.from_numpy(rows).float()
+            return torch.from_numpy(rows).float() * (1 - self.smoothing) + self.offset
 
-        return EpochData(ViewDataset(self.pack, chunks, self.recipe, seeds, self.samples), targets)
+        return EpochData(ViewDataset(self.pack, chunks, self.recipe, seeds, self.samples), targets, self.weights)

@@ -1,22 +1,27 @@
 """The meta.pt of a published view store, read without executing any of it.
 
 The file is a zip around a pickle of module objects. Of those only plain attributes matter, so every class the pickle
-names becomes an inert placeholder that collects them; a name that is not on the list below stops the reading.
+names becomes an inert placeholder that collects them; a name that is not on the list below stops the reading. So does
+whatever could take more memory or time than the size of the file explains.
 """
 
 import io
 import pickle
+import pickletools
 import zipfile
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from typing import Any, ClassVar
 
 from ced.distill.views import SHIFT_PROBABILITY, ViewRecipe
 from ced.errors import StoreError
 
 _MAX_BYTES = 1 << 20  # of the pickle; published ones have 2.5 kB
+_MAX_FILE_BYTES = 16 << 20  # published ones have 4 kB
+_MAX_PATH = 4096  # characters
+# Opcodes that torch.save does not write here: they allocate what a length claims, or put anything into sets.
+_REFUSED_OPCODES = {"BYTEARRAY8", "ADDITEMS", "FROZENSET", "INST", "OBJ"}
 
 # Classes of which only the attributes are kept.
 _PLACEHOLDERS = {
@@ -27,23 +32,50 @@ _PLACEHOLDERS = {
     ("augment", "TimeMasking"),
     ("augment", "FrequencyMasking"),
     ("torch.distributions.bernoulli", "Bernoulli"),
-    ("torch", "FloatStorage"),
+    *(("torch", f"{kind}Storage") for kind in ("Float", "Double", "Half", "BFloat16")),
+    *(("torch", f"{kind}Storage") for kind in ("Bool", "Byte", "Char", "Short", "Int", "Long")),
 }
 
 
 def _nothing(*args: object) -> None:
-    """Stand for a tensor or its shape; no tensor of the file is needed."""
+    """Stand for a tensor, its shape or a set; nothing in them is needed."""
+
+
+def _ordered_dict(items: object = ()) -> dict[str, Any]:
+    pairs = items if isinstance(items, list | tuple) else ()
+    _check_keys(pair[0] for pair in pairs)
+    return dict(pairs)
+
+
+def _check_keys(keys: Iterable[object]) -> None:
+    """Refuse keys of a dict that are no names: the hash of nested tuples can take for ever.
+
+    Raises:
+        StoreError: one is something else.
+    """
+    if not all(isinstance(key, str | int) for key in keys):
+        raise StoreError("it has a dict whose keys are not names")
+
+
+def _path_maker(kind: type[PurePath]) -> Callable[..., PurePath]:
+    def make(*parts: object) -> PurePath:
+        """Make a path of text; of other paths, a few would grow without bounds."""
+        if not all(isinstance(part, str) for part in parts) or sum(map(len, map(str, parts))) > _MAX_PATH:
+            raise StoreError(f"it holds a path that is not text of at most {_MAX_PATH} characters")
+        return kind(*map(str, parts))
+
+    return make
 
 
 # Harmless callables.
 _CALLABLES: Mapping[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("__builtin__", "set"): set,
-    ("builtins", "set"): set,
+    ("collections", "OrderedDict"): _ordered_dict,
+    ("__builtin__", "set"): _nothing,
+    ("builtins", "set"): _nothing,
     ("torch._utils", "_rebuild_tensor_v2"): _nothing,
     ("torch", "Size"): _nothing,
     **{
-        (module, f"{prefix}{system}Path"): {"Windows": PureWindowsPath}.get(system, PurePosixPath)
+        (module, f"{prefix}{system}Path"): _path_maker(PureWindowsPath if system == "Windows" else PurePosixPath)
         for module in ("pathlib", "pathlib._local")  # the second since Python 3.13
         for prefix in ("", "Pure")
         for system in ("", "Posix", "Windows")
@@ -76,11 +108,17 @@ class PublishedMeta:
 
 
 class _Placeholder:
-    """An object whose class is not here: it has attributes and does nothing."""
+    """An object of a class that is not imported: it has attributes and does nothing."""
 
 
-class _AllowListUnpickler(pickle.Unpickler):
+# The unpickler in Python: the one in C keeps its memo in an array as long as the highest place that a file names.
+_Unpickler: Any = pickle._Unpickler
+
+
+class _AllowListUnpickler(_Unpickler):  # type: ignore[misc]
     """Unpickle listed globals only; no class of the file is imported, no function of it called."""
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a global of the pickle; an unknown one is refused."""
@@ -88,10 +126,28 @@ class _AllowListUnpickler(pickle.Unpickler):
             return type(name, (_Placeholder,), {})  # a fresh one each time: nothing a file does to it can last
         if (module, name) in _CALLABLES:
             return _CALLABLES[module, name]
-        raise StoreError(f"it names {module}.{name}, which is not one of the globals of a published meta.pt")
+        shown = f"{module}.{name}"[:100]
+        raise StoreError(f"it names {shown}, which is not one of the globals of a published meta.pt")
 
     def persistent_load(self, pid: Any) -> None:
         """Leave the tensors' data in the file."""
+
+    def _set_item(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        self.load_setitem()
+
+    def _set_items(self) -> None:
+        _check_keys(self.stack[::2])  # what was pushed since the mark
+        self.load_setitems()
+
+    def _build(self) -> None:
+        if not isinstance(self.stack[-2], _Placeholder):
+            raise StoreError("it sets attributes of something else than an object")
+        self.load_build()
+
+    dispatch[pickle.SETITEM[0]] = _set_item
+    dispatch[pickle.SETITEMS[0]] = _set_items
+    dispatch[pickle.BUILD[0]] = _build
 
 
 def read_meta_pt(path: Path) -> PublishedMeta:
@@ -114,25 +170,55 @@ def read_meta_pt(path: Path) -> PublishedMeta:
         for name in (*wave_transforms, *spectrum_transforms):
             raise StoreError(f"its views have a transform {name}; replayed are {', '.join(_REPLAYED)}")
         model = config["model"]
-        teachers = tuple(map(str, model)) if isinstance(model, list | tuple) else (str(model),)
-        return PublishedMeta(recipe, int(config["topk"]), float(config["chunk_length"]), teachers, config)
+        teachers = tuple(map(_text, model if isinstance(model, list | tuple) else [model]))
+        topk, chunk_length = _number(config["topk"], "topk"), _number(config["chunk_length"], "chunk_length")
+        return PublishedMeta(recipe, int(topk), float(chunk_length), teachers, config)
     except StoreError as error:
         raise StoreError(f"{path}: {error}") from error
     except KeyError as error:
-        raise StoreError(f"{path} lacks {error}") from error
+        raise StoreError(f"{path} lacks {str(error)[:100]}") from error
     except Exception as error:  # a damaged pickle fails in many ways
-        raise StoreError(f"{path} is not a published meta.pt: {type(error).__name__}: {error}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise StoreError(f"{path} is not a published meta.pt: {type(error).__name__}: {reason}") from error
+
+
+def _text(value: object) -> str:
+    """Return a name or path of a configuration; nested lists would be endless as text."""
+    if not isinstance(value, str | PurePath):
+        raise StoreError(f"its model is a {type(value).__name__}, not a name")
+    return str(value)
+
+
+def _number(value: object, name: str) -> int | float:
+    if not isinstance(value, int | float):
+        raise StoreError(f"its {name} is a {type(value).__name__}, not a number")
+    return value
 
 
 def _unpickle(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_FILE_BYTES:
+        raise StoreError(f"it has more than {_MAX_FILE_BYTES >> 20} MB")
     with zipfile.ZipFile(path) as archive:
         entries = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
         if len(entries) != 1 or entries[0].file_size > _MAX_BYTES:
             raise StoreError("it should hold one data.pkl of at most 1 MB")
-        meta = _AllowListUnpickler(io.BytesIO(archive.read(entries[0]))).load()
+        content = archive.read(entries[0])
+    _check_opcodes(content)
+    meta = _AllowListUnpickler(io.BytesIO(content)).load()
     if not isinstance(meta, dict):
         raise StoreError(f"it should hold a dict, not a {type(meta).__name__}")
     return meta
+
+
+def _check_opcodes(content: bytes) -> None:
+    """Refuse a pickle whose reading could take far more memory or time than its size explains.
+
+    Raises:
+        StoreError: it has an opcode that torch.save does not write here.
+    """
+    for opcode, _, _ in pickletools.genops(content):
+        if opcode.name in _REFUSED_OPCODES:
+            raise StoreError(f"it uses the pickle opcode {opcode.name}, which a published meta.pt does not")
 
 
 def _steps(transforms: object) -> dict[str, dict[str, Any]]:
@@ -155,15 +241,19 @@ def _take(steps: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
     attributes = steps.pop(name)
     for key, value in _REPLAYED[name].items():
         if attributes[key] != value:
-            raise StoreError(f"its {name} has {key.strip('_')} {attributes[key]!r}; replayed is only {value!r}")
+            found = attributes[key]
+            found = repr(found)[:100] if isinstance(found, str | int | float) else f"a {type(found).__name__}"
+            raise StoreError(f"its {name} has {key.strip('_')} {found}; replayed is only {value!r}")
     return attributes
 
 
 def _shift(steps: dict[str, dict[str, Any]]) -> tuple[float, float] | None:
     attributes = _take(steps, "Shift")
-    return None if attributes is None else (float(attributes["min_shift"]), float(attributes["max_shift"]))
+    if attributes is None:
+        return None
+    return float(_number(attributes["min_shift"], "min_shift")), float(_number(attributes["max_shift"], "max_shift"))
 
 
 def _mask_width(steps: dict[str, dict[str, Any]], name: str) -> int | None:
     attributes = _take(steps, name)
-    return None if attributes is None else int(attributes["mask_param"])
+    return None if attributes is None else int(_number(attributes["mask_param"], "mask_param"))

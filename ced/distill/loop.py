@@ -16,13 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ced.config import LoopConfig
 from ced.distill import experiment
-from ced.distill.datasets import ViewDataset, prefetch, shuffled
+from ced.distill.datasets import ViewDataset, drawn, prefetch, shuffled
 from ced.distill.distributed import World, join
 from ced.distill.evaluate import Evaluation, Validation
 from ced.distill.experiment import LAST_NAME, RESULT_NAME, State
@@ -35,6 +34,7 @@ from ced.files import claimed
 from ced.model import loading
 from ced.model.vit import CED
 from ced.progress import Progress, silent
+from ced.text import quoted
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,11 @@ CHECK_EVERY = 100  # steps between looks at the loss; each makes a GPU wait
 
 @dataclass(frozen=True, eq=False)
 class EpochData:
-    """What one epoch is trained on."""
+    """The data of one epoch."""
 
     dataset: ViewDataset
     targets: Callable[[NDArray[np.int64], torch.Generator], Tensor]  # items (b,), for what is random -> (b, c)
+    weights: NDArray[np.float64] | None = None  # (n,) how often items are drawn; None: each once
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ def run(
         BusyError: another process is training in this experiment.
     """
     if resume is not None:
-        experiment.check_resumable(config, resume)
+        experiment.check_resumable(config, resume, config.command)
     world = join()
     state = (experiment.load_state(resume) if resume else None) or State(world_size=world.size)
     if resume and state.finished:
@@ -100,6 +101,7 @@ def run(
     task = prepare()
     share(world.rank, world.size, config.batch_size)  # refuses before a folder is made
     folder: Path = resume or world.broadcast(experiment.create(config, name) if world.is_main else None)
+    state.config = experiment.config_digest(folder)
     with ExitStack() as stack:
         if world.is_main:
             stack.enter_context(claimed(folder / experiment.STATE_NAME))
@@ -185,8 +187,11 @@ class Trainer:
         if config.optimizer == "Adam8bit" and type(self.stepper.optimizer) is torch.optim.Adam:
             logger.warning("Adam8bit needs a CUDA GPU and bitsandbytes (%s); using Adam", install_command("gpu"))
         if self.warmup >= config.epochs * self.steps:
+            total = config.epochs * self.steps
             logger.warning(
-                "the warm-up of %d steps is as long as the run of %d", self.warmup, config.epochs * self.steps
+                "the warm-up of %d steps is as long as the run of %d, so that the learning rate never reaches lr; "
+                "set warmup_iters to %d, a tenth of the run",
+                *(self.warmup, total, total // 10),
             )
         parameters = sum(parameter.numel() for parameter in (self.task.learner or self.network).parameters())
         logger.info(
@@ -196,7 +201,7 @@ class Trainer:
         )
         if (validation := self.task.validation) and (missing := validation.evaluator.missing):
             table = validation.config.eval_data
-            logger.info("no clip of %s has: %s (left out of mAP)", table, ", ".join(missing))
+            logger.info("no clip of %s has: %s (left out of mAP)", table, ", ".join(map(quoted, missing)))
 
     def _rate(self, step: int) -> float:
         config = self.config
@@ -212,8 +217,12 @@ class Trainer:
     def _train(self, data: EpochData, epoch: int) -> float:
         """Train one epoch and return its mean loss."""
         config, task = self.config, f"epoch {epoch} of {self.config.epochs}"
-        order = shuffled(len(data.dataset), config.batch_size, [config.seed, ORDER, epoch])
-        items = list(islice(order, self.steps))  # each step's, all processes together
+        seed = [config.seed, ORDER, epoch]
+        # The items of each step, of all processes together.
+        if data.weights is None:
+            items = list(islice(shuffled(len(data.dataset), config.batch_size, seed), self.steps))
+        else:
+            items = list(drawn(data.weights, config.batch_size, self.steps, seed))
         batches = prefetch(data.dataset, [batch[self.mine] for batch in items], config.num_workers)
         losses = torch.zeros(self.steps, device=self.world.device)
         for step, batch in enumerate(batches):
@@ -238,8 +247,8 @@ class Trainer:
             return
         step = int((~finite).nonzero()[0])
         raise TrainingError(
-            f"the loss is {float(losses[step])} at step {step + 1} of epoch {epoch}; a lower learning rate, a longer "
-            "warm-up or mode off may help, if the audio and the targets are sound"
+            f"the loss is {float(losses[step])} at step {step + 1} of epoch {epoch}; a lower optimizer_args.lr, larger "
+            "warmup_iters or mode off may help, if the audio and the targets are right"
         )
 
     def _validate(self, epoch: int) -> dict[str, float]:
@@ -254,9 +263,6 @@ class Trainer:
         return {"mAP": found.map} | ({} if found.accuracy is None else {"accuracy": found.accuracy})
 
     def _evaluate(self, validation: Validation, network: CED) -> Evaluation:
-        if self.world.size > 1:  # BatchNorm's statistics are each process's own
-            for buffer in network.buffers():
-                dist.broadcast(buffer, 0)
         return validation.evaluator(experiment.as_tagger(network), world=self.world, progress=self.progress)
 
     def _save(self) -> None:

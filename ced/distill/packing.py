@@ -2,9 +2,11 @@
 
 A pack is a table with a row a clip, `labels/<stem>.tsv`, and the files that its column `hdf5path` names,
 `hdf5/<stem>_<i>.h5` (see `packfile`). File i holds the clips of the table's rows from i * size_per_file on. Clips that
-could not be read have no row; they are listed in `labels/<stem>.failed.tsv`.
+could not be read have no row; they are listed in `labels/<stem>.failed.tsv`. `labels/<stem>.tsv.sha256` has the digest
+of the table, as `sha256sum` writes and checks it.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -14,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ced.distill.packfile import DType, Outcome, Part, Settings, outcomes_of, write
-from ced.errors import ConfigError, PackError
+from ced.errors import ConfigError, PackError, WriteError
 from ced.files import claimed, remove_leftovers, written_aside
 from ced.machine import cores
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.tables import read_table, write_table
+from ced.text import quoted
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +99,8 @@ def pack(
     ]
     try:
         outcomes, kept = _write_parts(parts, index, workers, progress)
+    except WriteError:
+        raise
     except OSError as error:
         raise PackError(f"cannot write the pack to {outdir}: {error}") from error
     _note_leftovers(parts, stem)
@@ -120,6 +125,7 @@ def _write_parts(parts: Sequence[Part], index: Path, workers: int, progress: Pro
                 outcomes += before
                 progress("pack", len(outcomes), total)
                 continue
+            digest_path(index).unlink(missing_ok=True)
             index.unlink(missing_ok=True)
             remove_leftovers(part.path)
             # A pack can be made again, so it does not wait for the disk.
@@ -144,8 +150,16 @@ def _write_index(
     if len(failed) == len(outcomes):
         raise PackError(f"none of {len(failed)} clips could be read; the first: {failed[0][1]} (all: {failures})")
     packed = [row for row, outcome in enumerate(outcomes) if isinstance(outcome, int)]
+    digest_path(index).unlink(missing_ok=True)
     write_table(index, {name: [column[row] for row in packed] for name, column in columns.items()})
+    with written_aside(digest_path(index)) as path:
+        path.write_text(f"{hashlib.sha256(index.read_bytes()).hexdigest()}  {index.name}\n", encoding="utf-8")
     return PackReport(index, failures if failed else None, len(packed), tuple(failed), parts, kept)
+
+
+def digest_path(index: Path) -> Path:
+    """Return where the digest of a pack's table is."""
+    return index.with_name(f"{index.name}.sha256")
 
 
 def _check_names(filenames: Sequence[str], settings: Settings, table: Path) -> None:
@@ -155,8 +169,8 @@ def _check_names(filenames: Sequence[str], settings: Settings, table: Path) -> N
         key = settings.key(filename)
         if (first := rows.setdefault(key, row)) != row:
             hint = "" if settings.fullname else "; rename one, or name clips by their whole filename (--fullname)"
-            both = f"{filenames[first]} (row {first + 1}) and {filename} (row {row + 1})"
-            raise PackError(f"two clips of {table} have the name {key}: {both}{hint}")
+            both = f"{quoted(filenames[first])} (row {first + 1}) and {quoted(filename)} (row {row + 1})"
+            raise PackError(f"two clips of {table} have the name {quoted(key)}: {both}{hint}")
 
 
 def _note_leftovers(parts: Sequence[Part], stem: str) -> None:

@@ -15,7 +15,7 @@ from ced.distill.datasets import ViewDataset, chunk_samples, crop
 from ced.distill.loop import DECODER, VIEWS, EpochData, Task, run
 from ced.distill.precision import autocast
 from ced.distill.recorder import draw_pictures
-from ced.distill.start import seeded, start_network
+from ced.distill.start import seeded, start_network, warn_of_padding
 from ced.distill.wavpack import WavPack
 from ced.model.mae import MaskedAutoencoder, error_of_hidden, patches, picture
 from ced.model.vit import CED
@@ -73,6 +73,7 @@ class Crops:
 
     def __init__(self, config: PretrainConfig) -> None:
         self.samples, self.pack, self.seed = chunk_samples(config.chunk_length), WavPack(config.train_data), config.seed
+        warn_of_padding(self.pack, self.samples)
 
     def epoch(self, epoch: int) -> ViewDataset:
         """Return the crops of a training epoch (1, 2, ...)."""

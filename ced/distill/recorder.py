@@ -1,20 +1,26 @@
-"""What a training run measured, for people to look at: metrics.jsonl, TensorBoard events, curves.png, pictures."""
+"""The measurements of a training run, for people to look at: metrics.jsonl, TensorBoard events, curves and pictures."""
 
+import io
 import json
+import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 
-from ced.distill.experiment import State
-from ced.files import written_aside
+from ced.distill.experiment import METRICS_NAME, State
+from ced.errors import WriteError
+from ced.files import writing, written_aside
 
-METRICS_NAME = "metrics.jsonl"
 CURVES_NAME = "curves.png"
 DRAW_EVERY = 60  # seconds between drawings of the curves, each of which takes a third of a second
 
@@ -24,17 +30,16 @@ class Recorder:
 
     def __init__(self, folder: Path, state: State) -> None:
         self.folder, self.state = folder, state
-        for old in folder.glob("events.out.tfevents.*"):  # of a run that was cut short: its names may sort after ours
+        for old in folder.glob("events.out.tfevents.*"):  # of an interrupted run: its names may sort after ours
             old.unlink()
-        self._board = SummaryWriter(str(folder))
-        for line in state.history:
-            self._show(line)
+        self._board = _Board(folder)
+        self._board.add(state.history)
         self._write_metrics()
         self._drawn = time.monotonic()
 
     def epoch(self) -> None:
         """Write the state's newest line of history."""
-        self._show(self.state.history[-1])
+        self._board.add(self.state.history[-1:])
         self._write_metrics()
         if time.monotonic() - self._drawn >= DRAW_EVERY:
             draw_curves(self.state.history, self.folder / CURVES_NAME)
@@ -43,18 +48,50 @@ class Recorder:
     def close(self) -> None:
         """Draw the last curves."""
         draw_curves(self.state.history, self.folder / CURVES_NAME)
-        self._board.close()
-
-    def _show(self, line: Mapping[str, float]) -> None:
-        for key, value in line.items():
-            if key != "epoch":
-                self._board.add_scalar(key, value, int(line["epoch"]))
-        self._board.flush()
 
     def _write_metrics(self) -> None:
         """Write metrics.jsonl as a whole, so that it has each epoch once, whatever happened before."""
         with written_aside(self.folder / METRICS_NAME) as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in self.state.history), encoding="utf-8")
+
+
+class _Board:
+    """A file of TensorBoard events, written in this thread: TensorBoard's own writer dies in another on a full disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        self._append([Event(wall_time=time.time(), file_version="brain.Event:2")])
+
+    def add(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Append the numbers of epochs."""
+        self._append(
+            [
+                Event(
+                    wall_time=time.time(),
+                    step=int(line["epoch"]),
+                    summary=Summary(
+                        value=[
+                            Summary.Value(tag=key, simple_value=value) for key, value in line.items() if key != "epoch"
+                        ]
+                    ),
+                )
+                for line in history
+            ]
+        )
+
+    def _append(self, events: Sequence[Event]) -> None:
+        records = io.BytesIO()
+        writer = RecordWriter(records)
+        for event in events:
+            writer.write(event.SerializeToString())
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with writing(self._path), self._path.open("ab") as file:
+                file.write(records.getvalue())
+        except WriteError:
+            with suppress(OSError):  # half a record would be taken for damage
+                os.truncate(self._path, size)
+            raise
 
 
 def draw_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
@@ -69,7 +106,8 @@ def draw_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
         axis.set_ylabel(key)
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel("epoch")
-    figure.savefig(path, dpi=100)
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=100, format="png")
 
 
 def draw_pictures(columns: Mapping[str, NDArray[np.floating]], path: Path) -> None:

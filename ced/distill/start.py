@@ -1,16 +1,19 @@
-"""The network that a training run starts from."""
+"""The network that a training run starts from, and checks of whether it suits the length of the clips."""
 
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from ced.config import LoopConfig
-from ced.errors import ConfigError
+from ced.distill.wavpack import WavPack
+from ced.errors import CheckpointError, ConfigError, DownloadError
 from ced.model.loading import create
 from ced.model.vit import CED
 from ced.progress import Progress
+from ced.sound.audio import SAMPLE_RATE
 from ced.sound.features import frames_of
 from ced.sound.labels import ClassTable
 
@@ -34,14 +37,19 @@ def start_network(config: LoopConfig, labels: ClassTable, needs: Mapping[str, st
     for key, needed in needs.items():
         if (given := config.model_args.get(key, needed)) != needed:
             raise ConfigError(f"model_args.{key} is {given!r}; this training needs {needed!r}")
-    with seeded(config.seed):
-        return create(
-            config.model,
-            model_args={**config.model_args, **needs},
-            pretrained=config.pretrained,
-            labels=labels,
-            progress=progress,
-        )
+    try:
+        with seeded(config.seed):
+            return create(
+                config.model,
+                model_args={**config.model_args, **needs},
+                pretrained=config.pretrained,
+                labels=labels,
+                progress=progress,
+            )
+    except (CheckpointError, DownloadError) as error:
+        if config.pretrained is not False:
+            error.hint = error.hint or "--pretrained false starts from fresh weights"
+        raise
 
 
 def warn_of_cuts(network: CED, samples: int) -> None:
@@ -49,9 +57,21 @@ def warn_of_cuts(network: CED, samples: int) -> None:
     frames, piece = frames_of(samples, network.config.hop_size), network.config.target_length
     if frames > piece:
         logger.warning(
-            "items of %d frames are cut into pieces of %d, which the network hears one by one; with "
-            "model_args.target_length %d it hears them whole",
+            "items of %d frames are cut into pieces of %d, which the network scores one by one; with "
+            "model_args.target_length %d it scores them whole",
             *(frames, piece, frames),
+        )
+
+
+def warn_of_padding(pack: WavPack, samples: int) -> None:
+    """Warn when most of what is learned from, in items of `samples` samples, would be the padding of short clips."""
+    lengths = np.array([pack.samples(clip) for clip in range(len(pack))])
+    padding = 1 - np.minimum(lengths, samples).mean() / samples
+    if padding > 0.5:
+        logger.warning(
+            "%.0f %% of what is learned from would be padding: chunk_length is %g s, half of the clips have at most "
+            "%.2f s; set chunk_length to about the length of the clips",
+            *(100 * padding, samples / SAMPLE_RATE, float(np.median(lengths)) / SAMPLE_RATE),
         )
 
 

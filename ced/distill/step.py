@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,23 +53,80 @@ def make_optimizer(config: LoopConfig, parameters: list[nn.Parameter], device: t
 
 
 def calibrate(network: CED, mel: Tensor) -> None:
-    """Give a BatchNorm without statistics those of its first batch, mel (b, f, n).
+    """Give a BatchNorm without statistics those of its first batch, mel (b, f, n), of all processes together.
 
     Its momentum is low: starting from mean 0 and variance 1 it would take hundreds of steps to be near those of any
     sound, and until then validation would see another network than training.
     """
     for layer in network.init_bn:
         if isinstance(layer, nn.BatchNorm1d) and layer.num_batches_tracked == 0:
-            layer.get_buffer("running_mean").copy_(mel.mean((0, 2)))
-            layer.get_buffer("running_var").copy_(mel.var((0, 2)))
+            if isinstance(layer, SharedBatchNorm):
+                mean, variance, count = shared_statistics(mel)
+                variance = variance * (count / (count - 1))
+            else:
+                mean, variance = mel.mean((0, 2)), mel.var((0, 2))
+            layer.get_buffer("running_mean").copy_(mean)
+            layer.get_buffer("running_var").copy_(variance)
+
+
+def shared_statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Return mean and variance (without Bessel's correction) of each channel over all processes, and their count.
+
+    Args:
+        x: (b, f, n), this process's share; it needs no gradient.
+
+    Returns:
+        (f,), (f,), and the number of values that each is about.
+    """
+    sums = torch.cat([x.sum((0, 2)), x.new_tensor([x.shape[0] * x.shape[2]])])
+    dist.all_reduce(sums)
+    mean, count = sums[:-1] / sums[-1], sums[-1]
+    squares = (x - mean[:, None]).square().sum((0, 2))
+    dist.all_reduce(squares)
+    return mean, squares / count, float(count)
+
+
+class SharedBatchNorm(nn.BatchNorm1d):
+    """A BatchNorm that takes the statistics of a batch over all processes; torch's own is for GPUs alone.
+
+    It is a network's first layer, so its input needs no gradient, and neither do the statistics.
+    """
+
+    @classmethod
+    def of(cls, layer: nn.BatchNorm1d) -> "SharedBatchNorm":
+        """Return one with the parameters and statistics of another, which it shares."""
+        made = cls(layer.num_features, layer.eps, layer.momentum)
+        made.weight, made.bias = layer.weight, layer.bias
+        for name, buffer in layer.named_buffers():
+            made.register_buffer(name, buffer)
+        return made.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (b, f, n)."""
+        if not self.training:
+            return super().forward(x)
+        mean, variance = self._update(x)
+        return F.batch_norm(x, mean, variance, self.weight, self.bias, training=False, eps=self.eps)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _update(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the statistics of a batch, and move the running ones towards them."""
+        with torch.no_grad():
+            mean, variance, count = shared_statistics(x)
+            momentum = self.momentum or 0.0
+            self.get_buffer("running_mean").lerp_(mean, momentum)
+            self.get_buffer("running_var").lerp_(variance * (count / (count - 1)), momentum)
+            self.get_buffer("num_batches_tracked").add_(1)
+        return mean, variance
 
 
 class Stepper:
     """A network with what it takes to train it, in one process of a run.
 
-    What learns is a module of mel (b, f, n) and targets (b, ...) whose answers the loss holds against the targets: the
+    What learns is a module of mel (b, f, n) and targets (b, ...) whose outputs the loss compares with the targets: the
     network itself, or a larger one around it, whose targets may say what to leave out.
     Parameters that do not require gradients stay as they are; if there are any, so do the statistics of the BatchNorm.
+    Several processes take these statistics together, so that they train as one process would.
     """
 
     def __init__(
@@ -88,13 +147,16 @@ class Stepper:
         self._whole.train(len(learning) == len(list(self._whole.parameters())))
         self._learner: nn.Module = learner or _Scores(network)
         if world.size > 1:
+            for name, layer in network.init_bn.named_children():
+                if isinstance(layer, nn.BatchNorm1d):
+                    setattr(network.init_bn, name, SharedBatchNorm.of(layer))
             devices = [self.device] if self.device.type == "cuda" else None
             self._learner = DistributedDataParallel(self._learner, device_ids=devices)
         if config.compile:
             self._learner.compile()
         self.optimizer = make_optimizer(config, learning, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half_type(self.mode, self.device) is torch.float16)
-        self._fresh = self.network.training  # its statistics may be those of no sound yet
+        self._fresh = self.network.training  # its BatchNorm may not have any statistics yet
 
     def step(self, batch: Batch, recipe: ViewRecipe, targets: Tensor, weights: Tensor | None, rate: float) -> Tensor:
         """Take one step.
@@ -129,7 +191,7 @@ class Stepper:
     def _inputs(
         self, batch: Batch, recipe: ViewRecipe, targets: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return what to hear, masked and mixed mel (b, f, n), and the targets, mixed as well."""
+        """Return the masked and mixed mel (b, f, n), and the targets, mixed as well."""
         waves, uniforms = batch.to_device(self.device)
         with torch.no_grad():
             mel = mask(self.network.front_end(waves), uniforms, recipe)

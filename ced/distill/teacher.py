@@ -1,15 +1,15 @@
-"""Store views: teachers score every chunk under views drawn anew each epoch, and their top scores go to disk.
+"""Store views: teachers score every chunk under newly drawn views in each epoch, and their top scores go to disk.
 
 The walk is: chunks of the pack, new seeds -> waves, shifted -> front end and masks -> each teacher -> mean of
 probabilities -> top k -> view store. A student later makes the same mel from the same seeds.
 """
 
-import hashlib
 import logging
 import math
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,31 +18,33 @@ from numpy.typing import NDArray
 
 from ced.config import StoreConfig
 from ced.distill import viewstore
-from ced.distill.datasets import Batch, Chunks, ViewDataset, chunk_samples, cut, in_order, prefetch
+from ced.distill.datasets import Chunks, ViewDataset, chunk_samples, cut, fingerprint, in_order, prefetch
 from ced.distill.distributed import World, join
 from ced.distill.ensemble import Ensemble, is_callable_spec, load_teacher
+from ced.distill.experiment import run_name
 from ced.distill.precision import half_type
-from ced.distill.views import mask, recipe_of
-from ced.distill.viewstore import META_NAME, Rows, StoreMeta
+from ced.distill.views import check_masks, mask, recipe_of
+from ced.distill.viewstore import META_NAME, Rows, StoreMeta, epoch_seeds
 from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, StoreError
-from ced.files import claimed
+from ced.files import claimed, remove_leftovers
 from ced.model.frontend import LogMel
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
 
 _log = logging.getLogger(__name__)
 
-_HEARD = 256  # chunks that tell audio packed anew from what was there
 _MAX_CLASSES = 2**15  # class indices are stored as int16
 _PRECISIONS = {None: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+Part = tuple[int, int]  # epoch, rank
 
 
 def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
     """Store the teachers' scores of `config.epochs` views of every chunk of `config.train_data`.
 
-    Runs alone or as one of the processes of torchrun. Parts that are complete are kept, so an interrupted run may be
-    repeated and ends with the same bytes as an unbroken one.
+    Runs alone or as one of the processes of torchrun. Parts that are complete and undamaged are kept, so an interrupted
+    run may be repeated and ends with the same bytes as an unbroken one.
 
     Returns:
         The store's folder.
@@ -50,26 +52,126 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
     Raises:
         StoreError: the folder has a store made with other settings, a teacher's scores are not probabilities, or there
             is nothing to score.
-        ConfigError: a teacher cannot be had, or the settings contradict the teachers.
+        ConfigError: a teacher cannot be loaded, the masks blank whole chunks, or the settings contradict the teachers.
         PackError: the pack lacks a clip.
+        ProcessError: another process of the run has stopped.
     """
     pack = WavPack(config.train_data)
-    chunks = cut(pack, config.chunk_length)
-    if not len(chunks):
-        raise StoreError(f"{config.train_data} has no clip of half a chunk ({config.chunk_length / 2:g} s) or more")
-    folder = store_folder(config)
+    listed = _list_chunks(config, pack)
+    recipe = recipe_of(config.wavtransforms, config.spectransforms, listed.samples)
+    check_masks(recipe, listed.samples)
     world = join()
-    if (without := len(pack) - len(np.unique(chunks.clips))) and world.is_main:
-        half = f"half a chunk ({config.chunk_length / 2:g} s)"
-        _log.warning("%d of %d clips are shorter than %s and left out", without, len(pack), half)
-    walk = _Walk(config, pack, chunks, world, progress if world.is_main else silent)
+    progress = progress if world.is_main else silent
+    front_end = LogMel().to(world.device)
+    silence = front_end(torch.zeros(2, listed.samples, device=world.device))
+    teachers = [load_teacher(spec, config.model_args, world.device, progress) for spec in _specs(config)]
+    ensemble = Ensemble(teachers, config.mode, silence)
+    if not config.topk <= ensemble.num_classes <= _MAX_CLASSES:
+        raise ConfigError(
+            f"topk is {config.topk} and the teachers have {ensemble.num_classes} classes; "
+            f"set topk to at most the number of classes, which is at most {_MAX_CLASSES}"
+        )
+    meta = StoreMeta(
+        recipe=recipe,
+        topk=config.topk,
+        num_classes=ensemble.num_classes,
+        chunk_length=config.chunk_length,
+        teachers=tuple(_name(spec) for spec in _specs(config)),
+        labels=ensemble.labels,
+        precision=_PRECISIONS[half_type(config.mode, world.device)],
+        weights=tuple(teacher.weights for teacher in ensemble.teachers),
+        model_args=config.model_args,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        world_size=world.size,
+        rows=len(listed.chunks),
+        chunks=fingerprint(pack, listed.chunks, listed.filenames, listed.starts, listed.ends),
+    )
+    # Runs of whole batches: what a chunk is scored together with does not depend on the number of processes.
+    mine = _share(len(listed.chunks), config.batch_size, world.rank, world.size)
+    folder = store_folder(config)
     with claimed(folder / META_NAME) if world.is_main else nullcontext():
-        if _claim(folder, walk.meta, config.epochs, world):
-            for epoch in range(1, config.epochs + 1):
-                if not viewstore.part_complete(folder, epoch, world.rank):
-                    viewstore.write_part(folder, epoch, world.rank, walk.epoch(epoch))
-            world.barrier()
+        missing = world.broadcast(_missing_parts(folder, meta, config.epochs) if world.is_main else None)
+        for epoch in range(1, config.epochs + 1):
+            written: dict[str, str] = {}
+            if (epoch, world.rank) in missing:
+                seeds = epoch_seeds(config.seed, epoch, len(listed.chunks))
+                views = ViewDataset(pack, listed.chunks, recipe, seeds, listed.samples)
+                task = f"epoch {epoch} of {config.epochs}"
+                values, indexes = _score(
+                    views, mine, ensemble, front_end, config.topk, config.num_workers, world, task, progress
+                )
+                here = slice(mine[0].start, mine[-1].stop) if mine else slice(0)
+                rows = Rows(
+                    values, indexes, seeds[here], listed.filenames[here], listed.starts[here], listed.ends[here]
+                )
+                written = viewstore.write_part(folder, epoch, world.rank, rows)
+            if any(part[0] == epoch for part in missing):
+                digests = {name: one for each in world.gather(written) for name, one in each.items()}
+                if world.is_main:
+                    viewstore.add_digests(folder, digests)
+        world.barrier()
     return folder
+
+
+@dataclass(frozen=True, eq=False)
+class _Listed:
+    """The chunks of a pack, as the rows of a store name them."""
+
+    samples: int  # of a whole chunk
+    chunks: Chunks
+    filenames: NDArray[np.object_]  # (n,) str
+    starts: NDArray[np.float32]  # (n,) seconds
+    ends: NDArray[np.float32]  # (n,) seconds
+
+
+def _list_chunks(config: StoreConfig, pack: WavPack) -> _Listed:
+    chunks = cut(pack, config.chunk_length)
+    half = config.chunk_length / 2
+    if not len(chunks):
+        longest = max(pack.samples(clip) for clip in range(len(pack))) / SAMPLE_RATE
+        raise StoreError(
+            f"{config.train_data} has no clip of half a chunk ({half:g} s) or more: its longest has {longest:.2f} s; "
+            "set chunk_length to the length of the clips"
+        )
+    if without := len(pack) - len(np.unique(chunks.clips)):
+        _log.warning(
+            "%d of %d clips are shorter than half a chunk (%g s) and are left out; a shorter chunk_length keeps them",
+            *(without, len(pack), half),
+        )
+    filenames = np.array(pack.names, dtype=object)[chunks.clips]
+    starts, ends = ((at / SAMPLE_RATE).astype(np.float32) for at in (chunks.starts, chunks.stops))
+    return _Listed(chunk_samples(config.chunk_length), chunks, filenames, starts, ends)
+
+
+def _share(chunks: int, batch_size: int, rank: int, size: int) -> list[range]:
+    """Return the batches of one of `size` processes."""
+    batches = list(in_order(chunks, batch_size))
+    first, last = (math.ceil(part * len(batches) / size) for part in (rank, rank + 1))
+    return batches[first:last]
+
+
+def _score(
+    views: ViewDataset,
+    batches: Sequence[range],
+    ensemble: Ensemble,
+    front_end: LogMel,
+    topk: int,
+    num_workers: int,
+    world: World,
+    task: str,
+    progress: Progress,
+) -> tuple[NDArray[np.float16], NDArray[np.int16]]:
+    """Return the ensemble's highest scores of views, (n, k), and their classes, (n, k)."""
+    # A first part of no rows, for a process without batches.
+    values, indexes = [np.empty((0, topk), np.float16)], [np.empty((0, topk), np.int16)]
+    for done, batch in enumerate(prefetch(views, batches, num_workers), start=1):
+        waves, uniforms = batch.to_device(world.device)
+        top = ensemble(mask(front_end(waves), uniforms, views.recipe)).topk(topk)
+        values.append(top.values.half().cpu().numpy())
+        indexes.append(top.indices.short().cpu().numpy())
+        progress(task, done, len(batches))
+    return np.concatenate(values), np.concatenate(indexes)
 
 
 def store_folder(config: StoreConfig) -> Path:
@@ -77,93 +179,6 @@ def store_folder(config: StoreConfig) -> Path:
     names = [_file_name(spec) for spec in _specs(config)]
     model = names[0] if len(names) == 1 else "_".join(name.replace("audiotransformer_", "") for name in names)
     return config.outputpath / model / config.train_data.stem / f"chunk_{config.chunk_length:g}"
-
-
-def epoch_seeds(seed: int, epoch: int, count: int) -> NDArray[np.int32]:
-    """Draw the seeds of an epoch's views, (count,), the same for any number of processes."""
-    numbers = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
-    return numbers.randint(0, 2**31, size=count, dtype=np.int64).astype(np.int32)
-
-
-class _Walk:
-    """All that one process needs to score its share of the chunks."""
-
-    def __init__(self, config: StoreConfig, pack: WavPack, chunks: Chunks, world: World, progress: Progress) -> None:
-        self._config, self._pack, self._chunks, self._world, self._progress = config, pack, chunks, world, progress
-        self._samples = chunk_samples(config.chunk_length)
-        # Runs of whole batches: what a chunk is scored together with does not depend on the number of processes.
-        batches = list(in_order(len(chunks), config.batch_size))
-        first, last = (math.ceil(rank * len(batches) / world.size) for rank in (world.rank, world.rank + 1))
-        self._batches = batches[first:last]
-        self._front_end = LogMel().to(world.device)
-        self._recipe = recipe_of(config.wavtransforms, config.spectransforms)
-        self._filenames = np.array(pack.names, dtype=object)[chunks.clips]
-        self._starts, self._ends = ((at / SAMPLE_RATE).astype(np.float32) for at in (chunks.starts, chunks.stops))
-        silence = self._front_end(torch.zeros(2, self._samples, device=world.device))
-        teachers = [load_teacher(spec, config.model_args, world.device, progress) for spec in _specs(config)]
-        self._ensemble = Ensemble(teachers, config.mode, silence)
-        if not config.topk <= self._ensemble.num_classes <= _MAX_CLASSES:
-            raise ConfigError(
-                f"topk is {config.topk} and the teachers have {self._ensemble.num_classes} classes; "
-                f"topk is at most the number of classes, that at most {_MAX_CLASSES}"
-            )
-
-    @property
-    def meta(self) -> StoreMeta:
-        """What the store says about itself."""
-        config, ensemble = self._config, self._ensemble
-        return StoreMeta(
-            recipe=self._recipe,
-            topk=config.topk,
-            num_classes=ensemble.num_classes,
-            chunk_length=config.chunk_length,
-            teachers=tuple(_name(spec) for spec in _specs(config)),
-            labels=ensemble.labels,
-            precision=_PRECISIONS[half_type(config.mode, self._world.device)],
-            weights=tuple(teacher.weights for teacher in ensemble.teachers),
-            model_args=config.model_args,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            world_size=self._world.size,
-            rows=len(self._chunks),
-            chunks=self._fingerprint(),
-        )
-
-    def _fingerprint(self) -> str:
-        """Return a digest of the chunks' names and times, and of what some of them sound like: all would take long."""
-        digest = hashlib.sha256("\n".join(self._filenames).encode())
-        digest.update(self._starts.tobytes() + self._ends.tobytes())
-        some = np.linspace(0, len(self._chunks) - 1, min(len(self._chunks), _HEARD)).astype(int)
-        for item in some.tolist():
-            digest.update(self._pack.read(*self._chunks.place(item)).tobytes())
-        return digest.hexdigest()
-
-    def epoch(self, epoch: int) -> Rows:
-        """Score this process's share of the chunks under an epoch's views."""
-        config = self._config
-        seeds = epoch_seeds(config.seed, epoch, len(self._chunks))
-        views = ViewDataset(self._pack, self._chunks, self._recipe, seeds, self._samples)
-        # A first part of no rows, for a process without batches.
-        values, indexes = [np.empty((0, config.topk), np.float16)], [np.empty((0, config.topk), np.int16)]
-        for done, batch in enumerate(prefetch(views, self._batches, config.num_workers), start=1):
-            top = self._score(batch)
-            values.append(top.values.half().cpu().numpy())
-            indexes.append(top.indices.short().cpu().numpy())
-            self._progress(f"epoch {epoch} of {config.epochs}", done, len(self._batches))
-        mine = slice(self._batches[0].start, self._batches[-1].stop) if self._batches else slice(0)
-        return Rows(
-            values=np.concatenate(values),
-            indexes=np.concatenate(indexes),
-            seeds=seeds[mine],
-            filenames=self._filenames[mine],
-            starts=self._starts[mine],
-            ends=self._ends[mine],
-        )
-
-    def _score(self, batch: Batch) -> torch.return_types.topk:
-        waves, uniforms = batch.to_device(self._world.device)
-        mel = mask(self._front_end(waves), uniforms, self._recipe)
-        return self._ensemble(mel).topk(self._config.topk)
 
 
 def _specs(config: StoreConfig) -> list[str]:
@@ -174,42 +189,59 @@ def _specs(config: StoreConfig) -> list[str]:
 
 
 def _name(spec: str) -> str:
-    """Return what a teacher is called: its name, the stem of its path, or its `module:callable`."""
+    """Return what a teacher is called: its name, the name of its experiment, the stem of its file, or the callable."""
     path = Path(spec)
-    return spec if is_callable_spec(spec) else path.stem if path.is_file() else path.name
+    return spec if is_callable_spec(spec) else run_name(path) or (path.stem if path.is_file() else path.name)
 
 
 def _file_name(spec: str) -> str:
     return re.sub(r"[^\w.-]+", "_", _name(spec))
 
 
-def _claim(folder: Path, meta: StoreMeta, epochs: int, world: World) -> bool:
-    """Make the folder this run's, in all processes alike; say whether there is something left to do."""
-    left, problem = world.broadcast(_claim_alone(folder, meta, epochs) if world.is_main else None)
-    if problem:
-        raise StoreError(problem)
-    return bool(left)
+def _missing_parts(folder: Path, meta: StoreMeta, epochs: int) -> set[Part]:
+    """Begin a store, or compare the one that is there with the settings; return which parts have to be written.
 
-
-def _claim_alone(folder: Path, meta: StoreMeta, epochs: int) -> tuple[bool, str | None]:
-    """Write meta.json, or compare it with the one that is there; return whether work is left, and what forbids it."""
+    Raises:
+        StoreError: there are views without a meta.json, or the settings differ.
+    """
+    remove_leftovers(folder)
     if not (folder / META_NAME).exists():
         if any(folder.glob("logits_ep*.h5")):
-            return False, f"{folder} has views but no {META_NAME}; choose another outputpath"
+            raise StoreError(f"{folder} has views but no {META_NAME}; choose another outputpath")
         viewstore.write_meta(folder, meta)
-        return True, None
-    try:
-        stored = viewstore.read_meta(folder)
-    except StoreError as error:
-        return False, str(error)
+        return {(epoch, rank) for epoch in range(1, epochs + 1) for rank in range(meta.world_size or 1)}
+    stored = viewstore.read_meta(folder)
     # As many processes as before only matter when something is left to do.
-    changed = viewstore.difference(replace(stored, world_size=meta.world_size), meta)
-    ranks = range(stored.world_size or 1)
-    complete = [e for e in range(1, epochs + 1) if all(viewstore.part_complete(folder, e, r) for r in ranks)]
-    if changed is None and len(complete) < epochs:
-        changed = viewstore.difference(stored, meta)
-    if changed is not None:
-        return False, f"{folder} was stored with other settings: {changed}; use those, or another outputpath"
-    if complete:
-        _log.info("%d of %d epochs are already stored in %s", len(complete), epochs, folder)
-    return len(complete) < epochs, None
+    if changed := viewstore.difference(replace(stored, world_size=meta.world_size), meta):
+        raise StoreError(_other_settings(folder, changed))
+    parts = {(epoch, rank) for epoch in range(1, epochs + 1) for rank in range(stored.world_size or 1)}
+    missing = {part for part in parts if not _is_stored(folder, *part, stored)}
+    if missing and (changed := viewstore.difference(stored, meta)):
+        raise StoreError(_other_settings(folder, changed))
+    digests = {name: one for part in parts - missing for name, one in viewstore.digests_of(folder, *part).items()}
+    if digests.items() - (stored.digests or {}).items():  # written just before a kill, or by a release without digests
+        viewstore.add_digests(folder, digests)
+    if complete := epochs - len({epoch for epoch, _ in missing}):
+        _log.info("%d of %d epochs are already stored in %s", complete, epochs, folder)
+    return missing
+
+
+def _other_settings(folder: Path, changed: str) -> str:
+    return f"{folder} was stored with other settings: {changed}; use those, or another outputpath"
+
+
+def _is_stored(folder: Path, epoch: int, rank: int, meta: StoreMeta) -> bool:
+    """Return whether a part is there and undamaged, with the seeds of its epoch."""
+    if not viewstore.part_complete(folder, epoch, rank):
+        return False
+    try:
+        rows = viewstore.read_part(folder, epoch, rank, meta)
+    except StoreError as error:
+        _log.warning("%s; it is stored again", error)
+        return False
+    share = _share(meta.rows or 0, meta.batch_size or 1, rank, meta.world_size or 1)
+    expected = epoch_seeds(meta.seed or 0, epoch, meta.rows or 0)
+    if not np.array_equal(rows.seeds, np.concatenate([expected[:0], *(expected[batch] for batch in share)])):
+        _log.warning("%s has other seeds; it is stored again", viewstore.part_path(folder, epoch, rank))
+        return False
+    return True

@@ -1,9 +1,10 @@
-"""Distil a student: from the views a store holds, it learns to answer as the teachers did, without labels.
+"""Distil a student: from the views of a store it learns to give the scores that the teachers gave, without labels.
 
 The walk is: row of the store -> chunk of the pack, shifted as its seed says -> front end and masks -> student;
 top scores spread over all classes -> targets; step.
 """
 
+import logging
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,17 +16,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ced.config import TrainConfig
-from ced.distill.datasets import Chunks, ViewDataset, stored
+from ced.distill.datasets import Chunks, ViewDataset, fingerprint, stored
 from ced.distill.evaluate import validation
 from ced.distill.loop import VIEWS, EpochData, Task, run
 from ced.distill.start import start_network, warn_of_cuts
 from ced.distill.targets import spread
+from ced.distill.views import blanking
 from ced.distill.viewstore import Rows, ViewStore
 from ced.distill.wavpack import WavPack
-from ced.errors import ConfigError, StoreError
+from ced.errors import ConfigError, PackError, StoreError
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import default_classes
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, *, name: str, resume: Path | None = None, progress: Progress = silent) -> Path:
@@ -33,27 +37,35 @@ def train(config: TrainConfig, *, name: str, resume: Path | None = None, progres
 
     Raises:
         StoreError: the store is incomplete or damaged.
-        PackError: the pack lacks a clip of the store, or has it in another length.
+        PackError: the pack lacks a clip of the store, has it in another length, or has other audio.
         ConfigError: the store has other classes than the configuration.
     """
     return run(config, lambda: _task(config, progress), name=name, resume=resume, progress=progress)
 
 
 def _task(config: TrainConfig, progress: Progress) -> Task:
-    store = ViewStore(config.logitspath)
+    try:
+        store = ViewStore(config.logitspath)
+    except StoreError as error:
+        error.hint = error.hint or "logitspath is the folder that `ced store` prints"
+        raise
     meta = store.meta
     if meta.num_classes != config.num_classes:
         raise ConfigError(
-            f"num_classes is {config.num_classes}, but {config.logitspath} has {meta.num_classes} classes"
+            f"num_classes is {config.num_classes}, but {config.logitspath} has {meta.num_classes} classes; "
+            f"set num_classes to {meta.num_classes}"
         )
     labels = meta.labels or default_classes(meta.num_classes)
     views = StoredViews(config, store, WavPack(config.train_data))
     if not views.items:
         raise StoreError(f"view store {config.logitspath} has no views")
+    views.check_audio()
     network = start_network(config, labels, {"pooling": "logit", "activation": "sigmoid"}, progress)
     if other := network.config.unpublished_feature:
-        raise ConfigError(f"the student would take features with {other}; it has to see the mel that its teachers saw")
+        raise ConfigError(f"the student has {other}; its features have to be those of its teachers")
     warn_of_cuts(network, views.samples)
+    if problem := blanking(views.recipe, views.samples):
+        logger.warning("the views of %s were stored with masks too wide: %s; store them again", store.folder, problem)
     loss = F.binary_cross_entropy_with_logits
     return Task(network, views.items, views.epoch, loss, validation(config, labels), config.mixup)
 
@@ -87,6 +99,21 @@ class StoredViews:
             return spread(values, indexes, self.store.meta.num_classes, self.config.label_type, generator)
 
         return EpochData(ViewDataset(self.pack, chunks, self.recipe, seeds, self.samples), targets)
+
+    def check_audio(self) -> None:
+        """Compare the audio of the pack with that of the store, where the store has a fingerprint of it.
+
+        Raises:
+            PackError: they differ.
+        """
+        rows, chunks = self._load(1)
+        expected = self.store.meta.chunks
+        if expected is not None and expected != fingerprint(self.pack, chunks, rows.filenames, rows.starts, rows.ends):
+            raise PackError(
+                f"the audio differs: {self.pack.table.path} has the names and lengths of the clips that the teachers "
+                f"of {self.store.folder} scored, but other samples; use the pack that was stored, or store the views "
+                "of this one"
+            )
 
     def _read(self, stored_epoch: int) -> tuple[Rows, Chunks]:
         rows = self.store.rows(stored_epoch)

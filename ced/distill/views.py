@@ -4,6 +4,7 @@ The order of the draws is the published one, so that published stores replay: wh
 two uniforms that place both masks. Nothing else in distillation is random but mixup.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ced.config import SpecTransforms, WavTransforms
+from ced.errors import ConfigError
+from ced.sound.audio import SAMPLE_RATE
+from ced.sound.features import PUBLISHED, frames_of
+
+logger = logging.getLogger(__name__)
 
 SHIFT_PROBABILITY = 0.5
+TIME_MASK, TIME_MASK_OF = 192, 1001  # frames: the published widest time mask, and the 10 s chunk that it is for
+LARGEST_BLANKED = 0.1  # share of views that a mask may blank before the settings are refused
 
 
 @dataclass(frozen=True)
@@ -29,13 +37,65 @@ class ViewRecipe:
 NO_VIEW = ViewRecipe(shift=None, time_mask=None, freq_mask=None)
 
 
-def recipe_of(wave: WavTransforms, spec: SpecTransforms) -> ViewRecipe:
-    """Return the recipe that a configuration describes."""
+def recipe_of(wave: WavTransforms, spec: SpecTransforms, samples: int) -> ViewRecipe:
+    """Return the recipe that a configuration describes, for chunks of `samples` samples.
+
+    A time mask without a width gets the published part of the chunk, at most the published width.
+    """
+    time_mask = None
+    if spec.TimeMasking:
+        time_mask = spec.TimeMasking.time_mask_param or suited_time_mask(samples)
     return ViewRecipe(
         shift=(wave.Shift.min_shift, wave.Shift.max_shift) if wave.Shift else None,
-        time_mask=spec.TimeMasking.time_mask_param if spec.TimeMasking else None,
+        time_mask=time_mask,
         freq_mask=spec.FrequencyMasking.freq_mask_param if spec.FrequencyMasking else None,
     )
+
+
+def suited_time_mask(samples: int) -> int:
+    """Return the widest time mask, in frames, that suits chunks of `samples` samples: 192 for 10 s."""
+    return max(1, min(TIME_MASK, TIME_MASK * frames_of(samples) // TIME_MASK_OF))
+
+
+def blanked(recipe: ViewRecipe, samples: int) -> float:
+    """Return the share of views, 0 to 1, in which a mask is as wide as the whole chunk of `samples` samples.
+
+    A mask has the width u P, with u uniform in [0, 1) and P the widest: it covers n frames with probability 1 - n / P.
+    """
+    sizes = ((recipe.time_mask, frames_of(samples)), (recipe.freq_mask, PUBLISHED.n_mels))
+    return max(0.0, *(1 - size / widest for widest, size in sizes if widest is not None))
+
+
+def blanking(recipe: ViewRecipe, samples: int) -> str | None:
+    """Explain how large a share of the views the masks blank, and which widths would fit; None: no view at all."""
+    share = blanked(recipe, samples)
+    if not share:
+        return None
+    frames, suited = frames_of(samples), suited_time_mask(samples)
+    if recipe.time_mask is not None and recipe.time_mask > frames:
+        key, widest = "spectransforms.TimeMasking.time_mask_param", recipe.time_mask
+        what = f"a chunk of {samples / SAMPLE_RATE:g} s has {frames} frames"
+        fits = f"at most {frames} fit; {suited} is as large a part of the chunk as in the published settings"
+    else:
+        key, widest = "spectransforms.FrequencyMasking.freq_mask_param", recipe.freq_mask or 0
+        what, fits = (
+            f"a chunk has {PUBLISHED.n_mels} mel bins",
+            f"at most {PUBLISHED.n_mels} fit; 24 is the published width",
+        )
+    return f"{key} is {widest} and {what}: the mask blanks {share:.0%} of the views; {fits}"
+
+
+def check_masks(recipe: ViewRecipe, samples: int) -> None:
+    """Warn when a mask may blank a whole chunk of `samples` samples.
+
+    Raises:
+        ConfigError: it would blank more than `LARGEST_BLANKED` of the views.
+    """
+    if (problem := blanking(recipe, samples)) is None:
+        return
+    if blanked(recipe, samples) > LARGEST_BLANKED:
+        raise ConfigError(problem)
+    logger.warning(problem)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,19 @@ class LogMel(nn.Module):
         return torch.cat([self._features(part) for part in waves.split(CLIPS_AT_ONCE)])
 
     def _features(self, waves: Tensor) -> Tensor:
+        decibels = self.decibels(waves, self.settings.center)
+        return decibels.maximum(decibels.amax(dim=(1, 2), keepdim=True) - TOP_DB)
+
+    def decibels(self, waves: Tensor, center: bool) -> Tensor:
+        """Return features that are not clamped yet, as the parts of a long clip need them.
+
+        Args:
+            waves: (b, t) float, 16 kHz.
+            center: whether the waves are padded by reflection; otherwise frames begin with the first sample.
+
+        Returns:
+            (b, f, n) float32 dB.
+        """
         with torch.autocast(waves.device.type, enabled=False):
             spectrum = torch.stft(
                 waves.float(),
@@ -61,12 +74,11 @@ class LogMel(nn.Module):
                 hop_length=self.settings.hop_size,
                 win_length=self.settings.win_size,
                 window=self.window,
-                center=self.settings.center,
+                center=center,
                 pad_mode="reflect",
                 return_complex=True,
             )
             power = spectrum.real.square() + spectrum.imag.square()
             # One matrix product a clip: a single product over the whole batch may round differently with its size.
             mel = torch.bmm(self.filters.expand(power.shape[0], -1, -1), power)
-            decibels = 10.0 * mel.clamp_min(POWER_FLOOR).log10()
-            return decibels.maximum(decibels.amax(dim=(1, 2), keepdim=True) - TOP_DB)
+            return 10.0 * mel.clamp_min(POWER_FLOOR).log10()

@@ -268,19 +268,28 @@ def damage(source: Hub | Zenodo, path: Path) -> str | None:
 def checkpoint_file(path: Path) -> Path:
     """Return the file of a checkpoint, which may be given as the folder that it is in.
 
+    A folder of experiments stands for the newest of them that has a checkpoint: their names are time stamps.
+
     Raises:
         CheckpointError: nothing is there, or an empty file, or the folder holds none.
     """
     if path.is_dir():
-        for name in CHECKPOINT_FILES:
-            if (path / name).is_file():
-                return checkpoint_file(path / name)
+        if (found := _checkpoint_in(path)) is not None:
+            return checkpoint_file(found)
+        for folder in sorted((one for one in path.iterdir() if one.is_dir()), reverse=True):
+            if (found := _checkpoint_in(folder)) is not None:
+                logger.info("the newest checkpoint of %s is %s", path, found)
+                return checkpoint_file(found)
         raise CheckpointError(f"folder {path} holds no checkpoint; it needs one of {', '.join(CHECKPOINT_FILES)}")
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     if not path.stat().st_size:
         raise CheckpointError(f"checkpoint {path} is empty (0 bytes)")
     return path
+
+
+def _checkpoint_in(folder: Path) -> Path | None:
+    return next((folder / name for name in CHECKPOINT_FILES if (folder / name).is_file()), None)
 
 
 def local_path(name_or_path: str | os.PathLike[str]) -> Path:

@@ -19,6 +19,7 @@ __all__ = [
     "SAMPLE_RATE",
     "TAILS",
     "Channel",
+    "Mix",
     "Sound",
     "SoundBytes",
     "Source",
@@ -74,10 +75,10 @@ class Sound:
         channels: of the file.
     """
 
-    def __init__(self, opened: Opened, reading: Reading, channel: int | None, strict: bool, block_seconds: float):
+    def __init__(self, opened: Opened, reading: Reading, channel: Channel, strict: bool, block_seconds: float):
         self.name, self.rate, self.channels = reading.name, opened.rate, opened.channels
         self._opened, self._reading = opened, reading
-        self._mix, self._strict, self._block_seconds = _Mix(channel), strict, block_seconds
+        self._mix, self._strict, self._block_seconds = Mix(channel, reading.name), strict, block_seconds
 
     @property
     def warnings(self) -> list[str]:
@@ -154,18 +155,17 @@ def open_sound(
             outside 1,000-768,000 Hz or more than 64 channels, or no channel of that number. Further ones come from
             `Sound.blocks`.
         ConfigError: `channel` is not one of those above.
-        TooLongError: (while reading) the budget is exceeded, or the sound is more than 2**27 samples and more than 4096
-            for each byte of its file, as only files have that are made to exhaust their reader.
+        TooLongError: (while reading) the budget is exceeded, or the sound has more than 2**27 samples and more than
+            2,560 for each byte of its file, as only files have that are made to exhaust their reader.
         ClosedError: (while reading) `cancelled` returned True.
     """
     number = check_channel(channel)
     reading = Reading(name_of(source), budget, cancelled=cancelled)
     with ExitStack() as stack:
         opened = open_source(source, reading, stack)
-        if number is not None and number > opened.channels:
-            plural = "s" if opened.channels > 1 else ""
-            raise AudioError(f"there is no channel {number}; it has {opened.channels} channel{plural}", reading.name)
-        yield Sound(opened, reading, None if number is None else number - 1, strict, block_seconds)
+        if number is not None:
+            _check_number(number, opened.channels, reading.name)
+        yield Sound(opened, reading, channel, strict, block_seconds)
 
 
 def check_channel(channel: Channel) -> int | None:
@@ -222,7 +222,7 @@ def load_stored(source: Source, stereo: bool = False) -> NDArray[np.int16] | NDA
     _report(reading)
     rate, channels = pieces[0].rate, opened.channels
     if any((piece.rate, piece.samples.shape[1]) != (rate, channels) for piece in pieces):
-        samples: NDArray[Any] = join(list(resampled(pieces)))
+        samples: NDArray[Any] = join(list(resampled(pieces, Mix("mean", reading.name))))
     else:
         samples = join([piece.samples for piece in pieces])
         if channels == 1:
@@ -280,55 +280,68 @@ def _to_the_end(blocks: Iterable[Block], reading: Reading, strict: bool) -> Iter
         raise AudioError("no samples", reading.name)
 
 
-class _Mix:
-    """Reduce the channels of blocks to one, and note whether they cancel each other in the mean.
+def _check_number(number: int, channels: int, name: str) -> None:
+    if number > channels:
+        plural = "s" if channels > 1 else ""
+        raise AudioError(f"there is no channel {number}; it has {channels} channel{plural}", name)
+
+
+class Mix:
+    """Reduce the channels of blocks (t, channels) to one, (t,) float32, and note whether they cancel in the mean.
 
     Args:
-        channel: the one to take, from 0; None: their mean.
+        channel: as for `open_sound`.
+        name: what messages call the sound.
+
+    Raises:
+        ConfigError: there is no such channel anywhere.
+        AudioError: (when called) the first block has no such channel.
     """
 
-    def __init__(self, channel: int | None) -> None:
-        self._channel = channel
+    def __init__(self, channel: Channel, name: str) -> None:
+        self._number, self._name = check_channel(channel), name
         self._powers = np.zeros(2)  # of the mean and of the channels, summed over all samples
         self._expected = 0.0  # of the mean, if the channels were unrelated
         self._frames = 0
 
     def __call__(self, samples: NDArray[Any]) -> NDArray[np.float32]:
+        """Reduce a block."""
         channels = samples.shape[1]
+        if self._number is not None and not self._frames:
+            _check_number(self._number, channels, self._name)
+        self._frames += len(samples)
         if channels == 1:
             return to_float(samples)[:, 0]
-        if self._channel is not None:  # a later part of a file may have fewer channels than the first
-            return to_float(np.ascontiguousarray(samples[:, min(self._channel, channels - 1)]))
+        if self._number is not None:  # a later part of a file may have fewer channels than the first
+            return to_float(np.ascontiguousarray(samples[:, min(self._number, channels) - 1]))
         each = to_float(samples)
         mono = _mean(each)
         power = float(np.vdot(each, each)) / channels
         self._powers += float(np.vdot(mono, mono)), power
         self._expected += power / channels
-        self._frames += len(mono)
         return mono
 
     def cancelled(self) -> str | None:
         """Return a warning if the channels cancelled each other."""
         mean, each = self._powers
-        if not self._frames or each < _SILENCE * self._frames or mean >= _CANCELLED * self._expected:
+        if each <= _SILENCE * self._frames or mean >= _CANCELLED * self._expected:
             return None
         less = f"{10 * np.log10(each / mean):.0f} dB below them" if mean else "silent"
         return f"the channels cancel each other (opposite phase): their mean is {less}; choose one channel instead"
 
 
 def resampled(
-    blocks: Iterable[Block], mix: Callable[[NDArray[Any]], NDArray[np.float32]] | None = None
+    blocks: Iterable[Block], mix: Callable[[NDArray[Any]], NDArray[np.float32]]
 ) -> Iterator[NDArray[np.float32]]:
     """Bring the blocks of one sound to what models take, mono at 16 kHz; no yielded block is empty.
 
     Args:
         blocks: what was decoded. Their rate may change.
-        mix: reduces (t, channels) to (t,) float32; None: the mean.
+        mix: reduces (t, channels) to (t,) float32, such as a `Mix`.
 
     Yields:
         (t,) float32 at 16 kHz, about as long as the blocks; samples come a few milliseconds late.
     """
-    mix = _Mix(None) if mix is None else mix
     resampler, rate = None, SAMPLE_RATE
     for block in blocks:
         if block.rate != rate:

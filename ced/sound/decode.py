@@ -14,13 +14,14 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ced.errors import AudioError
-from ced.sound.ffmpeg import is_address, open_address
+from ced.errors import AudioError, TooLongError
+from ced.sound.ffmpeg import open_address
 from ced.sound.libsndfile import open_part
 from ced.sound.plainwav import plain_wav
 from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading, boundary
 from ced.sound.truncation import Structure, inspect
 from ced.sound.view import View
+from ced.sound.web import is_address
 
 AUDIO_SUFFIXES = frozenset(
     {".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"}
@@ -138,31 +139,56 @@ def _open_file(file: IO[bytes], reading: Reading, stack: ExitStack) -> Opened:
         raise AudioError(structure.fault, reading.name)
     for warning in structure.warnings:
         reading.warn(warning)
-    part, *rest = structure.parts
-    if rest:
-        first = open_part(view, part, True, reading, stack)
-        return Opened(first.rate, first.channels, partial(_joined, view, structure, first, reading))
-    opened = open_part(view, part, structure.complete, reading, stack)
-    return opened if structure.seconds is None else replace(opened, seconds=structure.seconds)
+    if len(structure.parts) == 1:
+        opened = open_part(view, structure.parts[0], structure.complete, reading, stack)
+        return opened if structure.seconds is None else replace(opened, seconds=structure.seconds)
+    return _open_joined(view, structure, reading, stack)
 
 
-def _joined(view: View, structure: Structure, first: Opened, reading: Reading, frames: int) -> Iterator[Block]:
-    """Yield the blocks of joined files; the `first` is open already, and its blocks have `frames` frames."""
-    seconds, total = frames / first.rate, len(structure.parts)
-    yield from first.blocks(frames)
-    for number, part in enumerate(structure.parts[1:], 2):
+def _open_joined(view: View, structure: Structure, reading: Reading, stack: ExitStack) -> Opened:
+    """Open the first of joined files that can be opened; the others follow."""
+    total = len(structure.parts)
+    for number, part in enumerate(structure.parts, 1):
+        reading.spend(0)
+        try:
+            first = open_part(view, part, number < total or structure.complete, reading, stack)
+        except AudioError as error:
+            if number == total:
+                raise
+            reading.warn(f"part {number} of {total} joined files: {error.reason}")
+        else:
+            return Opened(first.rate, first.channels, partial(_joined, view, structure, number, first, reading))
+    raise AssertionError("there is at least one part")
+
+
+def _joined(
+    view: View, structure: Structure, first: int, opened: Opened, reading: Reading, frames: int
+) -> Iterator[Block]:
+    """Yield the blocks of joined files, from the `first` on, which is open already; its blocks have `frames` frames."""
+    seconds, total = frames / opened.rate, len(structure.parts)
+    found, fault = False, None
+    for number in range(first, total + 1):
         reading.spend(0)
         if reading.broken:  # in the part before; the sound goes on here
-            reading.warn(f"part {number - 1} of {total} joined files: {reading.cut}")
+            reading.warn(f"part {number - 1} of {total} joined files: {fault.reason if fault else reading.cut}")
             reading.broken = False
-        with ExitStack() as stack:
-            try:
-                opened = open_part(view, part, structure.complete if number == total else True, reading, stack)
-            except AudioError as error:
-                reading.warn(f"part {number} of {total} joined files: {error.reason}")
-                reading.broken = True
-            else:
-                yield from opened.blocks(opened.frames(seconds))
+        fault = None
+        try:
+            with ExitStack() as stack:
+                if number > first:
+                    complete = number < total or structure.complete
+                    opened = open_part(view, structure.parts[number - 1], complete, reading, stack)
+                for block in opened.blocks(opened.frames(seconds)):
+                    found = True
+                    yield block
+        except TooLongError:
+            raise
+        except AudioError as error:
+            fault, reading.broken = error, True
+    if fault is not None:
+        if not found:
+            raise fault
+        reading.warn(f"part {total} of {total} joined files: {fault.reason}")
 
 
 def _open_array(source: tuple[NDArray[Any], int], reading: Reading) -> Opened:
@@ -212,7 +238,7 @@ def checked(blocks: Iterable[Block], reading: Reading) -> Iterator[Block]:
             if not (least >= -LOUDEST and most <= LOUDEST):
                 raise AudioError(_impossible(samples, reading.seconds, block.rate), reading.name)
             peak = max(peak, -least, most)
-        reading.seconds += len(samples) / block.rate
+        reading.passed(len(samples), block.rate)
         yield block if samples.dtype == np.int16 else Block(to_float(samples), block.rate)
     if peak > _LOUD:
         reading.warn(

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, optional_packages
+from ced.sound.audio import Channel, check_channel
 from ced.sound.live import BLOCK, LiveSource, waves
+from ced.sound.reading import MOST_CHANNELS
 
 _STALL = 5.0  # seconds without sound, after which a device counts as lost: not all systems say when one is pulled out
 _BACKLOG = 100  # blocks that may wait to be read, ten seconds
@@ -45,15 +47,20 @@ def devices() -> list[Device]:
     ]
 
 
-def device(name: str | None = None) -> LiveSource:
-    """Return an input of this machine as a source; its first channel is heard.
+def device(name: str | None = None, channel: Channel = 1) -> LiveSource:
+    """Return an input of this machine as a source.
 
     A process listens to one device at a time: to find one that was lost, all its streams are ended (see `_look_anew`),
     so two that are listened to at once would cut each other off.
 
     Args:
         name: its number, or any part of its name that no other has; None: the one that the system prefers.
+        channel: as for `ced.sound.audio.open_sound`; most inputs claim more channels than are connected.
+
+    Raises:
+        ConfigError: `channel` is not one.
     """
+    number = check_channel(channel)
     called = "the default input device" if name is None else f"input device {name}"
     opened = False
 
@@ -66,7 +73,8 @@ def device(name: str | None = None) -> LiveSource:
             opened = True
             found = portaudio.query_devices(_number(name), "input")
             rate = round(found["default_samplerate"])
-            yield from waves(_blocks(portaudio, found["index"], rate, called), rate, called)
+            channels = min(found["max_input_channels"], MOST_CHANNELS if number is None else number)
+            yield from waves(_blocks(portaudio, found["index"], rate, channels, called), rate, called, channel)
         except (portaudio.PortAudioError, ValueError) as error:
             raise AudioError(f"{called} cannot be heard: {_reason(error)}") from error
 
@@ -96,8 +104,8 @@ def _number(name: str | None) -> int | str | None:
     return int(name)
 
 
-def _blocks(portaudio: Any, index: int, rate: int, called: str) -> Iterator[NDArray[np.float32]]:
-    """Yield what a device hears, (t, 1); raises AudioError when nothing comes any more."""
+def _blocks(portaudio: Any, index: int, rate: int, channels: int, called: str) -> Iterator[NDArray[np.float32]]:
+    """Yield what a device records, (t, channels); raises AudioError when nothing comes any more."""
     arrived: queue.Queue[NDArray[np.float32] | None] = queue.Queue(_BACKLOG)
 
     def take(heard: NDArray[np.float32], *_: object) -> None:
@@ -109,7 +117,7 @@ def _blocks(portaudio: Any, index: int, rate: int, called: str) -> Iterator[NDAr
             arrived.put_nowait(None)
 
     with portaudio.InputStream(
-        rate, round(BLOCK * rate), index, channels=1, dtype="float32", callback=take, finished_callback=end
+        rate, round(BLOCK * rate), index, channels=channels, dtype="float32", callback=take, finished_callback=end
     ):
         while True:
             try:

@@ -1,8 +1,6 @@
 """Sound that libsndfile does not read: MP4, M4A, WebM and other containers, and http(s) addresses (PyAV)."""
 
 import ctypes
-import errno
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -11,50 +9,47 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, optional_packages
 from ced.sound.reading import Block, Opened, Reading
+from ced.sound.truncation import SLACK
 from ced.sound.view import View
+from ced.sound.web import PATIENCE, TrustedAddress, Web
 
 if TYPE_CHECKING:
-    from av import AudioFrame, AudioStream, FFmpegError, Packet
+    from av import AudioFrame, AudioStream, Packet
     from av.container import InputContainer
 
 MEDIA_SUFFIXES = frozenset(
     {".m4a", ".m4b", ".m4r", ".mp4", ".m4v", ".mov", ".3gp", ".3gpp", ".3g2", ".f4v", ".f4a", ".aac", ".adts", ".latm"}
-    | {
-        ".webm",
-        ".weba",
-        ".mkv",
-        ".mka",
-        ".ogv",
-        ".ogx",
-        ".spx",
-        ".wma",
-        ".wmv",
-        ".asf",
-        ".wtv",
-        ".avi",
-        ".divx",
-        ".flv",
-    }
+    | {".webm", ".weba", ".mkv", ".mka", ".ogv", ".ogx", ".spx", ".wma", ".wmv", ".asf", ".wtv", ".avi", ".divx"}
     | {".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2t", ".m2ts", ".mxf", ".gxf", ".dv", ".nut", ".rm", ".ra", ".rmvb"}
     | {".mp1", ".mp2", ".mpa", ".m2a", ".mpga", ".ac3", ".eac3", ".ec3", ".dts", ".mlp", ".thd", ".amr", ".awb", ".gsm"}
     | {".qcp", ".ape", ".wv", ".tta", ".tak", ".shn", ".mpc", ".mp+", ".dsf", ".dff", ".oma", ".aa3", ".at3", ".mmf"}
-    | {".sox"}
+    | {".flv", ".sox"}
 )
 MEDIA_KINDS = "M4A, MP4, AAC, WebM, MKV, WMA, AVI"
 _TYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}  # FFmpeg's names, numpy's
-_PATIENCE = 30.0  # seconds for a server to answer, and for each read
+# Without any protocol, FFmpeg opens nothing itself: playlists lead to files or into the network through `Web` only.
+_FROM_WEB = {
+    "protocol_whitelist": "none",
+    "http_persistent": "0",  # which would need FFmpeg's own connections, as would the next
+    "http_multiple": "0",
+    "extension_picky": "0",  # radio stations name their playlists and parts in any way
+    "allowed_extensions": "ALL",
+    "allowed_segment_extensions": "ALL",
+}
 _AT_ONCE = {"probesize": "32768", "analyzeduration": "1000000"}  # bytes, microseconds
-_SCHEMES = ("http://", "https://")
 # Bytes that FFmpeg may allocate at once. Headers of a few bytes claim gigabytes, while what is needed for a file grows
 # with it: the index of an MP4 file of a day has 90 MB.
 _LEAST_ALLOCATION, _MOST_ALLOCATION, _ALLOCATION = 64 << 20, 256 << 20, 4  # the last for each byte of a file
+_TICKS = 1_000_000  # a second, of the durations of containers
+_GUESSED = {"aac", "mp3", "ac3", "eac3", "dts", "amr", "mpeg", "mpegts", "loas"}  # FFmpeg's names of formats
+_STATED = {"matroska,webm", "avi", "flv", "asf"}  # of the container, not of each track
+_COUNTED = {"ape", "wv", "tta", "tak", "mpc", "mpc8", "shn"}  # with a count of samples
 _MOST_PADDING = 8192  # samples that encoders put behind a sound
 _allocation = 0  # the present limit of FFmpeg
 
@@ -91,11 +86,6 @@ def _limit_allocations(size: int) -> None:
         limit(wanted)
 
 
-def is_address(name: str) -> bool:
-    """Return whether a name is an http(s) address."""
-    return name.lower().startswith(_SCHEMES)
-
-
 def open_address(address: str, stack: ExitStack, reading: Reading, *, live: bool = False) -> Opened:
     """Open the first sound track behind an http(s) address, as it arrives.
 
@@ -116,14 +106,43 @@ def open_address(address: str, stack: ExitStack, reading: Reading, *, live: bool
         import av
 
     _limit_allocations(0)
+    web = Web(address, private="any" if isinstance(address, TrustedAddress) else "named", live=live)
+    file = stack.enter_context(web.open_stream())
     try:
-        options = {**_network_options(), **(_AT_ONCE if live else {})}
+        options = {**_FROM_WEB, **(_AT_ONCE if live else {})}
+        kind = "hls" if file.is_playlist else None  # whatever the address ends with
         container = stack.enter_context(
-            av.open(address, "r", options=options, metadata_errors="replace", timeout=_PATIENCE)
+            av.open(file, "r", kind, io_open=web.open_part, options=options, metadata_errors="replace")
         )
+        return _open_track(container, reading, None, web)
     except av.FFmpegError as error:
-        raise AudioError(f"cannot be read: {_refusal(error, address)}", address) from error
-    return _open_track(container, reading, None)
+        is_other = isinstance(error, av.error.EOFError | av.error.InvalidDataError)
+        reason = "the answer is not sound, but empty or a web page, for instance" if is_other else _reason(error)
+        raise web.fault or web.broken or AudioError(f"cannot be read: {reason}", address) from error
+
+
+def is_rtsp(name: str) -> bool:
+    """Return whether a name is an rtsp address, as of cameras."""
+    return name.lower().startswith("rtsp://")
+
+
+def open_rtsp(address: str, stack: ExitStack, reading: Reading) -> Opened:
+    """Open the first sound track of an RTSP stream, as it arrives, over one TCP connection to its server.
+
+    Arguments, result and errors are those of `open_address`.
+    """
+    with optional_packages(f"reading {reading.name}"):
+        import av
+
+    _limit_allocations(0)
+    options = {"rtsp_transport": "tcp", "allowed_media_types": "audio", "protocol_whitelist": "tcp,rtp", **_AT_ONCE}
+    try:
+        container = stack.enter_context(
+            av.open(address, "r", options=options, metadata_errors="replace", timeout=PATIENCE)
+        )
+        return _open_track(container, reading, None)
+    except av.FFmpegError as error:
+        raise AudioError(f"cannot be read: {_reason(error)}", reading.name) from error
 
 
 def open_media(file: View, reading: Reading, complete: bool | None, stack: ExitStack) -> Opened | None:
@@ -155,22 +174,14 @@ def open_media(file: View, reading: Reading, complete: bool | None, stack: ExitS
     return _open_track(container, reading, complete)
 
 
-def _network_options() -> dict[str, str]:
-    import ssl
-
-    options = {"protocol_whitelist": "http,https,httpproxy,tcp,tls,crypto,data", "tls_verify": "1"}
-    certificates = ssl.get_default_verify_paths().cafile
-    return options if certificates is None else {**options, "ca_file": certificates}
-
-
-def _open_track(container: "InputContainer", reading: Reading, complete: bool | None) -> Opened:
+def _open_track(container: "InputContainer", reading: Reading, complete: bool | None, web: Web | None = None) -> Opened:
     if not container.streams.audio:
         raise AudioError("no sound track", reading.name)
     track = container.streams.audio[0]
     if track.codec_context is None:
         raise AudioError("cannot be decoded: the codec of its sound track is not known here", reading.name)
-    seconds = float(track.duration * track.time_base) if track.duration and track.time_base else None
-    frames = _frames(container, reading, complete)
+    seconds = _announced(container, track)
+    frames = _frames(container, reading, complete, seconds, web)
     first = next(frames, None)
     if first is None:
         raise AudioError(reading.cut if reading.broken else "no samples", reading.name)
@@ -179,21 +190,37 @@ def _open_track(container: "InputContainer", reading: Reading, complete: bool | 
     return Opened(first.sample_rate, first.layout.nb_channels, blocks, seconds)
 
 
-def _frames(container: "InputContainer", reading: Reading, complete: bool | None) -> Iterator["AudioFrame"]:
+def _announced(container: "InputContainer", track: "AudioStream") -> float | None:
+    """Return how many seconds a track has according to its file; None where FFmpeg guesses them from the bit rate."""
+    if track.duration and track.time_base and container.format.name not in _GUESSED:
+        return float(track.duration * track.time_base)
+    if container.duration and container.format.name in _STATED:
+        return container.duration / _TICKS
+    return None
+
+
+def _frames(
+    container: "InputContainer", reading: Reading, complete: bool | None, announced: float | None, web: Web | None
+) -> Iterator["AudioFrame"]:
     """Decode the first sound track; packets that cannot be decoded are left out, with a warning.
 
     If nothing decodes behind such a packet, or the reading fails, the sound breaks off there. Gaps in the timestamps
     are ignored: the sound is what the frames hold, end to end.
+
+    Raises:
+        AudioError: nothing can be decoded, or the address of `web` leads to where it must not.
     """
     import av
 
     track = container.streams.audio[0]
     track.codec_context.thread_count = 1  # several files are read at once
-    faults, found = 0, False
+    faults, found, seconds = 0, False, 0.0
     last: Exception | None = None
     try:
         for packet in _in_time(container, track, reading.name):
             reading.spend(0)
+            if web is not None and web.live and web.broken is not None:  # what was held back until then is old
+                break
             try:
                 frames = packet.decode()
             except (av.FFmpegError, ValueError, IndexError) as error:  # FFmpeg's, PyAV's
@@ -202,13 +229,26 @@ def _frames(container: "InputContainer", reading: Reading, complete: bool | None
             for frame in frames:
                 if frame.samples:
                     found, last = True, None
+                    seconds += frame.samples / frame.sample_rate
                     if frame.pts is not None and frame.time_base:
                         reading.position = float(frame.pts * frame.time_base) + frame.samples / frame.sample_rate
                     yield frame
     except av.FFmpegError as error:
         last, complete = error, False
+    if web is not None:
+        if web.fault is not None:
+            raise web.fault
+        if web.broken is not None:
+            if not found:
+                raise web.broken
+            reading.warn(web.broken.reason)
+            complete = False
+        if web.missing:
+            reading.warn(f"{web.missing} parts of its playlist cannot be read; they are left out")
     if last is not None and not found:
         raise AudioError(f"cannot be decoded: {_reason(last)}", reading.name) from last
+    if complete is None and announced is not None and container.format.name in _COUNTED:
+        complete = seconds > announced - SLACK
     # Behind the sound of an MP3 file tags of many kinds may follow, which nothing announces.
     if complete is False or (last is not None and complete is None and container.format.name != "mp3"):
         reading.broken = True
@@ -234,7 +274,7 @@ def _in_time(container: "InputContainer", track: "AudioStream", name: str) -> It
         ):  # how PyAV ends where a stream has appeared since the beginning; the track is flushed by then
             return
         if late:
-            raise AudioError(f"no sound arrived for {_PATIENCE:g} s", name)
+            raise AudioError(f"no sound arrived for {PATIENCE:g} s", name)
         if packet is None:
             return
         yield packet
@@ -327,22 +367,9 @@ def _samples(frame: "AudioFrame") -> NDArray[Any]:
     )
 
 
-def _refusal(error: "FFmpegError", address: str) -> str:
-    """Return why an address cannot be opened, where FFmpeg itself only reports "Input/output error"."""
-    import av
-
-    if not isinstance(error, av.error.EOFError | av.error.InvalidDataError) and error.errno != errno.EIO:
-        return _reason(error)
-    try:
-        socket.getaddrinfo(urlsplit(address).hostname, None)
-    except (OSError, ValueError):  # ValueError: not a valid host name
-        return "its host cannot be found"
-    return "the answer is not sound: it is empty, a web page, an endless redirect, or without a valid certificate"
-
-
 def _reason(error: Exception) -> str:
     """Return what FFmpeg says, without its number and without the name once more."""
     reason = getattr(error, "strerror", None) or str(error)
     if reason == "Immediate exit requested":  # what a timeout comes to
-        return f"no answer within {_PATIENCE:g} s"
+        return f"no answer within {PATIENCE:g} s"
     return " ".join(reason.split())

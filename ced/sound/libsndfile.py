@@ -81,8 +81,10 @@ def _open(source: "io.BufferedReader[View]", stack: ExitStack) -> "_ForwardFile 
 
 def _reason(error: soundfile.LibsndfileError) -> str:
     reason: str = error.error_string.strip().rstrip(".")
-    if "resource fork" in reason or "data offset" in reason:  # what libsndfile says where it has run out of ideas
+    if "resource fork" in reason or "offset" in reason:  # what libsndfile says where it has run out of ideas
         return "Format not recognised"
+    if "SF_INFO" in reason:
+        return "its header has an impossible rate or number of channels"
     return reason.removeprefix("Error : ")
 
 
@@ -183,7 +185,7 @@ def _by_ffmpeg(
         opened = open_media(seen, own, None, stack)
         for block in opened.blocks(frames) if opened is not None else ():
             count = len(block.samples)
-            own.seconds += count / block.rate
+            own.passed(count, block.rate)
             if (block.rate, block.samples.shape[1]) == (file.samplerate, file.channels):
                 samples = block.samples[min(done, count) :]
                 done -= count - len(samples)

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError
 from ced.sound import audio
-from ced.sound.audio import SAMPLE_RATE, Window
+from ced.sound.audio import SAMPLE_RATE, Channel, Mix, Window, check_channel
 from ced.sound.decode import checked
-from ced.sound.ffmpeg import is_address, open_address
+from ced.sound.ffmpeg import is_rtsp, open_address, open_rtsp
 from ced.sound.reading import Block, Reading
+from ced.sound.web import is_address, without_password
 
 BLOCK = 0.1  # seconds that are read at a time
 _DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before each further attempt to open a source; the last is kept
@@ -46,27 +48,36 @@ class LiveSource:
     endless: bool = True
 
 
-def address(url: str) -> LiveSource:
-    """Return the stream behind an http(s) address, decoded as it arrives.
+def address(url: str, channel: Channel = "mean") -> LiveSource:
+    """Return the stream behind an http(s) or rtsp address, decoded as it arrives.
 
-    What a server sends in advance is heard as by a player, hardly faster than it sounds; where that ends, so does the
-    delay.
+    What a server sends in advance is read hardly faster than it sounds, as by a player; where that ends, so does the
+    delay. A password in the address is not a part of the name.
+
+    Args:
+        url: the address.
+        channel: as for `ced.sound.audio.open_sound`.
 
     Raises:
-        ConfigError: it is no such address.
+        ConfigError: it is not such an address, or no such channel.
     """
-    if not is_address(url):
-        raise ConfigError(f"{url} is no http(s) address; sounds in files are for `ced tag`")
-    return LiveSource(url, lambda: _paced(_received(url)))
+    if not (is_address(url) or is_rtsp(url)):
+        raise ConfigError(f"{url} is not an http(s) or rtsp address; sounds in files are for `ced tag`")
+    check_channel(channel)
+    return LiveSource(without_password(url), lambda: paced(_received(url, channel)))
 
 
-def blocks(found: Iterable[NDArray[Any]], rate: int, name: str = "<blocks>") -> LiveSource:
+def blocks(found: Iterable[NDArray[Any]], rate: int, name: str = "<blocks>", channel: Channel = "mean") -> LiveSource:
     """Return a source of blocks (t, channels) of any integer or float type, which can be listened to once.
 
     Whoever listens gets an AudioError at a block of another shape or type, or one that `ced.sound.audio.load` would
     refuse.
+
+    Raises:
+        ConfigError: `channel` is not one that `ced.sound.audio.open_sound` accepts.
     """
-    return LiveSource(name, lambda: waves(_shaped(found, name), rate, name), endless=False)
+    check_channel(channel)
+    return LiveSource(name, lambda: waves(_shaped(found, name), rate, name, channel), endless=False)
 
 
 def _shaped(found: Iterable[NDArray[Any]], name: str) -> Iterator[NDArray[Any]]:
@@ -77,9 +88,16 @@ def _shaped(found: Iterable[NDArray[Any]], name: str) -> Iterator[NDArray[Any]]:
         yield block
 
 
-def waves(found: Iterable[NDArray[Any]], rate: int, name: str) -> Iterator[NDArray[np.float32]]:
-    """Bring blocks (t, channels) to what models hear, (t,) at 16 kHz; AudioError: a sample cannot be of a sound."""
-    return audio.resampled(checked((Block(samples, rate) for samples in found), Reading(name)))
+def waves(
+    found: Iterable[NDArray[Any]], rate: int, name: str, channel: Channel = "mean"
+) -> Iterator[NDArray[np.float32]]:
+    """Bring blocks (t, channels) to what models take, (t,) at 16 kHz.
+
+    Raises:
+        AudioError: a sample is not a number or far beyond [-1, 1], or there is no such channel.
+    """
+    read = (Block(samples, rate) for samples in found)
+    return audio.resampled(checked(read, Reading(name)), Mix(channel, name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,17 +265,17 @@ class _Course:
         self._closed.wait(delay)
 
 
-def _received(url: str) -> Iterator[NDArray[np.float32]]:
+def _received(url: str, channel: Channel) -> Iterator[NDArray[np.float32]]:
     with ExitStack() as stack:
-        reading = Reading(url)
-        opened = open_address(url, stack, reading, live=True)
+        reading = Reading(without_password(url))
+        opened = (open_rtsp if is_rtsp(url) else partial(open_address, live=True))(url, stack, reading)
         # Each packet as it comes: what is joined to blocks would wait for more.
-        yield from audio.resampled(checked(opened.blocks(1), reading))
+        yield from audio.resampled(checked(opened.blocks(1), reading), Mix(channel, reading.name))
         if reading.broken:
-            raise AudioError(reading.cut, url)
+            raise AudioError(reading.warnings[-1] if reading.warnings else reading.cut, reading.name)
 
 
-def _paced(found: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+def paced(found: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
     """Yield blocks hardly faster than they sound, as servers send what they have in store all at once."""
     due = time.monotonic()
     for block in found:

@@ -13,7 +13,7 @@ from ced.errors import AudioError, CedError, ClosedError, TooLongError
 RATES = (1_000, 768_000)  # Hz
 MOST_CHANNELS = 64
 # Samples x channels for each byte of a file. Digital silence has up to 2,300 in FLAC, 640 in Opus; bombs have 14,000.
-_MOST_PER_BYTE = 4096
+_MOST_PER_BYTE = 2_560
 _UNSUSPICIOUS = 1 << 27  # samples x channels that any file may have: 25 minutes of CD sound
 _MOST_VALUES = 1 << 22  # samples x channels in a block: 16 MiB of float32, whatever a header claims
 
@@ -73,7 +73,6 @@ class Reading:
         cancelled: asked at each block; True ends the reading with ClosedError.
         warnings: what was odd, a phrase each, without the name.
         expected_seconds: what the header claims; None: it claims nothing.
-        seconds: decoded so far, up to the last block that was passed on.
         position: where the last frame ends according to its time stamp, in seconds; None: unknown.
         lost: packets that could not be decoded and were left out.
         broken: whether the source was found to break off.
@@ -85,11 +84,22 @@ class Reading:
     cancelled: Callable[[], bool] | None = None
     warnings: list[str] = field(default_factory=list)
     expected_seconds: float | None = None
-    seconds: float = 0.0
     position: float | None = None
     lost: int = 0
     broken: bool = False
     _spent: int = 0
+    _frames: dict[int, int] = field(
+        default_factory=dict
+    )  # passed on so far, for each rate; a sum of seconds would round
+
+    @property
+    def seconds(self) -> float:
+        """How much was decoded, up to the last block that was passed on."""
+        return sum(frames / rate for rate, frames in self._frames.items())
+
+    def passed(self, frames: int, rate: int) -> None:
+        """Count frames as passed on."""
+        self._frames[rate] = self._frames.get(rate, 0) + frames
 
     def warn(self, text: str) -> None:
         """Add a warning, unless it was given before."""
@@ -128,7 +138,7 @@ class Reading:
     def cut(self) -> str:
         """How the source breaks off, if it does."""
         expected = self.expected_seconds
-        of = f" of {expected:.2f} s" if expected is not None and expected > self.seconds else ""
+        of = f" of {expected:.2f} s" if expected is not None and expected - self.seconds > 0.005 else ""
         return f"cut short: it breaks off after {self.seconds:.2f} s{of}"
 
 

@@ -222,14 +222,19 @@ def _lines(path: Path, delimiter: str, comments: bool = False) -> Iterator[tuple
     """Yield (line number, fields) of each line that is not blank (nor, with `comments`, begins with "#")."""
     if len(delimiter) != 1:
         raise TableError(f"the delimiter of a table is one character; got {delimiter!r}")
+    last = 0  # where the last complete row ended
     try:
         # Bytes that are no UTF-8 pass through: they are names of files that someone will have to hear of.
         with open_text(path) as file:
             lines = ("\n" if comments and line.startswith("#") else line for line in file)
             reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=comments)
             for record in reader:
+                last = reader.line_num
                 if record:
-                    yield reader.line_num, record
-    except (OSError, csv.Error, UnicodeDecodeError) as error:
+                    yield last, record
+    except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise TableError(f"cannot read table {path}: {reason}") from error
+    except csv.Error as error:
+        quote = "; is a quote not closed there?" if reader.line_num > last + 1 else ""
+        raise TableError(f"cannot read table {path}, line {last + 1}: {error}{quote}") from error

@@ -69,6 +69,9 @@ def inspect(file: View) -> Structure:
     while True:
         start = _behind_id3(file, parts[-1].end if parts else 0)  # ID3v2 tags may precede any kind of file
         found = _inspect(file.within(start, file.size))
+        if found.fault is not None and parts:  # those before it can be read all the same
+            warnings[f"part {len(parts) + 1} of the files joined in it: {found.fault}"] = None
+            return Structure(tuple(parts), False, warnings=tuple(warnings))
         parts += (replace(part, start=part.start + start, end=part.end + start) for part in found.parts)
         warnings.update(dict.fromkeys(found.warnings))
         if len(parts) >= _MOST_PARTS:
@@ -87,8 +90,7 @@ def _inspect(file: View) -> Structure:
     if head[:4] in (b"RIFF", b"RF64", b"BW64"):
         if head[8:12] == b"WAVE":
             return _wav(file)
-        (size,) = struct.unpack("<I", head[4:8])  # of AVI files and others, look at the outermost chunk only
-        return replace(whole, complete=_is_unknown(size) or 8 + size <= file.size)
+        return _riff(file)
     if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
         return _aiff(file)
     if head[:4] in (b".snd", b"dns."):
@@ -104,7 +106,9 @@ def _inspect(file: View) -> Structure:
     if head[4:8] in _BOXES:
         return _boxes(file)
     if head[:4] == _EBML:
-        return replace(whole, complete=_segment_is_complete(file))
+        return _segment(file)
+    if head[:4] == b"FLV\x01":
+        return _flv(file)
     if head == _ASF:
         return replace(whole, complete=_objects_are_complete(file))
     return _mp3(file) or whole
@@ -325,6 +329,8 @@ def _boxes(file: View) -> Structure:
     whole = Structure((Part(0, file.size),))
     while len(head := file.at(place, 8)) == 8:
         size, name = struct.unpack(">I4s", head)
+        if name == b"ftyp" and b"moov" in names:  # another file
+            return Structure((Part(0, place),), True)
         names.add(name)
         if size == 1:
             (size,) = struct.unpack(">Q", file.at(place + 8, 8).ljust(8, b"\0"))
@@ -340,15 +346,48 @@ def _boxes(file: View) -> Structure:
     return replace(whole, complete=place <= file.size)
 
 
-def _segment_is_complete(file: View) -> bool | None:
+def _segment(file: View) -> Structure:
     """Look at the segment that follows the header of a Matroska or WebM file (RFC 8794, 4 and 6)."""
+    whole = Structure((Part(0, file.size),))
     header, place = _ebml_size(file, len(_EBML))
     if header is None:
-        return None
+        return whole
     if file.at(place + header, 4) != _SEGMENT:
-        return False
+        return replace(whole, complete=False)
     size, place = _ebml_size(file, place + header + 4)
-    return None if size is None else place + size <= file.size
+    if size is None:
+        return whole
+    return _up_to(file, place + size, _EBML)
+
+
+def _riff(file: View) -> Structure:
+    """Look at the outermost chunks of an AVI file, or another of this kind; those of long files are several."""
+    kind, place = file.at(8, 4), 0
+    while len(head := file.at(place, 12)) == 12 and head[:4] == b"RIFF" and (not place or head[8:] != kind):
+        (size,) = struct.unpack("<I", head[4:8])
+        if _is_unknown(size) or not size:
+            return Structure((Part(0, file.size),))
+        place += 8 + size + size % 2
+    return _up_to(file, place - 1 if place == file.size + 1 else place, b"RIFF")
+
+
+def _flv(file: View) -> Structure:
+    """Go from tag to tag of an FLV file: 15 bytes around each, of which three are its length."""
+    place = int.from_bytes(file.at(5, 4)) + 4
+    while len(head := file.at(place, 11)) == 11 and head[:4] != b"FLV\x01":
+        if head[0] & 0x1F not in (8, 9, 18):  # sound, pictures, data
+            return Structure((Part(0, file.size),))
+        place += 15 + int.from_bytes(head[1:4])
+    if place < file.size and not head.startswith(b"FLV"):
+        return Structure((Part(0, file.size),), complete=False)
+    return _up_to(file, place, b"FLV")
+
+
+def _up_to(file: View, end: int, start: bytes) -> Structure:
+    """Return a part that ends at a place by its own account; another file may follow, which begins with `start`."""
+    if end < file.size and file.at(end, len(start)) == start:
+        return Structure((Part(0, end),), True)
+    return Structure((Part(0, file.size),), end <= file.size)
 
 
 def _ebml_size(file: View, place: int) -> tuple[int | None, int]:

@@ -44,15 +44,40 @@ def events(
 
 
 def _events(scored: Iterable[Scored], selection: Selection, merging: "Merging") -> Iterator[Tags]:
-    waiting: list[Event] = []  # a heap: ended events that one with an earlier onset may still come before
+    ordered = OrderedEvents(selection, merging)
     for window in scored:
-        for event in merging.add(window):
-            heapq.heappush(waiting, event)
-        first = merging.first()  # what is not begun yet begins after all that have ended
-        while waiting and waiting[0] < first:
-            yield heapq.heappop(waiting).piece(selection)
-    for event in sorted((*waiting, *merging.finish())):
-        yield event.piece(selection)
+        yield from ordered.add(window)
+    yield from ordered.finish()
+
+
+class OrderedEvents:
+    """Events in the order of their onset, then of their class, for callers that have one window at a time.
+
+    An event comes out as soon as no earlier one can follow.
+    """
+
+    def __init__(self, selection: Selection, merging: "Merging") -> None:
+        self._selection, self._merging = selection, merging
+        self._waiting: list[Event] = []  # a heap: events that ended, but that one with an earlier onset may precede
+
+    def add(self, window: Scored) -> list[Tags]:
+        """Add a window; return the events that are final now.
+
+        Raises:
+            ConfigError: the window begins or ends before the previous one.
+        """
+        for event in self._merging.add(window):
+            heapq.heappush(self._waiting, event)
+        first, final = self._merging.first(), []  # what has not begun yet begins after all that have ended
+        while self._waiting and self._waiting[0] < first:
+            final.append(heapq.heappop(self._waiting).piece(self._selection))
+        return final
+
+    def finish(self) -> list[Tags]:
+        """End all events that are still going on; return the rest."""
+        rest = sorted((*self._waiting, *self._merging.finish()))
+        self._waiting = []
+        return [event.piece(self._selection) for event in rest]
 
 
 @dataclass(frozen=True, order=True)

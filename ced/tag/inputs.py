@@ -13,7 +13,8 @@ from urllib.parse import quote, urlsplit
 
 from ced.errors import AudioError, ConfigError
 from ced.sound import audio
-from ced.sound.ffmpeg import MEDIA_SUFFIXES, is_address
+from ced.sound.ffmpeg import MEDIA_SUFFIXES
+from ced.sound.web import is_address
 from ced.text import decoded
 
 SUFFIXES = audio.AUDIO_SUFFIXES | MEDIA_SUFFIXES  # what is taken from folders, whether or not PyAV is there to read it

@@ -7,10 +7,11 @@ from datetime import datetime
 from typing import Any, Literal
 
 from ced.errors import ConfigError
-from ced.sound.live import Arrival, Listening, LiveSource
+from ced.sound.labels import ClassTable
+from ced.sound.live import Listening, LiveSource
 from ced.tag.events import Event
 from ced.tag.options import TagOptions
-from ced.tag.records import Record, Tags
+from ced.tag.records import Record, Scored, Tags
 from ced.tag.tagger import Tagger
 
 LULL = 10.0  # seconds without any sound to hear, after which what was going on is no longer waited for
@@ -37,10 +38,56 @@ class Report:
         return {**record, "state": self.state, "event": self.event, "time": stamp}
 
 
+class LiveEvents:
+    """Turns the scored windows of live sound into reports of events that begin and end.
+
+    What ends is what `events` makes of the same windows; the memory needed does not depend on how many there are.
+
+    Args:
+        labels: the classes of the model.
+        options: thresholds, and how windows are merged into events.
+
+    Raises:
+        ConfigError: the options do not fit the classes.
+    """
+
+    def __init__(self, labels: ClassTable, options: TagOptions) -> None:
+        self._selection = options.selection(labels)
+        self._merging = options.merging(labels)
+        self._told: dict[int, tuple[int, float]] = {}  # events in progress, by class: number, when they began
+        self._count = 0
+        self._zero = 0.0  # clock time of second 0 for the last window; a stream that stalls moves it
+
+    def add(self, scored: Scored, clock: float) -> Iterator[Report]:
+        """Add a window whose last sample came at `clock` (seconds as of time.time()); yield what is new."""
+        yield from self._over(self._merging.add(scored))  # these are events of the windows before
+        self._zero = clock - scored.end
+        for event in self._merging.begun():
+            yield self._begin(event)
+
+    def pass_to(self, time: float) -> Iterator[Report]:
+        """Yield the end of events that nothing from `time` on (seconds of sound) can belong to."""
+        yield from self._over(self._merging.pass_to(time))
+
+    def finish(self) -> Iterator[Report]:
+        """Yield the end of all events."""
+        yield from self._over(self._merging.finish())
+
+    def _begin(self, event: Event) -> Report:
+        self._count += 1
+        self._told[event.index] = self._count, self._zero + event.onset
+        return Report("begin", *self._told[event.index], event.piece(self._selection))
+
+    def _over(self, events: list[Event]) -> Iterator[Report]:
+        for event in sorted(events):
+            if event.index not in self._told:  # only now it is sure to be long enough
+                yield self._begin(event)
+            number, began = self._told.pop(event.index)
+            yield Report("end", number, began + event.offset - event.onset, event.piece(self._selection))
+
+
 class Listener:
     """Listens to a live source and reports events.
-
-    What ends is what `events` makes of the same windows; the memory needed does not depend on how long it listens.
 
     Args:
         tagger: who scores, one window after the other.
@@ -58,12 +105,8 @@ class Listener:
         if not options.events or options.columns:
             raise ConfigError("live tagging reports events of whole windows; set events, and leave out columns")
         self._tagger, self._options = tagger, tagger.checked(options)
-        self._selection = options.selection(tagger.labels)
-        self._merging = options.merging(tagger.labels)
+        self._events = LiveEvents(tagger.labels, options)
         self._listening = Listening(source, options.window, options.step)
-        self._told: dict[int, tuple[int, float]] = {}  # the events that go on, by class: number, when they began
-        self._count = 0
-        self._zero = 0.0  # what the clock would show at the time 0 of the last window; a stream that stalls moves it
         self.stopped = False
 
     @property
@@ -84,26 +127,8 @@ class Listener:
                 arrival = listening.take()
                 if arrival is not None:
                     last, seen = arrival.window.end, time.monotonic()
-                    yield from self._hear(arrival)
+                    for scored in self._tagger.score_window(arrival.window, self._options):
+                        yield from self._events.add(scored, arrival.clock)
                 else:
-                    yield from self._over(self._merging.pass_to(last + time.monotonic() - seen - LULL))
-            yield from self._over(self._merging.finish())
-
-    def _hear(self, arrival: Arrival) -> Iterator[Report]:
-        for scored in self._tagger.score_window(arrival.window, self._options):
-            yield from self._over(self._merging.add(scored))  # they are of the windows before
-            self._zero = arrival.clock - arrival.window.end
-            for event in self._merging.begun():
-                yield self._begin(event)
-
-    def _begin(self, event: Event) -> Report:
-        self._count += 1
-        self._told[event.index] = self._count, self._zero + event.onset
-        return Report("begin", *self._told[event.index], event.piece(self._selection))
-
-    def _over(self, events: list[Event]) -> Iterator[Report]:
-        for event in sorted(events):
-            if event.index not in self._told:  # only now it is sure to be long enough
-                yield self._begin(event)
-            number, began = self._told.pop(event.index)
-            yield Report("end", number, began + event.offset - event.onset, event.piece(self._selection))
+                    yield from self._events.pass_to(last + time.monotonic() - seen - LULL)
+            yield from self._events.finish()

@@ -266,7 +266,7 @@ class Tagger:
         options = self.checked(TagOptions(window=window, hop=hop, tail=tail, channel=channel, strict=strict))
         with self.reading(source, options) as sound:
             windows = audio.cut(sound.blocks(), options.window, options.step, tail=options.tail)
-            found = list(self._ahead(windows, lambda window: (window.start, window.end, self._vector(window))))
+            found = list(self._ahead(windows, lambda window: (window.start, window.end, self.embed_window(window))))
         starts, ends, vectors = zip(*found, strict=True)
         return Embedding(np.array(starts), np.array(ends), np.stack(vectors), options.channel, sound.complete)
 
@@ -338,8 +338,12 @@ class Tagger:
             raise CheckpointError(f"the model {self.name} cannot score columns; a graph written by `ced export` can")
         return self.scorer
 
-    def _vector(self, window: Window) -> Array:
-        """Return the embedding of a window, (d,)."""
+    def embed_window(self, window: Window) -> Array:
+        """Return the embedding of one window, (d,).
+
+        Raises:
+            CheckpointError: the model gives no embeddings, or some that are not finite.
+        """
         if not isinstance(self.scorer, Embedder):
             raise CheckpointError(f"the model {self.name} gives no embeddings; a graph written by `ced export` does")
         vector: Array = self._answer(self.scorer.embed(window.wave[None]), 2)[0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ced.distill.datasets import Chunks, ViewDataset, crop, cut, in_order, prefetch, shuffled, stored, whole
+from ced.distill.datasets import Chunks, ViewDataset, crop, cut, drawn, in_order, prefetch, shuffled, stored, whole
 from ced.distill.views import ViewRecipe, draw
 from ced.distill.viewstore import Rows
 from ced.distill.wavpack import WavPack
@@ -172,3 +172,17 @@ def test_shuffled_batches_cover_everything_once_a_round_and_depend_on_the_seed_a
     again = shuffled(10, 4, [1, 2])
     assert np.concatenate([next(again) for _ in range(5)]).tolist() == drawn.tolist()
     assert next(shuffled(10, 10, [1, 3])).tolist() != drawn[:10].tolist()
+
+
+def test_items_are_drawn_in_proportion_to_their_weights() -> None:
+    weights = np.array([1.0, 0.0, 2.5, 0.5])
+    batches = list(drawn(weights, 8, 50, [1, 2]))
+    assert [len(batch) for batch in batches] == [8] * 50
+    assert np.bincount(np.concatenate(batches), minlength=4).tolist() == [100, 0, 250, 50]
+    assert len({tuple(batch.tolist()) for batch in batches}) > 40  # not in order
+    again, other = (list(drawn(weights, 8, 50, [1, seed])) for seed in (2, 3))
+    np.testing.assert_array_equal(batches, again)
+    assert not np.array_equal(batches, other)
+    # With fewer draws than items, each one comes up at most once where the weights are equal.
+    few = np.concatenate([np.concatenate(list(drawn(np.ones(10), 3, 1, [seed]))) for seed in range(200)])
+    assert np.bincount(few).min() > 30

@@ -1,4 +1,8 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -9,15 +13,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 
-from ced.distill.evaluate import Evaluator, evaluate
+from ced.distill.evaluate import Evaluator, evaluate, probs_in_blocks
 from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, PackError, TableError, TrainingError
+from ced.model import loading
 from ced.model.config import ModelConfig
 from ced.model.metrics import average_precision
 from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 
 RATE = 16_000
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 
 
 def test_average_precision_of_a_written_out_case() -> None:
@@ -107,6 +113,65 @@ def test_long_clips_go_into_smaller_batches(tmp_path: Path) -> None:
     assert told == [("evaluate", done, 5) for done in range(1, 6)]
 
 
+@pytest.mark.parametrize(
+    ("pieces", "rest"), [(32, 0), (32, 1), (33, 0), (64, 0), (64, 1), (64, 111), (65, 0), (65, 1), (40, 50)]
+)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"eval_avg": "max"},
+        {"pad_last": False},
+        {"pooling": "logit"},
+        {"activation": "softmax"},
+        {"pooling": "dm", "center": False},
+        {"hop_size": 320, "n_fft": 1024, "win_size": 800},
+    ],
+)
+def test_a_long_clip_in_blocks_scores_as_it_does_whole(pieces: int, rest: int, changes: dict[str, Any]) -> None:
+    """Lengths around the ends of blocks and pieces; digital silence shows where features are clamped."""
+    config = ModelConfig(**{"embed_dim": 16, "num_heads": 1, "depth": 1, "target_length": 32, "outputdim": 3} | changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CED(config, ClassTable(("a", "b", "c"))).eval()
+        torch.nn.init.normal_(model.get_parameter("outputlayer.1.weight"))
+        samples = (pieces * 32 + rest) * config.hop_size + (0 if config.center else config.n_fft - config.hop_size)
+        wave = torch.randn(1, samples) * torch.linspace(0.001, 0.5, samples)
+    wave[:, samples // 3 : samples // 2] = 0
+    with torch.inference_mode():
+        found = probs_in_blocks(model, lambda start, stop: wave[:, start:stop], samples)
+        torch.testing.assert_close(found, model.probs(wave)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_an_hour_long_clip_takes_little_memory(tmp_path: Path) -> None:
+    """Whole, its spectra alone would take 1.5 GB."""
+    table = write_labelled(tmp_path, [1.0, 1.0, 1.0], ["0", "1", "2"])
+    with h5py.File(tmp_path / "clips.h5", "a") as file:
+        second = file["0.wav"][:]
+        del file["0.wav"]
+        file["0.wav"] = np.tile(second, 3600)
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from ced.distill.evaluate import evaluate\n"
+        "from ced.model.loading import load_model\n"
+        "model = load_model('model.safetensors')\n"
+        "def peak():\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "found = evaluate(model, Path(sys.argv[1]))\n"
+        "print(found.clips, (peak() - before) // 1024)\n"
+    )
+    loading.save(tmp_path / "model.safetensors", network())
+    words = [sys.executable, "-c", code, str(table)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    clips, megabytes = map(int, done.stdout.split())
+    assert clips == 3
+    assert megabytes < 400  # of which 115 are the mapped file
+
+
 def test_accuracy_is_told_when_each_clip_has_one_label(tmp_path: Path) -> None:
     model = network()
     with torch.no_grad():
@@ -114,6 +179,9 @@ def test_accuracy_is_told_when_each_clip_has_one_label(tmp_path: Path) -> None:
         model.get_parameter("outputlayer.1.bias").copy_(torch.tensor([0.0, 1.0, 0.5]))
     found = evaluate(model, write_labelled(tmp_path, [0.5] * 4, ["1", "1", "1", "2"]))
     assert found.accuracy == 0.75
+    assert found.positives.tolist() == [0, 3, 1]
+    assert found.recall is not None
+    np.testing.assert_array_equal(found.recall, [np.nan, 1, 0])
     assert found.missing == ("a",)
     assert "accuracy 0.7500" in found.summary
 

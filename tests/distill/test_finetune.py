@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from ced.config import FinetuneConfig, check
 from ced.distill.evaluate import evaluate
-from ced.distill.finetune import LabelledClips, finetune
+from ced.distill.finetune import LabelledClips, balancing, finetune
 from ced.distill.recorder import Recorder
 from ced.errors import ConfigError, TableError
 from ced.model import loading
@@ -105,6 +105,39 @@ def test_epochs_have_crops_and_views_of_their_own(sounds: Path) -> None:
     assert not np.array_equal(data.seeds, second.dataset.seeds)
     targets = first.targets(np.array([0, 5]), torch.Generator())
     assert targets.tolist() == [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
+
+
+def test_rare_classes_are_drawn_as_often_as_common_ones(sounds: Path, tmp_path: Path) -> None:
+    """Of 48 clips, 12 have each class; without most of those of one, they come up four times as often."""
+    rows = (sounds / "train.tsv").read_text().splitlines()
+    rare = [row for row in rows if "\t3\t" in row]
+    table = tmp_path / "rare.tsv"
+    table.write_text("\n".join(row for row in rows if row not in rare[3:]) + "\n")
+    clips = LabelledClips(config_of(sounds, tmp_path, train_data=table, balanced=True), CLASSES)
+    weights = clips.epoch(1).weights
+    assert weights is not None
+    labels = np.array([row[0] for row in clips.labels])
+    np.testing.assert_allclose([weights[labels == label].sum() for label in range(4)], 1)
+    folder = finetune(config_of(sounds, tmp_path, train_data=table, balanced=True), name="tiny")
+    assert (folder / "averaged.safetensors").exists()
+
+
+def test_several_classes_or_none_are_balanced_too() -> None:
+    found = balancing([(0,), (0, 1), (), (0,), (2,), ()])
+    np.testing.assert_allclose(found, [1 / 3, 1 / 3 + 1, 1 / 2, 1 / 3, 1, 1 / 2])
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"), [("multi", [0.05, 0.95, 0.05, 0.05]), ("single", [0.025, 0.925, 0.025, 0.025])]
+)
+def test_labels_are_smoothed(sounds: Path, task: str, expected: list[float]) -> None:
+    config = config_of(sounds, sounds, task=task, label_smoothing=0.1)
+    targets = LabelledClips(config, CLASSES).epoch(1).targets(np.array([5]), torch.Generator())
+    torch.testing.assert_close(targets, torch.tensor([expected]))
+    if task == "single":  # torch's own
+        logits = torch.randn(1, 4)
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor([1]), label_smoothing=0.1)
+        torch.testing.assert_close(torch.nn.functional.cross_entropy(logits, targets), loss)
 
 
 def test_short_clips_are_filled_up(sounds: Path) -> None:

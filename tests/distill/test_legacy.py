@@ -1,6 +1,8 @@
 import os
 import pickle
 import sys
+import time
+import tracemalloc
 import types
 import zipfile
 from collections.abc import Callable
@@ -108,6 +110,17 @@ def test_other_settings_are_read(write: MetaWriter) -> None:
     assert str(meta.config["out"]) == "logits"
 
 
+def test_a_meta_written_after_the_transforms_ran_is_read(write: MetaWriter) -> None:
+    """They keep what they drew last, as tensors of several types."""
+    drawn = {
+        "should_apply": torch.tensor([True, False]),
+        "num_samples_to_shift": torch.tensor([3], dtype=torch.int32),
+        "others": [torch.zeros(2, dtype=kind) for kind in (torch.int64, torch.float16, torch.bfloat16, torch.uint8)],
+    }
+    path = write(wave=[("Shift", SHIFT | {"transform_parameters": drawn, "are_parameters_frozen": False})])
+    assert read_meta_pt(path).recipe == ViewRecipe()
+
+
 def test_no_transforms_are_an_empty_recipe(write: MetaWriter) -> None:
     assert read_meta_pt(write(wave=[], spectrum=[])).recipe == ViewRecipe(None, None, None)
 
@@ -192,7 +205,7 @@ def test_a_malicious_meta_runs_nothing(tmp_path: Path, function: Callable[..., A
 def test_what_a_file_does_to_a_placeholder_does_not_last(tmp_path: Path) -> None:
     # A pickle that sets an attribute of the class `utils.Config` itself.
     content = b"\x80\x02cutils\nConfig\nN}(X\x05\x00\x00\x00topkyK\x01u\x86b."
-    with pytest.raises(StoreError, match="it should hold a dict"):
+    with pytest.raises(StoreError, match="it sets attributes of something else"):
         read_meta_pt(write_pickle(tmp_path / "meta.pt", content))
     with pytest.raises(StoreError, match="lacks 'wavtransforms'"):
         read_meta_pt(write_pickle(tmp_path / "meta.pt", pickle.dumps({})))
@@ -218,3 +231,46 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     write_pickle(path, b"0" * (1 << 20) + b"0")
     with pytest.raises(StoreError, match=r"it should hold one data\.pkl of at most 1 MB"):
         read_meta_pt(path)
+
+
+def long_text(text: bytes) -> bytes:
+    return b"X" + len(text).to_bytes(4, "little") + text
+
+
+LARGE = [
+    b"\x80\x02}r\xff\xff\xff\x7f.",  # a memo of two thousand million places: 16 GB
+    b"\x80\x02}p2000000000\n.",
+    b"\x80\x05\x96" + (12 << 30).to_bytes(8, "little") + b".",  # a bytearray of 12 GB
+    b"\x80\x04\x8d" + (12 << 30).to_bytes(8, "little") + b".",  # text of 12 GB
+    b"\x80\x02]q\x00" + b"h\x00h\x00\x86q\x000" * 1000 + b".",  # pairs of pairs
+    b"\x80\x02K\x01K\x02\x86q\x00" + b"h\x00h\x00\x86q\x000" * 60 + b"}h\x00K\x01s.",  # such a pair, as a key
+    # Paths of paths, each ten times as long as the last.
+    b"\x80\x02cpathlib\nPurePosixPath\nq\x00" + long_text(b"a" * 50) + b"q\x01"
+    b"h\x00(" + b"h\x01" * 10 + b"tRq\x01" + (b"h\x00(" + b"h\x01" * 10 + b"tRq\x01") * 8 + b".",
+]
+
+
+@pytest.mark.parametrize("number", range(len(LARGE)))
+def test_a_small_meta_takes_no_memory(tmp_path: Path, number: int) -> None:
+    path = write_pickle(tmp_path / "meta.pt", LARGE[number])
+    tracemalloc.start()
+    began = time.monotonic()
+    with pytest.raises(StoreError, match=r"meta\.pt"):
+        read_meta_pt(path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 20_000_000
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("key", ["model", "topk", "chunk_length", "mask_param", "iid_masks"])
+def test_a_configuration_of_nested_lists_is_not_made_into_text(write: MetaWriter, key: str) -> None:
+    """Each list holds the one before ten times: as text it would not end."""
+    nested: list[Any] = ["x"]
+    for _ in range(30):
+        nested = [nested] * 10
+    masks = TIME | {key: nested} if key in TIME else TIME
+    path = write(spectrum=[("TimeMasking", masks)], config=CONFIG | ({} if key in TIME else {key: nested}))
+    with pytest.raises(StoreError, match=key.partition("_")[0]) as caught:
+        read_meta_pt(path)
+    assert len(str(caught.value)) < 1000

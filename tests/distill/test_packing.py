@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,13 @@ def test_sixteen_bit_clips_are_packed_as_they_are(tmp_path: Path) -> None:
         "duration": ["0.0437", "0.0438", "0.0439"],
         "hdf5path": [str(part)] * 3,
     }
-    assert files_in(tmp_path / "out").keys() == {"labels/mine.tsv", "hdf5/mine_0.h5"}
+    assert files_in(tmp_path / "out").keys() == {"labels/mine.tsv", "labels/mine.tsv.sha256", "hdf5/mine_0.h5"}
     with h5py.File(part) as file:  # as any other program sees it
         assert list(file) == list(waves)
         for name, wave in waves.items():
             assert file[name].dtype == np.int16
             assert file[name].chunks is None
+            assert file[name].attrs["crc32"] == zlib.crc32(wave.tobytes())
             np.testing.assert_array_equal(file[name][:], wave)
 
 
@@ -247,7 +249,7 @@ def test_the_result_is_the_same_with_any_number_of_workers(tmp_path: Path) -> No
             path.unlink()
         time.sleep(0.6)  # no time of day may be in the files; HDF5 notes seconds
     assert results[0] == results[1] == results[2]
-    assert len(results[0]) == 5
+    assert len(results[0]) == 6
 
 
 PACK_SLOWLY = """

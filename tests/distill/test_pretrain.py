@@ -225,8 +225,8 @@ def test_a_run_cut_short_in_an_epoch_resumes_to_the_same_bytes(sounds: Path, tmp
 
 
 def test_two_processes_pre_train_as_one_does(sounds: Path, tmp_path: Path) -> None:
-    """Without a BatchNorm, whose statistics are each process's own; with the same patches hidden in each clip."""
-    config = config_of(sounds, tmp_path / "two", epochs=1, model_args=SMALL | {"init_bn": False})
+    """With the statistics of the whole batch, and the same patches hidden in each clip."""
+    config = config_of(sounds, tmp_path / "two", epochs=1)
     (tmp_path / "config.yaml").write_text(dump(config))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

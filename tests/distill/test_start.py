@@ -15,7 +15,5 @@ def test_items_a_little_too_long_are_told(caplog: pytest.LogCaptureFixture) -> N
         assert not caplog.records
         warn_of_cuts(network, 80_000)
     (record,) = caplog.records
-    assert record.getMessage() == (
-        "items of 501 frames are cut into pieces of 496, which the network hears one by one; with "
-        "model_args.target_length 501 it hears them whole"
-    )
+    assert "items of 501 frames are cut into pieces of 496" in record.getMessage()
+    assert "model_args.target_length 501" in record.getMessage()

@@ -1,6 +1,6 @@
 import json
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +15,9 @@ import torch
 
 from ced.config import StoreConfig, check
 from ced.distill.datasets import ViewDataset, cut
-from ced.distill.teacher import epoch_seeds, store, store_folder
+from ced.distill.teacher import store, store_folder
 from ced.distill.views import ViewRecipe, mask
-from ced.distill.viewstore import ViewStore
+from ced.distill.viewstore import ViewStore, epoch_seeds
 from ced.distill.wavpack import WavPack
 from ced.errors import CedError, ConfigError, StoreError
 from ced.model import loading
@@ -161,11 +161,11 @@ def test_stored_rows_are_the_mean_of_the_teachers() -> None:
         rows = opened.rows(epoch)
         assert list(zip(rows.filenames, rows.starts.tolist(), rows.ends.tolist(), strict=True)) == CHUNKS
         assert rows.seeds.tolist() == epoch_seeds(7, epoch, 6).tolist()
-        views = ViewDataset(pack, cut(pack, 2.0), ViewRecipe(), rows.seeds, 32_000)
+        views = ViewDataset(pack, cut(pack, 2.0), ViewRecipe(time_mask=38), rows.seeds, 32_000)
         for items in ([0, 1], [2, 3], [4, 5]):
             waves, uniforms = views.__getitems__(items).to_device(torch.device("cpu"))
             with torch.inference_mode():
-                mel = mask(LogMel()(waves), uniforms, ViewRecipe())
+                mel = mask(LogMel()(waves), uniforms, ViewRecipe(time_mask=38))
                 probs = (models[0].forward_mel(mel) + models[1].forward_mel(mel).sigmoid()) / 2
             values, indexes = probs.topk(3)
             np.testing.assert_array_equal(rows.values[items], values.half().numpy())
@@ -198,6 +198,12 @@ def test_a_store_says_how_it_was_made() -> None:
         ),
         ({"model": "my.teachers:Big.one", "chunk_length": 2.5}, "my.teachers_Big.one/mine/chunk_2.5"),
         ({"model": "experiments/tiny v1.5", "train_data": "data/full.v2.tsv"}, "tiny_v1.5/full.v2/chunk_2"),
+        (
+            {"model": ["experiments/one/2026-02-03_04-05-06", "experiments/two/2026-02-03_04-05-06_2/"]},
+            "one_two/mine/chunk_2",
+        ),
+        ({"model": "experiments/one/2026-02-03_04-05-06/averaged.safetensors"}, "one/mine/chunk_2"),
+        ({"model": "experiments/one"}, "one/mine/chunk_2"),
     ],
 )
 def test_folders_are_named_after_teachers_and_data(changes: Mapping[str, Any], folder: str) -> None:
@@ -219,17 +225,60 @@ def test_seeds_are_golden_and_the_same_for_any_run() -> None:
 
 def test_a_killed_run_ends_as_an_unbroken_one() -> None:
     unbroken = contents(run())
-    # Files are synced in the order meta.json, .parquet and .h5 of epoch 1, .parquet and .h5 of epoch 2.
-    killed = subprocess_run([], "killed:2", KILL_AT_SYNC="5")
-    assert killed.returncode == -signal.SIGKILL
+    # Files are synced in the order meta.json, then for each epoch .parquet, .h5 and meta.json.
     folder = Path("killed/homemade_ten/mine/chunk_2")
-    (unfinished,) = contents(folder).keys() - unbroken.keys()
-    assert re.fullmatch(r"logits_ep2_0\.h5\.\w+\.partial", unfinished)
-    assert contents(folder).keys() == {*unbroken, unfinished} - {"logits_ep2_0.h5"}
-    times = {name: (folder / name).stat().st_mtime_ns for name in ("logits_ep1_0.h5", "logits_ep1_0.parquet")}
-    assert run(outputpath="killed") == folder
-    assert contents(folder) == unbroken
-    assert {name: (folder / name).stat().st_mtime_ns for name in times} == times
+    for sync in (6, 4):  # before the .h5 of epoch 2 has its name; before meta.json has the digests of epoch 1
+        killed = subprocess_run([], "killed:2", KILL_AT_SYNC=str(sync))
+        assert killed.returncode == -signal.SIGKILL
+        left = {name for name in contents(folder) if not name.endswith(".partial")}
+        assert left == set(unbroken) - (
+            {"logits_ep2_0.h5"} if sync == 6 else {"logits_ep2_0.h5", "logits_ep2_0.parquet"}
+        )
+        times = {name: (folder / name).stat().st_mtime_ns for name in ("logits_ep1_0.h5", "logits_ep1_0.parquet")}
+        assert run(outputpath="killed") == folder
+        assert contents(folder) == unbroken  # and nothing is left of the killed run
+        assert {name: (folder / name).stat().st_mtime_ns for name in times} == times
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("damage", ["zeros", "cut", "bit", "seeds"])
+def test_a_damaged_part_is_stored_again(damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    folder = run()
+    before = contents(folder)
+    path = folder / "logits_ep1_0.h5"
+    content = bytearray(path.read_bytes())
+    if damage == "zeros":  # as a full disk could leave it
+        content[:] = bytes(len(content))
+    elif damage == "cut":
+        del content[-100:]
+    elif damage == "bit":
+        content[-1] ^= 1
+    else:  # whole, but of another epoch, in a store without digests
+        content[:] = (folder / "logits_ep2_0.h5").read_bytes()
+        meta = json.loads((folder / "meta.json").read_text())
+        del meta["digests"], meta["sha256"]
+        (folder / "meta.json").write_text(json.dumps(meta | {"version": 1}))
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match=r"logits_ep1_0\.h5"):
+        ViewStore(folder).rows(1)
+    run()
+    assert contents(folder) == before
+    (said,) = (record.getMessage() for record in caplog.records if "is stored again" in record.getMessage())
+    assert "logits_ep1_0.h5" in said
+    assert ViewStore(folder).rows(1)
+
+
+def test_a_store_of_the_first_release_is_added_to() -> None:
+    folder = run()
+    meta = json.loads((folder / "meta.json").read_text())
+    digests = meta.pop("digests")
+    del meta["sha256"]
+    (folder / "meta.json").write_text(json.dumps(meta | {"version": 1}))
+    run(epochs=3)
+    found = ViewStore(folder).meta.digests
+    assert found is not None
+    assert {name: found[name] for name in digests} == digests
+    assert {"logits_ep3_0.h5", "logits_ep3_0.parquet"} == found.keys() - digests
 
 
 def test_two_processes_give_the_store_of_one() -> None:
@@ -256,7 +305,9 @@ def test_more_epochs_are_added_and_fewer_change_nothing() -> None:
     assert contents(run(epochs=1)) == two
     three = contents(run(epochs=3))
     assert set(three) - set(two) == {"logits_ep3_0.h5", "logits_ep3_0.parquet"}
-    assert {name: three[name] for name in two} == two
+    assert {name: three[name] for name in two if name != "meta.json"} == {
+        name: content for name, content in two.items() if name != "meta.json"
+    }
 
 
 @pytest.mark.parametrize(
@@ -268,7 +319,7 @@ def test_more_epochs_are_added_and_fewer_change_nothing() -> None:
         ({"mode": "amp_bf16"}, "precision was fp32 and is now bf16"),
         (
             {"wavtransforms": None},
-            "recipe was (shift (-0.5, 0.5), time_mask 192, freq_mask 24) and is now (sh",
+            "recipe was (shift (-0.5, 0.5), time_mask 38, freq_mask 24) and is now (sh",
         ),
     ],
 )
@@ -286,7 +337,7 @@ def test_another_teacher_of_the_same_name_is_noticed() -> None:
     run(model="one.safetensors")
     run(model="one.safetensors")
     save_tiny("one.safetensors", 2)
-    with pytest.raises(StoreError, match=r"weights was .* and is now"):
+    with pytest.raises(StoreError, match="the weights of a teacher differ"):
         run(model="one.safetensors")
 
 
@@ -295,6 +346,14 @@ def test_other_data_of_the_same_name_are_noticed() -> None:
     lines = Path("mine.tsv").read_text().splitlines()
     Path("mine.tsv").write_text("\n".join(lines[:-1]) + "\n")
     with pytest.raises(StoreError, match="rows was 6 and is now 5"):
+        run()
+
+
+def test_other_audio_of_the_same_names_and_lengths_is_noticed() -> None:
+    run()
+    with h5py.File("mine_0.h5", "a") as file:
+        file["a.wav"][0] += 1
+    with pytest.raises(StoreError, match="the audio differs"):
         run()
 
 
@@ -325,7 +384,21 @@ def test_views_of_unknown_origin_are_left_alone() -> None:
         ),
         ({"model_args": {"depth": 3}}, ConfigError, "model_args.depth cannot be changed in a teacher; pooling, target"),
         ({"chunk_length": 0.1}, ConfigError, "chunk_length is 0.1 s; the shortest a model can hear is 0.15 s"),
-        ({"chunk_length": 30}, StoreError, "mine.tsv has no clip of half a chunk (15 s) or more"),
+        (
+            {"chunk_length": 30},
+            StoreError,
+            "has no clip of half a chunk (15 s) or more: its longest has 5.00 s; set chunk_l",
+        ),
+        (
+            {"chunk_length": 1, "spectransforms": {"TimeMasking": {"time_mask_param": 192}}},
+            ConfigError,
+            "is 192 and a chunk of 1 s has 101 frames: the mask blanks 47% of the views; at most 101 fit; 19 is",
+        ),
+        (
+            {"spectransforms": {"FrequencyMasking": {"freq_mask_param": 96}}},
+            ConfigError,
+            "freq_mask_param is 96 and a chunk has 64 mel bins: the mask blanks 33% of the views; at most 64 fit; 24",
+        ),
     ],
 )
 def test_what_cannot_be_stored_is_said_in_one_line(changes: Mapping[str, Any], kind: type[CedError], said: str) -> None:
@@ -346,7 +419,7 @@ def test_teachers_with_other_class_tables_are_refused() -> None:
 
 def test_teachers_of_other_features_are_refused() -> None:
     save_tiny("wide.safetensors", 0, hop_size=320)
-    with pytest.raises(ConfigError, match="features with hop_size 320 instead of 160"):
+    with pytest.raises(ConfigError, match="hop_size 320 instead of 160"):
         run(model="wide.safetensors")
 
 

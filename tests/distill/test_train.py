@@ -1,14 +1,19 @@
 import json
 import logging
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -16,12 +21,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from ced.config import TrainConfig, check, dump, load
+from ced.distill.datasets import fingerprint, stored
 from ced.distill.evaluate import evaluate
 from ced.distill.experiment import create, load_state
 from ced.distill.recorder import Recorder
 from ced.distill.train import StoredViews, train
 from ced.distill.views import ViewRecipe
-from ced.distill.viewstore import ViewStore
+from ced.distill.viewstore import ViewStore, write_meta
 from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, PackError, TrainingError
 from ced.model.loading import load_model
@@ -73,10 +79,10 @@ def test_a_student_learns_from_views_alone(sounds: Path, tmp_path: Path) -> None
     kept = sorted(folder.glob("best_*.safetensors"))
     by_map = sorted((line["mAP"] for line in metrics if "mAP" in line), reverse=True)
     assert sorted(float(path.stem.split("_")[-1]) for path in kept) == pytest.approx(sorted(by_map[:2]), abs=6e-5)
-    # A count of steps is the best's.
-    mean = average(sorted(kept, key=lambda path: -float(path.stem.split("_")[-1]))).arrays
-    written = load_file(folder / "averaged.safetensors")
-    assert all(np.array_equal(value.numpy(), mean[key]) for key, value in written.items())
+    best_first = sorted(kept, key=lambda path: -float(path.stem.split("_")[-1]))  # a count of steps is the best's
+    mean = average(best_first).arrays
+    for key, value in load_file(folder / "averaged.safetensors").items():
+        np.testing.assert_array_equal(value.numpy(), mean[key])
 
 
 def test_an_experiment_holds_what_was_asked_and_measured(sounds: Path, tmp_path: Path) -> None:
@@ -120,14 +126,14 @@ def test_training_stops_when_validation_gains_nothing(sounds: Path, tmp_path: Pa
 
 def test_stored_epochs_serve_in_turn(sounds: Path) -> None:
     store, pack = ViewStore(sounds / "store"), WavPack(sounds / "train.tsv")
-    stored = [store.rows(epoch).seeds.tolist() for epoch in (1, 2)]
+    first, second = (store.rows(epoch).seeds.tolist() for epoch in (1, 2))
 
     def seeds(**changes: Any) -> list[list[int]]:
         views = StoredViews(config_of(sounds, sounds, **changes), store, pack)
         return [np.asarray(views.epoch(epoch).dataset.seeds).tolist() for epoch in (1, 2, 3)]
 
-    assert seeds() == [stored[0], stored[1], stored[0]]
-    assert seeds(max_aug_epochs=1) == [stored[0]] * 3
+    assert seeds() == [first, second, first]
+    assert seeds(max_aug_epochs=1) == [first] * 3
 
 
 def test_targets_are_the_stored_scores_of_the_items(sounds: Path) -> None:
@@ -170,7 +176,7 @@ def test_published_configurations_train_on_a_published_store(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"num_classes": 5}, ConfigError, "num_classes is 5, but .* has 4 classes"),
+        ({"num_classes": 5}, ConfigError, "num_classes is 5, but .* has 4 classes; set num_classes to 4"),
         (
             {"model_args": {"pooling": "token"}},
             ConfigError,
@@ -179,7 +185,7 @@ def test_published_configurations_train_on_a_published_store(tmp_path: Path) -> 
         (
             {"model_args": {"embed_dim": 32, "num_heads": 2, "depth": 1, "hop_size": 320}},
             ConfigError,
-            "take features with hop_size 320 instead of 160",
+            "the student has hop_size 320 instead of 160",
         ),
         ({"train_data": Path("eval.tsv")}, PackError, "has no clip train0.wav"),
     ],
@@ -191,6 +197,41 @@ def test_contradictions_are_refused_before_anything_is_written(
     with pytest.raises(error, match=message):
         train(config_of(sounds, tmp_path / "out", **changes), name="tiny")
     assert not (tmp_path / "out").exists()
+
+
+def with_fingerprint(sounds: Path, folder: Path) -> Path:
+    """Return a copy of the store that knows what its audio was."""
+    store = ViewStore(shutil.copytree(sounds / "store", folder))
+    pack, rows = WavPack(sounds / "train.tsv"), store.rows(1)
+    print_of = fingerprint(pack, stored(pack, rows, 1.0), rows.filenames, rows.starts, rows.ends)
+    write_meta(folder, replace(store.meta, chunks=print_of))
+    return folder
+
+
+def test_other_audio_under_the_same_names_and_lengths_is_refused(sounds: Path, tmp_path: Path) -> None:
+    store = with_fingerprint(sounds, tmp_path / "store")
+    train(config_of(sounds, tmp_path / "out", logitspath=store, epochs=1, eval_data=None), name="tiny")
+    shutil.copy(sounds / "train.h5", tmp_path / "train.h5")
+    with h5py.File(tmp_path / "train.h5", "a") as file:
+        for name in file:
+            file[name][...] = file[name][:][::-1]
+    table = tmp_path / "train.tsv"
+    table.write_text((sounds / "train.tsv").read_text().replace(str(sounds / "train.h5"), str(tmp_path / "train.h5")))
+    with pytest.raises(PackError, match="the audio differs"):
+        train(config_of(sounds, tmp_path / "out", logitspath=store, train_data=table), name="tiny")
+
+
+def test_a_store_of_blanked_views_is_told(sounds: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = shutil.copytree(sounds / "store", tmp_path / "store")
+    meta = ViewStore(folder).meta
+    write_meta(folder, replace(meta, recipe=replace(meta.recipe, time_mask=192)))
+    train(config_of(sounds, tmp_path, logitspath=folder, epochs=1, eval_data=None), name="tiny")
+    assert "the mask blanks 47% of the views" in caplog.text
+
+
+def test_a_warm_up_longer_than_the_run_is_told_with_the_value_to_use(sounds: Path, tmp_path: Path) -> None:
+    folder = train(config_of(sounds, tmp_path, warmup_iters=5000, epochs=10, epoch_length=2, eval_data=None), name="a")
+    assert "set warmup_iters to 2, a tenth" in (folder / "train.log").read_text()
 
 
 def test_a_loss_that_is_no_number_stops_training_at_its_step(sounds: Path, tmp_path: Path) -> None:
@@ -298,14 +339,94 @@ def test_a_run_begun_on_other_hardware_is_refused(sounds: Path, tmp_path: Path) 
 
 def test_a_run_is_resumed_as_it_was_begun(sounds: Path, tmp_path: Path) -> None:
     folder = train(config_of(sounds, tmp_path, epochs=1), name="tiny")
-    with pytest.raises(ConfigError, match=r"^epochs is 2, but .* was begun with 1"):
-        train(config_of(sounds, tmp_path, epochs=2), name="tiny", resume=folder)
     train(config_of(sounds, tmp_path, epochs=1, num_workers=0), name="tiny", resume=folder)
     with pytest.raises(TrainingError, match="is not an experiment"):
         train(config_of(sounds, tmp_path), name="tiny", resume=tmp_path)
     (folder / "resume.pt").write_bytes(b"PK damaged")
     with pytest.raises(TrainingError, match=r"resume\.pt is damaged"):
         train(config_of(sounds, tmp_path, epochs=1), name="tiny", resume=folder)
+
+
+def test_a_result_is_trained_further_by_a_new_experiment(sounds: Path, tmp_path: Path) -> None:
+    """The error of other settings has the command for it."""
+    folder = train(config_of(sounds, tmp_path, epochs=1), name="tiny run")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ConfigError, match=r"epochs is 2, but .* was begun with 1") as caught:
+        train(config_of(sounds, tmp_path, epochs=2), name="tiny run", resume=folder)
+    command = str(caught.value).partition("begin a new experiment: ")[2]
+    assert shlex.split(command)[:3] == ["ced", "train", str(folder / "config.yaml")]
+    ran = subprocess.run(
+        [sys.executable, "-m", *shlex.split(command)], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    further = Path(ran.stdout.strip())
+    assert further.parent == folder.parent
+    assert [line["epoch"] for line in lines(further)] == [1, 2]
+    assert lines(further)[0]["loss"] < lines(folder)[0]["loss"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_results_are_not_trained_over_when_the_state_is_gone(sounds: Path, tmp_path: Path) -> None:
+    config = config_of(sounds, tmp_path, epochs=2)
+    folder = train(config, name="tiny")
+    (folder / "resume.pt").unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(TrainingError, match=r"has no resume\.pt.*but it has results.*--pretrained"):
+        train(config, name="tiny", resume=folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_run_killed_in_its_first_epoch_is_resumed(sounds: Path, tmp_path: Path) -> None:
+    """Even if it left its first network already: nothing that was recorded is lost by it."""
+    config = config_of(sounds, tmp_path / "killed", epochs=1)
+    unbroken = train(config_of(sounds, tmp_path / "unbroken", epochs=1), name="tiny")
+    folder = create(config, "tiny")
+    (folder / "metrics.jsonl").touch()
+    for name in ("best_ep001_mAP_0.9000.safetensors", "last.safetensors"):
+        (folder / name).write_bytes(b"of an epoch that was cut short")
+    train(config, name="tiny", resume=folder)
+    assert (folder / "averaged.safetensors").read_bytes() == (unbroken / "averaged.safetensors").read_bytes()
+    assert not (folder / "best_ep001_mAP_0.9000.safetensors").exists()
+
+
+def test_a_configuration_that_changed_under_way_is_noticed(sounds: Path, tmp_path: Path) -> None:
+    folder = train(config_of(sounds, tmp_path, epochs=1), name="tiny")
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace("lr: 0.005", "lr: 0.004"))
+    with pytest.raises(TrainingError, match=r"config\.yaml is not the one that the run was begun with"):
+        train(load(TrainConfig, path), name="tiny", resume=folder)
+
+
+def test_a_flipped_bit_in_the_state_is_named(sounds: Path, tmp_path: Path) -> None:
+    config = config_of(sounds, tmp_path, epochs=1, eval_data=None)
+    folder = train(config, name="tiny")
+    path = folder / "resume.pt"
+    content, state = path.read_bytes(), load_state(folder)
+    assert state is not None
+    rng = np.random.default_rng(0)
+    refused: list[str] = []
+    for place in rng.integers(len(content), size=60).tolist():
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(flipped)
+        try:
+            found = load_state(folder)
+        except TrainingError as error:
+            refused.append(str(error))
+        else:  # a bit of the archive itself, of which there are two copies
+            assert found is not None
+            assert (found.history, found.epoch) == (state.history, state.epoch)
+            for key, value in state.stepper["network"].items():
+                assert torch.equal(found.stepper["network"][key], value)
+    assert all("resume.pt is damaged" in message and "\n" not in message for message in refused)
+    assert len(refused) > 50
+
+
+def test_a_state_larger_than_its_file_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "resume.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(50_000_000))
+    with pytest.raises(TrainingError, match=r"resume\.pt is damaged: archive/data/0 is not stored as it is"):
+        load_state(tmp_path)
 
 
 # Several processes ----------------------------------------------------------------------------------------------------
@@ -332,7 +453,7 @@ for port, config, folder in zip(ports, ("plain", "whole", "whole"), ("plain", No
     values = load(TrainConfig, here / (config + ".yaml"))
     train(values, name="whole", resume=resume, **({{}} if resume else {{"progress": copy}}))
 """
-PLAIN = {"model_args": SMALL | {"init_bn": False}, "mixup": 0.5, "label_type": "last_random"}
+PLAIN = {"mixup": 0.5, "label_type": "last_random", "epochs": 6}
 
 
 def free_ports(count: int) -> list[str]:
@@ -361,7 +482,7 @@ def by_two(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_train_as_one_does(sounds: Path, tmp_path: Path, by_two: Path) -> None:
-    """Without a BatchNorm, whose statistics are each process's own, a step's gradient is that of the whole batch."""
+    """A step's gradient is that of the whole batch, and so are the statistics of the BatchNorm."""
     alone = train(config_of(sounds, tmp_path, **PLAIN), name="run")
     (together,) = (by_two / "plain").iterdir()
     for one, two in zip(lines(alone), lines(together), strict=True):
@@ -373,7 +494,6 @@ def test_two_processes_train_as_one_does(sounds: Path, tmp_path: Path, by_two: P
 
 
 def test_two_processes_resume_to_the_same_weights(by_two: Path) -> None:
-    """With a BatchNorm, whose statistics are those of the first process."""
     killed, (unbroken,) = by_two / "killed", (by_two / "whole").iterdir()
     for name in ("last.safetensors", "averaged.safetensors"):
         assert (killed / name).read_bytes() == (unbroken / name).read_bytes()

@@ -2,12 +2,16 @@ import json
 import os
 import shutil
 import time
+import tracemalloc
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -16,7 +20,10 @@ from ced.distill.viewstore import (
     Rows,
     StoreMeta,
     ViewStore,
+    add_digests,
     difference,
+    digests_of,
+    epoch_seeds,
     part_complete,
     read_meta,
     write_meta,
@@ -39,7 +46,6 @@ META = StoreMeta(
     precision="fp32",
     weights=("12ab", ""),
     model_args={"target_length": 312},
-    seed=42,
     batch_size=8,
     world_size=1,
     rows=4,
@@ -174,7 +180,7 @@ def test_a_part_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="could not convert"):
         write_part(tmp_path, 1, 0, replace(rows, values=np.array([["x"]])))
     assert not part_complete(tmp_path, 1, 0)
-    assert [path.name for path in tmp_path.iterdir()] == ["logits_ep1_0.parquet"]
+    assert list(tmp_path.iterdir()) == []
     write_part(tmp_path, 1, 0, rows)
     assert part_complete(tmp_path, 1, 0)
 
@@ -187,7 +193,7 @@ def test_unfinished_and_foreign_files_are_not_parts(tmp_path: Path) -> None:
 
 
 def test_meta_comes_back_as_it_was(tmp_path: Path) -> None:
-    for meta in (META, replace(META, recipe=ViewRecipe(None, None, None), labels=None, weights=None)):
+    for meta in (META, replace(META, recipe=ViewRecipe(None, None, None), labels=None, weights=None, seed=42)):
         write_meta(tmp_path, meta)
         assert read_meta(tmp_path) == meta
 
@@ -195,7 +201,7 @@ def test_meta_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_meta_says_what_it_is(tmp_path: Path) -> None:
     write_meta(tmp_path / "new" / "store", META)
     content = json.loads((tmp_path / "new" / "store" / "meta.json").read_text())
-    assert (content["format"], content["version"]) == ("ced view store", 1)
+    assert (content["format"], content["version"]) == ("ced view store", 2)
     assert content["recipe"] == {"shift": [-0.5, 0.25], "time_mask": 100, "freq_mask": None}
     assert content["values"] == "probabilities"
     assert content["sample_rate"] == 16_000
@@ -213,11 +219,20 @@ def test_meta_says_what_it_is(tmp_path: Path) -> None:
             "recipe was (shift (-0.5, 0.25), time_mask 100, freq_mask None) "
             "and is now (shift (-0.5, 0.5), time_mask 192, freq_mask 24)",
         ),
-        (replace(META, labels=None), "the class table is another"),
+        (replace(META, labels=None), "the class table differs"),
+        (replace(META, weights=("34cd", "")), "the weights of a teacher differ"),
+        (replace(META, chunks="56ef"), "the audio differs, or the names of the clips do"),
+        (replace(META, digests={"logits_ep1_0.h5": "78"}), None),
     ],
 )
 def test_differences_are_named(asked: StoreMeta, said: str | None) -> None:
     assert difference(META, asked) == said
+
+
+def edit(path: Path, before: str, after: str) -> None:
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
 
 
 def truncate(path: Path) -> None:
@@ -240,6 +255,7 @@ def drop_dataset(path: Path) -> None:
     [
         ("meta.json", Path.unlink, "is not a view store: it has neither meta.json nor meta.pt"),
         ("meta.json", truncate, "meta.json is damaged: JSONDecodeError"),
+        ("meta.json", lambda path: edit(path, '"topk": 3', '"topk": 4'), "meta.json does not have the digest"),
         ("logits_ep2_1.h5", Path.unlink, "logits_ep2_1.h5 is missing; the store has 3 epochs of 2 part(s)"),
         ("logits_ep3_1.parquet", Path.unlink, "logits_ep3_1.parquet is missing"),
         ("logits_ep2_0.h5", truncate, "logits_ep2_0.h5 is damaged: OSError: Unable to"),
@@ -286,11 +302,133 @@ def test_missing_rows_are_noticed(tmp_path: Path) -> None:
 
 
 def test_other_format_versions_are_refused(tmp_path: Path) -> None:
-    make_store(tmp_path)
-    path = tmp_path / "meta.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(StoreError, match=r"is 'ced view store' version 2; this program reads version 1"):
+    edit(make_store(tmp_path) / "meta.json", '"version": 2', '"version": 3')
+    with pytest.raises(StoreError, match=r"is 'ced view store' version 3; this program reads version 1 and 2"):
         ViewStore(tmp_path)
+
+
+def without_digests(folder: Path) -> None:
+    """Turn a store into one of the first release."""
+    content = json.loads((folder / "meta.json").read_text())
+    del content["digests"], content["sha256"]
+    (folder / "meta.json").write_text(json.dumps(content | {"version": 1}))
+
+
+def test_a_store_of_the_first_release_is_read(tmp_path: Path) -> None:
+    rows = ViewStore(make_store(tmp_path)).rows(2)
+    without_digests(tmp_path)
+    store = ViewStore(tmp_path)
+    assert store.meta.digests is None
+    assert same(store.rows(2), rows)
+
+
+def test_a_flipped_bit_is_named_wherever_it_is(tmp_path: Path) -> None:
+    """In a store with digests; without, as those of the first release, what is left to see is that nothing crashes."""
+    folder = make_store(tmp_path, epochs=1)
+    digests = digests_of(folder, 1, 0)
+    add_digests(folder, digests)
+    rows = ViewStore(folder).rows(1)
+    old = shutil.copytree(folder, tmp_path / "old")
+    without_digests(old)
+    rng = np.random.default_rng(0)
+    for name in ("meta.json", *digests):
+        content = (folder / name).read_bytes()
+        for place in rng.integers(len(content), size=60).tolist():
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << int(rng.integers(8))
+            (folder / name).write_bytes(flipped)
+            with pytest.raises(StoreError) as caught:
+                ViewStore(folder).rows(1)
+            assert name in str(caught.value)
+            assert "\n" not in str(caught.value)
+            if name != "meta.json":
+                (old / name).write_bytes(flipped)
+                with suppress(StoreError):
+                    assert len(ViewStore(old).rows(1)) == len(rows)
+        for one in {folder, old} if name != "meta.json" else {folder}:
+            (one / name).write_bytes(content)
+    assert same(ViewStore(folder).rows(1), rows)
+
+
+def test_a_file_of_another_epoch_is_noticed_by_its_seeds(tmp_path: Path) -> None:
+    write_meta(tmp_path, replace(META, seed=42))
+    for epoch in (1, 2):
+        write_part(tmp_path, epoch, 0, replace(make_rows(4), seeds=epoch_seeds(42, epoch, 4)))
+    assert ViewStore(tmp_path).rows(2).seeds.tolist() == epoch_seeds(42, 2, 4).tolist()
+    for suffix in (".h5", ".parquet"):
+        shutil.copy(tmp_path / f"logits_ep1_0{suffix}", tmp_path / f"logits_ep2_0{suffix}")
+    with pytest.raises(StoreError, match=r"logits_ep2_0\.h5: the seeds are not those of epoch 2"):
+        ViewStore(tmp_path).rows(2)
+
+
+def hostile(path: Path, name: str, **how: Any) -> None:
+    """Put an array of another kind in place of one of a part."""
+    with h5py.File(path, "a") as file:
+        del file[name]
+        if "link" in how:
+            file[name] = how["link"]
+        else:
+            file.create_dataset(name, **how)
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "said"),
+    [
+        ("seeds", {"link": h5py.ExternalLink("other.h5", "seeds")}, "seeds lies in another file"),
+        ("seeds", {"shape": (4,), "dtype": "i4", "external": [("/etc/hostname", 0, 16)]}, "lies in another file"),
+        ("topk_values", {"shape": (10**9, 3), "dtype": "f2"}, "topk_values is (1000000000, 3), expected (4, 3)"),
+        ("seeds", {"shape": (10**9,), "dtype": "i4"}, "topk_values is (4, 3), expected (1000000000, 3)"),
+        ("seeds", {"data": ["a", "b", "c", "d"]}, "seeds is of type object"),
+        ("seeds", {"data": np.zeros(4)}, "seeds is of type float64"),
+        ("seeds", {"shape": (4,), "dtype": "i4", "chunks": None}, "claims 16 bytes"),
+    ],
+)
+def test_arrays_that_are_not_there_are_refused(tmp_path: Path, name: str, how: dict[str, Any], said: str) -> None:
+    folder = make_store(tmp_path, epochs=1)
+    shutil.copy(folder / "logits_ep1_0.h5", folder / "other.h5")
+    hostile(folder / "logits_ep1_0.h5", name, **how)
+    with pytest.raises(StoreError) as caught:
+        ViewStore(folder).rows(1)
+    assert said in str(caught.value)
+
+
+def test_arrays_that_claim_more_than_there_is_take_no_memory(tmp_path: Path) -> None:
+    folder = make_store(tmp_path, epochs=1)
+    with h5py.File(folder / "logits_ep1_0.h5", "w") as file:  # 10^9 rows of nothing
+        for name, width, kind in (("topk_values", 3, "f2"), ("topk_indexes", 3, "i2")):
+            file.create_dataset(name, shape=(10**9, width), dtype=kind)
+        file.create_dataset("seeds", shape=(10**9,), dtype="i4")
+    with pytest.raises(StoreError, match=r"damaged: topk_values claims 6,000,000,000 bytes and has 0"):
+        ViewStore(folder)
+
+
+def test_names_that_are_no_text_are_damage(tmp_path: Path) -> None:
+    folder = make_store(tmp_path, epochs=1)
+    path = folder / "logits_ep1_0.parquet"
+    table = pq.read_table(path)
+    names = pa.array([b"caf\xe9"] * 4, pa.large_binary()).view(pa.large_string())
+    pq.write_table(table.set_column(0, "filename", names), path)
+    with pytest.raises(StoreError, match=r"logits_ep1_0\.parquet is damaged: UnicodeDecodeError"):
+        ViewStore(folder).rows(1)
+    pq.write_table(table.set_column(0, "filename", pa.array(["a", None, "b", "c"])), path)
+    with pytest.raises(StoreError, match=r"logits_ep1_0\.parquet is damaged: a row has no filename"):
+        ViewStore(folder).rows(1)
+
+
+def test_one_long_name_in_many_rows_is_in_memory_once(tmp_path: Path) -> None:
+    count = 20_000
+    write_meta(tmp_path, replace(META, rows=count))
+    write_part(tmp_path, 1, 0, make_rows(count))
+    names = pa.DictionaryArray.from_arrays(np.zeros(count, np.int32), ["x" * 100_000])
+    table = pq.read_table(tmp_path / "logits_ep1_0.parquet")
+    pq.write_table(table.set_column(0, "filename", names), tmp_path / "logits_ep1_0.parquet")
+    assert (tmp_path / "logits_ep1_0.parquet").stat().st_size < 1_000_000
+    tracemalloc.start()
+    read = ViewStore(tmp_path).rows(1)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert read.filenames[-1] == "x" * 100_000
+    assert most < 20_000_000  # not 2 GB
 
 
 def test_a_folder_without_a_store_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import subprocess
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -136,7 +137,7 @@ def test_packs_that_are_refused(tmp_path: Path) -> None:
     assert refused("text").startswith(f"clip text in {part} is object of shape ()")
     cut = tmp_path / "cut.h5"
     cut.write_bytes(part.read_bytes()[:50_000])
-    assert refused("a", cut).startswith(f"cannot read {cut}: it is no HDF5 file, or cut short (")
+    assert refused("a", cut).startswith(f"cannot read {cut}: ")
     table = table_of(tmp_path / "p.tsv", ["a"], hdf5path=["gone/q.h5"])
     with pytest.raises(PackError, match=r"^pack .*p\.tsv lacks its file gone/q\.h5; looked for in "):
         WavPack(table)
@@ -246,3 +247,100 @@ def test_a_published_pack() -> None:
         for row, name in enumerate(packed.names):
             np.testing.assert_array_equal(packed.read(row, 1_000, 15_000), file[name][1_000:15_000])
     assert packed.table.column("duration")[3] == "2.1875"
+
+
+def packed_noise(folder: Path, count: int = 3) -> Path:
+    """Pack a few clips of noise and return the table."""
+    rng = np.random.default_rng(0)
+    names = [str(folder / f"c{number}.wav") for number in range(count)]
+    for name in names:
+        soundfile.write(name, rng.integers(-9_000, 9_000, 700, dtype=np.int16), 16_000)
+    return pack(table_of(folder / "p.tsv", names, labels=["0"] * count), folder / "out").index
+
+
+def test_a_flipped_bit_in_audio_is_named_wherever_it_is(tmp_path: Path) -> None:
+    """The samples are right or the file is named; nothing else comes of any single bit of a file."""
+    index = packed_noise(tmp_path)
+    part = tmp_path / "out/hdf5/p_0.h5"
+    whole = WavPack(index)
+    waves = [whole.read(row, 0, 700).copy() for row in range(3)]
+    content = part.read_bytes()
+    rng = np.random.default_rng(1)
+    refused: list[str] = []
+    for place in rng.permutation(len(content))[:400].tolist():
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        part.write_bytes(flipped)
+        try:
+            packed = WavPack(index)
+            found = [packed.read(row, 0, packed.samples(row)) for row in range(3)]
+        except PackError as error:
+            refused.append(str(error))
+        else:
+            for wave, expected in zip(found, waves, strict=True):
+                np.testing.assert_array_equal(wave, expected)
+    assert all("p_0.h5" in message and "\n" not in message for message in refused)
+    assert len(refused) > 100  # the rest is free space, names of attributes, and the like
+
+
+def test_a_table_that_is_not_as_it_was_packed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    index = packed_noise(tmp_path)
+    WavPack(index)
+    assert not caplog.records
+    digest = index.with_name("p.tsv.sha256")
+    assert subprocess.run(["sha256sum", "-c", digest.name], cwd=index.parent, check=False).returncode == 0
+    index.write_text(index.read_text().replace("\t0\t", "\t1\t", 1))
+    WavPack(index)
+    (record,) = caplog.records
+    assert "p.tsv is not as `ced pack` wrote it" in record.getMessage()
+    digest.unlink()
+    caplog.clear()
+    WavPack(index)
+    assert not caplog.records
+
+
+def test_links_to_other_files_are_refused(tmp_path: Path) -> None:
+    """Their offsets are those of the other file: read from this one, they would give a neighbour's samples."""
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["a"] = np.arange(50, dtype=np.int16)
+    np.arange(50, dtype=np.int16).tofile(tmp_path / "raw.bin")
+    layout = h5py.VirtualLayout((50,), np.int16)
+    layout[:] = h5py.VirtualSource(tmp_path / "other.h5", "a", (50,))
+    for number, kind in enumerate(("link", "folder", "raw", "virtual", "nothing")):
+        path = tmp_path / f"{number}.h5"
+        with h5py.File(path, "w") as file:
+            file["b"] = np.ones(5_000, np.int16)
+            if kind == "link":
+                file["x/a"] = h5py.ExternalLink("other.h5", "a")
+            elif kind == "folder":
+                file["x"] = h5py.ExternalLink("other.h5", "/")
+            elif kind == "raw":
+                file.create_dataset("x/a", (50,), np.int16, external=[(str(tmp_path / "raw.bin"), 0, 100)])
+            elif kind == "virtual":
+                file.create_virtual_dataset("x/a", layout)
+            else:
+                file.create_dataset("x/a", (10**12,), np.int16)  # no samples were ever written
+        packed = WavPack(table_of(tmp_path / "p.tsv", ["x/a", "b"], hdf5path=[str(path)] * 2))
+        with pytest.raises(PackError, match="claims" if kind == "nothing" else "another file"):
+            packed.samples(0)
+    with h5py.File(tmp_path / "soft.h5", "w") as file:
+        file["b"], file["a"] = np.arange(9, dtype=np.int16), h5py.SoftLink("/b")
+    packed = WavPack(table_of(tmp_path / "p.tsv", ["a", "b"], hdf5path=[str(tmp_path / "soft.h5")] * 2))
+    assert packed.read(0, 0, 9).tolist() == packed.read(1, 0, 9).tolist() == list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [("dtype", "iht16"), ("dtype", "int17"), ("dtype", 5), ("sample_rate", 16_001), ("stereo", "x" * 9)],
+)
+def test_attributes_that_cannot_be_are_damage(tmp_path: Path, attribute: str, value: object) -> None:
+    index = packed_noise(tmp_path)
+    with h5py.File(tmp_path / "out/hdf5/p_0.h5", "a") as file:
+        file.attrs[attribute] = value
+    if attribute == "stereo":  # then the layout of every clip is looked at
+        assert WavPack(index).samples(0) == 700
+    else:
+        with pytest.raises(PackError, match=r"p_0\.h5 is damaged"):
+            WavPack(index).samples(0)
+    assert pack(tmp_path / "p.tsv", tmp_path / "out").kept == 0
+    assert WavPack(index).samples(0) == 700

@@ -96,6 +96,20 @@ def test_a_cut_file_in_the_middle_and_at_the_end_of_joined_ones(tmp_path: Path) 
     assert not [warning for warning in warnings if "cut short: " in warning and "joined" not in warning]
 
 
+def test_one_of_joined_files_that_cannot_be_read(tmp_path: Path) -> None:
+    """Wherever it is, the others are read."""
+    data = encoded("OGG", "VORBIS", 2.0)
+    bad = bytearray(data)
+    second = data.index(b"OggS", 4)  # the page with the tables of the codec
+    bad[second + 60 : second + 200] = bytes(140)
+    for parts, complete in ((bad + data + data, True), (data + bad + data, True), (data + data + bad, False)):
+        seconds, found, warnings = read(bytes(parts), tmp_path)
+        assert (seconds, found) == (4.0, complete)
+        assert any("of 3 joined files" in warning for warning in warnings)
+    with pytest.raises(AudioError):
+        load(bytes(bad + bad), strict=False)
+
+
 @pytest.mark.parametrize("rate", [44_100, 24_000])
 def test_joined_mp3(tmp_path: Path, rate: int) -> None:
     """Each with its own header, which announces the frames up to the next; tags may lie between them."""

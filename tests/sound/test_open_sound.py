@@ -5,7 +5,7 @@ import os
 import pickle
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, ClosedError, ConfigError, TooLongError
+from ced.sound import decode, reading
 from ced.sound.audio import SAMPLE_RATE, Channel, load, load_stored, open_sound, stream, windows
 
 
@@ -195,3 +196,69 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     link.unlink()
     link.symlink_to(real)
     assert len(load(link)) == SAMPLE_RATE
+
+
+class Pipe(io.RawIOBase):
+    """A stream without an end, as from another program."""
+
+    def __init__(self, data: bytes, most: int) -> None:
+        self.data, self.left = data, most
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if part := self.data[: len(buffer)]:
+            self.data = self.data[len(part) :]
+        else:
+            part = bytes(min(len(buffer), self.left))
+            self.left -= len(part)
+        buffer[: len(part)] = part
+        return len(part)
+
+
+def test_what_comes_through_a_pipe_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = wav(tone(2))
+    np.testing.assert_array_equal(load(cast(BinaryIO, Pipe(data, 0))), tone_of(data))
+    monkeypatch.setattr(decode, "_KEPT_IN_MEMORY", 1000)  # the rest is kept on disk
+    np.testing.assert_array_equal(load(cast(BinaryIO, Pipe(data, 0))), tone_of(data))
+    monkeypatch.setattr(decode, "_MOST_PIPED", 1 << 24)
+    endless = Pipe(data, 1 << 40)
+    with pytest.raises(AudioError, match="pipe"):
+        load(cast(BinaryIO, endless))
+    assert endless.left > 1 << 39
+    with pytest.raises(ClosedError), open_sound(cast(BinaryIO, Pipe(data, 1 << 40)), cancelled=lambda: True):
+        pass
+
+
+def tone_of(data: bytes) -> NDArray[np.float32]:
+    samples, _ = soundfile.read(io.BytesIO(data), dtype="float32")
+    return np.asarray(samples, np.float32)
+
+
+def test_samples_out_of_all_proportion_to_their_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLAC has a minute of silence in a few hundred bytes a second; a file of much less is made to exhaust us."""
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros((SAMPLE_RATE * 60, 2), np.int16), SAMPLE_RATE, format="FLAC")
+    assert len(load(file.getvalue())) == 60 * SAMPLE_RATE
+    monkeypatch.setattr(reading, "_UNSUSPICIOUS", 10_000)
+    assert len(load(file.getvalue())) == 60 * SAMPLE_RATE
+    monkeypatch.setattr(reading, "_MOST_PER_BYTE", 10)
+    with pytest.raises(TooLongError, match=f"each of its {len(file.getvalue())} bytes"):
+        load(file.getvalue())
+
+
+def test_a_file_that_cannot_be_read_to_its_end(tmp_path: Path) -> None:
+    """A disk that fails is an error of the sound."""
+
+    class Failing(io.BytesIO):
+        def readinto(self, buffer: Any) -> int:
+            if self.tell() > 40_000:
+                raise OSError(5, "Input/output error")
+            return super().readinto(buffer)
+
+    for kind, subtype in (("WAV", "PCM_24"), ("FLAC", "PCM_16")):
+        file = io.BytesIO()
+        soundfile.write(file, np.random.default_rng(0).normal(0, 0.1, 80_000), SAMPLE_RATE, subtype, format=kind)
+        with pytest.raises(AudioError, match="cannot be read: Input/output error"):
+            load(Failing(file.getvalue()), strict=False)

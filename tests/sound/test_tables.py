@@ -65,7 +65,8 @@ def test_tables_that_are_refused(tmp_path: Path) -> None:
     assert "more than one column 'x'" in refused(path, "x\tx\na\tb\n")
     assert "line 3: 1 fields; the header has 2" in refused(path, "x\ty\na\tb\nc\n")
     assert "line 4: 3 fields; the header has 2" in refused(path, "x\ty\na\tb\n\nc\td\te\n")
-    assert "cannot read" in refused(path, 'x\ty\n"a\tb\nc\td\n')  # a quote that never ends must not swallow rows
+    broken = 'x\ty\na\tb\n"c\td\ne\tf\n'  # a quote that never ends must not swallow rows
+    assert "line 3: unexpected end of data; is a quote not closed there?" in refused(path, broken)
     assert "one character; got '||'" in refused(path, "x\n1\n", "||")
     with pytest.raises(TableError, match="No such file"):
         read_table(tmp_path / "none.tsv")

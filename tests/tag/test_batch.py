@@ -401,12 +401,12 @@ PIECE = {"start": 0.0, "end": 1.0, "tags": [{"label": "a", "index": 0, "mid": No
 def damaged_lines() -> list[str]:
     """Return lines that a damaged or hostile journal may have, about the sound `in/0/00.wav`."""
     good = {"name": "in/0/00.wav", "place": "0/00.wav", "stamp": None, "record": RECORD}
-    broken: list[object] = [None, [], "x", 1, {}, {**RECORD, "format": 2}]
     wrong: list[object] = [
         *([], 1, None, "x", {}),
         *({**good, "name": {}}, {**good, "place": []}, {**good, "stamp": "xy"}, {**good, "stamp": [1]}),
-        *({**good, "record": record} for record in broken),
     ]
+    records: list[object] = [None, [], "x", 1, {}, {**RECORD, "format": 2}]
+    wrong += [{**good, "record": record} for record in records]
     changes: list[tuple[str, object]] = [("file", 1), ("seconds", "x"), ("pieces", 1), ("pieces", [1]), ("kind", "x")]
     changes += [("rate", "x"), ("began", "yesterday"), ("pieces", [{**PIECE, "start": "x"}])]
     changes += [("pieces", [{**PIECE, "tags": [1]}]), ("pieces", [{**PIECE, "tags": [{"label": "a"}]}])]

@@ -1,0 +1,364 @@
+"""The server as an ASGI application: routes, errors as JSON, and the page."""
+
+import asyncio
+import base64
+import hashlib
+import logging
+import re
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from fastapi import FastAPI, Query, Request, Response, Security, WebSocket
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.security import HTTPBearer
+from fastapi.staticfiles import StaticFiles
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+import ced
+from ced.errors import AudioError, CedError, ClosedError, ConfigError
+from ced.serve import schema
+from ced.serve.body import Limits, RefusedError, Upload, busy
+from ced.serve.live import LiveSession
+from ced.serve.middleware import FAILED, LIVENESS, POLICY, Gate, problem
+from ced.serve.schema import CLASSIFY, LIVE_PATH, STREAM, RequestOptions, StreamOptions
+from ced.serve.service import DOWN, Plan, Service, encode_line
+from ced.sound.audio import SAMPLE_RATE
+from ced.sound.features import HOP_SECONDS, PATCH
+from ced.tag.tagger import Scorer
+
+STATIC = Path(__file__).with_name("static")
+_SWAGGER = "vendor/swagger-ui"  # below STATIC
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may use the server, and under which names.
+
+    Attributes:
+        keys: API keys; none: no key is needed.
+        hosts: host names that requests may be addressed to; none: any.
+        root_path: prefix of all paths that a proxy adds.
+        addresses: whether a request may name the http(s) address of a sound, which is fetched from public hosts only.
+    """
+
+    keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    root_path: str = ""
+    addresses: bool = False
+
+
+class Application:
+    """The server as an ASGI application.
+
+    Args:
+        model: scores waves.
+        name: its name in records.
+        jobs: windows that are scored at the same time, each in a thread.
+        limits: what is refused.
+        access: who may use it.
+
+    Raises:
+        CheckpointError: the model does not answer.
+    """
+
+    def __init__(
+        self,
+        model: Scorer,
+        name: str,
+        *,
+        jobs: int = 1,
+        limits: Limits | None = None,
+        access: Access | None = None,
+    ) -> None:
+        limits, access = limits or Limits(), access or Access()
+        self.service = Service(model, name, jobs, limits, addresses=access.addresses)
+        self._addresses = access.addresses
+        self.sessions: set[LiveSession] = set()
+        app = self._routes(access)
+        self._gate = Gate(app, limits, access.keys, access.root_path, self._observe)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        await self._gate(scope, receive, send)
+
+    async def stop(self, patience: float) -> None:
+        """Refuse requests whose work has not begun, and end live sessions, which have some seconds for it."""
+        self.service.stop()
+        end = time.monotonic() + patience
+        while self.sessions and time.monotonic() < end:
+            for session in list(self.sessions):
+                session.stop()
+            await asyncio.sleep(0.02)
+
+    def close(self) -> None:
+        """End all work after the steps that are running."""
+        self.service.close()
+
+    def _observe(self, method: str, path: str, status: int, seconds: float) -> None:
+        if method == "POST" and path in (CLASSIFY, STREAM):
+            self.service.meters.count(status, seconds)
+
+    def _routes(self, access: Access) -> FastAPI:
+        service = self.service
+
+        @asynccontextmanager
+        async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+            yield
+            self.close()
+
+        app = FastAPI(
+            title="ced serve",
+            version=ced.__version__,
+            description=f"Tags sounds with {service.name}: {len(service.model.labels)} classes.",
+            docs_url=None,
+            redoc_url=None,
+            lifespan=lifespan,
+        )
+        if access.hosts:
+            app.add_middleware(TrustedHostMiddleware, allowed_hosts=access.hosts, www_redirect=False)
+        for kind in (CedError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
+            app.add_exception_handler(kind, _refused)
+
+        # The gate checks the key, before anything else is done; this describes it.
+        keyed = [Security(HTTPBearer(auto_error=False))] if access.keys else []
+
+        @app.post(
+            CLASSIFY,
+            response_model=schema.Answer,
+            responses=schema.REFUSALS,
+            openapi_extra=schema.body(access.addresses),
+            dependencies=keyed,
+        )
+        async def classify(request: Request, options: Annotated[RequestOptions, Query()]) -> Response:
+            """Tag a sound: the most probable classes of each window, or events."""
+            plan = self._plan(request, options)
+            upload = await self._upload(request)
+            return Response(await _unless_gone(request, service.answer(upload, plan)), media_type="application/json")
+
+        @app.post(
+            STREAM,
+            response_class=Response,
+            responses={200: schema.STREAM_ANSWER, **schema.REFUSALS},
+            openapi_extra=schema.body(access.addresses),
+            dependencies=keyed,
+        )
+        async def stream(request: Request, options: Annotated[StreamOptions, Query()]) -> Response:
+            """Tag a sound, and send what is found in it while later windows are scored: one JSON object a line."""
+            plan = self._plan(request, options)
+            upload = await self._upload(request)
+            lines = service.stream(upload, plan)
+            try:  # what cannot be decoded at all has a status of its own
+                first = await _unless_gone(request, anext(lines))
+            except BaseException:
+                await lines.aclose()
+                raise
+            return _Lines(_rest(first, lines))
+
+        @app.get(schema.MODEL, dependencies=keyed, responses={401: schema.REFUSALS[401]})
+        async def model() -> schema.ModelInfo:
+            """Describe the model, its classes, and the limits of this server."""
+            return self._info()
+
+        @app.websocket(LIVE_PATH)
+        async def live(socket: WebSocket) -> None:
+            await self._live(socket)
+
+        @app.get(LIVENESS)
+        async def alive() -> schema.Health:
+            """Report that the server runs."""
+            return schema.Health(status="ok")  # the gate answers before, so that work does not delay it
+
+        @app.head("/healthz/ready", include_in_schema=False)
+        @app.get("/healthz/ready", responses={503: schema.REFUSALS[503]})
+        async def ready() -> schema.Health:
+            """Report whether another request would be accepted."""
+            self._check_room()
+            return schema.Health(status="ok")
+
+        @app.get("/metrics", include_in_schema=False)
+        async def metrics() -> Response:
+            return Response(service.meters.report(), media_type=CONTENT_TYPE_LATEST)
+
+        app.get("/docs", include_in_schema=False)(_docs_page(app))
+        app.openapi = partial(_described, app.openapi)  # type: ignore[method-assign]
+        app.router.default = _Page(directory=STATIC, html=True)  # whatever no route matches, so a wrong method is 405
+        return app
+
+    async def _upload(self, request: Request) -> Upload:
+        bodies = self.service.bodies
+        if (address := await bodies.address(request)) is None:
+            return await bodies.receive(request)
+        return await _unless_gone(request, bodies.fetch(address))
+
+    def _check_room(self) -> None:
+        if self.service.stopping:
+            raise ClosedError(DOWN)
+        if self.service.full:
+            raise busy()
+
+    def _plan(self, request: Request, options: RequestOptions) -> Plan:
+        """Check a request before its body is read."""
+        schema.check_repeated(name for name, _ in request.query_params.multi_items())
+        plan = self.service.plan(options)
+        self._check_room()
+        return plan
+
+    async def _live(self, socket: WebSocket) -> None:
+        if self.service.stopping or len(self.sessions) >= self.service.limits.live:
+            message = DOWN if self.service.stopping else "too many live connections; try again later"
+            await socket.send_denial_response(problem(503, message, {"Retry-After": "10"}))
+            return
+        session = LiveSession(socket, self.service)
+        self.sessions.add(session)
+        self.service.meters.live.inc()
+        try:
+            await session.run()
+        finally:
+            self.sessions.discard(session)
+            self.service.meters.live.dec()
+
+    def _info(self) -> schema.ModelInfo:
+        service, live = self.service, schema.LiveOptions()
+        labels, limits = service.model.labels, service.limits
+        mids = labels.mids or [None] * len(labels)
+        named = enumerate(zip(labels.names, mids, strict=True))
+        window = RequestOptions.model_fields["window"].default
+        return schema.ModelInfo(
+            version=ced.__version__,
+            model=service.name,
+            labels=[schema.Label(index=index, mid=mid, name=name) for index, (name, mid) in named],
+            columns=service.has_columns,
+            embeddings=service.has_embeddings,
+            addresses=self._addresses,
+            defaults=schema.WindowDefaults(window=window, hop=None, column=PATCH * HOP_SECONDS),
+            live=schema.LiveDefaults(
+                rate=SAMPLE_RATE, window=live.window, hop=live.hop, gap=live.gap, threshold=live.threshold
+            ),
+            limits=schema.RequestLimits(
+                megabytes=limits.megabytes, seconds=limits.seconds, waiting=limits.waiting, live=limits.live
+            ),
+        )
+
+
+class _Lines(StreamingResponse):
+    """A stream of JSON lines, which is ended when its client goes away."""
+
+    media_type = schema.STREAM_TYPE
+
+    async def stream_response(self, send: Send) -> None:
+        assert isinstance(self.body_iterator, AsyncGenerator)
+        async with aclosing(self.body_iterator):
+            await super().stream_response(send)
+
+
+class _Page(StaticFiles):
+    """The files of the page; browsers ask each time whether they have changed."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        response = super().file_response(*args, **options)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+
+async def _rest(first: bytes, lines: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """Yield the lines of a stream; what goes wrong on the way becomes the last one."""
+    async with aclosing(lines):
+        yield first
+        try:
+            async for line in lines:
+                yield line
+        except Exception as error:
+            yield encode_line(type="error", error=_told(error)[1])
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return what work comes to, or cancel it when the client closes the connection.
+
+    Raises:
+        ClientDisconnect: the client did.
+    """
+    result, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    both: set[asyncio.Future[Any]] = {result, gone}
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
+            raise ClientDisconnect
+        return result.result()
+    finally:
+        for each in both:
+            each.cancel()
+        await asyncio.gather(*both, return_exceptions=True)  # until what was cancelled has ended
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    status, message, headers = _told(error)
+    return problem(status, message, headers)
+
+
+def _told(error: Exception) -> tuple[int, str, Any]:
+    """Return what a client is told about an error: status, message and headers."""
+    match error:
+        case RefusedError():
+            return error.status, str(error), error.headers
+        case ConfigError() | AudioError():
+            return 422, str(error), None
+        case RequestValidationError():
+            return 422, schema.faults(error.errors()), None
+        case HTTPException():
+            return error.status_code, str(error.detail), error.headers
+        case ClientDisconnect():
+            return 499, "the client closed the connection", None
+        case ClosedError():
+            return 503, DOWN, {"Retry-After": "1"}
+    _log.error("a request failed: %s: %s", type(error).__name__, error)
+    return 500, FAILED, None
+
+
+def _described(describe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the OpenAPI document, with the lines of streams, which FastAPI knows nothing of."""
+    document = describe()
+    line = schema.StreamLine.model_json_schema(ref_template="#/components/schemas/{model}")
+    document["components"]["schemas"] |= {**line.pop("$defs"), "StreamLine": line}
+    return document
+
+
+def _docs_page(app: FastAPI) -> Any:
+    """Return a handler for FastAPI's page about the interface, which loads Swagger UI from the package."""
+
+    async def docs(request: Request) -> HTMLResponse:
+        page = get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title=f"{app.title} {app.version}",
+            swagger_js_url=f"{_SWAGGER}/swagger-ui-bundle.js",
+            swagger_css_url=f"{_SWAGGER}/swagger-ui.css",
+            swagger_favicon_url="data:,",
+            swagger_ui_parameters={"validatorUrl": None},
+        )
+        (script,) = re.findall(rb"<script>(.*?)</script>", bytes(page.body), re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
+        page.headers["Content-Security-Policy"] = POLICY.replace(
+            "script-src 'self'", f"script-src 'self' 'sha256-{digest}'"
+        )
+        return page
+
+    return docs

@@ -1,0 +1,325 @@
+"""The server as a process, or as several that share a port: sockets, connections, and an orderly end.
+
+Uvicorn and h11 do the work; what is added here are time limits for connections, and the order in which things end.
+"""
+
+import asyncio
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import h11
+import uvicorn
+from prometheus_client.multiprocess import mark_process_dead
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ced.errors import ConfigError, ProcessError
+from ced.model.runtime import open_model
+from ced.progress import Progress, silent
+from ced.serve.app import Access, Application
+from ced.serve.body import Limits
+from ced.serve.live import LARGEST_FRAME
+from ced.serve.service import METRICS_FOLDER
+
+_BACKLOG = 1024  # connections that wait to be accepted
+_HEAD_SECONDS = 10.0  # for a request's headers to arrive
+_REST_SECONDS = 2.0  # for the rest of a body that is not wanted, so that its client sees the answer
+_STALLED_SECONDS = 30  # that sent data may stay unacknowledged
+_LIVE_SECONDS = 2.0  # for live sessions to end when the server is stopped
+_TOO_SOON = 5.0  # seconds; a worker that ends sooner is not started again
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server is started with; processes pass it on."""
+
+    model: str
+    name: str  # of the model in records
+    jobs: int = 1  # windows scored at the same time in each process
+    limits: Limits = field(default_factory=Limits)
+    access: Access = field(default_factory=Access)
+    proxies: tuple[str, ...] = ()  # networks whose X-Forwarded-For is believed
+    grace: int = 30  # seconds in which requests whose work has begun may end when the server is stopped
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind a TCP socket, before anything is loaded for it.
+
+    Raises:
+        ConfigError: the port is in use, or there is no such host.
+    """
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.create_server(place[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while ")[0]  # the address is in the message already
+        raise ConfigError(f"cannot listen at {host}, port {port}: {reason}") from error
+    # Connections inherit these. Without the first, the body of an answer waits 40 ms until the client has acknowledged
+    # its head; the second ends connections of clients that no longer read.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _STALLED_SECONDS * 1000)
+    return listener
+
+
+def listen_unix(path: Path) -> socket.socket:
+    """Bind a Unix socket that its user and group may connect to; one that a killed server left is replaced.
+
+    Raises:
+        ConfigError: another server listens there, or the path is another kind of file or cannot be created.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.exists():
+            if not stat.S_ISSOCK(path.stat().st_mode):
+                raise ConfigError(f"{path} exists and is not a socket")
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if probe.connect_ex(os.fspath(path)) == 0:
+                    raise ConfigError(f"another server listens at {path}")
+            path.unlink()
+        before = os.umask(0o117)
+        try:
+            listener.bind(os.fspath(path))
+        finally:
+            os.umask(before)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen at {path}: {error.strerror or error}") from error
+    except ConfigError:
+        listener.close()
+        raise
+    return listener
+
+
+def address(listener: socket.socket) -> str:
+    """Return the address of a socket, for a browser if it is one of TCP."""
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Connection(H11Protocol):
+    """Uvicorn's HTTP connection, with a time limit for headers and unread bodies, and protocol errors in JSON."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for a request."""
+        super().connection_made(transport)
+        self._wait(_HEAD_SECONDS)
+
+    def data_received(self, data: bytes) -> None:
+        """Take data; the timer stops while a request is answered."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, or for the end of a body that nobody wants."""
+        super().on_response_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():
+            self._wait(_REST_SECONDS if self.conn.their_state is h11.SEND_BODY else _HEAD_SECONDS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Hand the connection over to the WebSocket protocol, which has time limits of its own."""
+        self._stop_waiting()
+        super().handle_websocket_upgrade(event)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not valid HTTP."""
+        body = json.dumps({"error": "the request is not valid HTTP"}).encode()
+        length = str(len(body)).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", length), (b"connection", b"close")]
+        try:
+            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        except h11.LocalProtocolError:  # an answer is being sent already
+            pass
+        self.transport.close()
+
+    def shutdown(self) -> None:
+        """Close the connection, or let it end with the answer that is being sent."""
+        try:
+            super().shutdown()
+        except h11.LocalProtocolError:  # it is broken already
+            self.transport.close()
+
+    def _wait(self, seconds: float) -> None:
+        self._stop_waiting()
+        self._timer = self.loop.call_later(seconds, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class Server(uvicorn.Server):
+    """Uvicorn with an application that is told when the server is asked to stop.
+
+    Args:
+        app: what answers.
+        proxies: networks whose X-Forwarded-For is believed.
+        grace: seconds in which requests whose work has begun may end when the server is stopped.
+    """
+
+    def __init__(self, app: Application, proxies: Sequence[str] = (), grace: int = 30) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,  # errors go to standard error like all others
+            log_level="critical",  # the application logs its own failures, and the access log has those of clients
+            access_log=False,
+            http=Connection,  # of h11, which bounds the size of headers; other parsers may be installed
+            ws="websockets-sansio",
+            ws_max_size=LARGEST_FRAME,
+            server_header=False,
+            backlog=_BACKLOG,
+            proxy_headers=bool(proxies),
+            forwarded_allow_ips=list(proxies),
+            timeout_graceful_shutdown=grace,
+        )
+        super().__init__(config)
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse what only waits, end live sessions, and stop when the rest is done."""
+        closing = asyncio.create_task(self._close_connections())
+        try:
+            await self._app.stop(_LIVE_SECONDS)
+            await super().shutdown(sockets)
+        finally:
+            closing.cancel()
+
+    async def _close_connections(self) -> None:
+        """Close connections as soon as nothing is answered on them, those accepted late as well."""
+        ended: dict[Connection, float] = {}
+        while True:
+            for connection in list(self.server_state.connections):
+                if not isinstance(connection, Connection):
+                    continue
+                if not connection.transport.is_closing():
+                    connection.shutdown()
+                elif time.monotonic() - ended.setdefault(connection, time.monotonic()) > _LIVE_SECONDS:
+                    connection.transport.abort()  # its client does not read the rest of its answer
+            await asyncio.sleep(0.05)
+
+
+def open_application(settings: Settings, progress: Progress = silent) -> Application:
+    """Open the model of a server, and return its application.
+
+    Raises:
+        CheckpointError, DownloadError: the model cannot be opened.
+    """
+    graph = open_model(settings.model, progress=progress)
+    return Application(graph, settings.name, jobs=settings.jobs, limits=settings.limits, access=settings.access)
+
+
+def run(app: Application, settings: Settings, listener: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT comes; SIGINT becomes KeyboardInterrupt at the end."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal again when it has ended
+    try:
+        Server(app, settings.proxies, settings.grace).run([listener])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_workers(settings: Settings, listener: socket.socket, count: int, set_up: Callable[[], None]) -> None:
+    """Serve with several processes that accept from one socket; one that dies is replaced.
+
+    Args:
+        settings: of each process.
+        listener: the socket.
+        count: processes.
+        set_up: called first in each of them; a function of a module.
+
+    Raises:
+        ProcessError: a process ended right after its start.
+    """
+    with TemporaryDirectory(prefix="ced-metrics-") as folder:
+        os.environ[METRICS_FOLDER] = folder
+        try:
+            _Workers(settings, listener, set_up, folder).run(count)
+        finally:
+            del os.environ[METRICS_FOLDER]
+
+
+class _Workers:
+    """Processes that serve; SIGTERM and SIGINT are passed on to them."""
+
+    def __init__(self, settings: Settings, listener: socket.socket, set_up: Callable[[], None], folder: str) -> None:
+        self._given = settings, listener, set_up
+        self._folder = folder
+        self._workers: dict[SpawnProcess, float] = {}  # when each was started
+        self._signal = 0
+
+    def run(self, count: int) -> None:
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            for _ in range(count):
+                self._start()
+            while not self._signal:
+                multiprocessing.connection.wait([worker.sentinel for worker in self._workers], timeout=0.5)
+                for worker in [each for each in self._workers if not each.is_alive()]:
+                    self._replace(worker)
+        finally:
+            self._end()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    def _stop(self, number: int, _: object) -> None:
+        self._signal = number
+
+    def _start(self) -> None:
+        worker = multiprocessing.get_context("spawn").Process(target=_work, args=self._given)
+        worker.start()
+        self._workers[worker] = time.monotonic()
+
+    def _replace(self, worker: SpawnProcess) -> None:
+        began = self._workers.pop(worker)
+        mark_process_dead(worker.pid, self._folder)  # type: ignore[no-untyped-call]
+        if self._signal:
+            return
+        if time.monotonic() - began < _TOO_SOON:
+            raise ProcessError(f"a server process ended right after its start, with exit code {worker.exitcode}")
+        self._start()
+
+    def _end(self) -> None:
+        for worker in self._workers:
+            worker.terminate()
+        for worker in self._workers:
+            worker.join()
+
+
+def _work(settings: Settings, listener: socket.socket, set_up: Callable[[], None]) -> None:
+    """Serve as one of several processes, until asked to stop or until the first process is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process passes on SIGTERM
+    set_up()
+    threading.Thread(target=_follow, daemon=True).start()
+    run(open_application(settings), settings, listener)
+
+
+def _follow() -> None:
+    parent: Any = multiprocessing.parent_process()
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,239 @@
+"""The queue: who is served when, who is refused, and what happens when clients leave or the server stops."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ced.serve.app import Application
+from ced.serve.body import Limits
+from ced.serve.schema import CLASSIFY, STREAM
+from tests.serve.served import (
+    DOWN,
+    RATE,
+    WAV,
+    Mean,
+    Senders,
+    connected,
+    constant,
+    encode,
+    error,
+    exchange,
+    metrics,
+    running,
+    until,
+)
+
+
+def test_requests_take_turns_window_by_window() -> None:
+    model = Mean()
+    with running(Application(model, "mean")) as url, httpx.Client(base_url=url, timeout=60) as client:
+        model.go.clear()
+        long = Senders(url, [constant(0.5, 10)])  # at once
+        until(lambda: len(model.lengths) == 2)
+        short = Senders(url, [constant(0.1, 0.5), constant(0.2, 0.25)])
+        until(lambda: metrics(client)["ced_pending_requests"] == 3)
+        model.go.set()
+        probs = [answer.json()["pieces"][0]["tags"][0]["prob"] for answer in short.answers() + long.answers()]
+        assert probs == pytest.approx([0.1, 0.2, 0.5], abs=1e-6)
+        assert metrics(client)["ced_sound_seconds_total"] == 10.75
+        assert metrics(client)["ced_windows_total"] == 3
+
+
+def test_a_short_sound_does_not_wait_for_a_long_one() -> None:
+    model = Mean()
+    with running(Application(model, "mean")) as url, httpx.Client(base_url=url, timeout=60) as client:
+        model.go.clear()
+        done = threading.Thread(
+            target=lambda: httpx.post(url + STREAM, content=constant(0.5, 300), params={"window": 1}, timeout=60)
+        )
+        done.start()
+        until(lambda: len(model.lengths) >= 2)
+        short = Senders(url, [constant(0.5, 0.5)])
+        until(lambda: metrics(client)["ced_pending_requests"] == 2)
+        model.go.set()
+        short.answers()
+        assert model.lengths.index(RATE // 2) < 20  # of 300 windows
+        done.join()
+
+
+def test_several_windows_of_one_sound_are_scored_at_the_same_time_if_nothing_else_waits() -> None:
+    class Counting(Mean):
+        most = running = 0
+
+        def __call__(self, waves: NDArray[np.float32], /) -> NDArray[np.float32]:
+            self.running += 1
+            self.most = max(self.most, self.running)
+            time.sleep(0.02)
+            self.running -= 1
+            return super().__call__(waves)
+
+    model = Counting()
+    values = np.repeat(np.linspace(0.0, 1.0, 40, dtype=np.float32), RATE)
+    with running(Application(model, "mean", jobs=2)) as url:
+        answer = httpx.post(url + CLASSIFY, content=encode(values), params={"window": 1}, timeout=60)
+    assert model.most == 2
+    probs = [piece["tags"][0]["prob"] for piece in answer.json()["pieces"]]
+    assert probs == pytest.approx(np.linspace(0.0, 1.0, 40), abs=1e-6)
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    model = Mean()
+    with (
+        running(Application(model, "mean", limits=Limits(waiting=1))) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        model.go.clear()
+        senders = Senders(url, [constant(0.5), constant(0.5)])
+        until(lambda: metrics(client)["ced_pending_requests"] == 2)
+        refused = client.post(CLASSIFY, content=constant(0.5), headers=WAV)
+        assert "try again" in error(refused, 503)
+        assert int(refused.headers["retry-after"]) >= 1
+        error(client.get("/healthz/ready"), 503)
+        assert client.get("/healthz/live").status_code == 200
+        model.go.set()
+        assert [answer.status_code for answer in senders.answers()] == [200, 200]
+        assert client.get("/healthz/ready").status_code == 200
+        assert client.post(CLASSIFY, content=constant(0.5), headers=WAV).status_code == 200
+
+
+def test_slow_bodies_hold_no_place() -> None:
+    limits = Limits(waiting=0, patience=1.0, slowest=1_000)
+    head = f"POST {CLASSIFY} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nRIFF".encode()
+    with running(Application(Mean(), "mean", limits=limits)) as url, httpx.Client(base_url=url) as client:
+        with connected(url) as one, connected(url) as two:
+            for slow in (one, two):
+                slow.sendall(head)
+            time.sleep(0.2)
+            assert client.post(CLASSIFY, content=constant(0.5), headers=WAV).status_code == 200
+            assert metrics(client)["ced_pending_requests"] == 0
+        status, _, body = exchange(url, head.replace(b"localhost\r\n", b"localhost\r\nConnection: close\r\n"))
+        assert status == 408
+        assert b"too slowly" in body
+        sound = constant(0.5, 0.5)
+
+        def slowly() -> Iterator[bytes]:
+            for place in range(0, len(sound), 4_000):
+                time.sleep(0.2)
+                yield sound[place : place + 4_000]
+
+        assert client.post(CLASSIFY, content=slowly(), headers=WAV).status_code == 200  # in 1.6 s
+
+
+def test_a_body_has_a_deadline_whatever_its_rate() -> None:
+    limits = Limits(patience=0.2, slowest=1, deadline=0.5)
+
+    def forever() -> Iterator[bytes]:
+        while True:
+            time.sleep(0.05)
+            yield bytes(100)
+
+    with running(Application(Mean(), "mean", limits=limits)) as url:
+        began = time.monotonic()
+        assert "too slowly" in error(httpx.post(url + CLASSIFY, content=forever(), headers=WAV, timeout=20), 408)
+        assert time.monotonic() - began < 10
+
+
+def test_the_bytes_of_all_uploads_are_bounded() -> None:
+    limits = Limits(megabytes=0.1, waiting=0)
+    head = f"POST {CLASSIFY} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n".encode()
+    app = Application(Mean(), "mean", limits=limits)
+    with running(app) as url:
+        with connected(url) as one:
+            one.sendall(head + bytes(90_000))
+            until(lambda: app.service.bodies._held == 90_000)
+            assert "try again" in error(httpx.post(url + CLASSIFY, content=bytes(50_000), headers=WAV), 503)
+        until(lambda: app.service.bodies._held == 0)
+        error(httpx.post(url + CLASSIFY, content=bytes(50_000), headers=WAV), 422)
+        assert app.service.bodies._held == 0
+
+
+def test_only_requests_to_tag_are_counted() -> None:
+    model = Mean()
+    limits = Limits(waiting=0)
+    with running(Application(model, "mean", limits=limits)) as url, httpx.Client(base_url=url, timeout=60) as client:
+        model.go.clear()
+        sender = Senders(url, [constant(0.5)])
+        until(lambda: metrics(client)["ced_pending_requests"] == 1)
+        assert [client.get(path).status_code for path in ("/healthz/ready", "/nothing", CLASSIFY)] == [503, 404, 405]
+        assert client.post(CLASSIFY, content=constant(0.5), headers=WAV, params={"topk": 1}).status_code == 422
+        model.go.set()
+        assert sender.answers()[0].status_code == 200
+        counted = {name: value for name, value in metrics(client).items() if name.startswith("ced_requests_total")}
+    assert counted == {'ced_requests_total{status="200"}': 1, 'ced_requests_total{status="422"}': 1}
+
+
+def test_what_nobody_waits_for_is_not_scored() -> None:
+    model = Mean()
+    with running(Application(model, "mean")) as url, httpx.Client(base_url=url, timeout=60) as client:
+        model.lengths.clear()
+        model.go.clear()
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(CLASSIFY, content=constant(0.5, 20), headers=WAV, params={"window": 1}, timeout=0.5)
+        until(lambda: metrics(client).get('ced_requests_total{status="499"}') == 1)
+        model.go.set()
+        until(lambda: metrics(client)["ced_pending_requests"] == 0)
+        assert len(model.lengths) == 1  # of 20 windows
+
+
+def test_what_nobody_waits_for_is_not_decoded() -> None:
+    """A file of minutes of work for the decoder, of which every client leaves early."""
+    costly = encode(np.zeros((60 * 700_000, 1), np.float32), "FLAC", "PCM_16", rate=655_350)
+    app = Application(Mean(), "mean")
+    with running(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+        for _ in range(3):
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(CLASSIFY, content=costly, params={"window": 60}, timeout=0.1)
+        began = time.monotonic()
+        until(lambda: metrics(client)["ced_pending_requests"] == 0)
+        assert time.monotonic() - began < 2
+
+
+def test_stopping_ends_what_was_begun() -> None:
+    model = Mean()
+    with running(Application(model, "mean")) as url:
+        model.go.clear()
+        senders = Senders(url, [constant(0.25)])
+        until(lambda: len(model.lengths) == 2)
+        threading.Timer(0.5, model.go.set).start()
+    (answer,) = senders.answers()
+    assert answer.json()["pieces"][0]["tags"][0] == {"label": "loud", "index": 0, "mid": None, "prob": 0.25}
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/healthz/live")
+
+
+def test_stopping_refuses_at_once_what_only_waits() -> None:
+    model = Mean()
+    app = Application(model, "mean")
+    with running(app) as url, httpx.Client(base_url=url) as client:
+        model.go.clear()
+        begun = Senders(url, [constant(0.25)])
+        until(lambda: len(model.lengths) == 2)
+        waiting = Senders(url, [constant(0.5), constant(0.75)])
+        until(lambda: metrics(client)["ced_pending_requests"] == 3)
+
+        def go_on() -> None:
+            waiting.answers()  # which come while the model is held up
+            model.go.set()
+
+        threading.Thread(target=go_on).start()
+    assert [error(each, 503) for each in waiting.answers()] == [DOWN, DOWN]
+    assert waiting.answers()[0].headers["retry-after"] == "1"
+    assert begun.answers()[0].status_code == 200
+
+
+def test_what_is_not_answered_when_the_server_ends_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = Mean()
+    app = Application(model, "mean")
+    with running(app, grace=1) as url:
+        model.go.clear()
+        begun = Senders(url, [constant(0.25)])
+        until(lambda: len(model.lengths) == 2)
+    assert [error(each, 503) for each in begun.answers()] == [DOWN]
+    assert 'ced_requests_total{status="503"} 1.0' in app.service.meters.report().decode()
+    assert "Traceback" not in caplog.text
+    model.go.set()
