@@ -213,6 +213,7 @@ def test_an_experiment_with_a_broken_configuration_is_one_line(
     ced: Command, tmp_path: Path, text: bytes, message: str
 ) -> None:
     (tmp_path / "config.yaml").write_bytes(text)
+    (tmp_path / "last.safetensors").write_bytes(b"never read")
     assert message in error_of(ced("evaluate", tmp_path))
 
 
