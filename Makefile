@@ -17,7 +17,7 @@ test: .venv/dev.stamp  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not network"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-network: .venv/dev.stamp  ## download the published weights and compare them with published values
 	$(BIN)/pytest -m network
@@ -31,12 +31,12 @@ dist: .venv/dev.stamp  ## build the source distribution and the wheel, in dist/
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w dist dist/*.tar.gz
 
 coverage: .venv/dev.stamp  ## run the tests and report which lines they reach
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not network" --cov=ced --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov=ced --cov-report=term
 
 lock: $(BIN)/uv  ## resolve all dependencies into locks/, with hashes; versions named in constraints.txt are kept
 	$(COMPILE) --extra serve --extra media pyproject.toml -o locks/serve.txt
-	$(COMPILE) --extra train --extra hf --extra media --extra serve --extra dev --extra docs --no-emit-package torch \
-		pyproject.toml -o locks/dev.txt
+	$(COMPILE) --extra train --extra hf --extra media --extra mqtt --extra serve --extra dev --extra docs \
+		--no-emit-package torch pyproject.toml -o locks/dev.txt
 	echo setuptools | $(COMPILE) - -o locks/build.txt
 
 clean:  ## remove the environment and what `make demo` wrote

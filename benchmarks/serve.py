@@ -4,7 +4,8 @@ Run as `python benchmarks/serve.py` (some minutes on two cores), with `--against
 version in turn, from a checkout of it (`git worktree add`). Sounds are generated, weights random and the same for all.
 
 Clients send the next request as soon as they have their answer, over loopback, for clips of 1 and 10 s. Servers take
-turns in each round; rates are medians of rounds, percentiles of all requests. Liveness is asked for every 50 ms while
+turns in each round; rates are medians of rounds, percentiles of all requests. The processor time a request hardly
+depends on what else the machine does (Linux only). Liveness is asked for every 50 ms while
 the clients of the largest number send.
 """
 
@@ -43,9 +44,11 @@ class Side:
 
     name: str
     port: int
+    process: int
     rates: list[float] = field(default_factory=list)  # requests a second, of each round
     took: list[float] = field(default_factory=list)  # seconds, of each request
     live: list[float] = field(default_factory=list)  # seconds, of each request for liveness
+    worked: float = 0.0  # seconds of processor time
 
 
 def environment(checkout: Path) -> dict[str, str]:
@@ -61,8 +64,8 @@ def exported(checkout: Path, weights: Path, folder: Path) -> Path:
 
 
 @contextmanager
-def serving(checkout: Path, graph: Path, jobs: int, waiting: int) -> Iterator[int]:
-    """Run the server of a version, and give its port."""
+def serving(checkout: Path, graph: Path, jobs: int, waiting: int) -> Iterator[tuple[int, int]]:
+    """Run the server of a version, and give its port and the number of its process."""
     words = ["-m", str(graph), "--port", "0", "-j", str(jobs), "--queue", str(waiting)]
     command = [sys.executable, "-m", "ced", "serve", *words]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
@@ -73,7 +76,7 @@ def serving(checkout: Path, graph: Path, jobs: int, waiting: int) -> Iterator[in
         if found is None:
             raise SystemExit(f"the server does not start: {line}{process.stderr.read()}")
         try:
-            yield int(found[1])
+            yield int(found[1]), process.pid
         finally:
             process.terminate()
 
@@ -116,13 +119,20 @@ def ask_for_liveness(port: int, until: float) -> list[float]:
     return took
 
 
+def processor_time(process: int) -> float:
+    """Return the seconds that a process has worked so far."""
+    fields = Path("/proc", str(process), "stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(side: Side, body: bytes, count: int, seconds: float, pool: ThreadPoolExecutor) -> None:
-    begin = time.perf_counter()
+    begin, worked = time.perf_counter(), processor_time(side.process)
     live = pool.submit(ask_for_liveness, side.port, begin + seconds)
     clients = [pool.submit(client, side.port, body, begin + seconds) for _ in range(count)]
     answers = [each for one in clients for each in one.result()]
     side.rates.append(len(answers) / (time.perf_counter() - begin))
     side.took += answers
+    side.worked += processor_time(side.process) - worked
     side.live += live.result()
 
 
@@ -142,21 +152,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         weights = Path(name, "weights.safetensors")
         loading.save(weights, CED(zoo.MODELS[given.model].config).eval())
-        ports = {}
+        servers = {}
         for version, checkout in versions.items():
             folder = Path(name, version)
             folder.mkdir()
             graph = exported(checkout, weights, folder)
-            ports[version] = stack.enter_context(serving(checkout, graph, given.jobs, most))
+            servers[version] = stack.enter_context(serving(checkout, graph, given.jobs, most))
         pool = stack.enter_context(ThreadPoolExecutor(most + 1))
-        print("| clip | clients | server | requests/s | median | 99th percentile | liveness, longest |")
-        print("|---|---|---|---|---|---|---|")
+        print(
+            "| clip | clients | server | requests/s | median | 99th percentile | processor time | liveness, longest |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
         for length in given.lengths:
             body = sound(length)
-            for port in ports.values():
+            for port, _ in servers.values():
                 client(port, body, time.perf_counter() + 1)
             for count in given.clients:
-                sides = [Side(version, port) for version, port in ports.items()]
+                sides = [Side(version, *server) for version, server in servers.items()]
                 for _ in range(given.rounds):
                     for side in sides:
                         measure(side, body, count, given.seconds, pool)
@@ -165,7 +177,7 @@ def main() -> None:
                     rate, live = statistics.median(side.rates), max(side.live) * 1000
                     print(
                         f"| {length:g} s | {count} | {side.name} | {rate:.3g} | {median:.0f} ms | {late:.0f} ms"
-                        f" | {live:.0f} ms |",
+                        f" | {1000 * side.worked / len(side.took):.1f} ms | {live:.0f} ms |",
                         flush=True,
                     )
 

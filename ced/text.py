@@ -17,7 +17,6 @@ _UNSAFE = re.compile(
 )
 _BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what ends a line or a cell, or is no text
 _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))  # byte-order marks
-_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -99,11 +98,3 @@ def _encoding(begin: bytes) -> str:
 def quoted(name: str) -> str:
     """Return a name as messages and lists show it: in quotes if it has spaces, commas or quotes, or is empty."""
     return name if name and not set(name) & set(" ,;'\"") else repr(name)
-
-
-def size(count: float) -> str:
-    """Return a number of bytes for messages, in decimal units: 512 bytes, 1.5 MB."""
-    for unit, name in _UNITS:
-        if count >= unit:
-            return f"{count / unit:.3g} {name}" if count < 100 * unit else f"{count / unit:,.0f} {name}"
-    return f"{count:.0f} bytes"

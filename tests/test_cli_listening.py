@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -112,15 +113,113 @@ def test_an_input_is_heard_and_listed(tmp_path: Path) -> None:
     assert (len(lines), code) == (10, 130)
 
 
+def run(*words: str, stdin: bytes) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "ced", "live", "-m", "esc10", *words]
+    return subprocess.run(command, input=stdin, capture_output=True, env=ENVIRONMENT, check=False, timeout=120)
+
+
+def noise(seconds: float) -> bytes:
+    """Return noise on the left, silence on the right: 16-bit samples at 16 kHz."""
+    left = np.random.default_rng(0).uniform(-8000, 8000, round(16_000 * seconds))
+    return np.stack([left, 0 * left], 1).astype("<i2").tobytes()
+
+
+def wav(samples: bytes) -> bytes:
+    """Return a WAV file as a recording program writes it to a pipe: without a length."""
+    form = struct.pack("<HHIIHH", 1, 2, 16_000, 64_000, 4, 16)
+    return b"RIFF\xff\xff\xff\xffWAVEfmt " + struct.pack("<I", 16) + form + b"data\xff\xff\xff\xff" + samples
+
+
+RAW = ("--rate", "16000", "--channels", "2", "--sample-format", "S16_LE")
+
+
+@pytest.mark.parametrize("words", [(), RAW])
+def test_a_recording_program_is_heard(words: tuple[str, ...]) -> None:
+    samples = noise(3.0)
+    given = ("-", "--threshold", "0", "--labels", "Rain", "-f", "JSONL", *words)
+    done = run(*given, stdin=samples if words else wav(samples))
+    assert (done.returncode, done.stderr) == (0, b"ced: listening to standard input\n")
+    begin, end = (json.loads(line) for line in done.stdout.splitlines())
+    assert (begin["state"], end["state"], end["file"], end["channel"]) == ("begin", "end", "standard input", "mean")
+    assert end["pieces"][0]["end"] == pytest.approx(3.0, abs=0.01)
+
+
+def test_one_channel_is_heard() -> None:
+    words = ("-", "--threshold", "0", "--silence", "-60", "-f", "jsonl", *RAW)
+    left, right = (run(*words, "--channel", channel, stdin=noise(2.0)) for channel in ("left", "2"))
+    assert (left.returncode, right.returncode) == (0, 0)
+    assert json.loads(left.stdout.splitlines()[0])["channel"] == "left"
+    assert right.stdout == b""  # silence
+
+
+@pytest.mark.parametrize(("on", "states"), [("begin", ["begin"]), ("end", ["end"]), ("both", ["begin", "end"])])
+def test_events_run_a_command_and_go_to_a_webhook(tmp_path: Path, on: str, states: list[str]) -> None:
+    got: list[dict[str, Any]] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    (tmp_path / "hook.py").write_text(
+        "import os, sys\n"
+        f"with open({str(tmp_path / 'got')!r}, 'a') as file:\n"
+        "    file.write(os.environ['CED_STATE'] + ' ' + sys.stdin.readline())\n"
+    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        command = f'"{sys.executable}" "{tmp_path / "hook.py"}"'
+        words = ("-", *RAW, "--threshold", "0", "--labels", "Rain", "--exec", command, "--webhook", url, "--on", on)
+        done = run(*words, stdin=noise(2.0))
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert [event["state"] for event in got] == states
+    lines = (tmp_path / "got").read_text().splitlines()
+    assert [line.partition(" ")[0] for line in lines] == states
+    assert [json.loads(line.partition(" ")[2]) for line in lines] == got
+
+
+def test_an_action_that_fails_does_not_change_what_is_heard() -> None:
+    words = ("-", *RAW, "--threshold", "0", "--labels", "Rain")
+    alone = run(*words, stdin=noise(2.0))
+    failing = run(*words, "--exec", "false", "--webhook", "http://127.0.0.1:9/", stdin=noise(2.0))
+    assert (failing.returncode, failing.stdout[9:]) == (0, alone.stdout[9:])  # behind the time
+    assert b"command false: exit code 1" in failing.stderr
+    assert b"webhook http://127.0.0.1:9: 2 of 2 events were not delivered" in failing.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["a.wav"], "a.wav is no http(s) address; sounds in files are for `ced tag`"),
-        (["-d", "1", "http://a/"], "--device 1 and http://a/ cannot both be listened to; leave one out"),
-        (["-f", "csv"], "there is no live format csv; allowed: text, jsonl"),
+        (["a.wav"], "a.wav is not an http(s) or rtsp address; sounds in files are for `ced tag`"),
+        (["-d", "1", "http://a/"], "--device 1 and http://a/ cannot be used together; leave one out"),
+        (["-f", "csv"], "unknown live format csv; allowed: text, jsonl"),
+        (["--rate", "16000"], "--rate is about samples on standard input; give - as the address"),
+        (["-", "--channels", "2"], "--channels needs --rate, the rate of raw samples in Hz"),
+        (["-", "--rate", "1"], "rate is 1 Hz; it must be 1000 to 768000 Hz"),
+        (["http://a/", "--exec", "no-such-command x"], "there is no command 'no-such-command'"),
+        (["http://a/", "--webhook", "a/"], "the address of a webhook is a/; it must begin with http:// or https://"),
     ],
 )
 def test_what_is_refused(words: list[str], said: str) -> None:
     command = [sys.executable, "-m", "ced", "live", "-m", "esc10", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert (done.returncode, done.stderr) == (1, f"ced: error: {said}\n")
+    assert (done.returncode, done.stderr.partition(" and a host")[0].rstrip("\n")) == (1, f"ced: error: {said}")
+
+
+def test_a_channel_that_is_none() -> None:
+    done = run("-", "--channel", "middle", stdin=b"")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"ced: error: " in done.stderr
+    assert b"middle" in done.stderr
+
+
+def test_input_that_is_not_sound() -> None:
+    done = run("-", stdin=b"no sound at all, but text")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"standard input: no WAV header; name the rate of raw samples with --rate" in done.stderr

@@ -1,4 +1,4 @@
-"""Text from outside: safe for terminals, tables and JSON; text files in any encoding; sizes in one spelling."""
+"""Text from outside: safe for terminals, tables and JSON; text files in any encoding."""
 
 import csv
 import io
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ced.text import cell, csv_lines, decoded, json_line, open_text, printable, size
+from ced.text import cell, csv_lines, decoded, json_line, open_text, printable
 
 
 def test_ordinary_text_stays_as_it_is() -> None:
@@ -77,11 +77,3 @@ def test_bytes_that_are_not_text() -> None:
     for data, strict in ((b"caf\xe9", True), (b"\xff\xfe\x00", False)):
         with pytest.raises(UnicodeDecodeError):
             decoded(data, strict=strict)
-
-
-def test_sizes() -> None:
-    counts = (0, 999, 1000, 1500, 999_999, 1_000_000, 64_000_000, 1 << 20, 123_456_789, 2e9, 5e12)
-    assert [size(count) for count in counts] == [
-        *("0 bytes", "999 bytes", "1 kB", "1.5 kB", "1,000 kB", "1 MB"),
-        *("64 MB", "1.05 MB", "123 MB", "2 GB", "5,000 GB"),
-    ]

@@ -1,8 +1,8 @@
-"""The command that listens: live."""
+"""The command live."""
 
-import json
 import logging
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING
 import typer
 
 from ced.cli import options
-from ced.cli.console import complain, reporting
+from ced.cli.console import complain, reporting, show, show_data
 from ced.cli.tagging import thresholds
 from ced.errors import ConfigError
 from ced.machine import cores
 from ced.tag.options import EVENT_THRESHOLD
+from ced.text import json_line
 
 if TYPE_CHECKING:
     from ced.sound.live import LiveSource
+    from ced.sound.pipe import Samples
+    from ced.tag.actions import Action
     from ced.tag.live import Listener, Report
 
 FORMATS = ("text", "jsonl")
@@ -31,9 +34,15 @@ def live(
     address: options.Address = None,
     device: options.InputDevice = None,
     list_devices: options.ListDevices = False,
+    channel: options.LiveChannel = None,
+    rate: options.PipeRate = None,
+    channels: options.PipeChannels = None,
+    sample_format: options.PipeFormat = None,
     model: options.Model = "ced_mini",
+    precision: options.Precision = "float32",
     window: options.LiveWindow = 1.5,
     hop: options.LiveHop = 0.25,
+    silence: options.Silence = None,
     threshold: options.LiveThreshold = str(EVENT_THRESHOLD),
     labels: options.Labels = None,
     exclude: options.Exclude = None,
@@ -41,26 +50,32 @@ def live(
     release: options.LiveRelease = 0.5,
     gap: options.LiveGap = 2.0,
     shortest: options.LiveShortest = 0.0,
-    silence: options.Silence = None,
     format: options.LiveFormat = "text",
+    exec: options.Exec = None,
+    webhook: options.Webhook = None,
+    mqtt: options.Mqtt = None,
+    on: options.On = "both",
 ) -> None:
-    """Listen to a microphone or a stream, and say what is heard while it is heard.
+    """Tag live sound: print events while a microphone, a stream or a recording program is heard.
 
-    A source that is lost is opened again until it is back. Ctrl-C ends it.
+    A device or stream that is lost is opened again until it is back. Ctrl-C ends the command.
     """
     if list_devices:
         _print_devices()
         return
-    if format not in FORMATS:
-        raise ConfigError(f"there is no live format {format}; allowed: {', '.join(FORMATS)}")
-    source = _source(address, device)
+    if format.lower() not in FORMATS:
+        raise ConfigError(f"unknown live format {format}; allowed: {', '.join(FORMATS)}")
+    channel = channel or ("1" if address is None else "mean")
+    source = _source(address, device, channel, _samples(address, rate, channels, sample_format))
+    found = _actions(exec, webhook, mqtt)
     from ced.model.runtime import open_model
+    from ced.tag.actions import Actions
     from ced.tag.live import OPTIONS, Listener
     from ced.tag.tagger import Tagger
 
     with reporting() as progress:
-        graph = open_model(model, threads=cores(), progress=progress)
-    with Tagger(graph, name=model) as tagger:
+        graph = open_model(model, precision=precision, threads=cores(), progress=progress)
+    with Tagger(graph, name=model) as tagger, Actions(found) as actions:
         settings = replace(
             OPTIONS,
             window=window,
@@ -77,34 +92,65 @@ def live(
         listener = Listener(tagger, source, settings)
         with _stopping(listener) as signals:
             for report in listener.reports():
-                if format == "jsonl":
-                    print(json.dumps(report.to_json(source.name, model), ensure_ascii=False), flush=True)
+                event = report.to_json(source.name, model, channel)
+                if format.lower() == "jsonl":
+                    show_data(json_line(event) + "\n")
                 elif report.state == "begin":
-                    print(_line(report), flush=True)
+                    show(_line(report))
+                if on in ("both", report.state):
+                    actions.put(event)
     if listener.left_out:
         _log.warning("%d windows were left out, as sound came faster than it was scored", listener.left_out)
     if signal.SIGINT in signals:
         raise KeyboardInterrupt
-    if signal.SIGTERM not in signals:
+    if signal.SIGTERM not in signals and source.endless:
         complain(f"{source.name} has ended")
         raise typer.Exit(1)
 
 
-def _source(address: str | None, device: str | None) -> "LiveSource":
-    if address is None:
-        from ced.sound import device as inputs
+def _source(address: str | None, device: str | None, channel: str, samples: "Samples | None") -> "LiveSource":
+    if address is not None and device is not None:
+        raise ConfigError(f"--device {device} and {address} cannot be used together; leave one out")
+    if address == "-":
+        from ced.sound.pipe import standard_input
 
-        return inputs.device(device)
-    if device is not None:
-        raise ConfigError(f"--device {device} and {address} cannot both be listened to; leave one out")
-    from ced.sound import live as streams
+        return standard_input(sys.stdin.fileno(), samples, channel)
+    if address is not None:
+        from ced.sound import live as streams
 
-    return streams.address(address)
+        return streams.address(address, channel)
+    from ced.sound import device as inputs
+
+    return inputs.device(device, channel)
+
+
+def _samples(
+    address: str | None, rate: int | None, channels: int | None, sample_format: str | None
+) -> "Samples | None":
+    """Return what raw samples on standard input are; None: a WAV header tells it."""
+    given = {"--rate": rate, "--channels": channels, "--sample-format": sample_format}
+    named = [option for option, value in given.items() if value is not None]
+    if named and address != "-":
+        raise ConfigError(f"{named[0]} is about samples on standard input; give - as the address")
+    if rate is None:
+        if named:
+            raise ConfigError(f"{named[0]} needs --rate, the rate of raw samples in Hz")
+        return None
+    from ced.sound.pipe import Samples
+
+    return Samples(rate, 1 if channels is None else channels, sample_format or Samples.format)
+
+
+def _actions(exec: list[str] | None, webhook: list[str] | None, mqtt: list[str] | None) -> "list[Action]":
+    from ced.tag.actions import Command, Mqtt, Webhook
+
+    commands = [Command(line) for line in exec or ()]
+    return [*commands, *(Webhook(url) for url in webhook or ()), *(Mqtt(url) for url in mqtt or ())]
 
 
 @contextmanager
 def _stopping(listener: "Listener") -> Iterator[list[int]]:
-    """Let the listener end in order when the program is asked to stop, and at once when it is asked again.
+    """End the listener in order at the first SIGINT or SIGTERM, and the program at the second.
 
     Gives the signals that came, in a list that they are added to.
     """
@@ -137,4 +183,4 @@ def _print_devices() -> None:
         raise typer.Exit(1)
     for each in found:
         channels = "1 channel" if each.channels == 1 else f"{each.channels} channels"
-        print(f"{each.index:3} {each.name}, {channels}, {each.rate} Hz{' (default)' if each.default else ''}")
+        show(f"{each.index:3} {each.name}, {channels}, {each.rate} Hz{' (default)' if each.default else ''}")

@@ -1,23 +1,21 @@
 """Options of the commands that tag sounds: their names and help texts, grouped as --help shows them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from ced.model.graph import Precision as GraphPrecision
 from ced.tag.options import EVENT_THRESHOLD, TOP_K, Tail
 
-_INPUT, _WINDOWS, _SELECTION, _EVENTS, _OUTPUT = "Input", "Windows", "Selection", "Events", "Output"  # panels of --help
+# Panels of --help
+_INPUT, _WINDOWS, _SELECTION, _EVENTS, _OUTPUT = "Input", "Windows", "Selection", "Events", "Output"
+_ACTIONS = "Actions"
 
-Sounds = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="SOUND...",
-        help="Files, folders, patterns, http(s) addresses, @LIST (a path a line; @-: on standard input), or - (a sound "
-        "on standard input).",
-    ),
-]
+_SOUNDS = "Files, folders, patterns, http(s) addresses, @LIST (a path a line; @-: on standard input), or - (a sound on "
+_SOUNDS += "standard input)."
+Sounds = Annotated[list[str], typer.Argument(metavar="SOUND...", help=_SOUNDS)]
+SoundsUnlessFrom = Annotated[list[str] | None, typer.Argument(metavar="SOUND...", help=_SOUNDS)]
 Model = Annotated[
     str,
     typer.Option(
@@ -31,6 +29,35 @@ Precision = Annotated[
     GraphPrecision,
     typer.Option(
         rich_help_panel=_INPUT, help="float32, or int8: a smaller and faster model whose scores differ a little."
+    ),
+]
+AllowPrivate = Annotated[
+    bool,
+    typer.Option(
+        "--allow-private",
+        rich_help_panel=_INPUT,
+        help="Let redirects and playlists of addresses lead to this machine and to local networks, too.",
+    ),
+]
+Channel = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=_INPUT,
+        metavar="mean|left|right|N|each",
+        help="Tag the mean of all channels, one of them (N counts from 1), or each on its own.",
+    ),
+]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", rich_help_panel=_INPUT, help="Refuse files that are cut short."),
+]
+From = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        rich_help_panel=_INPUT,
+        metavar="DIR",
+        help="Instead of sounds: the folder of a run with --keep-scores, for other thresholds, labels or events.",
     ),
 ]
 Jobs = Annotated[
@@ -134,13 +161,46 @@ Shortest = Annotated[
 
 # Live sound
 Address = Annotated[
-    str | None, typer.Argument(metavar="[URL]", help="An http(s) stream to listen to; default: an input device.")
+    str | None,
+    typer.Argument(
+        metavar="[URL|-]",
+        help="An http(s) or rtsp stream; -: samples or a WAV file on standard input; default: an input device.",
+    ),
 ]
 InputDevice = Annotated[
     str | None,
-    typer.Option("--device", "-d", help="Number or part of the name of an input; default: the system's own choice."),
+    typer.Option(
+        "--device",
+        "-d",
+        rich_help_panel=_INPUT,
+        help="Number or part of the name of an input; default: the system's own choice.",
+    ),
 ]
-ListDevices = Annotated[bool, typer.Option("--list-devices", help="Show the inputs of this machine, and end.")]
+ListDevices = Annotated[
+    bool, typer.Option("--list-devices", rich_help_panel=_INPUT, help="List the inputs of this machine, and exit.")
+]
+LiveChannel = Annotated[
+    str | None,
+    typer.Option(
+        "--channel",
+        rich_help_panel=_INPUT,
+        help="mean, left, right, or the number of a channel; default: 1 of a device, else the mean.",
+    ),
+]
+PipeRate = Annotated[
+    int | None, typer.Option("--rate", rich_help_panel=_INPUT, help="With -: sampling rate of raw samples, in Hz.")
+]
+PipeChannels = Annotated[
+    int | None, typer.Option("--channels", rich_help_panel=_INPUT, help="With --rate: number of channels; default: 1.")
+]
+PipeFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--sample-format",
+        rich_help_panel=_INPUT,
+        help="With --rate: s16le (default), u8, s24le, s32le, f32le and others, also as arecord names them (S16_LE).",
+    ),
+]
 LiveThreshold = Annotated[
     str,
     typer.Option(
@@ -162,7 +222,41 @@ LiveShortest = Annotated[
 ]
 LiveFormat = Annotated[
     str,
-    typer.Option("--format", "-f", help="text: a line when an event begins; jsonl: one then, and one when it is over."),
+    typer.Option(
+        "--format",
+        "-f",
+        rich_help_panel=_OUTPUT,
+        help="text: a line when an event begins; jsonl: one then, and one when it has ended.",
+    ),
+]
+Exec = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exec",
+        metavar="COMMAND",
+        rich_help_panel=_ACTIONS,
+        help="Run a command for each event, which it gets as JSON on standard input and as $CED_LABEL and others; no "
+        "shell is involved. May be repeated.",
+    ),
+]
+Webhook = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--webhook", metavar="URL", rich_help_panel=_ACTIONS, help="POST each event as JSON. May be repeated."
+    ),
+]
+Mqtt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--mqtt",
+        metavar="URL",
+        rich_help_panel=_ACTIONS,
+        help="Publish each event as JSON: mqtt://[NAME:PASSWORD@]HOST[:PORT][/TOPIC], or mqtts://. May be repeated.",
+    ),
+]
+On = Annotated[
+    Literal["begin", "end", "both"],
+    typer.Option("--on", rich_help_panel=_ACTIONS, help="Which events go to --exec, --webhook and --mqtt."),
 ]
 
 # Outputs
@@ -187,6 +281,16 @@ Out = Annotated[
     Path | None,
     typer.Option(
         "--out", "-o", rich_help_panel=_OUTPUT, help="Folder for outputs; an interrupted run is continued there."
+    ),
+]
+KeepScores = Annotated[
+    bool,
+    typer.Option("--keep-scores", rich_help_panel=_OUTPUT, help="With --out: keep the scores of windows for --from."),
+]
+Clips = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=_OUTPUT, metavar="DIR", help="With --events: cut each event out as a file in this folder."
     ),
 ]
 Combine = Annotated[

@@ -4,7 +4,6 @@ Clips are scored whole, those of equal length together, so that a clip's scores 
 of many forward passes is read and scored in blocks, so that memory does not grow with its length.
 """
 
-import csv
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,6 +29,7 @@ from ced.progress import Progress, silent
 from ced.sound.features import PATCH, TOP_DB, frames_of
 from ced.sound.labels import ClassTable
 from ced.sound.tables import multi_hot, parse_labels
+from ced.text import csv_lines
 
 DELIMITERS = {".tsv": "\t", ".csv": ","}  # of tables of results, by the suffixes that they may have
 PIECES_AT_ONCE = 32  # forward passes that a clip may need to be scored whole; 5 minutes with published networks
@@ -262,9 +262,8 @@ def write_results(path: Path, found: Evaluation) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter=DELIMITERS[path.suffix.lower()], lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+        for line in csv_lines((tuple(columns), *zip(*columns.values(), strict=True)), DELIMITERS[path.suffix.lower()]):
+            file.write(f"{line}\n")
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,7 +76,8 @@ class Meters:
             "ced_request_seconds", "Time from a request to its answer, for status 200.", registry=registry
         )
         self.sound = Counter("ced_sound_seconds", "Seconds of sound that were tagged.", registry=registry)
-        self.windows = Counter("ced_windows", "Windows that were scored.", registry=registry)
+        sizes = (1, 2, 4, 8, 16)
+        self.together = Histogram("ced_call_windows", "Windows scored in one call.", buckets=sizes, registry=registry)
 
     def report(self) -> bytes:
         """Return the values in Prometheus' text format, of all processes together."""
@@ -141,8 +142,8 @@ class Found:
 class Service:
     """Tags uploads within limits.
 
-    A sound is decoded and scored step by step, and each step is a task of one pool: since the tasks of a pool are
-    served in order of arrival, requests take turns, and a long sound does not delay a short one by more than a window.
+    A sound is decoded and scored step by step, a window each, and steps are served in order of arrival: requests take
+    turns, and a long sound does not delay a short one by more than a window.
 
     Args:
         model: scores waves.
@@ -166,6 +167,7 @@ class Service:
         self._taken = 0
         self._lock = Lock()
         self._pool = ThreadPoolExecutor(jobs, "ced-worker")
+        self._steps = _Steps(self.tagger, self._pool, jobs, self.meters)
         self._first_steps: set[Future[Any]] = set()  # of sounds that nothing was done with yet
         self.has_columns, self.has_embeddings = _warm_up(self.tagger)
 
@@ -324,7 +326,7 @@ class Service:
 
         def run_step() -> "asyncio.Future[Found | None]":
             nonlocal begun
-            step = self._pool.submit(self._step, decoding, plan)
+            step = self._steps.submit(decoding, plan)
             if not begun:
                 begun = True
                 self._first_steps.add(step)
@@ -370,18 +372,90 @@ class Service:
                     result.exception()  # which is of no interest any more
             _when_done([step for step in list(steps) if not step.cancel()], release)
 
-    def _step(self, decoding: "_Decoding", plan: Plan) -> "Found | None":
-        """Decode and score the next window of an upload; None: there is none."""
-        taken = decoding.take()
-        if taken is None:
-            return None
-        window, options = taken.window, plan.options
-        scored = self.tagger.score_window(window, options)
-        vector = None if plan.request.embeddings == "none" else self.tagger.embed_window(window)
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """The next window of an upload, which waits to be decoded and scored."""
+
+    decoding: "_Decoding"
+    plan: Plan
+    result: "Future[Found | None]"
+
+
+class _Steps:
+    """Works on steps in order of arrival; short windows that wait are scored together.
+
+    Nobody waits for that: only windows of one length whose steps wait already go together, as far as the model gains by
+    it (`OnnxModel.at_once`), and as many as leave work for the other threads.
+    """
+
+    def __init__(self, tagger: Tagger, pool: ThreadPoolExecutor, jobs: int, meters: Meters) -> None:
+        self._tagger, self._pool, self._jobs, self._meters = tagger, pool, jobs, meters
+        self._at_once: int = getattr(tagger.scorer, "at_once", 0)  # samples
+        self._waiting: deque[_Step] = deque()
+
+    def submit(self, decoding: "_Decoding", plan: Plan) -> "Future[Found | None]":
+        """Add a step; its result is None if the upload has no further window."""
+        step = _Step(decoding, plan, Future())
+        self._waiting.append(step)
+        self._pool.submit(self._work)
+        return step.result
+
+    def _work(self) -> None:
+        """Work on the oldest step and those that can go with it; there is one such task for each step."""
+        group: list[tuple[_Step, Taken]] = []
+        room, share = 1, -(-len(self._waiting) // self._jobs)
+        while len(group) < room and (found := self._decode_next()) is not None:
+            group.append(found)
+            step, taken = group[0]
+            samples = len(taken.window.wave)
+            room = min(share, self._at_once // samples)
+            if found[0].plan.options != step.plan.options or len(found[1].window.wave) != samples:
+                group.pop()
+                self._finish([found])
+        if group:
+            self._finish(group)
+
+    def _decode_next(self) -> "tuple[_Step, Taken] | None":
+        """Return the oldest step that has a window, and its window; None: no step waits."""
+        while True:
+            try:
+                step = self._waiting.popleft()
+            except IndexError:
+                return None
+            if not step.result.set_running_or_notify_cancel():
+                continue
+            try:
+                taken = step.decoding.take()
+            except BaseException as error:
+                step.result.set_exception(error)
+                continue
+            if taken is not None:
+                return step, taken
+            step.result.set_result(None)
+
+    def _finish(self, group: "list[tuple[_Step, Taken]]") -> None:
+        """Score windows that go together, and set the results of their steps."""
+        windows = [taken.window for _, taken in group]
+        try:
+            scores = self._tagger.score_together(windows, group[0][0].plan.options)
+            results = [
+                self._found(step.plan, taken, scored) for (step, taken), scored in zip(group, scores, strict=True)
+            ]
+        except BaseException as error:
+            for step, _ in group:
+                step.result.set_exception(error)
+            return
+        self._meters.together.observe(len(group))
+        for (step, _), result in zip(group, results, strict=True):
+            step.result.set_result(result)
+
+    def _found(self, plan: Plan, taken: Taken, scored: list[Scored]) -> Found:
+        options, window = plan.options, taken.window
+        vector = None if plan.request.embeddings == "none" else self._tagger.embed_window(window)
         selection = options.selection(plan.labels)
         pieces = [] if options.events or options.columns else [selection.tags(each) for each in scored]
-        self.meters.windows.inc()
-        self.meters.sound.inc(window.end - window.start)
+        self._meters.sound.inc(window.end - window.start)
         return Found(taken, scored, pieces, vector)
 
 

@@ -14,7 +14,7 @@ from urllib.parse import quote, urlsplit
 from ced.errors import AudioError, ConfigError
 from ced.sound import audio
 from ced.sound.ffmpeg import MEDIA_SUFFIXES
-from ced.sound.web import is_address
+from ced.sound.web import TrustedAddress, is_address, without_password
 from ced.text import decoded
 
 SUFFIXES = audio.AUDIO_SUFFIXES | MEDIA_SUFFIXES  # what is taken from folders, whether or not PyAV is there to read it
@@ -54,7 +54,7 @@ def each_channel(inputs: Iterable[Input]) -> Iterator[Input]:
             yield replace(item, relative=place, channel=number)
 
 
-def find_inputs(words: Sequence[str], stdin: BinaryIO | None = None) -> list[Input]:
+def find_inputs(words: Sequence[str], stdin: BinaryIO | None = None, *, allow_private: bool = False) -> list[Input]:
     """Find the sounds that words stand for, in the order of the words, each sound once.
 
     A word is a file; a folder (its sounds of known kinds, with those of its folders, sorted; what is left out of it,
@@ -65,6 +65,12 @@ def find_inputs(words: Sequence[str], stdin: BinaryIO | None = None) -> list[Inp
 
     `relative` of what a folder or the fixed part of a pattern holds is its place therein; of files that are named one
     by one, in words or in one list, their place in the deepest folder that holds them all.
+
+    Args:
+        words: what to find.
+        stdin: standard input, if there is one.
+        allow_private: redirects and playlists of addresses may lead to hosts that are not public. The names of
+            addresses are without passwords.
 
     Raises:
         AudioError: a folder, a pattern or a list holds no sound.
@@ -87,8 +93,14 @@ def find_inputs(words: Sequence[str], stdin: BinaryIO | None = None) -> list[Inp
             found += _meant(word, places)
     unique: dict[str, Input] = {}
     for item in found:
-        unique.setdefault(item.name, item)
+        unique.setdefault(str(item.source), item)
+    if allow_private:
+        return [replace(item, source=_trusted(item.source)) for item in unique.values()]
     return list(unique.values())
+
+
+def _trusted(source: audio.Source) -> audio.Source:
+    return TrustedAddress(source) if isinstance(source, str) and is_address(source) else source
 
 
 def _is_named(word: str) -> bool:
@@ -105,7 +117,7 @@ def _is_pattern(word: str) -> bool:
 def _meant(word: str, places: dict[str, Path]) -> Iterator[Input]:
     """Yield the inputs of a word that needs no standard input; `places` are those of files that are named."""
     if is_address(word):
-        yield Input(word, word, _place_of_address(word))
+        yield Input(without_password(word), word, _place_of_address(word))
     elif os.path.isdir(word):
         yield from _in_folder(word)
     elif _is_pattern(word):
@@ -122,7 +134,7 @@ def _in_folder(folder: str) -> Iterator[Input]:
         kinds = ", ".join(sorted(SUFFIXES))
         raise AudioError(f"folder {folder} holds no sound files{_counted(left_out, ': ')}", hint=f"known are {kinds}")
     if left_out:
-        _log.info("%s: %d files or folders left out%s", folder, left_out.total(), _counted(left_out, ": "))
+        _log.info("%s: left out%s", folder, _counted(left_out, ": "))
     for file in sorted(files, key=lambda file: file.split(os.sep)):
         yield Input(file, file, Path(os.path.relpath(file, folder)))
 

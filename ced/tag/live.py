@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from ced.errors import ConfigError
+from ced.sound.audio import Channel
 from ced.sound.labels import ClassTable
 from ced.sound.live import Listening, LiveSource
 from ced.tag.events import Event
@@ -30,10 +31,10 @@ class Report:
     time: float  # when it began or ended, in seconds as of time.time()
     piece: Tags  # its times count from the first sound heard; while it goes on, its end is how far that is known
 
-    def to_json(self, source: str, model: str) -> dict[str, Any]:
-        """Return it as JSON has it: a record with one piece, and what is new about it."""
+    def to_json(self, source: str, model: str, channel: Channel = "mean") -> dict[str, Any]:
+        """Return the report as a value for `json.dumps`: a record with one piece, and what is new about it."""
         piece = Tags(round(self.piece.start, 3), round(self.piece.end, 3), self.piece.tags)  # as the clock's time
-        record = Record(source, model, piece.end, (piece,), "events").to_json()
+        record = Record(source, model, piece.end, (piece,), "events", channel).to_json()
         stamp = datetime.fromtimestamp(self.time).astimezone().isoformat(timespec="milliseconds")
         return {**record, "state": self.state, "event": self.event, "time": stamp}
 

@@ -41,7 +41,7 @@ def test_requests_take_turns_window_by_window() -> None:
         probs = [answer.json()["pieces"][0]["tags"][0]["prob"] for answer in short.answers() + long.answers()]
         assert probs == pytest.approx([0.1, 0.2, 0.5], abs=1e-6)
         assert metrics(client)["ced_sound_seconds_total"] == 10.75
-        assert metrics(client)["ced_windows_total"] == 3
+        assert metrics(client)["ced_call_windows_sum"] == 3
 
 
 def test_a_short_sound_does_not_wait_for_a_long_one() -> None:

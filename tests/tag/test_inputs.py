@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ced.errors import AudioError, ConfigError
+from ced.sound.web import TrustedAddress
 from ced.tag.inputs import Input, find_inputs
 
 
@@ -60,7 +61,7 @@ def test_what_is_left_out_of_a_folder_is_counted(tree: Path, caplog: pytest.LogC
     caplog.set_level("INFO")
     assert found("mixed") == [("mixed/sound.wav", "sound.wav")]
     (note,) = caplog.messages
-    assert note.startswith("mixed: 10 files or folders left out: 3 .txt, ")
+    assert note.startswith("mixed: left out: 3 .txt, ")
     assert note.endswith(" 3 of other kinds")
     caplog.clear()
     assert found("other") == [("other/b.wav", "b.wav")]
@@ -86,7 +87,7 @@ def test_only_files_are_taken_from_a_folder(tree: Path, caplog: pytest.LogCaptur
     (tree / "other/named.wav").mkdir()
     caplog.set_level("INFO")
     assert [name for name, _ in found("other")] == ["other/b.wav", "other/broken.wav", "other/link.wav"]
-    assert caplog.messages == ["other: 3 files or folders left out: 2 pipe or device, 1 linked folder"]
+    assert caplog.messages == ["other: left out: 2 pipe or device, 1 linked folder"]
 
 
 def test_a_folder_that_cannot_be_searched_is_named(
@@ -172,7 +173,11 @@ def test_sound_on_standard_input(tree: Path) -> None:
     ],
 )
 def test_addresses(address: str, place: str) -> None:
-    assert find_inputs([address]) == [Input(address, address, Path(place))]
+    name = address.replace("HTTPS://me:secret", "https://me:***")
+    assert find_inputs([address]) == [Input(name, address, Path(place))]
+    (trusted,) = find_inputs([address], allow_private=True)
+    assert isinstance(trusted.source, TrustedAddress)
+    assert trusted == Input(name, address, Path(place))
 
 
 def test_no_words() -> None:
