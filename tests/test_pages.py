@@ -183,6 +183,13 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert [date for _, date in releases] == sorted((date for _, date in releases), reverse=True)
 
 
+def test_the_map_names_the_modules_that_there_are() -> None:
+    named = set(re.findall(r"`([a-z]\w*\.py)`", (DOCS / "design.md").read_text(encoding="utf-8")))
+    modules = {path.name for path in (ROOT / "ced").rglob("*.py")} - {"__init__.py", "__main__.py"}
+    assert modules - named == set()
+    assert named - modules == set(PROGRAMS)
+
+
 def test_every_error_is_explained() -> None:
     page = (DOCS / "errors.md").read_text(encoding="utf-8")
     for name in ced.__all__:
