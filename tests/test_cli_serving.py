@@ -280,7 +280,8 @@ def test_a_unix_socket_is_removed_at_the_end_and_replaced_after_a_kill(graph: Pa
             process.send_signal(number)
             assert process.wait(60) == (-9 if number == signal.SIGKILL else 0)
             assert process.stdout is not None
-            assert json.loads(process.stdout.read())["client"] == "203.0.113.7"
+            if number == signal.SIGTERM:
+                assert json.loads(process.stdout.read())["client"] == "203.0.113.7"
         assert path.exists() == (number == signal.SIGKILL)
 
 
@@ -351,3 +352,11 @@ def test_what_cannot_be_served_is_one_line(
             assert line.startswith("ced: error: ")
             assert said in line
             assert "secret" not in line
+
+
+def test_a_standard_output_that_nobody_reads_holds_up_no_request(graph: Path) -> None:
+    with serving(graph, "--port", "0") as (process, url), httpx.Client(base_url=url, timeout=20) as client:
+        for _ in range(500):  # more lines than a pipe takes
+            assert client.get("/healthz/ready", params={"x": "y" * 500}).status_code == 200
+        process.terminate()
+        assert process.wait(60) == 0
