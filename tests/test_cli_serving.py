@@ -191,7 +191,7 @@ def test_a_stop_is_quiet_and_prompt(graph: Path, number: signal.Signals, code: i
         with socket.create_connection(place, timeout=20) as junk:
             junk.sendall(b"\0junk\r\n\r\n")
             assert junk.recv(12) == b"HTTP/1.1 400"
-        idle = [socket.create_connection(place) for _ in range(10)]
+        idle = [socket.create_connection(place) for _ in range(10)]  # just before the signal
         began = time.monotonic()
         process.send_signal(number)
         assert process.wait(60) == code
@@ -200,6 +200,16 @@ def test_a_stop_is_quiet_and_prompt(graph: Path, number: signal.Signals, code: i
             each.close()
         assert process.stderr is not None
         assert process.stderr.read() == ("" if code == 0 else "ced: interrupted\n")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_stop_right_after_the_start_is_not_missed(graph: Path, workers: str) -> None:
+    for _ in range(3):
+        with serving(graph, "--port", "0", "--workers", workers) as (process, _):
+            process.terminate()
+            assert process.wait(30) == 0
+            assert process.stderr is not None
+            assert process.stderr.read() == ""
 
 
 def test_each_request_is_a_line_on_standard_output(graph: Path) -> None:
@@ -296,6 +306,10 @@ def test_app_is_the_server_for_this_machine_only(graph: Path, tmp_path: Path) ->
         assert httpx.get(url, headers={"Host": "example.org"}).status_code == 400
         limits = httpx.get(f"{url}/v1/model").json()["limits"]
         assert limits["seconds"] >= 3600
+        end = time.monotonic() + 30
+        while not opened.exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
         process.terminate()
         assert process.wait(60) == 0
     assert opened.read_text().strip() == url

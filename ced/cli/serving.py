@@ -130,18 +130,21 @@ def _run(settings: "Settings", listener: socket.socket, workers: int, access_log
     with reporting() as progress:
         app = server.open_application(settings, progress)
     where = server.address(listener)
-    docs = f", described at {where}/docs" if where.startswith("http") else ""
-    tell(f"ced: serving {settings.model} at {where}{docs}")
-    if browser:
-        import webbrowser
 
-        webbrowser.open(where)
+    def ready() -> None:
+        docs = f", described at {where}/docs" if where.startswith("http") else ""
+        tell(f"ced: serving {settings.model} at {where}{docs}")
+        if browser:  # in a thread, as some browsers end only when their user does
+            import webbrowser
+
+            threading.Thread(target=webbrowser.open, args=(where,), daemon=True).start()
+
     if workers > 1:
         app.close()
-        server.run_workers(settings, listener, workers, partial(_set_up_worker, access_log))
+        server.run_workers(settings, listener, workers, partial(_set_up_worker, access_log), ready)
     else:
         _set_up_logs(access_log)
-        server.run(app, settings, listener)
+        server.run(app, settings, listener, ready)
 
 
 def _set_up_worker(access_log: bool) -> None:
