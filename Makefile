@@ -14,7 +14,7 @@ test: .venv/dev.stamp  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not network"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-network: .venv/dev.stamp  ## download the published weights and compare them with published values
 	$(BIN)/pytest -m network

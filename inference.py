@@ -3,4 +3,4 @@
 from ced.cli import main
 
 if __name__ == "__main__":
-    main("tag")
+    main("tag", "--tail", "short")

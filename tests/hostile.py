@@ -147,6 +147,11 @@ def thousands_of_joined_wav_files() -> bytes:
     return riff(b"WAVE", fmt(), chunk(b"data", bytes(2))) * 20_000
 
 
+@case("chunks.wav")
+def wav_of_empty_chunks() -> bytes:
+    return riff(b"WAVE", chunk(b"JUNK", b"") * 1_000_000, fmt(), chunk(b"data", bytes(3_200)))
+
+
 @case("slow.aiff")
 def aiff_at_1_hz() -> bytes:
     """38 kB that are five hours."""
@@ -255,6 +260,11 @@ def mp4_nested_deeply() -> bytes:
     for _ in range(20_000):
         data = box(b"moov", data)
     return _TYPE + data
+
+
+@case("boxes.mp4")
+def mp4_of_empty_boxes() -> bytes:
+    return _TYPE + box(b"free", b"") * 1_000_000
 
 
 @case("fragments.mp4")
@@ -428,6 +438,16 @@ def ogg_with_comments_of_2_gb() -> bytes:
 @case("tag.mp3")
 def mp3_with_a_tag_of_256_mb() -> bytes:
     return b"ID3\4\0\0\x7f\x7f\x7f\x7f" + b"APIC\x7f\x7f\x7f\x7f\0\0" + b"\xff\xfb\x90\x64" * 100
+
+
+@case("tags.mp3")
+def mp3_of_empty_tags() -> bytes:
+    return b"ID3\4\0\0\0\0\0\0" * 500_000
+
+
+@case("tags.flv")
+def flv_of_empty_tags() -> bytes:
+    return b"FLV\1\4\0\0\0\x09\0\0\0\0" + (b"\x08" + bytes(14)) * 500_000
 
 
 @case("syncs.mp3")

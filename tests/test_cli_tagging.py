@@ -138,7 +138,7 @@ def test_a_foreign_journal_is_left_alone(graph: Path, sounds: Path) -> None:
     Path("out/journal.jsonl").write_text("my diary")
     done = ced("tag", "-m", graph, sounds, "-o", "out")
     assert said(done, 1) == ""
-    assert "out/journal.jsonl is no journal" in done.stderr.decode()
+    assert "out/journal.jsonl is not a journal" in done.stderr.decode()
     assert Path("out/journal.jsonl").read_text() == "my diary"
 
 

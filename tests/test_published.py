@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import soundfile
@@ -11,8 +12,12 @@ from numpy.typing import NDArray
 
 import ced
 from ced.model import loading, runtime, zoo
+from ced.model.graph import Precision
+from ced.model.torch_scorer import TorchScorer
 from ced.model.vit import CED
+from ced.serve.server import Settings, open_application
 from tests.local_hub import LocalHub, published, random_network, running
+from tests.serve.served import running as served
 
 DATA = Path(__file__).parent / "data"
 RATE = 16_000
@@ -121,3 +126,27 @@ def test_the_comparison_passes_for_right_values_and_fails_for_wrong_ones(hub: CE
         wrong = golden | {clip: golden[clip] + np.float32(3e-3) * (np.arange(527) == 500)}
         with pytest.raises(AssertionError, match=f"ced_tiny, {clip}: the network differs by 0.003"):
             compare_with_golden("ced_tiny", wrong)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_the_server_gives_scores_and_embeddings_of_a_published_name(hub: CED, precision: Precision) -> None:
+    wave = clips()["noise_10s"]
+    settings = Settings("ced_tiny", "ced_tiny", precision=precision)
+    with (
+        served(open_application(settings)) as address,
+        httpx.Client(base_url=address, timeout=120) as client,
+    ):
+        answer = client.post(
+            "/v1/audio/classification",
+            content=(wave[0] * 32_768).astype("<i2").tobytes(),
+            headers={"content-type": "audio/pcm; rate=16000"},
+            params={"top_k": 527, "embeddings": "clip", "window": 30},
+        )
+    assert answer.status_code == 200, answer.text
+    found, scorer = answer.json(), TorchScorer(hub)
+    probs = {tag["index"]: tag["prob"] for tag in found["pieces"][0]["tags"]}
+    expected = scorer(wave)[0]
+    close = 1e-5 if precision == "float32" else 0.05
+    assert [probs[index] for index in range(527)] == pytest.approx(expected.tolist(), abs=close)
+    assert (max(abs(probs[index] - expected[index]) for index in range(527)) > 1e-4) == (precision == "int8")
+    np.testing.assert_allclose(found["embeddings"][0]["vector"], scorer.embed(wave)[0], atol=20 * close)

@@ -39,6 +39,7 @@ def live(
     channels: options.PipeChannels = None,
     sample_format: options.PipeFormat = None,
     model: options.Model = "ced_mini",
+    precision: options.Precision = "float32",
     window: options.LiveWindow = 1.5,
     hop: options.LiveHop = 0.25,
     silence: options.Silence = None,
@@ -73,7 +74,7 @@ def live(
     from ced.tag.tagger import Tagger
 
     with reporting() as progress:
-        graph = open_model(model, threads=cores(), progress=progress)
+        graph = open_model(model, precision=precision, threads=cores(), progress=progress)
     with Tagger(graph, name=model) as tagger, Actions(found) as actions:
         settings = replace(
             OPTIONS,

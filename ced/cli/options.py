@@ -12,14 +12,10 @@ from ced.tag.options import EVENT_THRESHOLD, TOP_K, Tail
 _INPUT, _WINDOWS, _SELECTION, _EVENTS, _OUTPUT = "Input", "Windows", "Selection", "Events", "Output"
 _ACTIONS = "Actions"
 
-Sounds = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="SOUND...",
-        help="Files, folders, patterns, http(s) addresses, @LIST (a path a line; @-: on standard input), or - (a sound "
-        "on standard input).",
-    ),
-]
+_SOUNDS = "Files, folders, patterns, http(s) addresses, @LIST (a path a line; @-: on standard input), or - (a sound on "
+_SOUNDS += "standard input)."
+Sounds = Annotated[list[str], typer.Argument(metavar="SOUND...", help=_SOUNDS)]
+SoundsUnlessFrom = Annotated[list[str] | None, typer.Argument(metavar="SOUND...", help=_SOUNDS)]
 Model = Annotated[
     str,
     typer.Option(
@@ -41,6 +37,27 @@ AllowPrivate = Annotated[
         "--allow-private",
         rich_help_panel=_INPUT,
         help="Let redirects and playlists of addresses lead to this machine and to local networks, too.",
+    ),
+]
+Channel = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=_INPUT,
+        metavar="mean|left|right|N|each",
+        help="Tag the mean of all channels, one of them (N counts from 1), or each on its own.",
+    ),
+]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", rich_help_panel=_INPUT, help="Refuse files that are cut short."),
+]
+From = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        rich_help_panel=_INPUT,
+        metavar="DIR",
+        help="Instead of sounds: the folder of a run with --keep-scores, for other thresholds, labels or events.",
     ),
 ]
 Jobs = Annotated[
@@ -264,6 +281,16 @@ Out = Annotated[
     Path | None,
     typer.Option(
         "--out", "-o", rich_help_panel=_OUTPUT, help="Folder for outputs; an interrupted run is continued there."
+    ),
+]
+KeepScores = Annotated[
+    bool,
+    typer.Option("--keep-scores", rich_help_panel=_OUTPUT, help="With --out: keep the scores of windows for --from."),
+]
+Clips = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=_OUTPUT, metavar="DIR", help="With --events: cut each event out as a file in this folder."
     ),
 ]
 Combine = Annotated[

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ced.cli.console import reporting, set_up_logging, set_up_streams, show_data, tell
-from ced.cli.options import Jobs, Model
+from ced.cli.options import Jobs, Model, Precision
 from ced.errors import ConfigError, optional_packages
 from ced.machine import allow_open_files, cores
 
@@ -41,6 +41,7 @@ _MaxLive = Annotated[int, typer.Option(min=0, help="Most live connections at the
 
 def serve(
     model: Model = "ced_mini",
+    precision: Precision = "float32",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 or :: for other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: any free one.")] = 8000,
     unix_socket: Annotated[
@@ -88,6 +89,7 @@ def serve(
             jobs or max(1, cores() // workers),
             _limits(max_megabytes, max_seconds, queue, max_live),
             Access(keys, _hosts(listener, host, allowed_host), _prefix(root_path), allow_addresses),
+            precision,
             ("*",) if unix_socket is not None else tuple(map(_network, proxy or ())),
         )
         if not is_local and not keys:
@@ -101,6 +103,7 @@ def serve(
 
 def show(
     model: Model = "ced_mini",
+    precision: Precision = "float32",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: any free one.")] = 0,
     jobs: Jobs = None,
     max_megabytes: _MaxMegabytes = 2000.0,
@@ -118,7 +121,7 @@ def show(
     with server.listen("127.0.0.1", port) as listener:
         limits = _limits(max_megabytes, max_seconds, queue=16, live=4)
         access = Access(hosts=_hosts(listener, "127.0.0.1", None), addresses=allow_addresses)
-        settings = server.Settings(model, Path(model).name, jobs or cores(), limits, access, grace=1)
+        settings = server.Settings(model, Path(model).name, jobs or cores(), limits, access, precision, grace=1)
         _run(settings, listener, 1, False, browser)
 
 

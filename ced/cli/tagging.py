@@ -1,37 +1,43 @@
 """The commands tag and embed."""
 
 import hashlib
+import io
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ced.cli import options
 from ced.cli.console import complain, reporting, show, show_data
-from ced.errors import ConfigError
+from ced.errors import AudioError, ConfigError
 from ced.machine import cores
 from ced.progress import NotedProgress, silent
 from ced.tag.options import TagOptions
 
 if TYPE_CHECKING:
     from ced.sound.labels import ClassTable
-    from ced.tag.batch import Outcome, Timed
+    from ced.tag.batch import Meter
     from ced.tag.inputs import Input
-    from ced.tag.records import Record
+    from ced.tag.records import Record, Tags, Timeline
     from ced.tag.results import Format
-    from ced.tag.tagger import Scorer
+    from ced.tag.tagger import Scorer, Tagger, TagStream
 
-T = TypeVar("T", bound="Timed")
+EACH = "each"  # of --channel: every channel on its own
+_SCORED = ("window", "hop", "columns", "tail", "silence", "channel", "strict", "clock")  # what scores depend on
 
 
 def tag(
-    sounds: options.Sounds,
+    sounds: options.SoundsUnlessFrom = None,
     allow_private: options.AllowPrivate = False,
     model: options.Model = "ced_mini",
     precision: options.Precision = "float32",
+    channel: options.Channel = "mean",
+    strict: options.Strict = False,
+    earlier: options.From = None,
     window: options.Window = TagOptions.window,
     hop: options.Hop = None,
     columns: options.Columns = False,
@@ -50,21 +56,23 @@ def tag(
     clock: options.Clock = None,
     out: options.Out = None,
     combine: options.Combine = False,
+    keep_scores: options.KeepScores = False,
+    clips: options.Clips = None,
     jobs: options.Jobs = None,
 ) -> None:
-    """Tag sounds: print the most probable classes of each window, or write them to files.
+    """Tag sounds: print the most probable classes of each window as it is known, or write them to files.
 
-    A sound that cannot be read is named and left out; the exit code is then 1.
+    A sound that cannot be read is named and left out, one that is cut short is tagged as far as it goes; the exit code
+    is then 1.
     """
-    from ced.tag.inputs import find_inputs
-    from ced.tag.tagger import Tagger
-
-    settings = TagOptions(
+    chosen = TagOptions(
         window=window,
         hop=hop,
         columns=columns,
         tail=tail,
         silence=silence,
+        channel="mean" if channel == EACH else channel,
+        strict=strict,
         top_k=topk,
         only=tuple(labels or ()),
         exclude=tuple(exclude or ()),
@@ -75,27 +83,27 @@ def tag(
         shortest=shortest,
         clock=clock,
     )
-    inputs = find_inputs(sounds, sys.stdin.buffer, allow_private=allow_private)
-    kind = _checked_output(format, out, combine, len(inputs), clock)
-    with (
-        reporting() as progress,
-        Tagger(model, precision=precision, jobs=jobs or cores(), progress=progress) as tagger,
-    ):
-        if threshold is not None:
-            settings = replace(settings, thresholds=thresholds(threshold, tagger.labels))
-        settings = tagger.checked(settings)
-
-        def process(sound: "Input") -> "Record":
-            return tagger.tag(sound.source, settings, name=sound.name)
-
-        if out is None:
-            failed = _print_records(inputs, process, kind, jobs or cores(), progress)
+    if not sounds and earlier is None:
+        raise typer.BadParameter("name sounds, or with --from the folder of an earlier run", param_hint="SOUND...")
+    output = _Output(format or ["text"], out, combine, keep_scores, clips)
+    output.check(chosen)
+    with reporting() as progress:
+        if earlier is not None:
+            _check_from(sounds, chosen, channel, (model, precision), output, earlier)
+            ok = _tag_again(earlier, chosen, threshold, output, progress)
         else:
-            journalled = {"model": _fingerprint(tagger.scorer), **settings.settings()}
-            failed = _write_records(
-                inputs, process, out, journalled, format or ["text"], combine, jobs or cores(), progress
-            )
-    if failed:
+            from ced.tag.inputs import each_channel, find_inputs
+            from ced.tag.tagger import Tagger
+
+            inputs = find_inputs(sounds or (), sys.stdin.buffer, allow_private=allow_private)
+            if channel == EACH:
+                inputs = list(each_channel(inputs))
+            output.check_inputs(inputs, chosen)
+            with Tagger(model, precision=precision, jobs=jobs or cores(), progress=progress) as tagger:
+                if threshold is not None:
+                    chosen = replace(chosen, thresholds=thresholds(threshold, tagger.labels))
+                ok = _tag_sounds(tagger, inputs, tagger.checked(chosen), channel, output, jobs or cores(), progress)
+    if not ok:
         raise typer.Exit(1)
 
 
@@ -105,6 +113,8 @@ def embed(
     allow_private: options.AllowPrivate = False,
     model: options.Model = "ced_mini",
     precision: options.Precision = "float32",
+    channel: options.Channel = "mean",
+    strict: options.Strict = False,
     window: options.Window = TagOptions.window,
     hop: options.Hop = None,
     tail: options.Tails = TagOptions.tail,
@@ -113,103 +123,256 @@ def embed(
 ) -> None:
     """Write an embedding of each sound, a vector for classifiers and searches of your own.
 
-    A sound that cannot be read is named and left out; the exit code is then 1.
+    A sound that cannot be read is named and left out, one that is cut short is embedded as far as it goes; the exit
+    code is then 1.
     """
     from ced.tag import batch
-    from ced.tag.embeddings import check_suffix, rows_of, write_embeddings
-    from ced.tag.inputs import Input, find_inputs
+    from ced.tag.embeddings import Row, check_suffix, rows_of, write_embeddings
+    from ced.tag.inputs import Input, each_channel, find_inputs
     from ced.tag.tagger import Embedding, Tagger
 
     check_suffix(out)
     inputs = find_inputs(sounds, sys.stdin.buffer, allow_private=allow_private)
-    jobs = jobs or cores()
-    failed: list[str] = []
-    with reporting() as progress, Tagger(model, precision=precision, jobs=jobs, progress=progress) as tagger:
+    if channel == EACH:
+        inputs = list(each_channel(inputs))
+    failed, cut = 0, 0
+    with (
+        reporting() as progress,
+        Tagger(model, precision=precision, jobs=jobs or cores(), progress=progress) as tagger,
+    ):
 
-        def process(sound: Input) -> Embedding:
-            return tagger.embed(sound.source, window=window, hop=hop, tail=tail)
+        def process(item: Input) -> Embedding:
+            one = ("mean" if channel == EACH else channel) if item.channel is None else item.channel
+            return tagger.embed(item.source, window=window, hop=hop, tail=tail, channel=one, strict=strict)
 
-        found = _without_failures(
-            batch.results(inputs, process, jobs=jobs, task="embedding", progress=progress), failed
-        )
-        rows = (row for sound, vectors in found for row in rows_of(sound.name, vectors, windows=windows))
-        count = write_embeddings(out, rows)
-    show(f"{out}: {count} vectors of {len(inputs) - len(failed)} sounds, {len(failed)} failed")
-    if failed:
+        def rows() -> Iterator[Row]:
+            nonlocal failed, cut
+            for outcome in batch.results(inputs, process, jobs=jobs or cores(), task="embedding", progress=progress):
+                if outcome.result is None:
+                    complain(outcome.error, hint=outcome.hint)
+                    failed += 1
+                    continue
+                cut += not outcome.result.complete
+                yield from rows_of(outcome.input.name, outcome.result, windows=windows)
+
+        count = write_embeddings(out, rows())
+    show(f"{out}: {count} vectors of {len(inputs) - failed} sounds, {failed} failed" + f", {cut} cut short" * bool(cut))
+    if failed or cut:
         raise typer.Exit(1)
 
 
-def _checked_output(
-    names: list[str] | None, out: Path | None, combine: bool, sounds: int, clock: str | None
-) -> "Format":
-    """Refuse impossible outputs before any work is done for them; return the first, which may be printed."""
-    from ced.tag.results import formats
+@dataclass(frozen=True)
+class _Output:
+    """Where tags go: to standard output, or in several formats into a folder; and events as clips."""
 
-    if combine and out is None:
-        raise ConfigError("--combine says how files are written; name their folder with --out")
-    if out is None and len(names or ()) > 1:
-        raise ConfigError(f"{' and '.join(names or ())} cannot be printed at once; name a folder with --out")
-    if clock not in (None, "auto") and sounds > 1:
-        raise ConfigError(f"--clock {clock} is the start of one sound; {sounds} are named")
-    shared = combine or (out is None and sounds > 1)
-    return formats(names or ["text"], shared=shared, printed=out is None, clock=clock is not None)[0]
+    formats: Sequence[str]
+    folder: Path | None
+    combine: bool
+    keep_scores: bool
+    clips: Path | None
+
+    def check(self, chosen: TagOptions) -> None:
+        """Refuse impossible outputs before any work is done for them."""
+        if self.combine and self.folder is None:
+            raise ConfigError("--combine says how files are written; name their folder with --out")
+        if self.keep_scores and self.folder is None:
+            raise ConfigError("--keep-scores keeps the scores of a run in its folder; name that with --out")
+        if self.folder is None and len(self.formats) > 1:
+            raise ConfigError(f"{' and '.join(self.formats)} cannot be printed at once; name a folder with --out")
+        if self.clips is not None and not chosen.events:
+            raise ConfigError("--clips cuts out events; ask for them with --events")
+
+    def check_inputs(self, inputs: "Sequence[Input]", chosen: TagOptions) -> None:
+        """Refuse what these sounds do not allow, and formats that are unknown or cannot be written."""
+        if chosen.clock not in (None, "auto") and len(inputs) > 1:
+            raise ConfigError(f"--clock {chosen.clock} is the start of one sound; {len(inputs)} are named")
+        if self.clips is not None and any(isinstance(item.source, io.IOBase) for item in inputs):
+            raise ConfigError("--clips reads sounds twice, which standard input does not allow; name a file")
+        self.found(len(inputs), clock=chosen.clock is not None)
+
+    def found(self, sounds: int, *, clock: bool) -> "Sequence[Format]":
+        """Return the formats."""
+        from ced.tag.results import formats
+
+        shared = self.combine or (self.folder is None and sounds > 1)
+        return formats(self.formats, shared=shared, printed=self.folder is None, clock=clock)
 
 
-def _print_records(
+def _tag_sounds(
+    tagger: "Tagger",
     inputs: "Sequence[Input]",
-    process: "Callable[[Input], Record]",
-    kind: "Format",
+    chosen: TagOptions,
+    channel: str,
+    output: _Output,
     jobs: int,
     progress: NotedProgress,
-) -> int:
-    """Print what is found in each sound, as it comes; return how many failed."""
-    from ced.tag import batch
+) -> bool:
+    """Tag sounds; return whether all of them could be read to the end."""
+    from ced.tag.batch import Meter, unfinished_scores
+    from ced.tag.journal import stamp_of
+    from ced.tag.scores import Kind, ScoreLog
+    from ced.tag.tagger import in_turn
 
-    failed: list[str] = []
-    shown = silent if sys.stdout.isatty() else progress  # results on a terminal are progress enough
-    found = _without_failures(batch.results(inputs, process, jobs=jobs, progress=shown), failed)
+    def options_of(item: "Input") -> TagOptions:
+        return chosen if item.channel is None else replace(chosen, channel=item.channel)
+
+    if output.folder is None:
+        # On a terminal, results are progress enough.
+        meter = Meter(silent if sys.stdout.isatty() else progress, len(inputs), "tagging")
+        streams = in_turn(
+            (tagger.stream(item.source, options_of(item), name=item.name, progress=meter.sound) for item in inputs),
+            jobs,
+        )
+        bad: list[str] = []
+        _print(_whole(zip(inputs, streams, strict=True), output, meter, bad), output, len(inputs), chosen.clock)
+        return not bad
+
+    folder, meter = output.folder, Meter(progress, len(inputs), "tagging")
+    settings = {"model": _fingerprint(tagger.scorer), **chosen.settings(), "channel": channel}
+
+    def process(item: "Input") -> "Record":
+        # What comes through a pipe is never the same again.
+        stamp = stamp_of(item) or os.urandom(8).hex()
+        about = {"sound": item.key, "stamp": stamp, "settings": settings}
+        kind: Kind = "float16" if output.keep_scores else "float32"
+        with ScoreLog(folder, unfinished_scores(item), len(tagger.labels), about, kind) as scores:
+            stream = tagger.stream(item.source, options_of(item), name=item.name, scores=scores, progress=meter.sound)
+            record = stream.record()
+            scores.close(finish=output.keep_scores)
+        _cut(item.source, record.pieces, output, item)
+        return record
+
+    if output.keep_scores:
+        from ced.tag.rerun import write_classes
+
+        write_classes(folder, tagger.labels)
+    return _write(inputs, process, settings, output, jobs, meter)
+
+
+def _tag_again(
+    folder: Path, chosen: TagOptions, threshold: str | None, output: _Output, progress: NotedProgress
+) -> bool:
+    """Make tags from the scores of an earlier run; return whether all of its sounds have them and are whole."""
+    from ced.tag.batch import Meter
+    from ced.tag.rerun import EarlierRun
+
+    run = EarlierRun(folder)
+    if threshold is not None:
+        chosen = replace(chosen, thresholds=thresholds(threshold, run.labels))
+    chosen.check(run.labels)
+    clock = run.settings.get("clock")
+    output.found(len(run.inputs), clock=clock is not None)
+    meter = Meter(progress, len(run.inputs), "tagging")
+
+    def process(item: "Input") -> "Record":
+        record = run.record(item, chosen)
+        meter.sound(record.seconds)
+        _cut(item.name, record.pieces, output, item)
+        return record
+
+    if output.folder is None:
+        bad: list[str] = []
+        _print(_records(run.inputs, process, meter, bad), output, len(run.inputs), clock)
+        return not bad
+    settings = {**chosen.settings(), **{name: run.settings.get(name) for name in ("model", *_SCORED)}}
+    return _write(run.inputs, process, settings, output, 1, meter)
+
+
+def _check_from(
+    sounds: Sequence[str] | None,
+    chosen: TagOptions,
+    channel: str,
+    model: tuple[str, str],
+    output: _Output,
+    folder: Path,
+) -> None:
+    """Refuse what cannot be asked of the scores of an earlier run."""
+    if sounds:
+        raise ConfigError(f"--from tags the sounds of an earlier run; leave out {', '.join(sounds)}")
+    given = [name for name in _SCORED if getattr(chosen, name) != getattr(TagOptions, name)]
+    given += ["channel"] * (channel == EACH) + ["model or precision"] * (model != ("ced_mini", "float32"))
+    if given:
+        raise ConfigError(f"{given[0]} is fixed in the scores of an earlier run; leave it out with --from {folder}")
+    if output.keep_scores:
+        raise ConfigError("--keep-scores is of no use with --from; the scores stay where they are")
+    if output.folder is not None and output.folder.resolve() == folder.resolve():
+        raise ConfigError(f"--out and --from are both {folder}; choose another folder for the new tags")
+
+
+def _whole(
+    pairs: "Iterable[tuple[Input, TagStream]]", output: _Output, meter: "Meter", bad: list[str]
+) -> "Iterator[Timeline]":
+    """Yield the streams that can be read, and add the names of those that could not, or not to the end, to `bad`."""
+    for item, stream in pairs:
+        if stream.wait():
+            yield stream  # which is written before the next is asked for
+        try:
+            if stream.error is not None:
+                raise stream.error
+            _cut(item.source, stream.events, output, item)
+        except AudioError as error:
+            complain(error)
+            bad.append(item.name)
+        else:
+            bad += [] if stream.complete else [item.name]
+        meter.file()
+
+
+def _records(
+    inputs: "Sequence[Input]", process: "Callable[[Input], Record]", meter: "Meter", bad: list[str]
+) -> "Iterator[Timeline]":
+    for item in inputs:
+        try:
+            record = process(item)
+        except AudioError as error:
+            complain(error)
+            bad.append(item.name)
+        else:
+            bad += [] if record.complete else [item.name]
+            yield record
+        meter.file()
+
+
+def _print(timelines: "Iterable[Timeline]", output: _Output, sounds: int, clock: str | None) -> None:
+    (kind,) = output.found(sounds, clock=clock is not None)
     assert kind.text is not None
-    for text in kind.text(record for _, record in found):
+    for text in kind.text(timelines):
         show_data(text)
-    return len(failed)
 
 
-def _write_records(
+def _write(
     inputs: "Sequence[Input]",
     process: "Callable[[Input], Record]",
-    out: Path,
-    settings: "Mapping[str, Any]",
-    output: "Sequence[str]",
-    combined: bool,
+    settings: dict[str, Any],
+    output: _Output,
     jobs: int,
-    progress: NotedProgress,
-) -> int:
-    """Write what is found in each sound into a folder; return how many failed."""
+    meter: "Meter",
+) -> bool:
     from ced.tag import batch
 
+    assert output.folder is not None
     summary = batch.run(
         inputs,
         process,
-        out,
+        output.folder,
         settings=settings,
-        output=output,
-        combined=combined,
+        output=output.formats,
+        combined=output.combine,
+        keep_scores=output.keep_scores,
         jobs=jobs,
-        progress=progress,
+        meter=meter,
         failed=lambda outcome: complain(outcome.error, hint=outcome.hint),
     )
     show(summary)
-    return summary.failed
+    return not summary.failed and not summary.incomplete
 
 
-def _without_failures(outcomes: "Iterable[Outcome[T]]", failed: list[str]) -> "Iterator[tuple[Input, T]]":
-    """Yield sounds with what was made of them; of the others, show why not and add it to `failed`."""
-    for outcome in outcomes:
-        if outcome.result is None:
-            complain(outcome.error, hint=outcome.hint)
-            failed.append(outcome.error)
-        else:
-            yield outcome.input, outcome.result
+def _cut(source: Any, events: "Sequence[Tags]", output: _Output, item: "Input") -> None:
+    """Cut the events of a sound out, if clips are asked for."""
+    if output.clips is not None:
+        from ced.tag.clips import write_clips
+
+        write_clips(source, events, output.clips, item.relative)
 
 
 def thresholds(text: str, labels: "ClassTable") -> float | tuple[float, ...]:

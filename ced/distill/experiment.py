@@ -16,6 +16,7 @@ resume.pt decides: whatever else an interrupted epoch left is brought back to th
 import copy
 import dataclasses
 import hashlib
+import json
 import logging
 import re
 import secrets
@@ -123,8 +124,9 @@ def check_resumable(config: C, folder: Path, command: str) -> None:
     for key in type(config).model_fields:
         was, now = getattr(before, key), getattr(config, key)
         if was != now and key not in _FREE_KEYS:
-            value = now if isinstance(now, str | int | float | Path) else "..."
-            words = ["ced", command, str(path), "--pretrained", str(folder), f"--{key}", str(value)]
+            value = config.model_dump(mode="json")[key]
+            text = value if isinstance(value, str) else json.dumps(value)
+            words = ["ced", command, str(path), "--pretrained", str(folder), f"--{key}", text]
             raise ConfigError(
                 f"{key} is {now}, but {folder} was begun with {was}; a run is resumed with the settings that it was "
                 f"begun with. To train its result further, begin a new experiment: {shlex.join(words)}"

@@ -37,8 +37,6 @@ _log = logging.getLogger(__name__)
 _MAX_CLASSES = 2**15  # class indices are stored as int16
 _PRECISIONS = {None: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
-Part = tuple[int, int]  # epoch, rank
-
 
 def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
     """Store the teachers' scores of `config.epochs` views of every chunk of `config.train_data`.
@@ -198,8 +196,11 @@ def _file_name(spec: str) -> str:
     return re.sub(r"[^\w.-]+", "_", _name(spec))
 
 
-def _missing_parts(folder: Path, meta: StoreMeta, epochs: int) -> set[Part]:
+def _missing_parts(folder: Path, meta: StoreMeta, epochs: int) -> set[tuple[int, int]]:
     """Begin a store, or compare the one that is there with the settings; return which parts have to be written.
+
+    Returns:
+        Epoch and rank of each part.
 
     Raises:
         StoreError: there are views without a meta.json, or the settings differ.

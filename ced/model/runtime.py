@@ -37,7 +37,7 @@ from ced.model.graph import (
 )
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
-from ced.sound.features import HOP_SECONDS, MIN_SAMPLES, PATCH, PUBLISHED
+from ced.sound.features import MIN_SAMPLES, PATCH, PUBLISHED, column_starts
 from ced.sound.labels import ClassTable, default_classes, named_by_config, read_classes
 
 AT_ONCE = 10 * SAMPLE_RATE  # samples: shorter waves are scored together up to this, longer ones gain nothing by it
@@ -123,13 +123,8 @@ class OnnxModel:
         return self._run(self._extra(COLUMNS), waves)
 
     def column_starts(self, count: int) -> NDArray[np.float64]:
-        """Return when each of the `count` columns of a wave begins, (count,) seconds.
-
-        A piece of a long wave that is not a whole number of patches long leaves a few frames outside every column.
-        """
-        pieces, places = np.divmod(np.arange(count, dtype=np.float64), self._piece // PATCH)
-        starts: NDArray[np.float64] = (pieces * self._piece + places * PATCH) * HOP_SECONDS
-        return starts
+        """Return when each of the `count` columns of a wave begins, (count,) seconds."""
+        return column_starts(count, self._piece)
 
     def check_window(self, seconds: float) -> None:
         """Make sure that the graph takes windows of this length; one from elsewhere is tried with noise.

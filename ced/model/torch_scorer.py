@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ced.errors import CheckpointError, ConfigError
 from ced.model.vit import CED
-from ced.sound.features import HOP_SECONDS, PATCH
+from ced.sound.features import PATCH, column_starts
 from ced.sound.labels import ClassTable
 
 Waves = NDArray[np.float32]
@@ -59,10 +59,7 @@ class TorchScorer:
 
     def column_starts(self, count: int) -> NDArray[np.float64]:
         """Return the start of each of the `count` columns of a wave, (count,) seconds."""
-        piece = self.network.config.target_length
-        pieces, places = np.divmod(np.arange(count, dtype=np.float64), piece // PATCH)
-        starts: NDArray[np.float64] = (pieces * piece + places * PATCH) * HOP_SECONDS
-        return starts
+        return column_starts(count, self.network.config.target_length)
 
     def _run(self, function: Callable[[Tensor], Tensor], waves: Waves) -> Waves:
         with torch.inference_mode():

@@ -26,6 +26,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ced.errors import ConfigError, ProcessError
+from ced.model.graph import Precision
 from ced.model.runtime import open_model
 from ced.progress import Progress, silent
 from ced.serve.app import Access, Application
@@ -50,6 +51,7 @@ class Settings:
     jobs: int = 1  # windows scored at the same time in each process
     limits: Limits = field(default_factory=Limits)
     access: Access = field(default_factory=Access)
+    precision: Precision = "float32"
     proxies: tuple[str, ...] = ()  # networks whose X-Forwarded-For is believed
     grace: int = 30  # seconds in which requests whose work has begun may end when the server is stopped
 
@@ -230,7 +232,7 @@ def open_application(settings: Settings, progress: Progress = silent) -> Applica
     Raises:
         CheckpointError, DownloadError: the model cannot be opened.
     """
-    graph = open_model(settings.model, progress=progress)
+    graph = open_model(settings.model, precision=settings.precision, progress=progress)
     return Application(graph, settings.name, jobs=settings.jobs, limits=settings.limits, access=settings.access)
 
 

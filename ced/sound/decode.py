@@ -148,17 +148,17 @@ def _open_file(file: IO[bytes], reading: Reading, stack: ExitStack) -> Opened:
 def _open_joined(view: View, structure: Structure, reading: Reading, stack: ExitStack) -> Opened:
     """Open the first of joined files that can be opened; the others follow."""
     total = len(structure.parts)
+    fault = AudioError("no samples", reading.name)
     for number, part in enumerate(structure.parts, 1):
         reading.spend(0)
         try:
             first = open_part(view, part, number < total or structure.complete, reading, stack)
         except AudioError as error:
-            if number == total:
-                raise
+            fault = error
             reading.warn(f"part {number} of {total} joined files: {error.reason}")
         else:
             return Opened(first.rate, first.channels, partial(_joined, view, structure, number, first, reading))
-    raise AssertionError("there is at least one part")
+    raise fault
 
 
 def _joined(

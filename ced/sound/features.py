@@ -60,6 +60,20 @@ def frames_of(samples: int, hop: int = HOP) -> int:
     return 1 + samples // hop
 
 
+def column_starts(count: int, piece: int) -> NDArray[np.float64]:
+    """Return when each of the `count` columns of patches of a wave begins, (count,) seconds.
+
+    A piece of a long wave that is not a whole number of patches long leaves a few frames outside every column.
+
+    Args:
+        count: columns of all pieces.
+        piece: frames of one forward pass; longer waves are cut into such pieces.
+    """
+    pieces, places = np.divmod(np.arange(count, dtype=np.float64), piece // PATCH)
+    starts: NDArray[np.float64] = (pieces * piece + places * PATCH) * HOP_SECONDS
+    return starts
+
+
 @cache
 def mel_filters(settings: FrontEnd) -> NDArray[np.float32]:
     """Return triangular mel filters without area normalisation, (f, n_fft // 2 + 1).

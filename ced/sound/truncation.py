@@ -15,8 +15,11 @@ SLACK = 0.1  # seconds; what is less than that is padding, or a rounded length
 _CHUNK = 1 << 20  # bytes read at a time in searches
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
-_MOST_PAGES = 1 << 20  # of an OGG file; 4 GB of ordinary ones
+_MOST_CHUNKS = 10_000  # ordinary files have far fewer
+_MOST_BOXES = 1 << 18  # two for each second of a fragmented MP4 file
+_MOST_PAGES = 1 << 20  # of OGG, and tags of FLV; beyond it the end is not known
 _MOST_PARTS = 1000  # joined files
+_MOST_TAGS = 1000
 _BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # an MP4 or MOV file begins with one of them
 _METADATA = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"cue ", b"smpl", b"JUNK", b"junk", b"FLLR", b"PAD ", b"guan")
 
@@ -195,7 +198,9 @@ def is_chunk(file: View, place: int) -> bool:
 
 def _chunks(file: View, layout: str, place: int = 12) -> Iterator[tuple[bytes, int, int]]:
     """Yield name, size and first byte of each chunk."""
-    while len(head := file.at(place, 8)) == 8:
+    for _ in range(_MOST_CHUNKS):
+        if len(head := file.at(place, 8)) < 8:
+            break
         name, size = struct.unpack(layout, head)
         yield name, size, place + 8
         place += 8 + size + size % 2
@@ -257,7 +262,9 @@ def _au(file: View) -> Structure:
 def _caf(file: View) -> Structure:
     """Look at the chunks of a Core Audio file: names of 4 bytes, sizes of 8."""
     place = 8
-    while len(head := file.at(place, 12)) == 12:
+    for _ in range(_MOST_CHUNKS):
+        if len(head := file.at(place, 12)) < 12:
+            break
         name, size = struct.unpack(">4sq", head)
         if size < 0:  # to the end of the file
             return Structure((Part(0, file.size),))
@@ -272,7 +279,9 @@ def _caf(file: View) -> Structure:
 def _w64(file: View) -> Structure:
     """Look at the chunks of a Sony Wave64 file: names of 16 bytes, sizes of 8 that include both."""
     place = 40
-    while len(head := file.at(place, 24)) == 24:
+    for _ in range(_MOST_CHUNKS):
+        if len(head := file.at(place, 24)) < 24:
+            break
         name, size = struct.unpack("<4s12xQ", head)
         if name == b"data" and size <= 24 < file.size - place:
             corrected = Part(0, file.size, ((place + 16, struct.pack("<Q", file.size - place)),))
@@ -288,24 +297,26 @@ def _w64(file: View) -> Structure:
 
 def _ogg(file: View) -> Structure:
     """Go from page to page of an OGG file (RFC 3533): chained streams, a last page that is not complete."""
-    starts, page, place, pages = [0], 0, 0, 0
-    beginning, last, complete = True, 0, True
-    while pages < _MOST_PAGES and len(head := file.at(place, 282)) >= 27:
+    starts, page, place = [0], 0, 0
+    beginning, last = True, 0
+    complete: bool | None = None
+    for _ in range(_MOST_PAGES):
+        head = file.at(place, 282)
+        if len(head) < 27:  # less than the header of a page
+            complete = place <= file.size and not (head and b"OggS".startswith(head[:4]))
+            break
         if head[:4] != b"OggS":  # the page before is damaged, or something else follows it; another may begin within it
             if (found := _find(file, b"OggS", page + 4)) < 0:
-                place = file.size
+                complete = True
                 break
             page = place = found
             continue
-        pages, last, page = pages + 1, head[5], place
+        last, page = head[5], place
         if last & 2 and not beginning and len(starts) < _MOST_PARTS:
             starts.append(place)
         beginning = bool(last & 2)
         place += 27 + head[26] + sum(head[27 : 27 + head[26]])
-    tail = file.at(place, 27)  # less than the header of a page
-    if place > file.size or (tail and b"OggS".startswith(tail[:4])):
-        complete = False
-    warnings = () if last & 4 or not complete else ("it has no end mark, so its end may be missing",)
+    warnings = ("it has no end mark, so its end may be missing",) if complete and not last & 4 else ()
     parts = tuple(Part(*ends) for ends in zip(starts, [*starts[1:], file.size], strict=True))
     return Structure(parts, complete, warnings=warnings)
 
@@ -327,7 +338,9 @@ def _boxes(file: View) -> Structure:
     """Look at the outermost boxes of an MP4 or MOV file (ISO/IEC 14496-12, 4.2)."""
     place, names = 0, set()
     whole = Structure((Part(0, file.size),))
-    while len(head := file.at(place, 8)) == 8:
+    for _ in range(_MOST_BOXES):
+        if len(head := file.at(place, 8)) < 8:
+            break
         size, name = struct.unpack(">I4s", head)
         if name == b"ftyp" and b"moov" in names:  # another file
             return Structure((Part(0, place),), True)
@@ -340,6 +353,8 @@ def _boxes(file: View) -> Structure:
         if size < 8:  # no box; what follows is unknown
             return whole
         place += size
+    else:
+        return whole
     if b"moov" not in names and b"mdat" in names:
         why = "the recording was not finished" if place <= file.size else "it is cut short"
         return replace(whole, complete=False, fault=f"cannot be decoded: it has no index (moov), so {why}")
@@ -363,7 +378,10 @@ def _segment(file: View) -> Structure:
 def _riff(file: View) -> Structure:
     """Look at the outermost chunks of an AVI file, or another of this kind; those of long files are several."""
     kind, place = file.at(8, 4), 0
-    while len(head := file.at(place, 12)) == 12 and head[:4] == b"RIFF" and (not place or head[8:] != kind):
+    for _ in range(_MOST_BOXES):
+        head = file.at(place, 12)
+        if len(head) < 12 or head[:4] != b"RIFF" or (place and head[8:] == kind):
+            break
         (size,) = struct.unpack("<I", head[4:8])
         if _is_unknown(size) or not size:
             return Structure((Part(0, file.size),))
@@ -374,13 +392,16 @@ def _riff(file: View) -> Structure:
 def _flv(file: View) -> Structure:
     """Go from tag to tag of an FLV file: 15 bytes around each, of which three are its length."""
     place = int.from_bytes(file.at(5, 4)) + 4
-    while len(head := file.at(place, 11)) == 11 and head[:4] != b"FLV\x01":
+    for _ in range(_MOST_PAGES):
+        head = file.at(place, 11)
+        if len(head) < 11 or head[:4] == b"FLV\x01":
+            return (
+                _up_to(file, place, b"FLV") if not head or len(head) == 11 else Structure((Part(0, file.size),), False)
+            )
         if head[0] & 0x1F not in (8, 9, 18):  # sound, pictures, data
-            return Structure((Part(0, file.size),))
+            break
         place += 15 + int.from_bytes(head[1:4])
-    if place < file.size and not head.startswith(b"FLV"):
-        return Structure((Part(0, file.size),), complete=False)
-    return _up_to(file, place, b"FLV")
+    return Structure((Part(0, file.size),))
 
 
 def _up_to(file: View, end: int, start: bytes) -> Structure:
@@ -406,7 +427,9 @@ def _ebml_size(file: View, place: int) -> tuple[int | None, int]:
 def _objects_are_complete(file: View) -> bool | None:
     """Look at the outermost objects of a WMA or ASF file: identifiers of 16 bytes, sizes of 8 that include both."""
     place = 0
-    while len(head := file.at(place, 24)) == 24:
+    for _ in range(_MOST_BOXES):
+        if len(head := file.at(place, 24)) < 24:
+            break
         (size,) = struct.unpack("<16xQ", head)
         if size < 24:
             return None
@@ -451,14 +474,17 @@ def _frame(head: bytes) -> _Frame | None:
 
 def _behind_id3(file: View, place: int) -> int:
     """Return the place behind the ID3v2 tags at a place."""
-    while len(head := file.at(place, 10)) == 10 and head[:3] == b"ID3":
+    for _ in range(_MOST_TAGS):
+        head = file.at(place, 10)
+        if len(head) < 10 or head[:3] != b"ID3":
+            break
         place += 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
     return place
 
 
 def _behind_tags(file: View, place: int) -> int:
     """Return the place behind the tags of any kind that are at a place, where one MP3 file ends and another begins."""
-    while True:
+    for _ in range(_MOST_TAGS):
         before = place
         place = _behind_id3(file, place)
         head = file.at(place, 32)
@@ -469,7 +495,8 @@ def _behind_tags(file: View, place: int) -> int:
         elif head[:11] == b"LYRICSBEGIN" and (end := _find(file, b"LYRICS200", place)) > 0:
             place = end + 9
         if place == before:
-            return place
+            break
+    return place
 
 
 def mp3_frames_at(file: View, place: int) -> int | None:

@@ -51,14 +51,14 @@ class View(io.RawIOBase):
             return lead
         begin = max(0, place - len(self._prefix))
         self._file.seek(self._start + begin)
-        data = bytearray()
-        while len(data) < count and (part := self._file.read(count - len(data)) or b""):
-            data += part
+        data = self._file.read(count) or b""
+        while len(data) < count and (more := self._file.read(count - len(data))):
+            data += more
         for where, new in self._corrections:
             first, last = max(where, begin), min(where + len(new), begin + len(data))
             if first < last:
-                data[first - begin : last - begin] = new[first - where : last - where]
-        return lead + bytes(data)
+                data = data[: first - begin] + new[first - where : last - where] + data[last - begin :]
+        return lead + data
 
     def readinto(self, buffer: Any) -> int:
         """Read up to as many bytes as `buffer` has; 0 at the end, and where reading fails (see `fault`)."""

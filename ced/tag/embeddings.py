@@ -27,15 +27,16 @@ class Row:
     start: float  # seconds
     end: float
     vector: NDArray[np.float32]  # (d,)
+    channel: str | int = "mean"  # of the sound
 
 
 def rows_of(file: str, found: Embedding, *, windows: bool = False) -> Iterator[Row]:
-    """Yield the rows of a sound: one of the whole of it, or one a window."""
+    """Yield the rows of a sound: one for the whole of it, or one for each window."""
     if not windows:
-        yield Row(file, 0.0, found.seconds, found.clip)
+        yield Row(file, 0.0, found.seconds, found.clip, found.channel)
         return
     for start, end, vector in zip(found.starts, found.ends, found.vectors, strict=True):
-        yield Row(file, float(start), float(end), vector)
+        yield Row(file, float(start), float(end), vector, found.channel)
 
 
 def check_suffix(path: Path) -> None:
@@ -53,8 +54,8 @@ def check_suffix(path: Path) -> None:
 def write_embeddings(path: Path, rows: Iterable[Row]) -> int:
     """Write vectors in order, unless there are none; return how many.
 
-    `.npy`: (rows, d) float32, and beside it `<name>.tsv` with the columns file, start, end. `.parquet`: these columns
-    and `vector`. No file is left half-written.
+    `.npy`: (rows, d) float32, and beside it `<name>.tsv` with the columns file, start, end, channel. `.parquet`: these
+    columns and `vector`. No file is left half-written.
 
     Raises:
         ConfigError: the suffix is neither.
@@ -78,6 +79,7 @@ def _write_npy(path: Path, rows: Iterable[Row]) -> int:
             "file": [row.file for row in held],
             "start": [f"{row.start:.3f}" for row in held],
             "end": [f"{row.end:.3f}" for row in held],
+            "channel": [str(row.channel) for row in held],
         },
     )
     return len(held)
@@ -88,7 +90,13 @@ def _write_parquet(path: Path, rows: Iterable[Row]) -> int:
     import pyarrow.parquet as pq
 
     schema = pa.schema(
-        [("file", pa.string()), ("start", pa.float64()), ("end", pa.float64()), ("vector", pa.list_(pa.float32()))],
+        [
+            ("file", pa.string()),
+            ("start", pa.float64()),
+            ("end", pa.float64()),
+            ("channel", pa.string()),
+            ("vector", pa.list_(pa.float32())),
+        ],
         metadata={"ced_embeddings": str(FORMAT_VERSION)},
     )
     count = 0
@@ -99,6 +107,7 @@ def _write_parquet(path: Path, rows: Iterable[Row]) -> int:
                 "file": [row.file.encode("utf-8", "backslashreplace").decode() for row in group],
                 "start": [row.start for row in group],
                 "end": [row.end for row in group],
+                "channel": [str(row.channel) for row in group],
                 "vector": [row.vector for row in group],
             }
             writer.write_table(pa.table(columns, schema=schema))

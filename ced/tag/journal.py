@@ -57,7 +57,7 @@ class Journal:
         self._incomplete: set[str] = set()
         self._lines: dict[str, tuple[int, Stamp | None]] = {}  # name -> where its line begins, stamp
         self._owners: dict[str, str] = {}  # place of outputs -> name
-        self._file: BinaryIO = open_to_append(path)
+        self._file: BinaryIO = open_to_append(path) if settings is not None else _opened(path)
         try:
             now = None if settings is None else json.loads(json.dumps({**settings, "record format": RECORD_FORMAT}))
             self._read(now)
@@ -175,6 +175,13 @@ class Journal:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             self._file.seek(0)
             raise self._damaged(self._file.read(place).count(b"\n") + 1) from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise StoreError(f"cannot read the journal {path}: {error.strerror}") from error
 
 
 def _object(value: Any) -> dict[str, Any]:

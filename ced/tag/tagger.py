@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("cpu",)  # of graphs
 _AHEAD = 2  # windows in memory for each thread that scores
+_REMEMBERED = 64  # options that are not checked again
 _ROUNDING = 1e-6  # how far a probability may lie outside [0, 1]
 
 _log = logging.getLogger(__name__)
@@ -92,6 +93,8 @@ class Embedding:
     starts: NDArray[np.float64]  # (w,) seconds
     ends: NDArray[np.float64]
     vectors: Array  # (w, d)
+    channel: str | int = "mean"
+    complete: bool = True  # False: the file is cut short
 
     @property
     def seconds(self) -> float:
@@ -140,7 +143,7 @@ class Tagger:
         self.name = name or (os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__)
         self._jobs = jobs
         self._closed = False
-        self._fitting: TagOptions | None = None  # the options that were checked last, as checking may run the model
+        self._fitting: set[TagOptions] = set()  # that were checked, as checking may run the model
         self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="scorer") if jobs > 1 else None
         self._room = Semaphore(_AHEAD * jobs)  # bounds the windows in memory, however many sounds are read at once
 
@@ -265,7 +268,7 @@ class Tagger:
             windows = audio.cut(sound.blocks(), options.window, options.step, tail=options.tail)
             found = list(self._ahead(windows, lambda window: (window.start, window.end, self.embed_window(window))))
         starts, ends, vectors = zip(*found, strict=True)
-        return Embedding(np.array(starts), np.array(ends), np.stack(vectors))
+        return Embedding(np.array(starts), np.array(ends), np.stack(vectors), options.channel, sound.complete)
 
     def checked(self, options: TagOptions | None = None, **changes: Unpack[TagKeywords]) -> TagOptions:
         """Return options with changes, checked against the model before any sound is read.
@@ -275,13 +278,13 @@ class Tagger:
             ConfigError: an option is out of range, or does not fit the model (its classes, its longest window).
         """
         options = replace(options or TagOptions(), **changes)
-        if options != self._fitting:
+        if options not in self._fitting:
             options.check(self.labels)
             if options.columns:
                 self._column_scorer()
             if isinstance(self.scorer, WindowLimited):
                 self.scorer.check_window(options.window)
-            self._fitting = options
+            self._fitting = {options, *(self._fitting if len(self._fitting) < _REMEMBERED else ())}
         return options
 
     def score_window(self, window: Window, options: TagOptions) -> list[Scored]:
@@ -418,6 +421,7 @@ class TagStream:
         seconds: how much of the sound has been tagged so far.
         complete: whether the whole sound has been tagged.
         expected_seconds: the length of the sound according to its header, as far as that is known by now.
+        events: the events so far, where the pieces are events.
         error: after `read_ahead`, why the sound could not be read, or not to its end.
     """
 
@@ -437,6 +441,7 @@ class TagStream:
         self.rate: int | None = None
         self.seconds, self.complete = 0.0, False
         self.expected_seconds: float | None = None
+        self.events: list[Tags] = []
         self.error: AudioError | None = None
         self._pieces = self._tagged(tagger, source, options, scores, progress)
 
@@ -444,7 +449,10 @@ class TagStream:
         return self
 
     def __next__(self) -> Tags:
-        return next(self._pieces)
+        piece = next(self._pieces)
+        if self.kind == "events":
+            self.events.append(piece)
+        return piece
 
     def record(self) -> Record:
         """Tag what is left of the sound, and return the record of all of it."""

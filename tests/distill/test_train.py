@@ -366,6 +366,19 @@ def test_a_result_is_trained_further_by_a_new_experiment(sounds: Path, tmp_path:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    "changes", [{"optimizer_args": {"lr": 0.001}}, {"eval_data": None}, {"average": False}, {"logfile": "my log.txt"}]
+)
+def test_the_command_for_other_settings_says_them(sounds: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    begun = config_of(sounds, tmp_path)
+    folder = create(begun, "tiny")
+    with pytest.raises(ConfigError) as caught:
+        train(config_of(sounds, tmp_path, **changes), name="tiny", resume=folder)
+    _, _, path, *words = shlex.split(str(caught.value).partition("begin a new experiment: ")[2])
+    asked = load(TrainConfig, Path(path), words)
+    assert asked == config_of(sounds, tmp_path, **changes, pretrained=str(folder))
+
+
 def test_results_are_not_trained_over_when_the_state_is_gone(sounds: Path, tmp_path: Path) -> None:
     config = config_of(sounds, tmp_path, epochs=2)
     folder = train(config, name="tiny")

@@ -5,7 +5,20 @@ import numpy as np
 import pytest
 import torch
 
-from ced.distill.views import NO_VIEW, View, ViewRecipe, draw, mask, mask_uniforms, shift_into
+from ced.config import SpecTransforms, TimeMaskingArgs, WavTransforms
+from ced.distill.views import (
+    NO_VIEW,
+    View,
+    ViewRecipe,
+    blanked,
+    check_masks,
+    draw,
+    mask,
+    mask_uniforms,
+    recipe_of,
+    shift_into,
+)
+from ced.errors import ConfigError
 
 RECIPE = ViewRecipe()
 
@@ -154,3 +167,32 @@ def test_a_mask_does_not_depend_on_its_neighbours() -> None:
 
 def test_no_views_have_no_uniforms() -> None:
     assert mask_uniforms([]).shape == (0, 2)
+
+
+@pytest.mark.parametrize(("seconds", "share"), [(0.5, 0.73), (1.0, 0.47), (1.5, 0.21), (1.91, 0.0), (10.0, 0.0)])
+def test_the_share_of_blanked_views_is_that_of_many_draws(seconds: float, share: float) -> None:
+    samples, recipe = round(seconds * 16_000), ViewRecipe()
+    assert blanked(recipe, samples) == pytest.approx(share, abs=0.005)
+    views = [draw(recipe, seed, samples) for seed in range(600)]
+    mel = torch.ones(600, 64, 1 + samples // 160)
+    masked = mask(mel, mask_uniforms(views), ViewRecipe(freq_mask=None))
+    found = float((masked == 0).flatten(1).all(1).float().mean())
+    assert found == pytest.approx(share, abs=0.05)
+
+
+def test_a_mask_without_a_width_follows_the_chunk() -> None:
+    def width(seconds: float, given: int | None = None) -> int | None:
+        masks = SpecTransforms(TimeMasking=TimeMaskingArgs(time_mask_param=given))
+        return recipe_of(WavTransforms(), masks, round(seconds * 16_000)).time_mask
+
+    assert [width(seconds) for seconds in (0.15, 0.5, 0.6, 1, 2, 5, 10, 30)] == [3, 9, 11, 19, 38, 96, 192, 192]
+    assert width(0.5, given=192) == 192
+
+
+def test_masks_that_blank_are_refused_or_told(caplog: pytest.LogCaptureFixture) -> None:
+    check_masks(ViewRecipe(time_mask=51), 8_000)
+    assert not caplog.records
+    check_masks(ViewRecipe(time_mask=55), 8_000)
+    assert "time_mask_param is 55 and a chunk of 0.5 s has 51 frames: the mask blanks 7% of the views" in caplog.text
+    with pytest.raises(ConfigError, match=r"time_mask_param is 192 .* blanks 73% of the views; at most 51 fit; 9 is"):
+        check_masks(ViewRecipe(), 8_000)

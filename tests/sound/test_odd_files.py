@@ -224,6 +224,9 @@ def test_a_size_that_was_never_written(tmp_path: Path) -> None:
         seconds, complete, (warning,) = read(data, tmp_path)
         assert (seconds, complete) == (2.5, True)
         assert "never finished" in warning
+    rf64 = encoded("RF64", "PCM_16", 2.5)
+    seconds, complete, (warning,) = read(resized(rf64, 0, 28, "<Q"), tmp_path)
+    assert (seconds, complete) == (2.5, True)
     w64 = encoded("W64", "PCM_16", 2.5)
     assert read(resized(w64, 24, w64.index(b"data") + 16, "<Q"), tmp_path)[:2] == (2.5, True)
 
