@@ -191,7 +191,7 @@ def test_a_stop_is_quiet_and_prompt(graph: Path, number: signal.Signals, code: i
         with socket.create_connection(place, timeout=20) as junk:
             junk.sendall(b"\0junk\r\n\r\n")
             assert junk.recv(12) == b"HTTP/1.1 400"
-        idle = [socket.create_connection(place) for _ in range(10)]
+        idle = [socket.create_connection(place) for _ in range(10)]  # just before the signal
         began = time.monotonic()
         process.send_signal(number)
         assert process.wait(60) == code
@@ -200,6 +200,16 @@ def test_a_stop_is_quiet_and_prompt(graph: Path, number: signal.Signals, code: i
             each.close()
         assert process.stderr is not None
         assert process.stderr.read() == ("" if code == 0 else "ced: interrupted\n")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_stop_right_after_the_start_is_not_missed(graph: Path, workers: str) -> None:
+    for _ in range(3):
+        with serving(graph, "--port", "0", "--workers", workers) as (process, _):
+            process.terminate()
+            assert process.wait(30) == 0
+            assert process.stderr is not None
+            assert process.stderr.read() == ""
 
 
 def test_each_request_is_a_line_on_standard_output(graph: Path) -> None:
@@ -280,7 +290,8 @@ def test_a_unix_socket_is_removed_at_the_end_and_replaced_after_a_kill(graph: Pa
             process.send_signal(number)
             assert process.wait(60) == (-9 if number == signal.SIGKILL else 0)
             assert process.stdout is not None
-            assert json.loads(process.stdout.read())["client"] == "203.0.113.7"
+            if number == signal.SIGTERM:
+                assert json.loads(process.stdout.read())["client"] == "203.0.113.7"
         assert path.exists() == (number == signal.SIGKILL)
 
 
@@ -295,6 +306,10 @@ def test_app_is_the_server_for_this_machine_only(graph: Path, tmp_path: Path) ->
         assert httpx.get(url, headers={"Host": "example.org"}).status_code == 400
         limits = httpx.get(f"{url}/v1/model").json()["limits"]
         assert limits["seconds"] >= 3600
+        end = time.monotonic() + 30
+        while not opened.exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
         process.terminate()
         assert process.wait(60) == 0
     assert opened.read_text().strip() == url
@@ -351,3 +366,11 @@ def test_what_cannot_be_served_is_one_line(
             assert line.startswith("ced: error: ")
             assert said in line
             assert "secret" not in line
+
+
+def test_a_standard_output_that_nobody_reads_holds_up_no_request(graph: Path) -> None:
+    with serving(graph, "--port", "0") as (process, url), httpx.Client(base_url=url, timeout=20) as client:
+        for _ in range(500):  # more lines than a pipe takes
+            assert client.get("/healthz/ready", params={"x": "y" * 500}).status_code == 200
+        process.terminate()
+        assert process.wait(60) == 0

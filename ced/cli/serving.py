@@ -4,15 +4,18 @@ import ipaddress
 import logging
 import math
 import os
+import queue
 import socket
-import sys
+import threading
+from contextlib import suppress
 from functools import partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ced.cli.console import reporting, set_up_logging, set_up_streams, tell
+from ced.cli.console import reporting, set_up_logging, set_up_streams, show_data, tell
 from ced.cli.options import Jobs, Model, Precision
 from ced.errors import ConfigError, optional_packages
 from ced.machine import allow_open_files, cores
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "CED_API_KEY"
 _SHORTEST_KEY = 16  # characters
+_LOG_LINES = 10_000  # that wait to be printed
 
 _log = logging.getLogger(__name__)
 
@@ -129,18 +133,21 @@ def _run(settings: "Settings", listener: socket.socket, workers: int, access_log
     with reporting() as progress:
         app = server.open_application(settings, progress)
     where = server.address(listener)
-    docs = f", described at {where}/docs" if where.startswith("http") else ""
-    tell(f"ced: serving {settings.model} at {where}{docs}")
-    if browser:
-        import webbrowser
 
-        webbrowser.open(where)
+    def ready() -> None:
+        docs = f", described at {where}/docs" if where.startswith("http") else ""
+        tell(f"ced: serving {settings.model} at {where}{docs}")
+        if browser:  # in a thread, as some browsers end only when their user does
+            import webbrowser
+
+            threading.Thread(target=webbrowser.open, args=(where,), daemon=True).start()
+
     if workers > 1:
         app.close()
-        server.run_workers(settings, listener, workers, partial(_set_up_worker, access_log))
+        server.run_workers(settings, listener, workers, partial(_set_up_worker, access_log), ready)
     else:
         _set_up_logs(access_log)
-        server.run(app, settings, listener)
+        server.run(app, settings, listener, ready)
 
 
 def _set_up_worker(access_log: bool) -> None:
@@ -155,9 +162,38 @@ def _set_up_logs(access_log: bool) -> None:
     requests = logging.getLogger("ced.access")
     requests.propagate = False
     requests.setLevel(logging.INFO if access_log else logging.CRITICAL)
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    requests.addHandler(handler)
+    if access_log:
+        requests.addHandler(_Lines())
+
+
+class _Lines(logging.Handler):
+    """Prints lines of a log in a thread of its own; lines that standard output does not take are dropped.
+
+    So a pipe that nobody reads holds up no request.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: queue.Queue[str | None] = queue.Queue(_LOG_LINES)
+        self._thread = threading.Thread(target=self._print, name="access-log", daemon=True)
+        self._thread.start()
+        Finalize(None, self.close, exitpriority=0)  # at the end of this process, whether or not it is the first
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(queue.Full):
+            self._lines.put_nowait(record.getMessage())
+
+    def close(self) -> None:
+        """Print what is left, unless standard output is stuck."""
+        with suppress(queue.Full):
+            self._lines.put_nowait(None)
+            self._thread.join(1)
+        super().close()
+
+    def _print(self) -> None:
+        while (line := self._lines.get()) is not None:
+            with suppress(OSError, ValueError):  # standard output is closed
+                show_data(f"{line}\n")
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

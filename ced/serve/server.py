@@ -193,6 +193,7 @@ class Server(uvicorn.Server):
             http=Connection,  # of h11, which bounds the size of headers; other parsers may be installed
             ws="websockets-sansio",
             ws_max_size=LARGEST_FRAME,
+            ws_per_message_deflate=False,  # samples hardly shrink
             server_header=False,
             backlog=_BACKLOG,
             proxy_headers=bool(proxies),
@@ -235,16 +236,35 @@ def open_application(settings: Settings, progress: Progress = silent) -> Applica
     return Application(graph, settings.name, jobs=settings.jobs, limits=settings.limits, access=settings.access)
 
 
-def run(app: Application, settings: Settings, listener: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT comes; SIGINT becomes KeyboardInterrupt at the end."""
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal again when it has ended
+def _no_notice() -> None:
+    """Tell nobody that the server is ready."""
+
+
+def run(app: Application, settings: Settings, listener: socket.socket, ready: Callable[[], None] = _no_notice) -> None:
+    """Serve until SIGTERM or SIGINT comes; SIGINT becomes KeyboardInterrupt at the end.
+
+    Args:
+        app: what answers.
+        settings: what it was made with.
+        listener: the socket.
+        ready: called when SIGTERM has an orderly end as its effect, and connections wait for their answers at most.
+    """
+    server = Server(app, settings.proxies, settings.grace)
+
+    def stop(*_: object) -> None:  # until uvicorn has a handler of its own; at the end it raises the signal again
+        server.should_exit = True
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        Server(app, settings.proxies, settings.grace).run([listener])
+        ready()
+        server.run([listener])
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def run_workers(settings: Settings, listener: socket.socket, count: int, set_up: Callable[[], None]) -> None:
+def run_workers(
+    settings: Settings, listener: socket.socket, count: int, set_up: Callable[[], None], ready: Callable[[], None]
+) -> None:
     """Serve with several processes that accept from one socket; one that dies is replaced.
 
     Args:
@@ -252,6 +272,7 @@ def run_workers(settings: Settings, listener: socket.socket, count: int, set_up:
         listener: the socket.
         count: processes.
         set_up: called first in each of them; a function of a module.
+        ready: as for `run`.
 
     Raises:
         ProcessError: a process ended right after its start.
@@ -259,7 +280,7 @@ def run_workers(settings: Settings, listener: socket.socket, count: int, set_up:
     with TemporaryDirectory(prefix="ced-metrics-") as folder:
         os.environ[METRICS_FOLDER] = folder
         try:
-            _Workers(settings, listener, set_up, folder).run(count)
+            _Workers(settings, listener, set_up, folder).run(count, ready)
         finally:
             del os.environ[METRICS_FOLDER]
 
@@ -273,9 +294,10 @@ class _Workers:
         self._workers: dict[SpawnProcess, float] = {}  # when each was started
         self._signal = 0
 
-    def run(self, count: int) -> None:
+    def run(self, count: int, ready: Callable[[], None]) -> None:
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
+            ready()
             for _ in range(count):
                 self._start()
             while not self._signal:

@@ -152,6 +152,25 @@ def test_the_bytes_of_all_uploads_are_bounded() -> None:
         assert app.service.bodies._held == 0
 
 
+def test_uploads_of_one_name_at_the_same_time_are_kept_apart() -> None:
+    """As large as those that go to a file."""
+    with running(Application(Mean(), "mean", jobs=2)) as url:
+        answers: dict[float, httpx.Response] = {}
+
+        def send(value: float) -> None:
+            form = {"file": ("same name.wav", constant(value, 60))}
+            answers[value] = httpx.post(url + CLASSIFY, files=form, params={"window": 60}, timeout=60)
+
+        threads = [threading.Thread(target=send, args=(number / 10,)) for number in range(1, 9)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(answers) == 8
+    for value, answer in answers.items():
+        assert answer.json()["pieces"][0]["tags"][0]["prob"] == pytest.approx(value, abs=1e-5)
+
+
 def test_only_requests_to_tag_are_counted() -> None:
     model = Mean()
     limits = Limits(waiting=0)
