@@ -16,6 +16,7 @@ from ced.errors import (
     BusyError,
     CedError,
     CheckpointError,
+    ChecksumError,
     ClosedError,
     ConfigError,
     DownloadError,
@@ -46,6 +47,7 @@ __all__ = [
     "BusyError",
     "CedError",
     "CheckpointError",
+    "ChecksumError",
     "ClosedError",
     "ConfigError",
     "DownloadError",
@@ -110,4 +112,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_MODULES]
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

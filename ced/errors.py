@@ -94,6 +94,10 @@ class DownloadError(CedError):
     """A file that is not here and could not be fetched."""
 
 
+class ChecksumError(DownloadError):
+    """A downloaded file whose content is not the published one."""
+
+
 class PackError(CedError):
     """An audio pack that lacks a clip, or two clips with one name."""
 

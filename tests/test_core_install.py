@@ -147,7 +147,8 @@ def test_the_model_in_the_package_needs_no_network(fresh: Path, tmp_path: Path) 
 def test_what_the_core_lacks_is_named(fresh: Path, graph: Path, tmp_path: Path, words: list[str], extra: str) -> None:
     (tmp_path / "a.yaml").write_text("seed: 1\n")
     shutil.copy(graph, tmp_path)
-    for name in ("a.pt", "a.m4a", "a.flac"):
+    torch.save({}, tmp_path / "a.pt")
+    for name in ("a.m4a", "a.flac"):
         (tmp_path / name).write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
     done = subprocess.run([fresh / "ced", *words], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 1

@@ -70,7 +70,7 @@ def download(
         url: the address.
         path: the file; it gets this name only when it is complete and checked.
         verify: returns what is wrong with the content, or None.
-        progress: told of the bytes.
+        progress: called with the bytes so far.
 
     Raises:
         NotFoundError: the server has no such file.
@@ -207,7 +207,7 @@ def _read_origin(notes: Path) -> _Origin | None:
     try:
         return _Origin(**json.loads(notes.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        return None  # none, or cut short by a kill: the download starts anew
+        return None  # none, or cut short by a kill: the download starts again from the beginning
 
 
 def _size(path: Path) -> int:

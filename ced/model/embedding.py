@@ -11,7 +11,7 @@ def grid(network: CED, mel: Tensor) -> Tensor:
     """Return the tokens of each patch after the last LayerNorm, without any class token.
 
     A picture longer than `target_length` is encoded in pieces of whole patches, so that columns stay evenly spaced;
-    the frames behind the last whole patch are not heard.
+    the frames behind the last whole patch are left out.
 
     Args:
         network: how patches are encoded.

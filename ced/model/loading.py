@@ -34,7 +34,7 @@ def load_model(
         name_or_path: one of `list_models()`, or a checkpoint as `weights.read` reads it.
         pooling: how tokens become scores; None keeps the checkpoint's own ("mean" in published files).
         target_length: frames of one forward pass; None keeps the checkpoint's own.
-        progress: told of a download, in bytes.
+        progress: called during a download, with bytes.
 
     Raises:
         CheckpointError: neither a name nor a checkpoint, or weights that do not fit.
@@ -92,7 +92,7 @@ def create(
         pretrained: True starts from the weights of `name`, a string from those of another name or path, False from
             fresh ones. The output layer is taken over only where its classes are those of `labels`.
         labels: the classes to be learned.
-        progress: told of a download, in bytes.
+        progress: called during a download, with bytes.
 
     Raises:
         ConfigError: an unknown or contradictory argument.

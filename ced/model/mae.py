@@ -1,4 +1,4 @@
-"""A masked autoencoder: a network hears a few patches of a picture, and a second one fills in the rest from its tokens.
+"""A masked autoencoder: a network encodes a few patches of a picture, a second one fills in the rest from its tokens.
 
 After He et al., "Masked autoencoders are scalable vision learners" (arXiv 2111.06377), here for log-mel pictures.
 """

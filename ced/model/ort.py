@@ -23,9 +23,9 @@ __all__ = [
 
 
 def session_options(threads: int) -> SessionOptions:
-    """Return options for sessions of so many threads that log errors only."""
+    """Return options for sessions with a number of threads that log nothing: errors come as exceptions."""
     options = SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     return options

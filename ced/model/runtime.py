@@ -8,7 +8,9 @@ import csv
 import hashlib
 import json
 import logging
+import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,11 +21,12 @@ from numpy.typing import NDArray
 
 from ced.errors import CheckpointError, ConfigError, TableError
 from ced.files import written_aside
-from ced.model import graph, ort, zoo
+from ced.model import graph, hub, ort, zoo
 from ced.model.graph import (
     CLASSES,
     COLUMNS,
     EMBEDDING,
+    FRAME_HOP,
     HEAD,
     LABELS_FILE,
     LONGEST,
@@ -37,11 +40,12 @@ from ced.model.graph import (
 )
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
-from ced.sound.features import MIN_SAMPLES, PATCH, PUBLISHED, column_starts
+from ced.sound.features import HOP, MIN_SAMPLES, PATCH, PUBLISHED, column_starts
 from ced.sound.labels import ClassTable, default_classes, named_by_config, read_classes
 
 AT_ONCE = 10 * SAMPLE_RATE  # samples: shorter waves are scored together up to this, longer ones gain nothing by it
-LARGEST_CONFIG = 16 << 20  # bytes
+LONGEST_WINDOW = 3_600 * SAMPLE_RATE  # samples: the most that a graph from elsewhere is tried with
+UNUSED_SECONDS = 30 * 24 * 3_600.0  # after which graphs that other code made are removed from the cache
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +84,12 @@ class OnnxModel:
         self._ours = meta.get(OUTPUT) == PROBABILITIES
         self._has_head = HEAD not in meta
         self._piece = _whole_number(self.path, meta, PIECE, PATCH)  # graphs from elsewhere have no columns to place
-        self._longest = _whole_number(self.path, meta, LONGEST, 0) if LONGEST in meta else None  # samples; None: any
+        self._hop = _whole_number(self.path, meta, FRAME_HOP, HOP)
+        # Samples of the longest wave that the graph takes, and of the shortest that it does not, as far as is known.
+        self._good, self._bad = (1 << 62) - 1 if self._ours else MIN_SAMPLES, 1 << 62
+        if LONGEST in meta:
+            self._good = _whole_number(self.path, meta, LONGEST, 0)
+            self._bad = self._good + 1
         self.at_once = AT_ONCE if meta.get(PRECISION) == "float32" else 0
         classes, self._logits = self._outputs[self._scores].shape[-1], False
         if not self._ours:
@@ -124,7 +133,7 @@ class OnnxModel:
 
     def column_starts(self, count: int) -> NDArray[np.float64]:
         """Return when each of the `count` columns of a wave begins, (count,) seconds."""
-        return column_starts(count, self._piece)
+        return column_starts(count, self._piece, self._hop)
 
     def check_window(self, seconds: float) -> None:
         """Make sure that the graph takes windows of this length; one from elsewhere is tried with noise.
@@ -133,26 +142,17 @@ class OnnxModel:
             ConfigError: it does not; the message names the longest window that it takes.
         """
         samples = round(seconds * SAMPLE_RATE)
-        if self._ours and self._longest is None:
-            return
-        if self._longest is None or samples > self._longest:
-            longest = self._find_longest(samples)
-            if samples > longest:
-                raise ConfigError(
-                    f"the window is {seconds:g} s; graph {self.path} takes at most {longest / SAMPLE_RATE:.2f} s"
-                )
-
-    def _find_longest(self, samples: int) -> int:
-        """Return the most samples, up to `samples`, that the graph takes, to a hundredth of a second."""
-        if self._ours and self._longest is not None:
-            return self._longest
-        if self._takes(samples):
-            return samples
-        good, bad = MIN_SAMPLES, samples
-        while bad - good > SAMPLE_RATE // 100:
-            middle = (good + bad) // 2
-            good, bad = (middle, bad) if self._takes(middle) else (good, middle)
-        return good
+        while self._good < min(samples, LONGEST_WINDOW) and self._bad - self._good > SAMPLE_RATE // 100:
+            # Doubled until it is too long, then halved: a limit is found once, to a hundredth of a second.
+            longer = min(2 * self._good, samples, LONGEST_WINDOW)
+            middle = longer if longer < self._bad else (self._good + self._bad) // 2
+            if self._takes(middle):
+                self._good = middle
+            else:
+                self._bad = middle
+        if samples > self._good:
+            longest = math.floor(100 * self._good / SAMPLE_RATE) / 100
+            raise ConfigError(f"the window is {seconds:g} s; graph {self.path} takes at most {longest:.2f} s")
 
     def _takes(self, samples: int) -> bool:
         try:
@@ -239,7 +239,7 @@ def open_model(
         precision: "int8" makes the int8 graph of the same weights; an .onnx file must be one of ours for that. What is
             int8 already stays so.
         threads: how many work on one call.
-        progress: told of a download, in bytes.
+        progress: called during a download, with bytes.
 
     Raises:
         CheckpointError: neither a name nor a model, or a damaged one, or the cache cannot be written.
@@ -254,9 +254,9 @@ def open_model(
     try:
         return OnnxModel(path, threads=threads)
     except CheckpointError:
-        if path.parent != _graphs():
+        if path.parent != _graphs() or path == Path(name_or_path):
             raise
-        path.unlink()  # a damaged file of the cache is made again
+        path.unlink(missing_ok=True)  # a damaged file of the cache is made again
         return OnnxModel(_graph_of(name_or_path, precision, progress), threads=threads)
 
 
@@ -303,6 +303,7 @@ def _made(checkpoint: Path, path: Path, precision: Precision, name: str) -> Path
         from ced.model.graph.export import write_graph
 
         given = weights.read(checkpoint)
+        logger.info("making the %s graph of %s, once: %s", precision, name, path)
         if precision == "float32":
             write_graph(given, out)
             return
@@ -312,7 +313,7 @@ def _made(checkpoint: Path, path: Path, precision: Precision, name: str) -> Path
             write_graph(given, Path(folder) / "float32.onnx")
             quantize(Path(folder) / "float32.onnx", out)
 
-    return _once(path, write, f"making the {precision} graph of {name}")
+    return _once(path, write)
 
 
 def _quantized(path: Path) -> Path:
@@ -321,14 +322,16 @@ def _quantized(path: Path) -> Path:
     if found == "int8":
         return path
     if found is None:
-        raise CheckpointError(f"graph {path} was not made by ced, so it cannot be made int8; pass its checkpoint")
+        raise CheckpointError(
+            f"graph {path} was not made by ced to take waves, so it cannot be made int8 here; pass its checkpoint"
+        )
 
     def write(out: Path) -> None:
         from ced.model.graph.int8 import quantize
 
         quantize(path, out)
 
-    return _once(_cached(_digest(path), "int8"), write, f"making the int8 graph of {path}")
+    return _once(_cached(_digest(path), "int8"), write)
 
 
 def front_end_file() -> Path:
@@ -339,13 +342,12 @@ def front_end_file() -> Path:
 
         from ced.model.graph.network import front_end_graph
 
-        with written_aside(out) as aside:
-            onnx.save(front_end_graph(PUBLISHED), aside)
+        onnx.save(front_end_graph(PUBLISHED), out)
 
-    return _once(_cached("front-end", "float32"), write, "")
+    return _once(_cached("front-end", "float32"), write)
 
 
-def _once(path: Path, write: Callable[[Path], None], task: str) -> Path:
+def _once(path: Path, write: Callable[[Path], None]) -> Path:
     """Return a file of the cache, written by the first process that needs it; the others wait for it."""
     if path.is_file():
         return path
@@ -355,18 +357,22 @@ def _once(path: Path, write: Callable[[Path], None], task: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if not path.is_file():
-                if task:
-                    logger.info("%s, once: %s", task, path)
-                write(path)
-        weights_digest, _, precision = path.name.rsplit("-", 2)
-        for other in path.parent.glob(f"{weights_digest}-*-{precision}"):
-            if other != path:  # of other code: nothing reads it again
-                other.unlink(missing_ok=True)
+                with written_aside(path) as aside:
+                    write(aside)
+                _remove_unused(path)
     except OSError as error:
         raise CheckpointError(
             f"cannot write {error.filename or path}: {error.strerror or error}; CED_CACHE names another folder"
         ) from error
     return path
+
+
+def _remove_unused(path: Path) -> None:
+    """Remove graphs of the same weights that other code made long ago; newer ones may be those of another install."""
+    weights_digest, _, precision = path.name.rsplit("-", 2)
+    for other in path.parent.glob(f"{weights_digest}-*-{precision}*"):
+        if not other.name.startswith(path.name) and time.time() - other.stat().st_mtime > UNUSED_SECONDS:
+            other.unlink(missing_ok=True)
 
 
 def _whole_number(path: Path, meta: dict[str, str], key: str, default: int) -> int:
@@ -378,7 +384,7 @@ def _whole_number(path: Path, meta: dict[str, str], key: str, default: int) -> i
 
 
 def _labels(path: Path, meta: dict[str, str], classes: int | str) -> ClassTable:
-    """Return the class table of a graph: its metadata, a file beside it, or the default for so many classes."""
+    """Return the class table of a graph: its metadata, a file beside it, or the default for that number of classes."""
     try:
         if CLASSES in meta:
             table = ClassTable(**{name: values and tuple(values) for name, values in json.loads(meta[CLASSES]).items()})
@@ -394,15 +400,13 @@ def _labels(path: Path, meta: dict[str, str], classes: int | str) -> ClassTable:
 
 
 def _beside(config: Path, classes: int | str) -> ClassTable | None:
-    if not config.is_file() or config.stat().st_size > LARGEST_CONFIG:
-        return None
-    named = named_by_config(json.loads(config.read_bytes()))
+    named = named_by_config(hub.read_config(config))
     return named if named is not None and len(named) == classes else None
 
 
 def _noise(samples: int) -> Waves:
-    """Return noise, (1, t): no tagger is so sure of it that all of its logits lie between 0 and 1."""
-    return np.random.default_rng(0).normal(0.0, 0.1, (1, samples)).astype(np.float32)
+    """Return noise, (1, t) float32: no tagger is so sure of it that all of its logits lie between 0 and 1."""
+    return np.float32(0.1) * np.random.default_rng(0).standard_normal((1, samples), np.float32)
 
 
 def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:

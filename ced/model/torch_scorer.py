@@ -59,7 +59,7 @@ class TorchScorer:
 
     def column_starts(self, count: int) -> NDArray[np.float64]:
         """Return the start of each of the `count` columns of a wave, (count,) seconds."""
-        return column_starts(count, self.network.config.target_length)
+        return column_starts(count, self.network.config.target_length, self.network.config.hop_size)
 
     def _run(self, function: Callable[[Tensor], Tensor], waves: Waves) -> Waves:
         with torch.inference_mode():

@@ -22,7 +22,7 @@ from safetensors.numpy import save as to_bytes
 
 from ced.errors import CheckpointError, ConfigError, TableError, optional_packages
 from ced.files import written_aside
-from ced.model import zoo
+from ced.model import hub, zoo
 from ced.model.config import ModelConfig, Pooling, checked_config, shapes
 from ced.sound.features import PATCH
 from ced.sound.labels import ClassTable, default_classes, named_by_config
@@ -32,7 +32,6 @@ HEADER = "ced"  # one entry of safetensors' metadata, as several would be writte
 HEAD = "outputlayer."
 CLASS_TOKEN = ("cls_token", "token_pos_embed")
 PRETRAINING = ("decoder", "mask_token")  # beginnings of keys that only masked pre-training has
-LARGEST_CONFIG = 16 << 20  # bytes of a config.json
 
 # Beginnings of keys a checkpoint may hold beyond those of the network, each with the reason that it may.
 TOLERATED = {
@@ -93,6 +92,8 @@ def read(path: Path) -> Weights:
         MissingPackageError: a `.pt` file where torch is not installed.
     """
     path = zoo.checkpoint_file(Path(path))
+    if path.suffix == ".onnx":
+        raise CheckpointError(f"{path} is a graph; this needs weights: the checkpoint that it was made from")
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
 
 
@@ -207,7 +208,7 @@ def _read_safetensors(path: Path) -> Weights:
             names = list(file.keys())
             halves = any(file.get_slice(key).get_dtype() == "BF16" for key in names)
             arrays = _with_bfloat16(path) if halves else {key: file.get_tensor(key) for key in names}
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:  # of types without a NumPy one
         raise CheckpointError(f"checkpoint {path} is damaged or not a safetensors file ({error})") from error
     if header is None:
         return _assembled(arrays, *_beside(path), path)
@@ -247,17 +248,9 @@ def _with_bfloat16(path: Path) -> dict[str, Array]:
 
 def _beside(path: Path) -> tuple[dict[str, Any], ClassTable | None]:
     """Return the settings and classes of the `config.json` in the folder of a Hugging Face file, if there is one."""
-    beside = path.with_name("config.json")
-    if not beside.is_file():
+    settings = hub.read_config(path.with_name("config.json"))
+    if settings is None:
         return {}, None
-    try:
-        if beside.stat().st_size > LARGEST_CONFIG:
-            raise CheckpointError(f"{beside} has {beside.stat().st_size} bytes; at most {LARGEST_CONFIG} are read")
-        settings = json.loads(beside.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{beside} is damaged or not JSON ({error})") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{beside} holds a {type(settings).__name__}, not a configuration")
     if settings.get("problem_type") == "single_label_classification":
         settings = {"activation": "softmax"} | settings
     return settings, named_by_config(settings)
@@ -266,12 +259,15 @@ def _beside(path: Path) -> tuple[dict[str, Any], ClassTable | None]:
 def _assembled(
     arrays: Mapping[str, Array], settings: Mapping[str, Any], labels: ClassTable | None, path: Path
 ) -> Weights:
-    """Put together what a file says of a network, under the published key names.
+    """Make weights of the arrays and settings of a file, under the published key names.
 
     The shapes of the arrays come first: settings that contradict them are an error, so that a header cannot ask for a
     larger network than the file holds.
     """
     arrays = {published_name(key): value for key, value in arrays.items()}
+    for key, value in arrays.items():
+        if value.dtype.kind != "f" and not key.endswith("num_batches_tracked"):
+            raise CheckpointError(f"checkpoint {path}: {key} is of type {value.dtype}; weights are floating point")
     settings = {name: value for name, value in settings.items() if value is not None}
     shaped = _config_of_shapes(arrays, path)
     ratio = settings.get("mlp_ratio")
@@ -372,6 +368,8 @@ def _read_pt(path: Path) -> Weights:
 
     torch's restricted reader builds tensors and plain values only; what else a file asks for is refused.
     """
+    if not zoo.is_torch_file(path):
+        raise CheckpointError(f"checkpoint {path} is damaged, or not written by torch.save")
     with optional_packages(f"reading {path} (safetensors of the same model need no torch: {_same_model(path)})"):
         import torch
         from torch.serialization import safe_globals

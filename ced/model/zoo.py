@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from ced.errors import CheckpointError, DownloadError
+from ced.errors import CheckpointError, ChecksumError, DownloadError, MissingPackageError
 from ced.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "model.safetensors"
 ZENODO = "https://zenodo.org"
 # Of a folder, the first one present is read: experiments, then Hugging Face folders.
-CHECKPOINT_FILES = ("averaged.safetensors", "last.safetensors", "averaged.pt", "model.safetensors")
+EXPERIMENT_FILES = ("averaged.safetensors", "last.safetensors", "averaged.pt")
+CHECKPOINT_FILES = (*EXPERIMENT_FILES, "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -211,32 +212,40 @@ def read(name_or_path: str | os.PathLike[str], progress: Progress = silent) -> "
 
 
 def fetch(name: str, progress: Progress = silent) -> Path:
-    """Return the weights of a published model, downloaded on first use and checked on every use.
+    """Return the weights of a published model, downloaded on first use.
 
-    They come from the hub, as safetensors. Where the hub fails, a `.pt` of the same model is taken from the cache, or
-    from Zenodo where torch, which reads it, is installed.
+    They come from the hub, as safetensors whose sha256 is compared on every use. Where the hub cannot be reached and
+    torch is installed, a `.pt` of the same model is taken from the cache or from Zenodo, with a warning, as no
+    checksum of it is published.
 
     Raises:
         CheckpointError: no such name.
-        DownloadError: the file is not cached and could not be downloaded, or its content is not what was published;
-            it is removed then.
+        ChecksumError: the content is not what was published; it is removed.
+        DownloadError: the file is not cached and could not be downloaded.
+        MissingPackageError: the model is published as a `.pt` file alone, and torch is not installed.
     """
     entry = entry_of(name)
-    beside = cache_dir() / entry.zenodo.file
+    has_torch = find_spec("torch") is not None
     if entry.hub is None:
-        return beside if beside.is_file() else _from_zenodo(entry, progress)
+        if not has_torch:
+            raise MissingPackageError("torch", f"reading the weights of {name}")
+        return _from_zenodo(entry, progress)
     try:
         return _from_hub(entry.hub, progress)
+    except ChecksumError:
+        raise
     except DownloadError as error:
-        if beside.is_file():
-            return beside
-        if find_spec("torch") is not None:
+        reason = str(error)
+        if has_torch:
             try:
-                return _from_zenodo(entry, progress)
+                path = _from_zenodo(entry, progress)
             except DownloadError as second:
-                error = DownloadError(f"{error}; {second}")
+                reason = f"{reason}; {second}"
+            else:
+                logger.warning("%s; using %s, of which no checksum is published", reason, path)
+                return path
         raise DownloadError(
-            f"{name} is not cached: {error}; pass the path of a local file instead of the name, or use a model that"
+            f"{name} is not cached: {reason}; pass the path of a local file instead of the name, or use a model that"
             f" comes with the package: -m {', '.join(BOXED)}"
         ) from error
 
@@ -259,7 +268,7 @@ def damage(source: Hub | Zenodo, path: Path) -> str | None:
     The hub's files are compared with their pinned sha256. Zenodo publishes none: there the format is checked.
     """
     if isinstance(source, Zenodo):
-        return None if _is_torch_file(path) else "it is not a complete file of torch.save"
+        return None if is_torch_file(path) else "it is not a complete file of torch.save"
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     return None if found == source.sha256 else f"its sha256 is {found}, published is {source.sha256}"
@@ -274,10 +283,10 @@ def checkpoint_file(path: Path) -> Path:
         CheckpointError: nothing is there, or an empty file, or the folder holds none.
     """
     if path.is_dir():
-        if (found := _checkpoint_in(path)) is not None:
+        if (found := _first_of(CHECKPOINT_FILES, path)) is not None:
             return checkpoint_file(found)
         for folder in sorted((one for one in path.iterdir() if one.is_dir()), reverse=True):
-            if (found := _checkpoint_in(folder)) is not None:
+            if (found := _first_of(EXPERIMENT_FILES, folder)) is not None:
                 logger.info("the newest checkpoint of %s is %s", path, found)
                 return checkpoint_file(found)
         raise CheckpointError(f"folder {path} holds no checkpoint; it needs one of {', '.join(CHECKPOINT_FILES)}")
@@ -288,8 +297,8 @@ def checkpoint_file(path: Path) -> Path:
     return path
 
 
-def _checkpoint_in(folder: Path) -> Path | None:
-    return next((folder / name for name in CHECKPOINT_FILES if (folder / name).is_file()), None)
+def _first_of(names: Iterable[str], folder: Path) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def local_path(name_or_path: str | os.PathLike[str]) -> Path:
@@ -298,8 +307,14 @@ def local_path(name_or_path: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: nothing is there, and it looks more like a misspelt name; the message lists the names.
     """
-    path = Path(name_or_path).expanduser()
-    if not path.exists() and isinstance(name_or_path, str) and path.name == name_or_path and not path.suffix:
+    try:
+        path = Path(name_or_path).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, or the home folder of an unknown user
+        raise CheckpointError(f"the model {name_or_path!r} is neither a name nor a path: {error}") from error
+    if not os.fspath(name_or_path):
+        raise CheckpointError(f"the model is an empty name; known: {', '.join(list_models())}")
+    if not exists and isinstance(name_or_path, str) and path.name == name_or_path and not path.suffix:
         entry_of(path.name)
     return path
 
@@ -329,13 +344,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _from_hub(source: Hub, progress: Progress) -> Path:
     from ced.model import hub
 
-    if hub.cached(source.repo, WEIGHTS_FILE, source.revision) is None and not hub.offline():
+    was_cached = hub.cached(source.repo, WEIGHTS_FILE, source.revision) is not None
+    if not was_cached and not hub.offline():
         logger.info("downloading %s from the Hugging Face hub, once", source.repo)
     path = hub.fetch(source.repo, WEIGHTS_FILE, source.revision, progress)
-    if (wrong := damage(source, path)) is not None:
-        hub.forget(path)
-        raise DownloadError(f"{source.repo}/{WEIGHTS_FILE} is damaged or was changed: {wrong}; removed")
-    return path
+    if (wrong := damage(source, path)) is None:
+        return path
+    hub.forget(path)
+    if was_cached and not hub.offline():
+        logger.warning("%s in the cache is damaged; downloading it again", source.repo)
+        return _from_hub(source, progress)
+    raise ChecksumError(f"{source.repo}/{WEIGHTS_FILE} is not the published file: {wrong}; removed")
 
 
 def _from_zenodo(entry: Entry, progress: Progress) -> Path:
@@ -343,6 +362,8 @@ def _from_zenodo(entry: Entry, progress: Progress) -> Path:
     from ced.model.download import NotFoundError, download
 
     first, path = entry.zenodo, cache_dir() / entry.zenodo.file
+    if path.is_file():
+        return path
     others = [Zenodo(record, first.file) for record in (_MAIN_RECORD, 8275319) if record != first.record]
     for source in (first, *others):
         try:
@@ -353,7 +374,7 @@ def _from_zenodo(entry: Entry, progress: Progress) -> Path:
     raise DownloadError(f"no Zenodo record of {entry.name} has {first.file}")
 
 
-def _is_torch_file(path: Path) -> bool:
+def is_torch_file(path: Path) -> bool:
     """Whether a file is complete as torch.save writes it: a zip file, which ends with its table, or an old pickle."""
     if zipfile.is_zipfile(path):
         return True

@@ -60,7 +60,7 @@ def frames_of(samples: int, hop: int = HOP) -> int:
     return 1 + samples // hop
 
 
-def column_starts(count: int, piece: int) -> NDArray[np.float64]:
+def column_starts(count: int, piece: int, hop: int) -> NDArray[np.float64]:
     """Return when each of the `count` columns of patches of a wave begins, (count,) seconds.
 
     A piece of a long wave that is not a whole number of patches long leaves a few frames outside every column.
@@ -68,9 +68,10 @@ def column_starts(count: int, piece: int) -> NDArray[np.float64]:
     Args:
         count: columns of all pieces.
         piece: frames of one forward pass; longer waves are cut into such pieces.
+        hop: samples from one frame to the next.
     """
     pieces, places = np.divmod(np.arange(count, dtype=np.float64), piece // PATCH)
-    starts: NDArray[np.float64] = (pieces * piece + places * PATCH) * HOP_SECONDS
+    starts: NDArray[np.float64] = (pieces * piece + places * PATCH) * hop / SAMPLE_RATE
     return starts
 
 

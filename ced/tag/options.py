@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from ced.errors import ConfigError
@@ -102,8 +103,7 @@ class TagOptions:
             if isinstance(value := getattr(self, name), str):
                 raise ConfigError(f"{name} is the text {value!r}; it must be a list of labels, as [{value!r}]")
             object.__setattr__(self, name, tuple(value))
-        if not isinstance(self.thresholds, int | float | tuple | None):
-            object.__setattr__(self, "thresholds", tuple(map(float, self.thresholds)))
+        self._check_types()
         from ced.sound.audio import TAILS, check_channel
 
         number = check_channel(self.channel)
@@ -115,6 +115,27 @@ class TagOptions:
         self._check_numbers()
         if self.clock is not None:
             parse_clock(self.clock)
+
+    def _check_types(self) -> None:
+        """Refuse values of other types than the fields have, as texts; NumPy's numbers become Python's."""
+        for name in ("window", "hop", "silence", "release", "gap", "shortest", "top_k"):
+            value, kind = getattr(self, name), Integral if name == "top_k" else Real
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+                number = "a whole number" if kind is Integral else "a number"
+                raise ConfigError(f"{name} is {value!r}; it must be {number}")
+        for name in ("columns", "strict", "rollup", "events"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        given = self.thresholds
+        if given is None:
+            return
+        try:
+            if isinstance(given, str):
+                raise TypeError
+            thresholds = tuple(map(float, given)) if isinstance(given, Iterable) else float(given)
+        except (TypeError, ValueError):
+            raise ConfigError(f"thresholds is {given!r}; it must be a number, or one for each class") from None
+        object.__setattr__(self, "thresholds", thresholds)
 
     def _check_windows(self) -> None:
         for name, seconds in (("window", self.window), ("hop", self.step)):

@@ -137,8 +137,8 @@ class Tagger:
         name: str | None = None,
         progress: Progress = silent,
     ) -> None:
-        if jobs < 1:
-            raise ConfigError(f"jobs is {jobs}; it must be 1 or more")
+        if not isinstance(jobs, int) or jobs < 1:
+            raise ConfigError(f"jobs is {jobs!r}; it must be a whole number, 1 or more")
         self.scorer = _open(model, device, precision, progress)
         self.name = name or (os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__)
         self._jobs = jobs
@@ -586,6 +586,10 @@ def _open(
     if device not in (None, *DEVICES):
         raise ConfigError(f"device is {device!r}; allowed: {', '.join(DEVICES)}, or for a torch network those of torch")
     if not isinstance(model, str | os.PathLike):
+        if not callable(model) or not hasattr(model, "labels"):
+            raise ConfigError(
+                f"model is a {type(model).__name__}; allowed: a name, a path, a torch network, a scorer with labels"
+            )
         if precision != "float32":
             raise ConfigError(f"precision is {precision}; a model that is open already runs in its own")
         return cast(Scorer, model)

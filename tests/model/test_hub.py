@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ced.errors import DownloadError
+from ced.errors import ChecksumError, DownloadError
 from ced.model import download, hub, loading, zoo
 from ced.model.vit import CED
 from ced.sound.labels import audioset
@@ -79,18 +79,21 @@ def test_offline_uses_what_is_cached(site: LocalHub, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("status", "headers", "reason"),
     [
-        (401, {}, "401"),
+        (401, {}, "401, not authorised.*HF_TOKEN"),
         (404, {"X-Error-Code": "RepoNotFound"}, "404"),
         (404, {"X-Error-Code": "EntryNotFound"}, "404"),
-        (429, {}, "429"),
+        (429, {}, "429, too many requests"),
     ],
 )
-def test_an_error_of_the_hub_is_one_line(site: LocalHub, status: int, headers: dict[str, str], reason: str) -> None:
+def test_an_error_of_the_hub_is_one_line(
+    site: LocalHub, status: int, headers: dict[str, str], reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     site.statuses = [(status, headers)] * 20
     with pytest.raises(DownloadError, match=rf"cannot download from {site.url}, mispeech/ced-tiny.*{reason}") as caught:
         zoo.fetch("ced_tiny")
     assert "\n" not in str(caught.value)
     assert "Zenodo cannot be reached" in str(caught.value)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "no address", "http://[", "ftp://127.0.0.1"])
@@ -119,12 +122,16 @@ def test_a_blank_endpoint_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_changed_file_is_refused_and_removed(site: LocalHub, tmp_path: Path) -> None:
     site.files["mispeech/ced-tiny", "model.safetensors"] = hub_weights(random_network("ced_tiny", seed=1))
-    with pytest.raises(DownloadError, match=r"mispeech/ced-tiny.* sha256 is [0-9a-f]{64}, published is .*; removed"):
+    (tmp_path / "cache").mkdir()
+    torch.save({}, tmp_path / "cache" / zoo.MODELS["ced_tiny"].zenodo.file)  # must not stand in for it
+    with pytest.raises(ChecksumError, match=r"mispeech/ced-tiny.* sha256 is [0-9a-f]{64}, published is .*; removed"):
         zoo.fetch("ced_tiny")
     assert cached_files(tmp_path) == []
 
 
-def test_a_file_damaged_in_the_cache_is_refused_and_removed(site: LocalHub, tmp_path: Path) -> None:
+def test_a_file_damaged_in_the_cache_is_downloaded_again(
+    site: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     path = zoo.fetch("ced_tiny")
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -132,11 +139,23 @@ def test_a_file_damaged_in_the_cache_is_refused_and_removed(site: LocalHub, tmp_
     entry = zoo.MODELS["ced_tiny"]
     ((source, cached),) = zoo.cached(entry).items()
     assert zoo.damage(source, cached) is not None
-    with pytest.raises(DownloadError, match="damaged"):
+    again = zoo.fetch("ced_tiny")
+    assert "damaged; downloading it again" in caplog.text
+    assert again.read_bytes() == site.files["mispeech/ced-tiny", "model.safetensors"]
+    again.resolve().write_bytes(content)
+    monkeypatch.setenv("CED_OFFLINE", "1")
+    with pytest.raises(ChecksumError, match="removed"):
         zoo.fetch("ced_tiny")
     assert cached_files(tmp_path) == []
-    assert zoo.cached(entry) == {}
-    assert zoo.damage(source, zoo.fetch("ced_tiny")) is None
+
+
+def test_only_content_of_the_repository_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"of the user")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "model.safetensors").symlink_to(tmp_path / "mine")
+    hub.forget(tmp_path / "hub" / "model.safetensors")
+    assert list((tmp_path / "hub").iterdir()) == []
+    assert (tmp_path / "mine").exists()
 
 
 def test_two_processes_download_once(site: LocalHub, tmp_path: Path) -> None:

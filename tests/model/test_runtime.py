@@ -25,6 +25,7 @@ from ced.model.frontend import LogMel
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
 from ced.model.runtime import OnnxModel, open_model
+from ced.model.torch_scorer import TorchScorer
 from ced.model.vit import CED
 from ced.sound.audio import load
 from ced.sound.labels import ClassTable, audioset
@@ -107,6 +108,14 @@ class TestOurGraphs:
         model, waves = OnnxModel(graph), noise(11, samples)
         for answer in (model, model.embed, model.columns):
             np.testing.assert_array_equal(answer(waves), np.concatenate([answer(wave[None]) for wave in waves]))
+
+    def test_columns_begin_where_their_frames_do(self, tmp_path: Path) -> None:
+        network = CED(replace(SMALL, target_length=96, hop_size=320), OWN).eval()
+        model = OnnxModel(export(weights_of(network), tmp_path / "a.onnx").path)
+        expected = [0.0, 0.32, 0.64, 0.96, 1.28, 1.6, 1.92, 2.24, 2.56]  # 16 frames of 20 ms each, six in a piece
+        for scorer in (model, TorchScorer(network)):
+            count = scorer.columns(noise(1, 3 * 16_000)).shape[1]
+            np.testing.assert_allclose(scorer.column_starts(count), expected)
 
     def test_embeddings_and_columns(self, graph: Path) -> None:
         model, waves = OnnxModel(graph), noise(2, 20_000)
@@ -237,11 +246,13 @@ class TestWindows:
     def test_a_window_that_the_graph_cannot_take_is_refused_with_the_limit(self, tmp_path: Path) -> None:
         model = OnnxModel(limited(tmp_path / "model.onnx", 163_840))
         model.check_window(10.0)
-        with pytest.raises(ConfigError, match=r"window is 12 s; graph .*model\.onnx takes at most 10\.2[34] s"):
-            model.check_window(12.0)
+        for seconds in (12.0, 1e6, 12.0):
+            with pytest.raises(ConfigError, match=r"graph .*model\.onnx takes at most 10\.2[34] s"):
+                model.check_window(seconds)
+        model.check_window(10.23)
 
     def test_our_graphs_take_any_window(self, graph: Path) -> None:
-        OnnxModel(graph).check_window(3_600.0)
+        OnnxModel(graph).check_window(36_000.0)
 
     def test_without_padding_our_graphs_take_one_piece(self, tmp_path: Path) -> None:
         network = CED(replace(SMALL, target_length=96, pad_last=False), OWN)
@@ -249,7 +260,7 @@ class TestWindows:
         longest = (96 * 160 - 1) / 16_000
         model.check_window(longest)
         assert model(noise(1, 96 * 160 - 1)).shape == (1, 3)
-        with pytest.raises(ConfigError, match=r"at most 0\.96 s"):
+        with pytest.raises(ConfigError, match=r"at most 0\.95 s"):
             model.check_window(1.0)
 
 
@@ -315,7 +326,9 @@ class TestOpen:
         with caplog.at_level(logging.INFO, "ced"):
             model = open_model("ced_tiny")
         assert model.path.parent == cache / "graphs"
-        assert caplog.messages == [f"making the float32 graph of ced_tiny, once: {model.path}"]
+        fallback, made = caplog.messages
+        assert "audiotransformer_tiny_mAP_4814.pt, of which no checksum is published" in fallback
+        assert made == f"making the float32 graph of ced_tiny, once: {model.path}"
 
     def test_the_graph_of_a_checkpoint_is_made_once(
         self, cache: Path, network: CED, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -338,13 +351,18 @@ class TestOpen:
         monkeypatch.setattr("ced.model.graph.code_digest", lambda: "0" * 16)
         after = open_model(tmp_path / "a.safetensors").path
         assert after != before
-        assert list((cache / "graphs").glob("*.onnx")) == [after]  # the old one is of no use
+        assert before.exists()  # perhaps another install uses it
+        for path in (cache / "graphs").iterdir():
+            os.utime(path, (0, 0))
+        monkeypatch.setattr("ced.model.graph.code_digest", lambda: "1" * 16)
+        newest = open_model(tmp_path / "a.safetensors").path
+        assert list((cache / "graphs").glob("*.onnx")) == [newest]
 
     def test_the_digest_covers_the_code_of_the_graph(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from ced.model import graph as package
 
         names = {path.name for path in package._SOURCES}
-        assert {"network.py", "frontend.py", "builder.py", "int8.py", "features.py", "config.py"} <= names
+        assert {"network.py", "frontend.py", "builder.py", "int8.py", "features.py", "config.py", "labels.py"} <= names
         before = package.code_digest()
         changed = tmp_path / "network.py"
         changed.write_bytes(Path(package.__file__).with_name("network.py").read_bytes() + b"\n# changed\n")
@@ -355,6 +373,20 @@ class TestOpen:
             assert package.code_digest() != before
         finally:
             package.code_digest.cache_clear()
+
+    def test_a_graph_gets_its_name_when_it_is_complete(
+        self, cache: Path, network: CED, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        loading.save(tmp_path / "a.safetensors", network)
+
+        def fail(_: object, out: Path) -> None:
+            out.write_bytes(b"half a graph")
+            raise CheckpointError("stopped")
+
+        monkeypatch.setattr("ced.model.graph.int8.quantize", fail)
+        with pytest.raises(CheckpointError, match="stopped"):
+            open_model(tmp_path / "a.safetensors", precision="int8")
+        assert [path.suffix for path in (cache / "graphs").iterdir()] == [".lock"]
 
     def test_a_damaged_graph_in_the_cache_is_made_again(self, network: CED, tmp_path: Path) -> None:
         loading.save(tmp_path / "a.safetensors", network)

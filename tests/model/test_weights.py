@@ -408,6 +408,19 @@ class TestArrays:
         for name, value in state.items():
             assert np.array_equal(arrays[name], value.float().numpy() if value.is_floating_point() else value.numpy())
 
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32, torch.bool])
+    def test_types_that_weights_do_not_have(self, tmp_path: Path, model: CED, dtype: torch.dtype) -> None:
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        state["norm.bias"] = state["norm.bias"].to(dtype)
+        save_file(state, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+            read(tmp_path)
+
+    def test_a_graph_is_not_weights(self, tmp_path: Path) -> None:
+        (tmp_path / "a.onnx").write_bytes(b"graph")
+        with pytest.raises(CheckpointError, match=r"a\.onnx is a graph"):
+            read(tmp_path / "a.onnx")
+
     def test_a_flipped_bit_is_found(self, tmp_path: Path, model: CED) -> None:
         save(tmp_path / "a.safetensors", model)
         content = bytearray((tmp_path / "a.safetensors").read_bytes())

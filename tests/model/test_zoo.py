@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ced.errors import CheckpointError
+from ced.errors import CheckpointError, MissingPackageError
 from ced.model import zoo
 
 
@@ -74,3 +74,26 @@ def test_what_looks_like_a_name_is_taken_for_one(tmp_path: Path) -> None:
     assert zoo.local_path("student.pt") == Path("student.pt")
     with pytest.raises(CheckpointError, match="'ced_tinny'; did you mean ced_tiny"):
         zoo.local_path("ced_tinny")
+
+
+@pytest.mark.parametrize("given", ["", "x" * 300, "~nobody-of-this-name/x"])
+def test_neither_a_name_nor_a_path_is_one_error(given: str) -> None:
+    with pytest.raises(CheckpointError):
+        zoo.checkpoint_file(zoo.local_path(given))
+
+
+def test_a_folder_stands_for_its_newest_experiment_only(tmp_path: Path) -> None:
+    for folder, name in (
+        ("zz", "model.safetensors"),
+        ("2026-01-02", "last.safetensors"),
+        ("2026-01-01", "averaged.pt"),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(b"weights")
+    assert zoo.checkpoint_file(tmp_path) == tmp_path / "2026-01-02" / "last.safetensors"
+
+
+def test_without_torch_nothing_is_downloaded_that_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo, "find_spec", lambda _: None)
+    with pytest.raises(MissingPackageError, match=r"audiotransformer_tiny.*torch"):
+        zoo.fetch("audiotransformer_tiny")

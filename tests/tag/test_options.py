@@ -20,6 +20,12 @@ def test_keywords_are_the_fields() -> None:
     ("changes", "part"),
     [
         ({"window": 0.0}, "window is 0.0 s"),
+        ({"window": "10"}, "window is '10'; it must be a number"),
+        ({"top_k": "3"}, "top_k is '3'; it must be a whole number"),
+        ({"top_k": 2.5}, "top_k is 2.5; it must be a whole number"),
+        ({"events": "yes"}, "events is 'yes'; it must be True or False"),
+        ({"thresholds": "0.5"}, "thresholds is '0.5'; it must be a number"),
+        ({"thresholds": ("a", "b", "c")}, "a number"),
         ({"window": float("nan")}, "window is nan"),
         ({"window": float("inf")}, "window is inf"),
         ({"hop": -1.0}, "hop is -1.0 s"),
@@ -76,3 +82,9 @@ def test_lists_and_arrays_are_kept_as_tuples() -> None:
     assert (options.only, options.thresholds) == (("bark",), (0.5, 0.25, 1.0))
     assert options == TagOptions(only=("bark",), thresholds=(0.5, 0.25, 1.0))
     assert options.selection(CLASSES) is options.selection(CLASSES)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    options = TagOptions(thresholds=np.float32(0.5), window=np.float64(2.0), top_k=np.int64(2))  # type: ignore[arg-type]
+    assert options.thresholds == 0.5
+    assert TagOptions(thresholds=[0.5, 0.25, 1.0]).thresholds == (0.5, 0.25, 1.0)  # type: ignore[arg-type]

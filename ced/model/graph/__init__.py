@@ -21,6 +21,7 @@ CLASSES = "classes"  # the class table as JSON
 OUTPUT = "output"  # what `prob` holds
 PROBABILITIES = "probabilities"
 PRECISION = "precision"
+FRAME_HOP = "hop"  # samples from one frame to the next
 PIECE = "piece"  # frames of one forward pass; longer waves are cut
 LONGEST = "longest"  # samples of the longest wave; only there where longer waves fail
 HEAD = "head"  # only there where the network has no output layer
@@ -31,7 +32,10 @@ _SOURCES = (
     *sorted(Path(__file__).parent.glob("*.py")),
     _MODEL / "config.py",
     _MODEL / "weights.py",
+    _MODEL / "ort.py",
     _MODEL.parent / "sound" / "features.py",
+    _MODEL.parent / "sound" / "labels.py",
+    _MODEL.parent / "sound" / "audioset_classes.tsv",
 )
 
 

@@ -130,7 +130,7 @@ def export_int8(
         path: what `export` wrote.
         check: a table of labelled clips (see `read_labelled`) on which to compare the two.
         bound: points of mAP that int8 may cost there.
-        progress: told of the clips compared.
+        progress: called for each clip compared.
 
     Returns:
         The comparison, if one was asked for.

@@ -15,7 +15,19 @@ from ced.errors import ExportError
 from ced.files import written_aside
 from ced.model import ort
 from ced.model.config import shapes
-from ced.model.graph import CLASSES, HEAD, LABELS_FILE, LONGEST, NO_HEAD, OUTPUT, PIECE, PRECISION, PROBABILITIES, Input
+from ced.model.graph import (
+    CLASSES,
+    FRAME_HOP,
+    HEAD,
+    LABELS_FILE,
+    LONGEST,
+    NO_HEAD,
+    OUTPUT,
+    PIECE,
+    PRECISION,
+    PROBABILITIES,
+    Input,
+)
 from ced.model.graph.network import feats_graph, wave_graph
 from ced.model.weights import HEAD as HEAD_KEYS
 from ced.model.weights import Weights
@@ -152,7 +164,7 @@ def _metadata(weights: Weights) -> dict[str, str]:
             OUTPUT: PROBABILITIES,
             PRECISION: "float32",
             "sample_rate": str(SAMPLE_RATE),
-            "hop": str(config.hop_size),
+            FRAME_HOP: str(config.hop_size),
             PIECE: str(config.target_length),
             "preprocessing": json.dumps(front_end),
         }

@@ -57,10 +57,13 @@ def quantize(path: Path, out: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the quantizer's advice on preparing a graph, which goes through the root logger."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    """Silence the quantizer's advice on preparing a graph, which it logs with the root logger."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "pre-processing" not in record.getMessage()
+
+    logging.root.addFilter(keep)
     try:
         yield
     finally:
-        logging.disable(before)
+        logging.root.removeFilter(keep)

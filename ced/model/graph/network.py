@@ -132,8 +132,8 @@ class _Network:
         frames = nodes.size(mel, 1)
         length = nodes.add("Min", frames, nodes.ints(config.target_length))
         whole, rest = nodes.add("Div", frames, length), nodes.add("Mod", frames, length)
-        heard = nodes.add("Add", nodes.add("Mul", whole, each), nodes.add("Div", rest, nodes.ints(PATCH)))
-        return nodes.add("Slice", scores, nodes.ints(0), heard, nodes.ints(1))
+        inside = nodes.add("Add", nodes.add("Mul", whole, each), nodes.add("Div", rest, nodes.ints(PATCH)))
+        return nodes.add("Slice", scores, nodes.ints(0), inside, nodes.ints(1))
 
     def _init_bn(self, mel: str) -> str:
         """Apply the BatchNorm as one multiplication and one addition a mel bin."""
