@@ -112,7 +112,7 @@ def test_tag_prints_a_heading_and_each_window(model: Path, tmp_path: Path) -> No
         "[0.0s]-[1.0s] Topk-2",
     ]
     assert blocks[0].splitlines()[0] == f"===== {long} ====="
-    assert [block.split(" ")[0] for block in blocks[1:3]] == ["[1.0s]-[2.0s]", "[1.5s]-[2.5s]"]
+    assert [block.split(" ")[0] for block in blocks[1:3]] == ["[1.0s]-[2.0s]", "[2.0s]-[2.5s]"]
     assert blocks[3].splitlines()[0] == f"===== {short} ====="
     label, score = blocks[3].splitlines()[1].split(" ")[2:]
     assert label in {"bark", "bell", "rain"}
