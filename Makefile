@@ -4,7 +4,10 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--custom-compile-command 'make lock' -c constraints.txt
 
-.PHONY: demo test test-network lock clean
+.PHONY: help demo test test-network docs dist coverage lock clean
+
+help:  ## list these targets
+	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-14s %s\n", $$1, $$2}'
 
 demo: .venv/train.stamp  ## tag a few sounds, then teach a student on generated ones, from files to tags
 	$(BIN)/ced tag -m esc10 resources/rooster.ogg
@@ -19,14 +22,25 @@ test: .venv/dev.stamp  ## format, lint, types, tests
 test-network: .venv/dev.stamp  ## download the published weights and compare them with published values
 	$(BIN)/pytest -m network
 
+docs: .venv/dev.stamp  ## build the documents as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+dist: .venv/dev.stamp  ## build the source distribution and the wheel, in dist/
+	rm -rf build/lib build/bdist.* dist
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w dist dist/*.tar.gz
+
+coverage: .venv/dev.stamp  ## run the tests and report which lines they reach
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov=ced --cov-report=term
+
 lock: $(BIN)/uv  ## resolve all dependencies into locks/, with hashes; versions named in constraints.txt are kept
 	$(COMPILE) --extra serve --extra media pyproject.toml -o locks/serve.txt
-	$(COMPILE) --extra train --extra hf --extra media --extra mqtt --extra serve --extra dev \
+	$(COMPILE) --extra train --extra hf --extra media --extra mqtt --extra serve --extra dev --extra docs \
 		--no-emit-package torch pyproject.toml -o locks/dev.txt
 	echo setuptools | $(COMPILE) - -o locks/build.txt
 
 clean:  ## remove the environment and what `make demo` wrote
-	rm -rf .venv demo build ced_audio.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv demo build dist ced_audio.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

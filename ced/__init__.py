@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ced.tag.records import Record as Record
     from ced.tag.tagger import Tagger as Tagger
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AudioError",
     "BusyError",

@@ -1,10 +1,12 @@
-"""The core install, as someone gets it who only wants tags: a fresh environment, without torch."""
+"""The core install, as someone gets it who only wants tags: the wheel in a fresh environment, without torch."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import soundfile
 import torch
 
+import ced
 from ced.model import loading
 from ced.model.config import ModelConfig
 from ced.model.graph.export import export
@@ -25,22 +28,42 @@ ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "h5py", "pyarrow", "matplotlib")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _installed_package_only() -> Iterator[None]:
+    """Nothing of the repository is found by the programs of the fresh environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONPATH", raising=False)
+        yield
+
+
+def pip(python: Path | str, *words: str | Path) -> None:
+    subprocess.run([python, "-m", "pip", *words, "--quiet", "--disable-pip-version-check"], check=True)
+
+
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of an environment with the core alone."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the source distribution, as a release is made."""
+    folder = tmp_path_factory.mktemp("dist")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "ced", source / "ced", ignore=shutil.ignore_patterns("__pycache__"))
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (sdist,) = folder.glob("ced_audio-*.tar.gz")
+    pip(sys.executable, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, sdist)
+    (built,) = folder.glob("ced_audio-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of an environment with the core of the wheel alone."""
     folder = tmp_path_factory.mktemp("fresh")
     subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
-    install = [
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "-c",
-        str(ROOT / "constraints.txt"),
-        str(ROOT),
-    ]
-    subprocess.run([folder / "env" / "bin" / "python", "-m", *install], check=True)
-    return folder / "env" / "bin"
+    pip(folder / "env/bin/python", "install", "-c", ROOT / "constraints.txt", wheel)
+    return folder / "env/bin"
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +78,20 @@ def graph(network: CED, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("graph") / "small.onnx"
     export(weights_of(network), path)
     return path
+
+
+def test_the_wheel_holds_the_whole_package(wheel: Path, fresh: Path, tmp_path: Path) -> None:
+    files = {path for path in (ROOT / "ced").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (metadata,) = (archive.read(name) for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    assert held == {str(path.relative_to(ROOT)) for path in files}
+    assert f"Version: {ced.__version__}\n".encode() in metadata
+    done = subprocess.run([fresh / "ced", "--version"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == f"ced {ced.__version__}\n"
+    where = "import ced; print(ced.__file__)"
+    found = subprocess.run([fresh / "python", "-c", where], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert Path(found.stdout).is_relative_to(fresh.parent)
 
 
 def test_the_core_tags_without_torch(fresh: Path, network: CED, graph: Path, tmp_path: Path) -> None:

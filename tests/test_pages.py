@@ -21,6 +21,7 @@ import soundfile
 import torch
 import yaml
 
+import ced
 from ced.cli import main
 from ced.model import loading, weights, zoo
 from ced.model.config import ModelConfig
@@ -162,7 +163,7 @@ def test_the_citation_is_the_same_everywhere() -> None:
 
 
 def test_every_page_is_linked_and_every_link_leads_somewhere() -> None:
-    others = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "resources/README.md")]
+    others = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "resources/README.md", "examples/README.md")]
     pages = [ROOT / "README.md", *others, *sorted((ROOT / "docs").glob("*.md"))]
     linked = set()
     for page in pages:
@@ -171,6 +172,29 @@ def test_every_page_is_linked_and_every_link_leads_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
                 linked.add((page.parent / target).resolve())
     assert {page.resolve() for page in pages[1:]} <= linked
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    releases = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)$", changes, re.M)
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert releases[0] == (ced.__version__, str(cited["date-released"]))
+    assert cited["version"] == ced.__version__
+    assert [date for _, date in releases] == sorted((date for _, date in releases), reverse=True)
+
+
+def test_the_map_names_the_modules_that_there_are() -> None:
+    named = set(re.findall(r"`([a-z]\w*\.py)`", (DOCS / "design.md").read_text(encoding="utf-8")))
+    modules = {path.name for path in (ROOT / "ced").rglob("*.py")} - {"__init__.py", "__main__.py"}
+    assert modules - named == set()
+    assert named - modules == set(PROGRAMS)
+
+
+def test_every_error_is_explained() -> None:
+    page = (DOCS / "errors.md").read_text(encoding="utf-8")
+    for name in ced.__all__:
+        if name.endswith("Error") and name != "CedError":
+            assert re.search(rf"^\| `{name}` \|", page, re.M), name
 
 
 @pytest.mark.skipif("CED_ESC10" not in os.environ, reason="CED_ESC10 names no copy of ESC-10")

@@ -1,4 +1,4 @@
-"""The examples of docs/python.md, run one after the other, with what they print compared with the page."""
+"""Examples in Python of two pages, run one after the other, with what they print compared with the page."""
 
 import contextlib
 import io
@@ -12,9 +12,10 @@ ROOT = Path(__file__).parents[1]
 NUMBER = re.compile(r"\d+\.\d+")
 
 
-def test_the_examples_print_what_the_page_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["python.md", "panns.md"])
+def test_the_examples_print_what_the_page_shows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     examples = re.findall(r"^```python\n(.*?)^```\n```text\n(.*?)^```$", page, re.M | re.S)
     assert len(examples) == page.count("```python")
     names: dict[str, Any] = {}

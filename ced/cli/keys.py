@@ -1,6 +1,7 @@
 """Commands that take a configuration: any of its keys may follow as `--key value`, and --help lists them."""
 
 import json
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import typer
@@ -42,17 +43,22 @@ class PretrainCommand(_ConfigCommand):
     config = "PretrainConfig"
 
 
-def _describe(config: str) -> str:
-    """Return a line for each key of a configuration: its name, what it is, and its default."""
+def keys_of(config: str) -> Iterator[tuple[str, str, str]]:
+    """Yield each key of a class of `ced.config`: its name, what it is, and what is allowed and the default."""
     import ced.config
 
-    fields = getattr(ced.config, config).model_fields
-    width = max(map(len, fields)) + 2
-    lines = [" Keys of CONFIG, and of --key value (--key.inner value reaches into a mapping):", ""]
-    for name, field in fields.items():
+    for name, field in getattr(ced.config, config).model_fields.items():
         choices = " | ".join(get_args(field.annotation)) + "; " if get_origin(field.annotation) is Literal else ""
         default = "required" if field.is_required() else f"default {_plain(field.default)}"
-        lines.append(f"   --{name:<{width}}{field.description or ''} [{choices}{default}]")
+        yield name, field.description or "", f"{choices}{default}"
+
+
+def _describe(config: str) -> str:
+    """Return a line for each key of a configuration: its name, what it is, and its default."""
+    keys = list(keys_of(config))
+    width = max(len(name) for name, *_ in keys) + 2
+    lines = [" Keys of CONFIG, and of --key value (--key.inner value reaches into a mapping):", ""]
+    lines += [f"   --{name:<{width}}{description} [{allowed}]" for name, description, allowed in keys]
     return "\n".join([*lines, ""])
 
 

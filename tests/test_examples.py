@@ -1,0 +1,60 @@
+"""The scripts in examples/, run as their page has it, offline."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(cache: Path, script: str, *words: str | Path) -> str:
+    """Run an example in the root of the repository, and return what it printed."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CED_CACHE": str(cache), "CED_OFFLINE": "1"}
+    command = [sys.executable, ROOT / "examples" / script, *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_a_folder_becomes_a_table_and_a_picture(tmp_path: Path) -> None:
+    printed = run(tmp_path, "tag_folder.py", "resources", "--out", tmp_path)
+    sounds = {str(path.relative_to(ROOT)) for path in (ROOT / "resources").glob("*.ogg")}
+    with (tmp_path / "tags.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["file"] for row in rows} == sounds
+    assert all(0 <= float(row["prob"]) <= 1 for row in rows)
+    for sound in sounds:
+        best = max((row for row in rows if row["file"] == sound), key=lambda row: float(row["prob"]))
+        (line,) = (line for line in printed.splitlines() if line.split() and line.split()[0] == sound)
+        assert line.split()[1:-1] == best["label"].split()
+    assert (tmp_path / "tags.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_probe_tells_generated_sounds_apart(tmp_path: Path) -> None:
+    printed = run(tmp_path, "train_probe.py")
+    accuracy = re.match(r"accuracy (\d\.\d\d) ", printed)
+    assert accuracy
+    assert float(accuracy[1]) > 0.9  # chance is a third
+    found = re.findall(r"^(\w+): tagged as (\w+)$", printed, re.M)
+    assert len(found) == 3
+    assert all(said == given for given, said in found)
+
+
+@pytest.mark.slow
+def test_a_student_follows_a_teacher_of_ones_own(tmp_path: Path) -> None:
+    printed = run(tmp_path / "cache", "distil_from_your_teacher.py", "--out", tmp_path / "out")
+    first = re.findall(r"^===== (\w+)\.wav =====\n\S+ Topk-1 (\w+) ([\d.]+)$", printed, re.M)
+    assert [(sound, label) for sound, label, _ in first] == [("low", "low"), ("high", "high")]
+    assert all(float(score) > 0.7 for *_, score in first)
+
+
+def test_the_page_has_every_script() -> None:
+    page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    for script in (ROOT / "examples").glob("*.py"):
+        assert f"[{script.name}]({script.name})" in page
+        assert f"python examples/{script.name}" in page
