@@ -89,6 +89,9 @@ class Upload:
         """Delete the sound; any thread may do so, once nothing reads it any more."""
         self._close()
 
+    def __del__(self) -> None:  # where a request ended between its body and its work
+        self.close()
+
 
 class Bodies:
     """Reads bodies into uploads, and bounds the bytes of all uploads together.

@@ -28,6 +28,7 @@ LARGEST_FRAME = 1 << 16  # bytes: two seconds
 NAME = "live"  # the name of the sound in records
 _WAITING = 1.0  # seconds of windows that may wait to be scored; further ones replace the oldest
 _IDLE = 60.0  # seconds without any sound after which a connection is closed
+_BURST, _FASTEST = 30.0, 2.0  # seconds of sound at any rate, then how much faster than it sounds
 _SEND_SECONDS = 10.0  # that a client may take to accept a message
 _TICK = 0.5  # seconds between checks for events that end without new sound
 _LOWEST_LEVEL = -120.0  # dB of full scale
@@ -158,6 +159,7 @@ class LiveSession:
 
     async def _receive(self, cutter: _Cutter) -> None:
         """Take messages until the client ends the session."""
+        began = time.monotonic()
         while self._ending is None:
             message = await self._socket.receive()
             if message["type"] == "websocket.disconnect":
@@ -168,6 +170,8 @@ class LiveSession:
                 else:
                     cutter.add(data)
                     self._changed.set()
+                    if cutter.seconds > _BURST + _FASTEST * (time.monotonic() - began):
+                        self.stop(1008, f"sound arrives more than {_FASTEST:g} times as fast as it is recorded")
             elif message.get("text") == "stop":
                 self.stop(1000)
             else:

@@ -189,6 +189,16 @@ def test_sound_that_comes_too_fast_is_dropped_and_counted() -> None:
     assert len(windows) <= 6
 
 
+def test_a_client_that_floods_the_server_is_refused(url: str) -> None:
+    with connect(url) as connection:
+        with suppress(websockets.ConnectionClosed):
+            for _ in range(1000):
+                connection.send(bytes(65_536))
+        found = messages(connection)
+    assert connection.protocol.close_code == 1008
+    assert "times as fast" in found[-1]["error"]
+
+
 def test_a_client_that_reads_nothing_is_closed_and_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ced.serve.live._SEND_SECONDS", 0.5)
     app = Application(Wide(), "wide", limits=Limits(live=1))

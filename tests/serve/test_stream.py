@@ -138,6 +138,7 @@ def test_the_place_of_a_client_that_leaves_is_free_again(windows: int) -> None:
             assert json.loads(next(lines))["type"] == "begin"
             with httpx.Client(base_url=url) as other:
                 assert metrics(other)["ced_pending_requests"] == 1
+        until(lambda: any(name.startswith("ced_requests_total") for name in metrics(client)))  # the server noticed
         model.go.set()
         until(lambda: metrics(client)["ced_pending_requests"] == 0)
         assert len(model.lengths) <= 2 + windows
