@@ -205,7 +205,9 @@ class TaggerConfig(LoopConfig):
     eval_data: UserPath | None = Field(None, description="labelled table to validate on; null: none")
     eval_batch_size: Positive = Field(32, description="clips an evaluation step")
     valid_every: Positive = Field(1, description="epochs from one validation to the next")
-    early_stop: Positive | None = Field(10, description="stop after so many validations without gain; null: never")
+    early_stop: Positive | None = Field(
+        10, description="stop after this number of validations without gain; null: never"
+    )
     n_saved: Positive = Field(4, description="best checkpoints kept")
     average: bool = Field(True, description="the result is the mean of the kept checkpoints; false: the best of them")
     mixup: Annotated[float, Field(gt=0)] | None = Field(None, description="alpha of Beta(alpha, alpha); null: none")
@@ -218,7 +220,7 @@ class TrainConfig(TaggerConfig):
     logitspath: UserPath = Field(description="the view store: folder with logits_ep<e>_<rank>.h5")
     num_classes: Positive = Field(527, description="classes of the store and of the student")
     label_type: Fill = Field("zero", description="scores outside the top k")
-    max_aug_epochs: Positive | None = Field(None, description="use only so many stored epochs; null: all")
+    max_aug_epochs: Positive | None = Field(None, description="use only this number of stored epochs; null: all")
     disable_consistency: bool = Field(False, description="the student draws its own masks, no shift (an ablation)")
     loss: Literal["BCEWithLogitsLoss"] = Field("BCEWithLogitsLoss", description="the only loss of CED")
     loss_args: LossArgs = Field(LossArgs(), description="reduction: none or mean")

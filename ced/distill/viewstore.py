@@ -255,7 +255,7 @@ class ViewStore:
     def epoch_of(self, training_epoch: int, at_most: int | None = None) -> int:
         """Return the stored epoch that serves a training epoch (1, 2, ...): all in turn, then again from the first.
 
-        `at_most` uses only so many of the stored epochs.
+        `at_most` limits the number of stored epochs that are used.
         """
         return (training_epoch - 1) % min(self.epochs, at_most or self.epochs) + 1
 

@@ -153,7 +153,7 @@ def open_sound(
         block_seconds: how much is decoded at a time; less where that would take more than 16 MiB.
 
     Raises:
-        AudioError: the sound is missing, no regular file, unreadable, of an unknown kind, or has a sampling rate
+        AudioError: the sound is missing, not a regular file, unreadable, of an unknown kind, or has a sampling rate
             outside 1,000-768,000 Hz or more than 64 channels, or no channel of that number. Further ones come from
             `Sound.blocks`.
         ConfigError: `channel` is not one of those above.

@@ -88,7 +88,7 @@ def _regular_file(path: str, name: str) -> io.FileIO:
     """Open a file that has an end: pipes, devices and sockets could be waited for, or read, for ever.
 
     Raises:
-        AudioError: it is no regular file.
+        AudioError: it is not a regular file.
         OSError, ValueError: it cannot be opened.
     """
     kind = stat.S_IFMT(os.stat(path).st_mode)

@@ -50,7 +50,7 @@ def devices() -> list[Device]:
 def device(name: str | None = None, channel: Channel = 1) -> LiveSource:
     """Return an input of this machine as a source.
 
-    A process listens to one device at a time: to find one that was lost, all its streams are ended (see `_look_anew`),
+    A process listens to one device at a time: to find one that was lost, all its streams are ended (see `_search_again`),
     so two that are listened to at once would cut each other off.
 
     Args:
@@ -69,7 +69,7 @@ def device(name: str | None = None, channel: Channel = 1) -> LiveSource:
         portaudio = _portaudio()
         try:
             if opened:
-                _look_anew(portaudio)
+                _search_again(portaudio)
             opened = True
             found = portaudio.query_devices(_number(name), "input")
             rate = round(found["default_samplerate"])
@@ -81,7 +81,7 @@ def device(name: str | None = None, channel: Channel = 1) -> LiveSource:
     return LiveSource(called, heard)
 
 
-def _look_anew(portaudio: Any) -> None:
+def _search_again(portaudio: Any) -> None:
     """Let PortAudio look which devices there are, as one that was lost may be another number now.
 
     It looks only when it starts, and sounddevice has no public way to start it again. All streams of the process end.

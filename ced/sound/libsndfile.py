@@ -81,7 +81,7 @@ def _open(source: "io.BufferedReader[View]", stack: ExitStack) -> "_ForwardFile 
 
 def _reason(error: soundfile.LibsndfileError) -> str:
     reason: str = error.error_string.strip().rstrip(".")
-    if "resource fork" in reason or "offset" in reason:  # what libsndfile says where it has run out of ideas
+    if "resource fork" in reason or "offset" in reason:  # errors of libsndfile that tell a user nothing
         return "Format not recognised"
     if "SF_INFO" in reason:
         return "its header has an impossible rate or number of channels"

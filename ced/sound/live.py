@@ -24,7 +24,7 @@ from ced.sound.web import is_address, without_password
 BLOCK = 0.1  # seconds that are read at a time
 _DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before each further attempt to open a source; the last is kept
 _WAITING = 1.0  # seconds of windows that may wait to be scored; what comes behind them drives the oldest out
-_STEADY = 10.0  # seconds of sound after which a source counts as restored, and delays begin anew
+_STEADY = 10.0  # seconds of sound after which a source counts as restored, and delays start at the shortest again
 _HASTE = 1.25  # how much faster than it sounds a stream is heard that lies behind
 _NOTE_EVERY = 60.0  # seconds between two notes of windows left out
 _GLANCE = 0.2  # seconds; how soon a listener sees that it was stopped
@@ -213,7 +213,7 @@ class _Course:
         """Yield the windows of all times that the source is open, until it ends, fails for good, or is closed.
 
         Their times count from the first sample. They are those of the samples, and leap ahead at an outage only. A
-        window that a fault breaks off is no window: what it holds may be long over when the fault is known.
+        window that a fault cuts off is dropped: its sound may be long over when the fault is known.
         """
         while not self._closed.is_set():
             fault = AudioError(f"{self._source.name} has ended")

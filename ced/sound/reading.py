@@ -48,7 +48,7 @@ class Opened:
 
     Attributes:
         rate, channels: of its first block; later ones may differ.
-        blocks: yields blocks of up to so many frames; can be called once.
+        blocks: takes the most frames of a block and yields blocks; can be called once.
         seconds: how long it is according to its header; None: that says nothing.
     """
 

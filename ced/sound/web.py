@@ -31,7 +31,7 @@ _MOST_FAILURES = 10  # parts of a playlist that cannot be read, one after the ot
 _RELOAD_SECONDS = 1.0  # the least time between two readings of a live playlist
 _LEAST_BYTES = 256  # that must arrive in the time of `PATIENCE`; the lowest bit rates give a hundred times as many
 _LONGEST_PLAYLIST = 4 << 20  # bytes; of a day in parts of 6 s there are 14,400 lines
-_SKIPPED = 1 << 18  # bytes that are read rather than asked for anew, to go on a little further behind
+_SKIPPED = 1 << 18  # bytes: a gap up to this long is read and dropped; behind a longer one a new request begins
 _SCHEMES = ("http://", "https://")
 _UNSAFE = "%/:=&?~#+!$,;'@()*[]"  # what of an address is left as it is, so that only what is not ASCII is quoted
 _REDIRECTED = (301, 302, 303, 307, 308)
@@ -339,7 +339,7 @@ class WebFile(io.RawIOBase):
             self._response = None
 
     def _receive(self, most: int) -> bytes:
-        """Return the next bytes that arrive, at most so many; none: it has ended."""
+        """Return the next bytes that arrive, up to a number of them; none: it has ended."""
         assert self._response is not None
         try:
             data = self._response.read1(most)
@@ -362,7 +362,7 @@ class WebFile(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes that arrive, at most so many, without waiting for all of them."""
+        """Return the next bytes that arrive, up to a number of them, without waiting for all."""
         if size < 0:
             return b"".join(iter(lambda: self.read(1 << 16), b""))
         if self._end is not None:
@@ -435,7 +435,7 @@ class Stream(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes that arrive, at most so many; none: it has ended, or breaks off."""
+        """Return the next bytes that arrive, up to a number of them; none: it has ended, or breaks off."""
         if self._file is None or self._broken or self._room == 0 or self._web.fault is not None:
             return b""
         try:

@@ -91,7 +91,7 @@ class Actions:
             worker.put(event)
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Let the actions deal with the events that wait, for so many seconds at most, and end them."""
+        """End the actions, after at most this number of seconds for the events that wait."""
         deadline = time.monotonic() + seconds
         for worker in self._workers:
             worker.end()
