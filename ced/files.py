@@ -162,10 +162,12 @@ def make_folders(root: Path, relative: Path) -> Path:
     `root` may lie behind links, as the user named it; nothing below it may, so that what is written stays below it.
 
     Raises:
-        WriteError: a part of `relative` is a link, leads upwards, or cannot be made.
+        WriteError: `relative` is absolute, or a part of it is a link, leads upwards, or cannot be made.
     """
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
+    if relative.anchor:
+        raise WriteError(relative, f"it leads out of {root}")
     folder = root
     for part in relative.parts:
         folder = folder / part

@@ -242,3 +242,36 @@ def test_tagging_imports_no_torch(graph: Path, sounds: Path, model: str) -> None
     command = [sys.executable, "-c", program, "tag", "-m", str(graph) if model == "a graph" else model, "in/a/0.wav"]
     done = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.fixture
+def kept(graph: Path, sounds: Path) -> Path:
+    """A run over one sound that has kept its scores."""
+    said(ced("tag", "-m", str(graph), sounds / "a/0.wav", "--out", "kept", "--keep-scores"))
+    return Path("kept")
+
+
+@pytest.mark.parametrize("place", ["{}/elsewhere/x", "../elsewhere/x", "", 5, None])
+def test_a_hostile_journal_is_one_line_and_writes_nothing(kept: Path, tmp_path: Path, place: object) -> None:
+    journal = kept / "journal.jsonl"
+    head, line = journal.read_text().splitlines()
+    bad = {**json.loads(line), "place": place.format(tmp_path) if isinstance(place, str) else place}
+    journal.write_text(f"{head}\n{json.dumps(bad)}\n")
+    before = sorted(tmp_path.rglob("*"))
+    for words in ([], ["--out", "again"], ["--events", "--clips", "clips"]):
+        done = ced("tag", "--from", kept, *words)
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert done.stderr.decode().startswith("ced: error: line 2 of kept/journal.jsonl is not a line of a journal")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_clips_are_cut_only_out_of_the_sound_that_was_tagged(kept: Path) -> None:
+    words = ["tag", "--from", kept, "--events", "--threshold", "0", "--clips", "clips"]
+    said(ced(*words))
+    count = len(list(Path("clips").iterdir()))
+    assert count
+    soundfile.write("in/a/0.wav", np.zeros(3 * RATE), RATE)
+    done = ced(*words)
+    assert done.returncode == 1
+    assert "in/a/0.wav: it has changed since it was tagged" in done.stderr.decode()
+    assert len(list(Path("clips").iterdir())) == count

@@ -169,6 +169,8 @@ def test_folders_are_made_below_their_root_only(tmp_path: Path) -> None:
     for bad in ("link", "link/deep", "../elsewhere"):
         with pytest.raises(WriteError, match="out"):
             make_folders(root, Path(bad))
+    with pytest.raises(WriteError, match="out"):
+        make_folders(root, tmp_path / "elsewhere" / "deep")
     assert list((tmp_path / "elsewhere").iterdir()) == []
     (tmp_path / "named").symlink_to(root)
     assert make_folders(tmp_path / "named", Path("c")).is_dir()  # the root itself may be a link

@@ -267,6 +267,8 @@ def _tag_again(
     def process(item: "Input") -> "Record":
         record = run.record(item, chosen)
         meter.sound(record.seconds)
+        if output.clips is not None:
+            run.check_unchanged(item)
         _cut(item.name, record.pieces, output, item)
         return record
 
