@@ -266,7 +266,7 @@ def test_a_hostile_journal_is_one_line_and_writes_nothing(kept: Path, tmp_path: 
 
 
 def test_clips_are_cut_only_out_of_the_sound_that_was_tagged(kept: Path) -> None:
-    words = ["tag", "--from", kept, "--events", "--threshold", "0", "--clips", "clips"]
+    words: list[str | Path] = ["tag", "--from", kept, "--events", "--threshold", "0", "--clips", "clips"]
     said(ced(*words))
     count = len(list(Path("clips").iterdir()))
     assert count
@@ -275,3 +275,28 @@ def test_clips_are_cut_only_out_of_the_sound_that_was_tagged(kept: Path) -> None
     assert done.returncode == 1
     assert "in/a/0.wav: it has changed since it was tagged" in done.stderr.decode()
     assert len(list(Path("clips").iterdir())) == count
+
+
+def test_each_channel_is_named_by_every_output(graph: Path, sounds: Path) -> None:
+    words: list[str | Path] = ["-m", graph, "--channel", "each", sounds / "a/1.flac", sounds / "a/0.wav"]
+    printed = said(ced("tag", *words)).splitlines()
+    headings = [line for line in printed if line.startswith("=")]
+    assert headings == [
+        "===== in/a/1.flac, channel 1 =====",
+        "===== in/a/1.flac, channel 2 =====",
+        "===== in/a/0.wav, channel 1 =====",
+    ]
+    said(ced("tag", *words, "--out", "out", "--combine", "-f", "csv", "--keep-scores"))
+    rows = list(csv.DictReader(Path("out/tags.csv").read_text().splitlines()))
+    places = list(dict.fromkeys((row["file"], row["channel"]) for row in rows))
+    assert places == [("in/a/1.flac", "1"), ("in/a/1.flac", "2"), ("in/a/0.wav", "1")]
+    again = said(ced("tag", "--from", "out", "-f", "csv"))
+    assert "channel" in again.splitlines()[0]
+    said(ced("embed", *words, "-o", "e.npy"))
+    table = Path("e.npy.tsv").read_text().splitlines()
+    cells = [line.split("\t") for line in table if not line.startswith("#")][1:]
+    assert [(row[0], row[-1]) for row in cells] == places
+    for command in (["tag"], ["embed", "-o", "f.npy"]):
+        done = ced(*command, "--channel", "x", sounds)
+        assert done.returncode == 1
+        assert b"mean, left, right, each or a number" in done.stderr

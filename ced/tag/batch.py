@@ -17,6 +17,7 @@ from ced.parallel import attempts
 from ced.progress import NotedProgress, silent
 from ced.tag.inputs import Input
 from ced.tag.journal import Journal, stamp_of
+from ced.tag.options import EACH
 from ced.tag.records import Record
 from ced.tag.results import FORMATS, Format, formats, write
 from ced.tag.scores import KEPT, UNFINISHED
@@ -179,7 +180,7 @@ def run(
         process: what to do with each; it is called by `jobs` threads.
         out: the folder, which is made if need be.
         settings: what records depend on besides the sounds, as JSON has it; a later run must have the same. With a
-            `clock` that is not None, tables have clock times.
+            `clock` that is not None, tables have clock times; with the `channel` "each", channels.
         output: formats (`results.FORMATS`); they may differ from an earlier run's.
         combined: write one output for all of these inputs, `tags` with the format's suffix, at the end, instead of one
             for each in a tree like the inputs' (`Input.relative` with the format's suffix behind it).
@@ -195,7 +196,8 @@ def run(
         StoreError: the folder's journal is damaged or not a journal.
         CedError: as for `results`.
     """
-    chosen = formats(output, shared=combined, clock=settings.get("clock") is not None)
+    each, clock = settings.get("channel") == EACH, settings.get("clock") is not None
+    chosen = formats(output, shared=combined, channel=each, clock=clock)
     targets = _targets(inputs, () if combined else chosen, out, keep_scores)
     errors = out / ERRORS_NAME
     began = time.monotonic()
