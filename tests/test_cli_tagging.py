@@ -300,3 +300,18 @@ def test_each_channel_is_named_by_every_output(graph: Path, sounds: Path) -> Non
         done = ced(*command, "--channel", "x", sounds)
         assert done.returncode == 1
         assert b"mean, left, right, each or a number" in done.stderr
+
+
+@pytest.mark.parametrize("stem", ["a" * 247, "虫" * 82 + "a"], ids=["ascii", "wide"])
+def test_the_longest_names_have_all_outputs(graph: Path, sounds: Path, stem: str) -> None:
+    path = Path("in") / f"{stem}.wav"  # 251 bytes
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, (RATE, 2)), RATE)
+    kinds = ["text", "jsonl", "csv", "spreadsheet", "audacity", "raven", "parquet"]
+    words: list[str | Path] = ["tag", "-m", graph, path, "--channel", "each", "--events", "--threshold", "0"]
+    words += [word for kind in kinds for word in ("-f", kind)]
+    assert said(ced(*words, "--out", "out", "--keep-scores", "--clips", "clips")).startswith("2 files: 2 tagged")
+    outputs = [path.name for path in Path("out").iterdir() if path.name.startswith(stem[:60])]
+    assert len(outputs) == 2 * (len(kinds) + 1)
+    assert len(list(Path("clips").iterdir())) >= 2
+    assert "2 done before" in said(ced(*words, "--out", "out", "--keep-scores", "--clips", "clips"))
+    assert said(ced("tag", "--from", "out")).count("=====") == 4

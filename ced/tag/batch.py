@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any, Generic, Protocol, TypeVar
 
 from ced.errors import AudioError, ConfigError
-from ced.files import claimed, make_folders, open_to_append, remove_leftovers, writing
+from ced.files import claimed, make_folders, name_with, open_to_append, remove_leftovers, writing
 from ced.parallel import attempts
 from ced.progress import NotedProgress, silent
 from ced.tag.inputs import Input
@@ -251,7 +251,7 @@ def run(
 
 def kept_scores(place: Path) -> Path:
     """Return where scores are kept, from the place of a sound's outputs."""
-    return place.with_name(f"{place.name}{KEPT}")
+    return place.with_name(name_with(place.name, KEPT))
 
 
 def unfinished_scores(item: Input) -> Path:
@@ -268,7 +268,7 @@ def _targets(inputs: Sequence[Input], chosen: Sequence[Format], out: Path, keep_
     owners = {out / JOURNAL_NAME: "the journal", out / ERRORS_NAME: "the list of failures"}
     for item in inputs:
         place = out / item.relative
-        targets[item.key] = [(kind, place.with_name(f"{place.name}{kind.suffix}")) for kind in chosen]
+        targets[item.key] = [(kind, place.with_name(name_with(place.name, kind.suffix))) for kind in chosen]
         others = [out / kept_scores(item.relative)] if keep_scores else []
         for path in (*(path for _, path in targets[item.key]), *others):
             if owners.setdefault(path, item.key) != item.key:
@@ -291,7 +291,7 @@ def _check_owners(inputs: Sequence[Input], journal: Journal, out: Path) -> None:
 def _remove_outputs(item: Input, out: Path) -> None:
     make_folders(out, item.relative.parent)  # nothing is removed through a link, either
     for suffix in (*(kind.suffix for kind in FORMATS.values()), KEPT):
-        (out / f"{item.relative}{suffix}").unlink(missing_ok=True)
+        (out / item.relative.with_name(name_with(item.relative.name, suffix))).unlink(missing_ok=True)
 
 
 def _write_outputs(record: Record, targets: _Targets, out: Path) -> None:
