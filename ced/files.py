@@ -294,7 +294,10 @@ def claimed(path: Path) -> Iterator[None]:
 
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+        place = path.with_name(f".{path.name}.lock")
+        if place.is_symlink():
+            raise WriteError(place, "it is a link")
+        lock = FileLock(place, timeout=0)
         try:
             lock.acquire()
         except Timeout as error:
