@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, and never written through a link that leads elsewhere."""
 
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO
 
 from ced.errors import BusyError, CedError, WriteError
 
-_LONGEST_STEM = 200  # bytes of a name; file systems allow 255
+_LONGEST_NAME, _LONGEST_STEM = 255, 200  # bytes that file systems allow; bytes of a name that temporary files keep
 _STALE = 86_400.0  # seconds without a change, after which a temporary file counts as left behind by a killed process
 _LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.partial$")  # how the names of temporary files end
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # error numbers of a full disk or a used-up quota
@@ -123,9 +124,26 @@ def _temporary(path: Path) -> Path:
             return aside
 
 
+def name_with(name: str, suffix: str) -> str:
+    """Return a name with a suffix behind it; one too long for file systems is cut, and ends with a digest of itself."""
+    whole = name + suffix
+    if len(os.fsencode(whole)) <= _LONGEST_NAME:
+        return whole
+    end = f"~{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}{suffix}"
+    return cut(name, _LONGEST_NAME - len(os.fsencode(end))) + end
+
+
+def cut(text: str, size: int) -> str:
+    """Return as many characters from the beginning of a name as have at most `size` bytes in a file system."""
+    text = text[: max(size, 0)]
+    while len(os.fsencode(text)) > size:
+        text = text[:-1]
+    return text
+
+
 def _stem(path: Path) -> str:
     """Return the name of `path`, shortened if its temporary file's would be too long for a file system."""
-    return os.fsdecode(os.fsencode(path.name)[:_LONGEST_STEM])
+    return cut(path.name, _LONGEST_STEM)
 
 
 def _remove_stale(folder: Path) -> None:
@@ -162,10 +180,12 @@ def make_folders(root: Path, relative: Path) -> Path:
     `root` may lie behind links, as the user named it; nothing below it may, so that what is written stays below it.
 
     Raises:
-        WriteError: a part of `relative` is a link, leads upwards, or cannot be made.
+        WriteError: `relative` is absolute, or a part of it is a link, leads upwards, or cannot be made.
     """
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
+    if relative.anchor:
+        raise WriteError(relative, f"it leads out of {root}")
     folder = root
     for part in relative.parts:
         folder = folder / part
@@ -274,7 +294,10 @@ def claimed(path: Path) -> Iterator[None]:
 
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+        place = path.with_name(f".{path.name}.lock")
+        if place.is_symlink():
+            raise WriteError(place, "it is a link")
+        lock = FileLock(place, timeout=0)
         try:
             lock.acquire()
         except Timeout as error:

@@ -17,6 +17,7 @@ _UNSAFE = re.compile(
 )
 _BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what ends a line or a cell, or is no text
 _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))  # byte-order marks
+_LOOKED_AT = 512  # bytes of a text without a mark that tell its encoding
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -67,14 +68,14 @@ def csv_lines(rows: Iterable[Sequence[object]], delimiter: str = ",") -> Iterato
 
 
 def decoded(data: bytes, *, strict: bool = False) -> str:
-    """Decode a text file by its byte-order mark, else as UTF-8. Notepad and PowerShell write marks, and UTF-16.
+    """Decode a text file: UTF-8, or UTF-16 by its byte-order mark or, without one, by its many zero bytes.
 
     Args:
         data: the whole file.
         strict: refuse bytes that are not UTF-8, which otherwise become lone surrogates, as in names of files.
 
     Raises:
-        UnicodeDecodeError: it has the mark of UTF-16, but is not; or as for `strict`.
+        UnicodeDecodeError: it begins as UTF-16, but is not; or as for `strict`.
     """
     return data.decode(_encoding(data), "strict" if strict else "surrogateescape")
 
@@ -87,12 +88,20 @@ def open_text(path: Path) -> TextIO:
         UnicodeDecodeError: as for `decoded`; when the reading comes to the place.
     """
     with path.open("rb") as file:
-        encoding = _encoding(file.read(3))
+        encoding = _encoding(file.read(_LOOKED_AT))
     return path.open(encoding=encoding, errors="surrogateescape", newline="")
 
 
 def _encoding(begin: bytes) -> str:
-    return next((encoding for mark, encoding in _MARKS if begin.startswith(mark)), "utf-8")
+    """Return the encoding of a text by its first bytes: its mark or, in UTF-16 without one, its many zero bytes."""
+    for mark, encoding in _MARKS:
+        if begin.startswith(mark):
+            return encoding
+    begin = begin[:_LOOKED_AT]
+    first, second = begin[::2].count(0), begin[1::2].count(0)  # of UTF-16, ASCII characters have one of both zero
+    if 4 * max(first, second) >= len(begin) > 3 and 4 * min(first, second) <= max(first, second):
+        return "utf-16-le" if second > first else "utf-16-be"
+    return "utf-8"
 
 
 def quoted(name: str) -> str:

@@ -130,15 +130,18 @@ def test_wrong_words_are_quoted_as_text(words: list[str]) -> None:
 
 
 @POSIX
-def test_a_closed_output_takes_any_name(tmp_path: Path) -> None:
+def test_a_closed_output_is_an_error_where_results_would_be_lost(tmp_path: Path) -> None:
     path = os.fsencode(tmp_path) + b"/caf\xe9.ogg"
     Path(os.fsdecode(path)).write_bytes((ROOT / "resources/robin.ogg").read_bytes())
-    for closed in (">&-", "2>&-", ">&- 2>&-"):
+    for closed, expected in ((">&-", 1), ("2>&-", 0), (">&- 2>&-", 1)):
         code = f'exec "$0" -m ced tag -m esc10 "$1" {closed}'
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [b"sh", b"-c", code.encode(), os.fsencode(sys.executable), path]
         done = subprocess.run(command, capture_output=True, check=False, env=environment, timeout=120)
-        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.returncode == expected
+        assert (b"Topk-1" in done.stdout) == (closed == "2>&-")
+        assert done.stderr.count(b"\n") == (closed == ">&-")
+        assert b"standard output: it is closed" in done.stderr or closed != ">&-"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")

@@ -202,7 +202,7 @@ def test_an_action_that_fails_does_not_change_what_is_heard() -> None:
         (["--rate", "16000"], "--rate is about samples on standard input; give - as the address"),
         (["-", "--channels", "2"], "--channels needs --rate, the rate of raw samples in Hz"),
         (["-", "--rate", "1"], "rate is 1 Hz; it must be 1000 to 768000 Hz"),
-        (["http://a/", "--exec", "no-such-command x"], "there is no command 'no-such-command'"),
+        (["http://a/", "--exec", "no-such-command x"], "command not found: no-such-command"),
         (["http://a/", "--webhook", "a/"], "the address of a webhook is a/; it must begin with http:// or https://"),
     ],
 )

@@ -242,3 +242,76 @@ def test_tagging_imports_no_torch(graph: Path, sounds: Path, model: str) -> None
     command = [sys.executable, "-c", program, "tag", "-m", str(graph) if model == "a graph" else model, "in/a/0.wav"]
     done = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.fixture
+def kept(graph: Path, sounds: Path) -> Path:
+    """A run over one sound that has kept its scores."""
+    said(ced("tag", "-m", str(graph), sounds / "a/0.wav", "--out", "kept", "--keep-scores"))
+    return Path("kept")
+
+
+@pytest.mark.parametrize("place", ["{}/elsewhere/x", "../elsewhere/x", "", 5, None])
+def test_a_hostile_journal_is_one_line_and_writes_nothing(kept: Path, tmp_path: Path, place: object) -> None:
+    journal = kept / "journal.jsonl"
+    head, line = journal.read_text().splitlines()
+    bad = {**json.loads(line), "place": place.format(tmp_path) if isinstance(place, str) else place}
+    journal.write_text(f"{head}\n{json.dumps(bad)}\n")
+    before = sorted(tmp_path.rglob("*"))
+    for words in ([], ["--out", "again"], ["--events", "--clips", "clips"]):
+        done = ced("tag", "--from", kept, *words)
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert done.stderr.decode().startswith("ced: error: line 2 of kept/journal.jsonl is not a line of a journal")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_clips_are_cut_only_out_of_the_sound_that_was_tagged(kept: Path) -> None:
+    words: list[str | Path] = ["tag", "--from", kept, "--events", "--threshold", "0", "--clips", "clips"]
+    said(ced(*words))
+    count = len(list(Path("clips").iterdir()))
+    assert count
+    soundfile.write("in/a/0.wav", np.zeros(3 * RATE), RATE)
+    done = ced(*words)
+    assert done.returncode == 1
+    assert "in/a/0.wav: it has changed since it was tagged" in done.stderr.decode()
+    assert len(list(Path("clips").iterdir())) == count
+
+
+def test_each_channel_is_named_by_every_output(graph: Path, sounds: Path) -> None:
+    words: list[str | Path] = ["-m", graph, "--channel", "each", sounds / "a/1.flac", sounds / "a/0.wav"]
+    printed = said(ced("tag", *words)).splitlines()
+    headings = [line for line in printed if line.startswith("=")]
+    assert headings == [
+        "===== in/a/1.flac, channel 1 =====",
+        "===== in/a/1.flac, channel 2 =====",
+        "===== in/a/0.wav, channel 1 =====",
+    ]
+    said(ced("tag", *words, "--out", "out", "--combine", "-f", "csv", "--keep-scores"))
+    rows = list(csv.DictReader(Path("out/tags.csv").read_text().splitlines()))
+    places = list(dict.fromkeys((row["file"], row["channel"]) for row in rows))
+    assert places == [("in/a/1.flac", "1"), ("in/a/1.flac", "2"), ("in/a/0.wav", "1")]
+    again = said(ced("tag", "--from", "out", "-f", "csv"))
+    assert "channel" in again.splitlines()[0]
+    said(ced("embed", *words, "-o", "e.npy"))
+    table = Path("e.npy.tsv").read_text().splitlines()
+    cells = [line.split("\t") for line in table if not line.startswith("#")][1:]
+    assert [(row[0], row[-1]) for row in cells] == places
+    for command in (["tag"], ["embed", "-o", "f.npy"]):
+        done = ced(*command, "--channel", "x", sounds)
+        assert done.returncode == 1
+        assert b"mean, left, right, each or a number" in done.stderr
+
+
+@pytest.mark.parametrize("stem", ["a" * 247, "虫" * 82 + "a"], ids=["ascii", "wide"])
+def test_the_longest_names_have_all_outputs(graph: Path, sounds: Path, stem: str) -> None:
+    path = Path("in") / f"{stem}.wav"  # 251 bytes
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, (RATE, 2)), RATE)
+    kinds = ["text", "jsonl", "csv", "spreadsheet", "audacity", "raven", "parquet"]
+    words: list[str | Path] = ["tag", "-m", graph, path, "--channel", "each", "--events", "--threshold", "0"]
+    words += [word for kind in kinds for word in ("-f", kind)]
+    assert said(ced(*words, "--out", "out", "--keep-scores", "--clips", "clips")).startswith("2 files: 2 tagged")
+    outputs = [path.name for path in Path("out").iterdir() if path.name.startswith(stem[:60])]
+    assert len(outputs) == 2 * (len(kinds) + 1)
+    assert len(list(Path("clips").iterdir())) >= 2
+    assert "2 done before" in said(ced(*words, "--out", "out", "--keep-scores", "--clips", "clips"))
+    assert said(ced("tag", "--from", "out")).count("=====") == 4

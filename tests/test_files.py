@@ -18,7 +18,7 @@ import torch
 
 from ced import files
 from ced.errors import CedError, WriteError
-from ced.files import make_folders, open_to_append, remove_leftovers, written_aside
+from ced.files import claimed, make_folders, name_with, open_to_append, remove_leftovers, written_aside
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="links and FIFOs as POSIX has them")
 
@@ -169,9 +169,32 @@ def test_folders_are_made_below_their_root_only(tmp_path: Path) -> None:
     for bad in ("link", "link/deep", "../elsewhere"):
         with pytest.raises(WriteError, match="out"):
             make_folders(root, Path(bad))
+    with pytest.raises(WriteError, match="out"):
+        make_folders(root, tmp_path / "elsewhere" / "deep")
     assert list((tmp_path / "elsewhere").iterdir()) == []
     (tmp_path / "named").symlink_to(root)
     assert make_folders(tmp_path / "named", Path("c")).is_dir()  # the root itself may be a link
+
+
+@POSIX
+def test_a_link_in_place_of_a_lock_is_named(tmp_path: Path) -> None:
+    lock = tmp_path / ".journal.jsonl.lock"
+    lock.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WriteError, match=r"\.journal\.jsonl\.lock: it is a link"), claimed(tmp_path / "journal.jsonl"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_names_fit_into_file_systems() -> None:
+    assert name_with("a.wav", ".csv") == "a.wav.csv"
+    assert name_with("a" * 251, ".csv") == "a" * 251 + ".csv"
+    for name in ("a" * 252, "虫" * 84, "a" * 251 + "\udce9"):
+        names = {name_with(name, ".selections.txt"), name_with(f"{name}b", ".selections.txt")}
+        assert len(names) == 2
+        for found in names:
+            assert len(os.fsencode(found)) <= 255
+            assert found.endswith(".selections.txt")
+            assert found.startswith(name[:70])
 
 
 @POSIX

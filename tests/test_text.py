@@ -62,8 +62,8 @@ def test_csv_reads_back() -> None:
     assert list(csv_lines([("a", 1, 0.5)], "\t")) == ["a\t1\t0.5"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_text_files_are_decoded_by_their_mark(tmp_path: Path, encoding: str) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_text_files_are_decoded_by_how_they_begin(tmp_path: Path, encoding: str) -> None:
     data = "Käfer\r\n虫".encode(encoding)
     (tmp_path / "a").write_bytes(data)
     assert decoded(data) == "Käfer\r\n虫"

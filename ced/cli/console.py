@@ -58,6 +58,8 @@ def show_data(text: str) -> None:
 
 
 def _print(text: str) -> None:
+    if isinstance(sys.stdout, _ClosedOutput):
+        raise WriteError("standard output", "it is closed")
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:
@@ -177,13 +179,17 @@ class _NoteHandler(logging.Handler):
         tell(f"ced: {level}{message}")
 
 
+class _ClosedOutput(io.TextIOWrapper):
+    """Stands for an output that was closed when the program was started."""
+
+
 def set_up_streams() -> None:
-    """Print any file name on any terminal, and nothing where an output is closed."""
+    """Print any file name on any terminal; what others print to a closed output is dropped."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            closed = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (kept open)
-            setattr(sys, name, closed)
+            null = open(os.devnull, "wb")  # noqa: SIM115 (kept open; takes the number of the closed output)
+            setattr(sys, name, _ClosedOutput(null, encoding="utf-8", errors="backslashreplace"))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 

@@ -294,7 +294,10 @@ Clips = Annotated[
     ),
 ]
 Combine = Annotated[
-    bool, typer.Option("--combine", rich_help_panel=_OUTPUT, help="With --out: one output for all sounds.")
+    bool,
+    typer.Option(
+        "--combine", rich_help_panel=_OUTPUT, help="With --out: one output of all sounds instead of one for each."
+    ),
 ]
 EmbeddingsOut = Annotated[
     Path,

@@ -16,7 +16,7 @@ from ced.cli.console import complain, reporting, show, show_data
 from ced.errors import AudioError, ConfigError
 from ced.machine import cores
 from ced.progress import NotedProgress, silent
-from ced.tag.options import TagOptions
+from ced.tag.options import EACH, TagOptions
 
 if TYPE_CHECKING:
     from ced.sound.labels import ClassTable
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from ced.tag.results import Format
     from ced.tag.tagger import Scorer, Tagger, TagStream
 
-EACH = "each"  # of --channel: every channel on its own
 _SCORED = ("window", "hop", "columns", "tail", "silence", "channel", "strict", "clock")  # what scores depend on
 
 
@@ -71,7 +70,7 @@ def tag(
         columns=columns,
         tail=tail,
         silence=silence,
-        channel="mean" if channel == EACH else channel,
+        channel=_one_channel(channel),
         strict=strict,
         top_k=topk,
         only=tuple(labels or ()),
@@ -98,7 +97,7 @@ def tag(
             inputs = find_inputs(sounds or (), sys.stdin.buffer, allow_private=allow_private)
             if channel == EACH:
                 inputs = list(each_channel(inputs))
-            output.check_inputs(inputs, chosen)
+            output.check_inputs(inputs, chosen, channel)
             with Tagger(model, precision=precision, jobs=jobs or cores(), progress=progress) as tagger:
                 if threshold is not None:
                     chosen = replace(chosen, thresholds=thresholds(threshold, tagger.labels))
@@ -132,6 +131,7 @@ def embed(
     from ced.tag.tagger import Embedding, Tagger
 
     check_suffix(out)
+    single = _one_channel(channel)
     inputs = find_inputs(sounds, sys.stdin.buffer, allow_private=allow_private)
     if channel == EACH:
         inputs = list(each_channel(inputs))
@@ -142,7 +142,7 @@ def embed(
     ):
 
         def process(item: Input) -> Embedding:
-            one = ("mean" if channel == EACH else channel) if item.channel is None else item.channel
+            one = item.channel or single
             return tagger.embed(item.source, window=window, hop=hop, tail=tail, channel=one, strict=strict)
 
         def rows() -> Iterator[Row]:
@@ -159,6 +159,16 @@ def embed(
     show(f"{out}: {count} vectors of {len(inputs) - failed} sounds, {failed} failed" + f", {cut} cut short" * bool(cut))
     if failed or cut:
         raise typer.Exit(1)
+
+
+def _one_channel(channel: str) -> str:
+    """Check the option, and return the channel to tag of sounds that are not tagged channel by channel."""
+    from ced.sound.audio import check_channel
+
+    if channel == EACH:
+        return "mean"
+    check_channel(channel, others=(EACH,))
+    return channel
 
 
 @dataclass(frozen=True)
@@ -182,20 +192,20 @@ class _Output:
         if self.clips is not None and not chosen.events:
             raise ConfigError("--clips cuts out events; ask for them with --events")
 
-    def check_inputs(self, inputs: "Sequence[Input]", chosen: TagOptions) -> None:
+    def check_inputs(self, inputs: "Sequence[Input]", chosen: TagOptions, channel: str) -> None:
         """Refuse what these sounds do not allow, and formats that are unknown or cannot be written."""
         if chosen.clock not in (None, "auto") and len(inputs) > 1:
             raise ConfigError(f"--clock {chosen.clock} is the start of one sound; {len(inputs)} are named")
         if self.clips is not None and any(isinstance(item.source, io.IOBase) for item in inputs):
             raise ConfigError("--clips reads sounds twice, which standard input does not allow; name a file")
-        self.found(len(inputs), clock=chosen.clock is not None)
+        self.found(len(inputs), channel=channel == EACH, clock=chosen.clock is not None)
 
-    def found(self, sounds: int, *, clock: bool) -> "Sequence[Format]":
+    def found(self, sounds: int, *, channel: bool, clock: bool) -> "Sequence[Format]":
         """Return the formats."""
         from ced.tag.results import formats
 
         shared = self.combine or (self.folder is None and sounds > 1)
-        return formats(self.formats, shared=shared, printed=self.folder is None, clock=clock)
+        return formats(self.formats, shared=shared, printed=self.folder is None, channel=channel, clock=clock)
 
 
 def _tag_sounds(
@@ -224,7 +234,8 @@ def _tag_sounds(
             jobs,
         )
         bad: list[str] = []
-        _print(_whole(zip(inputs, streams, strict=True), output, meter, bad), output, len(inputs), chosen.clock)
+        (kind,) = output.found(len(inputs), channel=channel == EACH, clock=chosen.clock is not None)
+        _print(_whole(zip(inputs, streams, strict=True), output, meter, bad), kind)
         return not bad
 
     folder, meter = output.folder, Meter(progress, len(inputs), "tagging")
@@ -260,19 +271,21 @@ def _tag_again(
     if threshold is not None:
         chosen = replace(chosen, thresholds=thresholds(threshold, run.labels))
     chosen.check(run.labels)
-    clock = run.settings.get("clock")
-    output.found(len(run.inputs), clock=clock is not None)
+    each, clock = run.settings.get("channel") == EACH, run.settings.get("clock") is not None
+    found = output.found(len(run.inputs), channel=each, clock=clock)
     meter = Meter(progress, len(run.inputs), "tagging")
 
     def process(item: "Input") -> "Record":
         record = run.record(item, chosen)
         meter.sound(record.seconds)
+        if output.clips is not None:
+            run.check_unchanged(item)
         _cut(item.name, record.pieces, output, item)
         return record
 
     if output.folder is None:
         bad: list[str] = []
-        _print(_records(run.inputs, process, meter, bad), output, len(run.inputs), clock)
+        _print(_records(run.inputs, process, meter, bad), found[0])
         return not bad
     settings = {**chosen.settings(), **{name: run.settings.get(name) for name in ("model", *_SCORED)}}
     return _write(run.inputs, process, settings, output, 1, meter)
@@ -333,8 +346,7 @@ def _records(
         meter.file()
 
 
-def _print(timelines: "Iterable[Timeline]", output: _Output, sounds: int, clock: str | None) -> None:
-    (kind,) = output.found(sounds, clock=clock is not None)
+def _print(timelines: "Iterable[Timeline]", kind: "Format") -> None:
     assert kind.text is not None
     for text in kind.text(timelines):
         show_data(text)

@@ -1,7 +1,7 @@
 """Audio as every model takes it: mono float32 samples at 16 kHz, whole, block by block or in windows."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -170,8 +170,12 @@ def open_sound(
         yield Sound(opened, reading, channel, strict, block_seconds)
 
 
-def check_channel(channel: Channel) -> int | None:
+def check_channel(channel: Channel, others: Sequence[str] = ()) -> int | None:
     """Return the number of a channel, from 1; None for the mean of all.
+
+    Args:
+        channel: "mean", "left", "right", or a number, also as a text.
+        others: what the caller allows besides, for the message.
 
     Raises:
         ConfigError: it is not "mean", "left", "right" or a number from 1 to 64.
@@ -182,7 +186,8 @@ def check_channel(channel: Channel) -> int | None:
     if isinstance(number, str) and number.isascii() and number.isdigit() and len(number) < 9:
         number = int(number)
     if not isinstance(number, int) or not 1 <= number <= MOST_CHANNELS:
-        raise ConfigError(f"the channel is {channel!r}; it must be mean, left, right or a number from 1")
+        allowed = ", ".join(["mean", "left", "right", *others])
+        raise ConfigError(f"the channel is {channel!r}; it must be {allowed} or a number from 1")
     return number
 
 

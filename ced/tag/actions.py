@@ -177,7 +177,7 @@ class Command:
         except ValueError as error:
             raise ConfigError(f"cannot understand the command {line!r}: {error}") from error
         if not self._words or shutil.which(self._words[0]) is None:
-            raise ConfigError(f"there is no command {self._words[0] if self._words else line!r}")
+            raise ConfigError(f"command not found: {self._words[0] if self._words else repr(line)}")
         self.name = f"command {self._words[0]}"
 
     def run(self, event: Event, closing: threading.Event) -> None:

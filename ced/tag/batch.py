@@ -12,11 +12,12 @@ from threading import Lock
 from typing import Any, Generic, Protocol, TypeVar
 
 from ced.errors import AudioError, ConfigError
-from ced.files import claimed, make_folders, open_to_append, remove_leftovers, writing
+from ced.files import claimed, make_folders, name_with, open_to_append, remove_leftovers, writing
 from ced.parallel import attempts
 from ced.progress import NotedProgress, silent
 from ced.tag.inputs import Input
 from ced.tag.journal import Journal, stamp_of
+from ced.tag.options import EACH
 from ced.tag.records import Record
 from ced.tag.results import FORMATS, Format, formats, write
 from ced.tag.scores import KEPT, UNFINISHED
@@ -179,7 +180,7 @@ def run(
         process: what to do with each; it is called by `jobs` threads.
         out: the folder, which is made if need be.
         settings: what records depend on besides the sounds, as JSON has it; a later run must have the same. With a
-            `clock` that is not None, tables have clock times.
+            `clock` that is not None, tables have clock times; with the `channel` "each", channels.
         output: formats (`results.FORMATS`); they may differ from an earlier run's.
         combined: write one output for all of these inputs, `tags` with the format's suffix, at the end, instead of one
             for each in a tree like the inputs' (`Input.relative` with the format's suffix behind it).
@@ -195,7 +196,8 @@ def run(
         StoreError: the folder's journal is damaged or not a journal.
         CedError: as for `results`.
     """
-    chosen = formats(output, shared=combined, clock=settings.get("clock") is not None)
+    each, clock = settings.get("channel") == EACH, settings.get("clock") is not None
+    chosen = formats(output, shared=combined, channel=each, clock=clock)
     targets = _targets(inputs, () if combined else chosen, out, keep_scores)
     errors = out / ERRORS_NAME
     began = time.monotonic()
@@ -249,7 +251,7 @@ def run(
 
 def kept_scores(place: Path) -> Path:
     """Return where scores are kept, from the place of a sound's outputs."""
-    return place.with_name(f"{place.name}{KEPT}")
+    return place.with_name(name_with(place.name, KEPT))
 
 
 def unfinished_scores(item: Input) -> Path:
@@ -266,7 +268,7 @@ def _targets(inputs: Sequence[Input], chosen: Sequence[Format], out: Path, keep_
     owners = {out / JOURNAL_NAME: "the journal", out / ERRORS_NAME: "the list of failures"}
     for item in inputs:
         place = out / item.relative
-        targets[item.key] = [(kind, place.with_name(f"{place.name}{kind.suffix}")) for kind in chosen]
+        targets[item.key] = [(kind, place.with_name(name_with(place.name, kind.suffix))) for kind in chosen]
         others = [out / kept_scores(item.relative)] if keep_scores else []
         for path in (*(path for _, path in targets[item.key]), *others):
             if owners.setdefault(path, item.key) != item.key:
@@ -289,7 +291,7 @@ def _check_owners(inputs: Sequence[Input], journal: Journal, out: Path) -> None:
 def _remove_outputs(item: Input, out: Path) -> None:
     make_folders(out, item.relative.parent)  # nothing is removed through a link, either
     for suffix in (*(kind.suffix for kind in FORMATS.values()), KEPT):
-        (out / f"{item.relative}{suffix}").unlink(missing_ok=True)
+        (out / item.relative.with_name(name_with(item.relative.name, suffix))).unlink(missing_ok=True)
 
 
 def _write_outputs(record: Record, targets: _Targets, out: Path) -> None:

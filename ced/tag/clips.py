@@ -12,7 +12,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from ced.errors import AudioError
-from ced.files import make_folders, written_aside
+from ced.files import cut, make_folders, name_with, written_aside
 from ced.sound.audio import Source, name_of
 from ced.sound.decode import checked, open_source
 from ced.sound.reading import Reading
@@ -20,7 +20,7 @@ from ced.tag.records import Tags
 
 _BLOCK = 10.0  # seconds decoded at a time
 _FLAC_CHANNELS, _FLAC_RATE = 8, 655_350  # the most that FLAC has; WAV takes the others
-_LONGEST_LABEL = 60  # characters in a name
+_LONGEST_LABEL = 60, 120  # characters and bytes in a name
 
 
 def write_clips(source: Source, events: Sequence[Tags], out: Path, relative: Path) -> list[Path]:
@@ -33,6 +33,7 @@ def write_clips(source: Source, events: Sequence[Tags], out: Path, relative: Pat
         events: pieces with one tag, by onset.
         out: the folder of all clips.
         relative: the place in it that names begin with: `birds/a.wav` gives `birds/a.wav 0012.500-0015.000 Dog.flac`.
+            Names that would be too long are cut, as by `name_with`.
 
     Raises:
         AudioError: the sound cannot be read, or changes its rate or channels.
@@ -97,6 +98,7 @@ class _Clip:
 
 
 def _name(relative: Path, event: Tags, rate: int, channels: int) -> str:
-    label = re.sub(r"[^\w,.()' -]", "_", event.label)[:_LONGEST_LABEL].strip()
+    label = re.sub(r"[^\w,.()' -]", "_", event.label)[: _LONGEST_LABEL[0]]
+    label = cut(label, _LONGEST_LABEL[1]).strip()
     suffix = "flac" if channels <= _FLAC_CHANNELS and rate <= _FLAC_RATE else "wav"
-    return f"{relative.name} {event.start:08.3f}-{event.end:08.3f} {label}.{suffix}"
+    return name_with(relative.name, f" {event.start:08.3f}-{event.end:08.3f} {label}.{suffix}")

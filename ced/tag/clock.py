@@ -83,7 +83,7 @@ def begin(source: object, name: str, setting: str) -> datetime | None:
     """
     time = parse(setting) or beginning(source, name)
     if time is None:
-        _log.warning("%s: neither its metadata nor its name tell when it began; its tags have no clock time", name)
+        _log.warning("%s: neither its metadata nor its name tells when it began; its tags have no clock time", name)
     return time
 
 

@@ -18,6 +18,7 @@ from ced.sound.web import TrustedAddress, is_address, without_password
 from ced.text import decoded
 
 SUFFIXES = audio.AUDIO_SUFFIXES | MEDIA_SUFFIXES  # what is taken from folders, whether or not PyAV is there to read it
+_PACKETS, _SYNC = (".ts", ".mts"), b"\x47"  # of MPEG-TS and of TypeScript; first byte of a packet (ISO 13818-1)
 _KINDS_NAMED = 5  # of files that were left out, before the rest is counted
 
 _log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def find_inputs(words: Sequence[str], stdin: BinaryIO | None = None, *, allow_pr
     A word is a file; a folder (its sounds of known kinds, with those of its folders, sorted; what is left out of it,
     such as other kinds, hidden files, linked folders, pipes and devices, is counted in a note); a pattern with `*`,
     `?`, `[...]` or `**` (sorted); an http(s) address; `-`, sound on `stdin`; `@FILE` or `@-`, a list of files, folders
-    and addresses, each ended by a line feed (or all by zero bytes), in UTF-8, or in UTF-16 with a byte-order mark.
+    and addresses, each ended by a line feed (or all by zero bytes), in UTF-8 or UTF-16.
     A file that is not there is an input all the same: reading it fails, as with any other that cannot be read.
 
     `relative` of what a folder or the fixed part of a pattern holds is its place therein; of files that are named one
@@ -164,11 +165,22 @@ def _left_out_as(entry: "os.DirEntry[str]") -> str | None:
         return "hidden"
     if entry.is_dir():
         return "linked folder" if entry.is_symlink() else None
-    if (suffix := _suffix(entry.name)) not in SUFFIXES:
+    suffix = _suffix(entry.name)
+    if suffix not in SUFFIXES or (suffix in _PACKETS and entry.is_file() and not _is_transport_stream(entry.path)):
         return suffix or "without suffix"
     if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):  # a broken link is an error later
         return None
     return "pipe or device"
+
+
+def _is_transport_stream(path: str) -> bool:
+    """Return whether a file begins with a packet of MPEG-TS, with or without a time stamp; one not readable does."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(5)
+    except OSError:  # an error later
+        return True
+    return _SYNC in (begin[:1], begin[4:])
 
 
 def _counted(kinds: Counter[str], begin: str) -> str:

@@ -26,7 +26,7 @@ Stamp = tuple[int, int]  # size in bytes, time of the last change in ns since 19
 
 
 def stamp_of(item: Input) -> Stamp | None:
-    """Return what tells whether a file has changed; None for what is no file here."""
+    """Return what tells whether a file has changed; None for streams, addresses and missing files."""
     if not isinstance(item.source, str | os.PathLike):
         return None
     try:
@@ -86,9 +86,10 @@ class Journal:
                     self._check(values["format"], _object(values["settings"]), settings)
                 else:
                     stamp = None if values["stamp"] is None else (int(values["stamp"][0]), int(values["stamp"][1]))
-                    self._owners[values["place"]] = values["name"]
-                    self._lines[values["name"]] = place, stamp
-                    self._note(values["name"], _object(values["record"]).get("complete"))
+                    name, outputs = _name(values["name"]), _place(values["place"])
+                    self._owners[outputs] = name
+                    self._lines[name] = place, stamp
+                    self._note(name, _object(values["record"]).get("complete"))
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise self._damaged(number + 1) from error
             place += len(line)
@@ -155,6 +156,10 @@ class Journal:
         """
         return self._record(self._owners[str(place)])
 
+    def stamp_at(self, place: Path) -> Stamp | None:
+        """Return the stamp that the file whose outputs lie at a place had when it was tagged."""
+        return self._lines[self._owners[str(place)]][1]
+
     def owner(self, item: Input) -> str | None:
         """Return the name of the input whose outputs lie where those of `item` would; None if there is none."""
         return self._owners.get(str(item.relative))
@@ -188,6 +193,22 @@ def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TypeError(f"{value!r:.40} is not an object")
     return value
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"{value!r:.40} is not a name")
+    return value
+
+
+def _place(value: Any) -> str:
+    """Return the place of outputs if it is one that `add` writes: relative, and within the folder of the run."""
+    path = Path(_name(value))
+    if path.is_absolute() or path.drive or ".." in path.parts or not path.name or str(path) != value:
+        raise ValueError(f"{value!r:.40} is not a place in a folder")
+    if b"\0" in os.fsencode(path):
+        raise ValueError("a zero byte in a path")
+    return str(path)
 
 
 def _short(value: Any) -> str:

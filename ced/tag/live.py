@@ -15,7 +15,7 @@ from ced.tag.options import TagOptions
 from ced.tag.records import Record, Scored, Tags
 from ced.tag.tagger import Tagger
 
-LULL = 10.0  # seconds without any sound to hear, after which what was going on is no longer waited for
+LULL = 10.0  # seconds in which a source delivers nothing, after which open events are ended
 
 # Windows that a sound fills leave room within two seconds for the hop, a block and the scoring. Short pauses belong to
 # an event: a dog that barks three times is one event.

@@ -10,7 +10,7 @@ from ced.sound.labels import ClassTable, read_classes
 from ced.sound.tables import write_table
 from ced.tag.batch import JOURNAL_NAME, kept_scores
 from ced.tag.inputs import Input
-from ced.tag.journal import Journal
+from ced.tag.journal import Journal, stamp_of
 from ced.tag.options import TagOptions
 from ced.tag.records import Record
 from ced.tag.scores import read_scores
@@ -35,6 +35,7 @@ class EarlierRun:
         with Journal(folder / JOURNAL_NAME, None) as journal:
             self.settings: Mapping[str, Any] = journal.settings
             records = {place: journal.record_at(place) for place in journal.places()}
+            self._stamps = {place: journal.stamp_at(place) for place in records}
         if not (folder / CLASSES_NAME).is_file():
             raise StoreError(f"the run in {folder} kept no scores; repeat it with --keep-scores")
         self.labels: ClassTable = read_classes(folder / CLASSES_NAME)
@@ -43,6 +44,16 @@ class EarlierRun:
             Input(record.file, folder / kept_scores(place), place, _number(record))
             for place, record in self._records.items()
         ]
+
+    def check_unchanged(self, item: Input) -> None:
+        """Make sure that the file of a sound is the one that was tagged, before it is read again.
+
+        Raises:
+            AudioError: it has changed since.
+        """
+        stamp = stamp_of(replace(item, source=item.name))
+        if stamp is not None and stamp != self._stamps[item.relative]:
+            raise AudioError("it has changed since it was tagged; tag it again", item.name)
 
     def record(self, item: Input, options: TagOptions) -> Record:
         """Return the record of a sound under other options; those of windows, channels and the clock stay as they were.

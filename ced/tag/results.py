@@ -37,6 +37,7 @@ RAVEN_COLUMNS = (
     "Label",
     "Score",
 )
+CHANNEL_KEY = "channel"  # a further column where each channel was tagged on its own
 _SIDES: Mapping[str | int, int] = {"mean": 1, "left": 1, "right": 2}  # the channel that Raven shows
 _HIGHEST = 8000.0  # Hz; the upper edge of the mel filters of all models
 _ROW_GROUP = 1 << 16  # rows of a Parquet file that are in memory at a time
@@ -44,13 +45,18 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a cell begins with that spre
 _MARK = "\ufeff"  # byte-order mark, without which Excel takes UTF-8 for another encoding
 
 
-def text(records: Iterable[Timeline]) -> Iterator[str]:
+def text(records: Iterable[Timeline], *, channel: bool = False) -> Iterator[str]:
     """Yield lines for a reader: a heading with the name, then each window's tags, a blank line after each window.
 
     All text is printable.
+
+    Args:
+        records: what to write.
+        channel: name the channel in the heading.
     """
     for record in records:
-        yield f"===== {printable(record.file)} =====\n"
+        of_channel = f", channel {record.channel}" if channel else ""
+        yield f"===== {printable(record.file)}{of_channel} =====\n"
         for number, piece in enumerate(record):
             if number:
                 yield "\n"
@@ -74,23 +80,24 @@ def jsonl(records: Iterable[Timeline]) -> Iterator[str]:
         yield f"], {json_line(json_tail(record))[1:]}\n"
 
 
-def csv(records: Iterable[Timeline], *, clock: bool = False) -> Iterator[str]:
+def csv(records: Iterable[Timeline], *, channel: bool = False, clock: bool = False) -> Iterator[str]:
     """Yield a header and a line for each tag, quoted as in RFC 4180; fields that hold line breaks span lines.
 
     Args:
         records: what to write.
+        channel: add the column `channel`.
         clock: add `CLOCK_KEYS`, empty for sounds whose clock time is not known.
     """
-    for line in csv_lines(_table(records, clock)):
+    for line in csv_lines(_table(records, channel, clock)):
         yield f"{line}\n"
 
 
-def spreadsheet(records: Iterable[Timeline], *, clock: bool = False) -> Iterator[str]:
+def spreadsheet(records: Iterable[Timeline], *, channel: bool = False, clock: bool = False) -> Iterator[str]:
     """Yield CSV for spreadsheet programs: with a byte-order mark, and an apostrophe before what could be a formula.
 
     A file may be named `=HYPERLINK(...).wav`, which Excel, LibreOffice and Google Sheets would run.
     """
-    rows = (tuple(_inert(value) for value in row) for row in _table(records, clock))
+    rows = (tuple(_inert(value) for value in row) for row in _table(records, channel, clock))
     for number, line in enumerate(csv_lines(rows)):
         yield f"{line}\n" if number else f"{_MARK}{line}\n"
 
@@ -99,11 +106,16 @@ def _inert(value: str) -> str:
     return f"'{value}" if value.startswith(_FORMULA) else value
 
 
-def _table(records: Iterable[Timeline], clock: bool) -> Iterator[tuple[str, ...]]:
-    yield COLUMNS + CLOCK_KEYS if clock else COLUMNS
+def _columns(channel: bool, clock: bool) -> tuple[str, ...]:
+    return COLUMNS + (CHANNEL_KEY,) * channel + CLOCK_KEYS * clock
+
+
+def _table(records: Iterable[Timeline], channel: bool, clock: bool) -> Iterator[tuple[str, ...]]:
+    yield _columns(channel, clock)
     for record, piece, tag in _rows(records):
         row = (record.file, f"{piece.start:.6f}", f"{piece.end:.6f}", tag.label, tag.mid or "", f"{tag.prob:.6f}")
-        yield (*row, *(time or "" for time in clock_times(record.began, piece))) if clock else row
+        times = (time or "" for time in clock_times(record.began, piece)) if clock else ()
+        yield (*row, *(str(record.channel),) * channel, *times)
 
 
 def audacity(records: Iterable[Timeline]) -> Iterator[str]:
@@ -147,12 +159,12 @@ def _rows(records: Iterable[Timeline]) -> Iterator[tuple[Timeline, Tags, Tag]]:
                 yield record, piece, tag
 
 
-def _write_parquet(records: Iterable[Timeline], path: Path, *, clock: bool = False) -> None:
+def _write_parquet(records: Iterable[Timeline], path: Path, *, channel: bool = False, clock: bool = False) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
     kinds = (pa.string(), pa.float64(), pa.float64(), pa.string(), pa.string(), pa.float32())
-    names = COLUMNS + CLOCK_KEYS if clock else COLUMNS
+    names = _columns(channel, clock)
     fields = list(zip(names, kinds + (pa.string(),) * (len(names) - len(kinds)), strict=True))
     schema = pa.schema(fields, {"ced.format": str(FORMAT_VERSION)})
     columns: list[list[object]] = [[] for _ in names]
@@ -166,7 +178,7 @@ def _write_parquet(records: Iterable[Timeline], path: Path, *, clock: bool = Fal
 
         for record, piece, tag in _rows(records):
             name = record.file.encode("utf-8", "backslashreplace").decode()
-            row = (name, piece.start, piece.end, tag.label, tag.mid, tag.prob)
+            row = (name, piece.start, piece.end, tag.label, tag.mid, tag.prob, *(str(record.channel),) * channel)
             times = clock_times(record.began, piece) if clock else ()
             for column, value in zip(columns, (*row, *times), strict=True):
                 column.append(value)
@@ -203,21 +215,29 @@ FORMATS: Mapping[str, Format] = {
     "raven": Format(".selections.txt", raven),
     "parquet": Format(".parquet", file=_write_parquet, package="pyarrow"),
 }
-_CLOCKED: Mapping[str, Format] = {
-    **FORMATS,
-    "csv": replace(FORMATS["csv"], text=partial(csv, clock=True)),
-    "spreadsheet": replace(FORMATS["spreadsheet"], text=partial(spreadsheet, clock=True)),
-    "parquet": replace(FORMATS["parquet"], file=partial(_write_parquet, clock=True)),
-}
 
 
-def formats(names: Sequence[str], *, shared: bool = False, printed: bool = False, clock: bool = False) -> list[Format]:
+def _with_columns(name: str, channel: bool, clock: bool) -> Format:
+    """Return a format that writes channels and clock times, too, if it does so in columns or headings of their own."""
+    changed: Mapping[str, Format] = {
+        "text": replace(FORMATS["text"], text=partial(text, channel=channel)),
+        "csv": replace(FORMATS["csv"], text=partial(csv, channel=channel, clock=clock)),
+        "spreadsheet": replace(FORMATS["spreadsheet"], text=partial(spreadsheet, channel=channel, clock=clock)),
+        "parquet": replace(FORMATS["parquet"], file=partial(_write_parquet, channel=channel, clock=clock)),
+    }
+    return changed.get(name, FORMATS[name])
+
+
+def formats(
+    names: Sequence[str], *, shared: bool = False, printed: bool = False, channel: bool = False, clock: bool = False
+) -> list[Format]:
     """Look formats up by name, before any work is done for them.
 
     Args:
         names: some of `FORMATS`, in capitals or not.
         shared: the sounds of several files go into one output.
         printed: the output is printed, line by line.
+        channel: tables and headings have the channel of tags.
         clock: tables have the clock times of tags.
 
     Raises:
@@ -228,7 +248,7 @@ def formats(names: Sequence[str], *, shared: bool = False, printed: bool = False
     for name in names:
         if name.lower() not in FORMATS:
             raise ConfigError(f"unknown output format {name}; allowed: {', '.join(FORMATS)}")
-        found = (_CLOCKED if clock else FORMATS)[name.lower()]
+        found = _with_columns(name.lower(), channel, clock) if channel or clock else FORMATS[name.lower()]
         if shared and not found.shared:
             raise ConfigError(f"the output format {name} has no column for a file's name; write a file for each sound")
         if printed and found.text is None:

@@ -120,7 +120,7 @@ def test_a_command_that_hangs_is_killed_with_all_that_it_started(
 
 
 @pytest.mark.parametrize(
-    ("line", "said"), [("", "no command"), ("no-such-command -x", "no-such-command"), ("a 'b", "quot")]
+    ("line", "said"), [("", "command not found: ''"), ("no-such-command -x", "no-such-command"), ("a 'b", "quot")]
 )
 def test_commands_that_are_refused(line: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):

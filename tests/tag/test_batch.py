@@ -398,6 +398,9 @@ RECORD: dict[str, Any] = {"format": 1, "file": "in", "model": "m", "seconds": 1.
 PIECE = {"start": 0.0, "end": 1.0, "tags": [{"label": "a", "index": 0, "mid": None, "prob": 0.5}]}
 
 
+BAD_PLACES: list[object] = ["/tmp/elsewhere", "../elsewhere", "", 5, None]
+
+
 def damaged_lines() -> list[str]:
     """Return lines that a damaged or hostile journal may have, about the sound `in/0/00.wav`."""
     good = {"name": "in/0/00.wav", "place": "0/00.wav", "stamp": None, "record": RECORD}
@@ -405,6 +408,8 @@ def damaged_lines() -> list[str]:
         *([], 1, None, "x", {}),
         *({**good, "name": {}}, {**good, "place": []}, {**good, "stamp": "xy"}, {**good, "stamp": [1]}),
     ]
+    places: list[object] = [*BAD_PLACES, "a/../b", "a//b", "./a", ".", "a\0", "\ud800"]
+    wrong += [*({**good, "place": place} for place in places), {**good, "name": ""}]
     records: list[object] = [None, [], "x", 1, {}, {**RECORD, "format": 2}]
     wrong += [{**good, "record": record} for record in records]
     changes: list[tuple[str, object]] = [("file", 1), ("seconds", "x"), ("pieces", 1), ("pieces", [1]), ("kind", "x")]

@@ -73,8 +73,17 @@ KINDS = "ts mxf vob mts m2ts m4v eac3 dts spx gsm voc ogv awb tak mpc bwf BWF"
 
 @pytest.mark.parametrize("suffix", KINDS.split())
 def test_kinds_of_recorders_and_films_are_taken(tree: Path, suffix: str) -> None:
-    (tree / f"none/a.{suffix}").touch()
+    (tree / f"none/a.{suffix}").write_bytes(b"\x47@\0\x10" + bytes(184))
     assert found("none") == [(f"none/a.{suffix}", f"a.{suffix}")]
+
+
+@pytest.mark.parametrize("suffix", ["ts", "mts"])
+def test_sources_of_programs_are_no_films(tree: Path, caplog: pytest.LogCaptureFixture, suffix: str) -> None:
+    (tree / f"none/a.{suffix}").write_text('import { Graph } from "./graph";\n')
+    (tree / f"none/b.{suffix}").write_bytes(bytes(4) + b"\x47@\0\x10" + bytes(184))  # packets with a time stamp
+    caplog.set_level("INFO")
+    assert found("none") == [(f"none/b.{suffix}", f"b.{suffix}")]
+    assert f"1 .{suffix}" in caplog.messages[0]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes and links as POSIX has them")
@@ -135,7 +144,14 @@ def test_a_list(tree: Path, ends: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mark", "encoding"), [(b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")]
+    ("mark", "encoding"),
+    [
+        (b"", "utf-16-le"),
+        (b"", "utf-16-be"),
+        (b"\xef\xbb\xbf", "utf-8"),
+        (b"\xff\xfe", "utf-16-le"),
+        (b"\xfe\xff", "utf-16-be"),
+    ],
 )
 @pytest.mark.parametrize("ends", ["\r\n", "\n"])
 def test_a_list_as_windows_programs_write_it(tree: Path, mark: bytes, encoding: str, ends: str) -> None:

@@ -298,3 +298,25 @@ def test_with_a_clock_tables_have_the_time_of_each_tag(tmp_path: Path) -> None:
     assert values["began"] == "2024-05-01T05:30:00+00:00"
     assert (values["pieces"][1]["start_time"], values["pieces"][1]["end_time"]) == times[2]
     assert Record.from_json(values) == timed
+
+
+def test_with_channels_tables_and_headings_have_the_channel_of_each_tag(tmp_path: Path) -> None:
+    left, right = replace(DOG, channel=1), replace(DOG, channel=2)
+    for name in ("csv", "spreadsheet", "parquet"):
+        (chosen,) = formats([name], channel=True)
+        path = tmp_path / name
+        write(chosen, [left, right], path)
+        if name == "parquet":
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        else:
+            rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8-sig"), newline="")))
+        assert list(rows[0])[6:] == ["channel"]
+        assert [row["channel"] for row in rows] == ["1"] * 4 + ["2"] * 4
+        (both,) = formats([name], channel=True, clock=True)
+        write(both, [left], path)
+        if name == "csv":
+            assert path.read_text().splitlines()[0].endswith(",prob,channel,start_time,end_time")
+    (chosen,) = formats(["text"], channel=True)
+    write(chosen, [left, right], tmp_path / "text")
+    headings = [line for line in (tmp_path / "text").read_text().splitlines() if line.startswith("=")]
+    assert headings == ["===== sounds/dog.wav, channel 1 =====", "===== sounds/dog.wav, channel 2 ====="]
