@@ -2,7 +2,9 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import numpy as np
@@ -256,3 +258,39 @@ def test_what_is_not_answered_when_the_server_ends_is_told_so(caplog: pytest.Log
     assert 'ced_requests_total{status="503"} 1.0' in app.service.meters.report().decode()
     assert "Traceback" not in caplog.text
     model.go.set()
+
+
+class Embedding(Mean):
+    """Gives a long embedding of each wave, and counts the waves that are still in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waves: list[weakref.ref[Any]] = []
+        self.most = 0
+
+    def embed(self, waves: NDArray[np.float32], /) -> NDArray[np.float32]:
+        self.waves.append(weakref.ref(waves if waves.base is None else waves.base))
+        self.most = max(self.most, sum(wave() is not None for wave in self.waves))
+        return np.full((1, 1000), np.abs(waves).mean(), np.float32)
+
+
+@pytest.mark.parametrize("kind", ["clip", "windows"])
+@pytest.mark.parametrize("path", [CLASSIFY, STREAM])
+def test_embeddings_keep_no_samples(kind: str, path: str) -> None:
+    model = Embedding()
+    with running(Application(model, "mean")) as url:
+        options = {"embeddings": kind, "window": "1"}
+        answer = httpx.post(url + path, content=constant(0.5, 60), params=options, headers=WAV, timeout=60)
+        assert answer.status_code == 200
+    assert len(model.waves) > 60
+    assert model.most < 10
+
+
+def test_embeddings_count_for_the_length_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ced.serve.service._LONGEST_ANSWER", 200_000)
+    with running(Application(Embedding(), "mean")) as url:
+        options = {"embeddings": "windows", "window": "1"}  # of 21 kB each
+        answer = httpx.post(url + CLASSIFY, content=constant(0.123, 15), params=options, headers=WAV, timeout=60)
+        assert "/v1/audio/stream" in error(answer, 413)
+        answer = httpx.post(url + CLASSIFY, content=constant(0.123, 8), params=options, headers=WAV, timeout=60)
+        assert len(answer.json()["embeddings"]) == 8
