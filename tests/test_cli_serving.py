@@ -22,6 +22,8 @@ import soundfile
 import torch
 
 from ced.cli import main
+from ced.cli.serving import _keys
+from ced.errors import ConfigError
 from ced.model.config import ModelConfig
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
@@ -366,6 +368,35 @@ def test_what_cannot_be_served_is_one_line(
             assert line.startswith("ced: error: ")
             assert said in line
             assert "secret" not in line
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_standard_output_that_is_closed_ends_the_log_with_a_line(graph: Path, workers: str) -> None:
+    with serving(graph, "--port", "0", "--workers", workers) as (process, url):
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert httpx.get(f"{url}/healthz/ready", timeout=60).status_code == 200
+        process.stdout.readline()
+        process.stdout.close()
+        for _ in range(20):
+            assert httpx.get(f"{url}/healthz/ready", timeout=60).status_code == 200
+        time.sleep(0.5)
+        process.terminate()
+        assert process.wait(60) == 0
+        told = process.stderr.read().splitlines()
+    assert 1 <= len(told) <= int(workers)  # each process has a log
+    assert all(line.startswith("ced: warning: the access log ends") and "Broken pipe" in line for line in told)
+
+
+def test_a_key_of_the_environment_that_is_too_short_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{KEY}\n")
+    monkeypatch.setenv("CED_API_KEY", "short")
+    for given in (None, file):
+        with pytest.raises(ConfigError, match=r"\$CED_API_KEY has 5 characters"):
+            _keys(given)
+    monkeypatch.setenv("CED_API_KEY", KEY[::-1])
+    assert _keys(file) == (KEY, KEY[::-1])
 
 
 def test_a_standard_output_that_nobody_reads_holds_up_no_request(graph: Path) -> None:
