@@ -120,6 +120,12 @@ def test_slow_hosts_delay_nobody_else(client: httpx.Client, site: str) -> None:
     assert client.post(CLASSIFY, json={"address": f"{site}/a%20b.wav?x=1"}).status_code == 200
 
 
+def test_a_full_temporary_folder_is_told(client: httpx.Client, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ced.serve.body._IN_MEMORY", 1000)
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda *_, **__: open("/dev/full", "w+b"))
+    assert "no room" in error(client.post(CLASSIFY, json={"address": f"{site}/a%20b.wav?x=1"}), 507)
+
+
 def test_what_a_client_no_longer_waits_for_is_not_kept(client: httpx.Client, site: str) -> None:
     with pytest.raises(httpx.ReadTimeout):
         client.post(CLASSIFY, json={"address": f"{site}/slow"}, timeout=0.3)

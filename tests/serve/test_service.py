@@ -173,6 +173,24 @@ def test_uploads_of_one_name_at_the_same_time_are_kept_apart() -> None:
         assert answer.json()["pieces"][0]["tags"][0]["prob"] == pytest.approx(value, abs=1e-5)
 
 
+def test_a_full_temporary_folder_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    large = constant(0.5, 30)  # more than stays in memory
+    app = Application(Mean(), "mean")
+    with running(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr("tempfile.TemporaryFile", lambda *_, **__: open("/dev/full", "w+b"))
+            for given in ({"content": large, "headers": WAV}, {"files": {"file": ("a.wav", large)}}) * 2:
+                assert "no room" in error(client.post(CLASSIFY, **given), 507)  # type: ignore[arg-type]
+            assert client.post(CLASSIFY, content=constant(0.5), headers=WAV).status_code == 200
+        assert client.post(CLASSIFY, content=large, headers=WAV).status_code == 200
+        assert metrics(client)["ced_pending_requests"] == 0
+    assert app.service.bodies.hold(0)
+    assert app.service.bodies._held == 0
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("ced.")]
+    assert "temporary folder" in line
+    assert "No space left" in line
+
+
 def test_only_requests_to_tag_are_counted() -> None:
     model = Mean()
     limits = Limits(waiting=0)
