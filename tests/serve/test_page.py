@@ -587,6 +587,9 @@ def test_a_sound_behind_an_address_is_tagged(
         wait_until_done(page, 2)
         until(page, "document.getElementById('audio').readyState > 0")
         assert page.is_enabled("#play")
+        assert faults_of(page) == []
+        page.set_viewport_size({"width": 390, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 @in_browser
