@@ -124,7 +124,7 @@ def test_slow_hosts_delay_nobody_else(client: httpx.Client, site: str) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_full_temporary_folder_is_told(client: httpx.Client, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ced.serve.body._IN_MEMORY", 1000)
-    monkeypatch.setattr("tempfile.TemporaryFile", lambda *_, **__: open("/dev/full", "w+b"))
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
     assert "no room" in error(client.post(CLASSIFY, json={"address": f"{site}/a%20b.wav?x=1"}), 507)
 
 

@@ -181,7 +181,7 @@ def test_a_full_temporary_folder_is_told(monkeypatch: pytest.MonkeyPatch, caplog
     app = Application(Mean(), "mean")
     with running(app) as url, httpx.Client(base_url=url, timeout=60) as client:
         with monkeypatch.context() as patch:
-            patch.setattr("tempfile.TemporaryFile", lambda *_, **__: open("/dev/full", "w+b"))
+            patch.setattr("tempfile.TemporaryFile", full)
             for given in ({"content": large, "headers": WAV}, {"files": {"file": ("a.wav", large)}}) * 2:
                 assert "no room" in error(client.post(CLASSIFY, **given), 507)
             assert client.post(CLASSIFY, content=constant(0.5), headers=WAV).status_code == 200
