@@ -20,7 +20,9 @@ def test_make_help_lists_every_target() -> None:
     targets = re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.M)
     (phony,) = re.findall(r"^\.PHONY: (.+)$", MAKEFILE, re.M)
     assert sorted(phony.split()) == sorted(targets)
-    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert [line.split()[1] for line in done.stdout.splitlines()] == targets
 
 

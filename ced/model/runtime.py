@@ -36,6 +36,7 @@ from ced.model.graph import (
     PRECISIONS,
     PROB,
     PROBABILITIES,
+    RATE,
     Precision,
 )
 from ced.progress import Progress, silent
@@ -82,6 +83,9 @@ class OnnxModel:
         self._scores = self._find_scores()
         meta = self._session.get_modelmeta().custom_metadata_map
         self._ours = meta.get(OUTPUT) == PROBABILITIES
+        for key, only in ((OUTPUT, PROBABILITIES), (RATE, str(SAMPLE_RATE))):
+            if meta.get(key, only) != only:
+                raise CheckpointError(f"graph {self.path}: its metadata has {key} {meta[key][:40]!r}; known is {only}")
         self._has_head = HEAD not in meta
         self._piece = _whole_number(self.path, meta, PIECE, PATCH)  # graphs from elsewhere have no columns to place
         self._hop = _whole_number(self.path, meta, FRAME_HOP, HOP)

@@ -40,7 +40,7 @@ SAMPLE_RATE = 16_000
 Channel = str | int  # "mean", "left", "right", or a number from 1
 Tail = Literal["aligned", "short"]
 TAILS: tuple[Tail, ...] = ("aligned", "short")
-_SHORTEST_REST = 2_400  # samples: `features.MIN_SAMPLES`, one patch
+_ONE_PATCH = 2_400  # samples: `features.MIN_SAMPLES`
 _SIDES = {"left": 1, "right": 2}
 _BLOCK, _LOAD_BLOCK = 10.0, 120.0  # seconds; of `load`, most files are one block
 # The mean of n unrelated channels has 1/n of their power. Far less than that, and they cancel: a wire is swapped.
@@ -111,13 +111,15 @@ class Sound:
                 before the fault were yielded by then.
             TooLongError, ClosedError: as for `open_sound`.
         """
-        found = False
+        samples = 0
         blocks = self._opened.blocks(self._opened.frames(self._block_seconds))
         for wave in resampled(_to_the_end(checked(blocks, self._reading), self._reading, self._strict), self._mix):
-            found = True
+            samples += len(wave)
             yield wave
-        if not found:
+        if not samples:
             raise _too_short(self.name)
+        if samples < _ONE_PATCH:
+            self._reading.warn(f"only {samples / SAMPLE_RATE:.3f} s long, too short to be tagged reliably")
         if (cancelled := self._mix.cancelled()) is not None:
             self._reading.warn(cancelled)
 
@@ -429,7 +431,7 @@ def _windows(blocks: Iterable[NDArray[np.float32]], size: int, step: int, tail: 
         return
     if tail == "short" or not seen:
         yield _window(buffer[start - held :], start, seen)
-    elif end - seen >= _SHORTEST_REST:
+    elif end - seen >= _ONE_PATCH:
         yield _window(buffer[end - size - held :], end - size, seen)
 
 

@@ -24,8 +24,7 @@ from ced.model.zoo import DEFAULT_MODEL
 from ced.parallel import in_order
 from ced.progress import Progress, silent
 from ced.sound import audio
-from ced.sound.audio import SAMPLE_RATE, Sound, Source, Window, name_of, open_sound
-from ced.sound.features import MIN_SAMPLES
+from ced.sound.audio import Sound, Source, Window, name_of, open_sound
 from ced.sound.labels import ClassTable
 from ced.tag import clock
 from ced.tag.options import TagKeywords, TagOptions, Tail
@@ -322,8 +321,8 @@ class Tagger:
         return [[Scored(window.start, window.end, row)] for window, row in zip(windows, rows, strict=True)]
 
     @contextmanager
-    def reading(self, source: Source | Sound, options: TagOptions) -> Iterator[Sound]:
-        """Open a sound as the options have it, and log once what was odd about it."""
+    def reading(self, source: Source | Sound, options: TagOptions, name: str | None = None) -> Iterator[Sound]:
+        """Open a sound as the options have it, and log once what was odd about it, under its name or another."""
         if isinstance(source, Sound):
             yield source
             return
@@ -334,7 +333,7 @@ class Tagger:
                 yield sound
             finally:
                 for warning in sound.warnings:
-                    _log.warning("%s: %s", sound.name, warning)
+                    _log.warning("%s: %s", name or sound.name, warning)
 
     def score_windows(self, sound: Sound, options: TagOptions, skip: int = 0) -> Iterator[list[Scored]]:
         """Yield the scores of each window of an open sound but the first `skip`, as `score_window` does."""
@@ -507,13 +506,11 @@ class TagStream:
         scores: ScoreLog | None,
         progress: WindowProgress,
     ) -> Iterator[Tags]:
-        with tagger.reading(source, options) as sound:
+        with tagger.reading(source, options, self.file) as sound:
             self.rate = sound.rate
             windows = _windows(tagger, sound, options, scores)
             yield from options.pieces(self._rows(windows, sound, progress), tagger.labels)
             self.complete = sound.complete
-            if self.seconds * SAMPLE_RATE < MIN_SAMPLES:
-                _log.warning("%s: only %.3f s long, too short to be tagged reliably", self.file, self.seconds)
 
     def _rows(self, windows: Iterable[Sequence[Scored]], sound: Sound, progress: WindowProgress) -> Iterator[Scored]:
         for window in windows:

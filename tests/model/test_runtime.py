@@ -266,7 +266,15 @@ class TestWindows:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("piece", "x"), ("piece", "0"), ("piece", "9" * 30), ("classes", "[" * 10_000), ("classes", "{}")],
+    [
+        ("sample_rate", "32000"),
+        ("output", "logits"),
+        ("piece", "x"),
+        ("piece", "0"),
+        ("piece", "9" * 30),
+        ("classes", "[" * 10_000),
+        ("classes", "{}"),
+    ],
 )
 def test_metadata_that_is_wrong(graph: Path, tmp_path: Path, key: str, value: str) -> None:
     made = onnx.load(graph)

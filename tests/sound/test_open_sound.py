@@ -109,10 +109,17 @@ def test_channels_that_cancel_each_other() -> None:
         assert warnings_of(source, "left") == []
     for right in (left, 0 * left, tone(2, hertz=1000), np.roll(left, 9)):
         assert warnings_of(wav(np.stack([left, right], axis=1))) == []
-    assert warnings_of((np.zeros((100, 2)), SAMPLE_RATE)) == []
+    assert warnings_of((np.zeros((SAMPLE_RATE, 2)), SAMPLE_RATE)) == []
     alone = np.zeros((SAMPLE_RATE, 64), np.float32)
     alone[:, 5] = tone(1)
     assert warnings_of((alone, SAMPLE_RATE)) == []
+
+
+def test_a_sound_shorter_than_a_patch_has_a_warning() -> None:
+    (warning,) = warnings_of((np.zeros(2_399), SAMPLE_RATE))
+    assert "0.150 s" in warning
+    assert "too short" in warning
+    assert warnings_of((np.zeros(2_400), SAMPLE_RATE)) == []
 
 
 def test_floats_on_an_integer_scale() -> None:

@@ -21,6 +21,7 @@ CLASSES = "classes"  # the class table as JSON
 OUTPUT = "output"  # what `prob` holds
 PROBABILITIES = "probabilities"
 PRECISION = "precision"
+RATE = "sample_rate"  # of the input, in Hz
 FRAME_HOP = "hop"  # samples from one frame to the next
 PIECE = "piece"  # frames of one forward pass; longer waves are cut
 LONGEST = "longest"  # samples of the longest wave; only there where longer waves fail

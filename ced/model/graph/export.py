@@ -26,6 +26,7 @@ from ced.model.graph import (
     PIECE,
     PRECISION,
     PROBABILITIES,
+    RATE,
     Input,
 )
 from ced.model.graph.network import feats_graph, wave_graph
@@ -163,7 +164,7 @@ def _metadata(weights: Weights) -> dict[str, str]:
             CLASSES: json.dumps(asdict(weights.classes), ensure_ascii=False),
             OUTPUT: PROBABILITIES,
             PRECISION: "float32",
-            "sample_rate": str(SAMPLE_RATE),
+            RATE: str(SAMPLE_RATE),
             FRAME_HOP: str(config.hop_size),
             PIECE: str(config.target_length),
             "preprocessing": json.dumps(front_end),
