@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import httpx
@@ -22,6 +22,8 @@ import soundfile
 import torch
 
 from ced.cli import main
+from ced.cli.serving import _keys
+from ced.errors import ConfigError
 from ced.model.config import ModelConfig
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
@@ -233,10 +235,8 @@ def test_workers_share_a_port_and_are_replaced(graph: Path) -> None:
         for _ in range(10):
             assert httpx.post(url + PATH, content=sound.getvalue(), timeout=60).status_code == 200
         assert 'ced_requests_total{status="200"} 10.0' in get("/metrics")  # of both processes together
-        children = (Path("/proc") / str(process.pid) / "task" / str(process.pid) / "children").read_text().split()
-        workers = [int(pid) for pid in children if b"spawn_main" in (Path("/proc") / pid / "cmdline").read_bytes()]
+        workers = workers_of(process)
         assert len(workers) == 2
-        time.sleep(5)  # a worker that ends at once is not replaced
         os.kill(workers[0], signal.SIGKILL)
         for _ in range(10):
             assert get("/healthz/ready") == '{"status":"ok"}'
@@ -247,6 +247,72 @@ def test_workers_share_a_port_and_are_replaced(graph: Path) -> None:
         while any(is_running(pid) for pid in workers) or is_listening(url):
             assert time.monotonic() < end
             time.sleep(0.1)
+
+
+def workers_of(process: Server) -> list[int]:
+    children = (Path("/proc") / str(process.pid) / "task" / str(process.pid) / "children").read_text().split()
+    return [int(pid) for pid in children if b"spawn_main" in (Path("/proc") / pid / "cmdline").read_bytes()]
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for something that happens soon."""
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_workers_that_end_right_after_their_start_end_no_server_that_was_ready(graph: Path) -> None:
+    with serving(graph, "--port", "0", "--workers", "2", "--no-access-log") as (process, url):
+        assert httpx.get(f"{url}/healthz/ready", timeout=60).status_code == 200
+        until(lambda: len(workers_of(process)) == 2)
+        for pid in workers_of(process):  # all of them, seconds after their start
+            os.kill(pid, signal.SIGKILL)
+        assert httpx.get(f"{url}/healthz/ready", timeout=60).status_code == 200
+        until(lambda: len(workers_of(process)) == 2)
+        process.terminate()
+        assert process.wait(60) == 0
+        assert process.stderr is not None
+        told = process.stderr.read().splitlines()
+    assert len(told) == 2
+    assert all(line.startswith("ced: warning: ") and "exit code -9" in line for line in told)
+
+
+def test_workers_that_end_before_any_was_ready_end_the_server(graph: Path) -> None:
+    with serving(graph, "--port", "0", "--workers", "2") as (process, _):
+        until(lambda: len(workers_of(process)) > 0)
+        os.kill(workers_of(process)[0], signal.SIGKILL)
+        assert process.wait(60) == 1
+        assert process.stderr is not None
+        assert "before it was ready, with exit code -9" in process.stderr.read()
+
+
+def test_metrics_of_killed_servers_are_removed(graph: Path, tmp_path: Path) -> None:
+    def start() -> AbstractContextManager[tuple[Server, str]]:
+        return serving(graph, "--port", "0", "--workers", "2", "--no-access-log", TMPDIR=str(tmp_path))
+
+    def folders() -> set[str]:
+        return {path.name for path in tmp_path.glob("ced-metrics-*")}
+
+    with start() as (process, url):
+        assert httpx.get(f"{url}/healthz/ready", timeout=60).status_code == 200
+        killed = folders()
+        process.kill()
+        process.wait()
+        assert folders() == killed != set()
+    with start() as (process, _):
+        until(lambda: bool(folders() - killed))
+        first = folders()
+        assert not first & killed
+        with start() as (other, _):
+            until(lambda: len(folders()) == 2)
+            assert first < folders()
+            other.terminate()
+            assert other.wait(60) == 0
+        assert folders() == first
+        process.terminate()
+        assert process.wait(60) == 0
+    assert folders() == set()
 
 
 def is_running(pid: int) -> bool:
@@ -366,6 +432,35 @@ def test_what_cannot_be_served_is_one_line(
             assert line.startswith("ced: error: ")
             assert said in line
             assert "secret" not in line
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_standard_output_that_is_closed_ends_the_log_with_a_line(graph: Path, workers: str) -> None:
+    with serving(graph, "--port", "0", "--workers", workers) as (process, url):
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert httpx.get(f"{url}/healthz/ready", timeout=60).status_code == 200
+        process.stdout.readline()
+        process.stdout.close()
+        for _ in range(20):
+            assert httpx.get(f"{url}/healthz/ready", timeout=60).status_code == 200
+        time.sleep(0.5)
+        process.terminate()
+        assert process.wait(60) == 0
+        told = process.stderr.read().splitlines()
+    assert 1 <= len(told) <= int(workers)  # each process has a log
+    assert all(line.startswith("ced: warning: the access log ends") and "Broken pipe" in line for line in told)
+
+
+def test_a_key_of_the_environment_that_is_too_short_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{KEY}\n")
+    monkeypatch.setenv("CED_API_KEY", "short")
+    for given in (None, file):
+        with pytest.raises(ConfigError, match=r"\$CED_API_KEY has 5 characters"):
+            _keys(given)
+    monkeypatch.setenv("CED_API_KEY", KEY[::-1])
+    assert _keys(file) == (KEY, KEY[::-1])
 
 
 def test_a_standard_output_that_nobody_reads_holds_up_no_request(graph: Path) -> None:

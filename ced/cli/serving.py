@@ -169,7 +169,8 @@ def _set_up_logs(access_log: bool) -> None:
 class _Lines(logging.Handler):
     """Prints lines of a log in a thread of its own; lines that standard output does not take are dropped.
 
-    So a pipe that nobody reads holds up no request.
+    So a pipe that nobody reads holds up no request. Once standard output is closed or cannot be written to, that is
+    reported and the log ends.
     """
 
     def __init__(self) -> None:
@@ -192,25 +193,30 @@ class _Lines(logging.Handler):
 
     def _print(self) -> None:
         while (line := self._lines.get()) is not None:
-            with suppress(OSError, ValueError):  # standard output is closed
+            try:
                 show_data(f"{line}\n")
+            except (OSError, ValueError) as error:  # of a pipe without a reader, a full disk, a closed stream
+                logging.getLogger("ced.access").setLevel(logging.CRITICAL)
+                reason = getattr(error, "strerror", None) or error
+                _log.warning("the access log ends, as standard output cannot be written to: %s", reason)
+                return
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:
     """Return the API keys of a file and of the environment."""
-    keys = []
+    keys: dict[str, str] = {}  # and where each is from
     if file is not None:
         try:
-            keys += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the API keys in {file}: {getattr(error, 'strerror', error)}") from error
+        keys |= {line.strip(): str(file) for line in lines if line.strip()}
         if not keys:
             raise ConfigError(f"{file} has no API key; write one a line")
     if KEY_VARIABLE in os.environ:
-        keys.append(os.environ[KEY_VARIABLE].strip())
-    for key in keys:
+        keys.setdefault(os.environ[KEY_VARIABLE].strip(), f"${KEY_VARIABLE}")
+    for key, where in keys.items():
         if len(key) < _SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
-            where = KEY_VARIABLE if file is None else str(file)
             raise ConfigError(
                 f"an API key in {where} has {len(key)} characters; it must have {_SHORTEST_KEY} or more, of ASCII and"
                 " without spaces (openssl rand -hex 32 makes one)"

@@ -30,7 +30,7 @@ from ced.errors import AudioError, CedError, ClosedError, ConfigError
 from ced.serve import schema
 from ced.serve.body import Limits, RefusedError, Upload, busy
 from ced.serve.live import LiveSession
-from ced.serve.middleware import FAILED, LIVENESS, POLICY, Gate, problem
+from ced.serve.middleware import FAILED, LIVENESS, POLICY, Gate, SlowClientError, problem
 from ced.serve.schema import CLASSIFY, LIVE_PATH, STREAM, RequestOptions, StreamOptions
 from ced.serve.service import DOWN, Plan, Service, encode_line
 from ced.sound.audio import SAMPLE_RATE
@@ -328,6 +328,8 @@ def _told(error: Exception) -> tuple[int, str, Any]:
             return error.status_code, str(error.detail), error.headers
         case ClientDisconnect():
             return 499, "the client closed the connection", None
+        case SlowClientError():
+            return 499, str(error), None
         case ClosedError():
             return 503, DOWN, {"Retry-After": "1"}
     _log.error("a request failed: %s: %s", type(error).__name__, error)

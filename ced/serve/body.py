@@ -3,11 +3,13 @@
 import asyncio
 import io
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import Message
 from email.utils import collapse_rfc2231_value
@@ -23,6 +25,7 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ced.errors import AudioError, CedError, ConfigError
+from ced.files import FULL
 from ced.serve.schema import FIELD, PCM
 from ced.sound import audio
 from ced.sound.web import Web
@@ -32,6 +35,8 @@ _IN_MEMORY = 1 << 20  # bytes of a body; more of them go to an unnamed temporary
 _LONGEST_NAME = 255
 _LONGEST_JSON = 4096  # bytes of a body that holds an address
 _FETCHERS = 4  # addresses that are fetched at the same time
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ class Bodies:
         # Threads of their own, so that a slow host delays only what comes from such hosts.
         self._fetchers = ThreadPoolExecutor(_FETCHERS, "ced-fetch") if addresses else None
         self._fetching = 0
+        self._full = False  # whether the temporary folder was full the last time that something was written there
 
     def close(self) -> None:
         """End the threads that fetch."""
@@ -129,8 +135,8 @@ class Bodies:
         """Read a body: a form with one file, the bytes of a file, or raw samples.
 
         Raises:
-            RefusedError: too large (413), not a sound by its type (415), too slow (408), too many bytes held (503), or
-                not what its type requires (422).
+            RefusedError: too large (413), not a sound by its type (415), too slow (408), too many bytes held (503), no
+                room to store it (507), or not what its type requires (422).
             ClientDisconnect: the client closed the connection.
         """
         kind = _content_type(request)
@@ -139,13 +145,14 @@ class Bodies:
         held = _Held(self)
         try:
             parts = _bounded(request, held)
-            held.file = file = await (_file_of_form(request.headers, parts) if is_form else _file_of_body(parts))
+            with self._storing(held):
+                held.file = file = await (_file_of_form(request.headers, parts) if is_form else _file_of_body(parts))
+                await file.seek(0)  # which writes what is left in buffers
             name = _printable(file.filename or "") or FIELD
             if not file.size:
                 raise RefusedError(422, f"{name} is empty (0 bytes)")
             if samples is None:
                 return Upload(name, cast(BinaryIO, _NamedFile(file.file, name)), held.close)
-            await file.seek(0)
             return Upload(name, _decode_samples(await file.read(), *samples), held.close)
         except BaseException:
             held.close()
@@ -176,8 +183,8 @@ class Bodies:
         """Fetch what an address holds, from a public host only.
 
         Raises:
-            RefusedError: it cannot be fetched (422), is too large (413) or too slow (408), or too many others are being
-                fetched (503).
+            RefusedError: it cannot be fetched (422), is too large (413) or too slow (408), there is no room to store it
+                (507), or too many others are being fetched (503).
         """
         assert self._fetchers is not None
         with self._lock:
@@ -185,7 +192,7 @@ class Bodies:
                 raise busy()
             self._fetching += 1
         cancelled = Event()
-        job = self._fetchers.submit(_fetched, address, _Held(self), cancelled)
+        job = self._fetchers.submit(self._fetched, address, cancelled)
         job.add_done_callback(self._end_fetch)
         try:
             return await asyncio.shield(asyncio.wrap_future(job))
@@ -193,6 +200,31 @@ class Bodies:
             cancelled.set()
             job.add_done_callback(_close_result)
             raise
+
+    def _fetched(self, address: str, cancelled: Event) -> Upload:
+        held = _Held(self)
+        with self._storing(held):
+            return _fetched(address, held, cancelled)
+
+    @contextmanager
+    def _storing(self, held: "_Held") -> Iterator[None]:
+        """Turn the errors of a full temporary folder into refusals; the first of several in a row is logged.
+
+        Raises:
+            RefusedError: there is no room to store an upload (507).
+        """
+        try:
+            yield
+        except OSError as error:
+            # tempfile finds no folder at all (ENOENT) if they are full when it looks for one.
+            if error.errno not in FULL and not isinstance(error, FileNotFoundError):
+                raise
+            if not self._full:
+                self._full = True
+                _log.error("uploads cannot be stored in the temporary folder: %s", error.strerror or error)
+            raise RefusedError(507, "the server has no room left to store this upload; smaller ones may fit") from error
+        if held.size > _IN_MEMORY:
+            self._full = False
 
     def _end_fetch(self, _: object) -> None:
         with self._lock:
@@ -275,6 +307,7 @@ def _fetched(address: str, held: _Held, cancelled: Event) -> Upload:
                 held.file.file.write(part)
                 if time.monotonic() > held.latest:
                     raise _too_slow("the sound arrived", held.limits)
+        held.file.file.seek(0)  # which writes what is left in buffers
     except BaseException as error:
         held.close()
         if isinstance(error, AudioError):

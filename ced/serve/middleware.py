@@ -88,8 +88,8 @@ class Gate:
             if not exchange.status:
                 message = "the server is shutting down; try again soon"
                 await problem(503, message, {"Retry-After": "1"})(scope, receive, exchange.send)
-        except _SlowClientError:
-            exchange.fault = "the client does not read its answer"  # uvicorn closes what is not complete
+        except SlowClientError as error:
+            exchange.fault = str(error)  # uvicorn closes what is not complete
         except Exception as error:
             if not exchange.complete:  # else the application has answered, and logged it
                 _log.error("request %s failed: %s: %s", exchange.id, type(error).__name__, error)
@@ -130,7 +130,7 @@ class Gate:
         return sum(hmac.compare_digest(digest, each) for each in self._keys) > 0  # all are compared
 
 
-class _SlowClientError(Exception):
+class SlowClientError(Exception):
     """A client that does not read its answer at the lowest rate."""
 
 
@@ -155,7 +155,7 @@ class _Exchange:
         """Send a part of the answer.
 
         Raises:
-            _SlowClientError: the client takes the answer too slowly.
+            SlowClientError: the client takes the answer too slowly.
         """
         kind = message["type"].removeprefix("websocket.")
         if kind == "http.response.start":
@@ -192,7 +192,7 @@ class _Exchange:
             async with asyncio.timeout(max(0.0, left)):
                 await self._send(message)
         except TimeoutError as error:
-            raise _SlowClientError from error
+            raise SlowClientError("the client does not read its answer") from error
         self._blocked += time.monotonic() - began
 
     def log(self) -> None:

@@ -401,6 +401,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         422: "The body cannot be decoded, or an option is unknown, out of range or contradicts another.",
         500: "The server failed; the request may be right.",
         503: "Too many requests at once, or the server is shutting down; Retry-After says when to try again.",
+        507: "The server has no room left to store the body.",
     }.items()
 }
 STREAM_ANSWER = {

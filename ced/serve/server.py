@@ -5,23 +5,29 @@ Uvicorn and h11 do the work; what is added here are time limits for connections,
 
 import asyncio
 import json
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import socket
 import stat
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection as Pipe
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import h11
 import uvicorn
+from filelock import FileLock, Timeout
 from prometheus_client.multiprocess import mark_process_dead
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -39,7 +45,12 @@ _HEAD_SECONDS = 10.0  # for a request's headers to arrive
 _REST_SECONDS = 2.0  # for the rest of a body that is not wanted, so that its client sees the answer
 _STALLED_SECONDS = 30  # that sent data may stay unacknowledged
 _LIVE_SECONDS = 2.0  # for live sessions to end when the server is stopped
-_TOO_SOON = 5.0  # seconds; a worker that ends sooner is not started again
+_RESTART_SECONDS = 5.0  # between the start of a process and the start of the one that replaces it, at least
+_METRICS = "ced-metrics-"  # begins the names of folders with the metrics of several processes
+_LOCK = ".lock"  # in these, held as long as their server runs
+_UNLOCKED_SECONDS = 60.0  # age of such a folder without a lock that counts as left behind
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -265,7 +276,7 @@ def run(app: Application, settings: Settings, listener: socket.socket, ready: Ca
 def run_workers(
     settings: Settings, listener: socket.socket, count: int, set_up: Callable[[], None], ready: Callable[[], None]
 ) -> None:
-    """Serve with several processes that accept from one socket; one that dies is replaced.
+    """Serve with several processes that accept from one socket; once one has been ready, those that end are replaced.
 
     Args:
         settings: of each process.
@@ -275,14 +286,36 @@ def run_workers(
         ready: as for `run`.
 
     Raises:
-        ProcessError: a process ended right after its start.
+        ProcessError: a process ended before any was ready.
     """
-    with TemporaryDirectory(prefix="ced-metrics-") as folder:
+    with _metrics_folder() as folder:
         os.environ[METRICS_FOLDER] = folder
         try:
             _Workers(settings, listener, set_up, folder).run(count, ready)
         finally:
             del os.environ[METRICS_FOLDER]
+
+
+@contextmanager
+def _metrics_folder() -> Iterator[str]:
+    """Make a folder for the metrics of several processes, and remove those that killed servers of this user left."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_METRICS}*"):
+        with suppress(OSError, Timeout):
+            if _is_unused(path):
+                with FileLock(path / _LOCK, timeout=0):
+                    shutil.rmtree(path, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_METRICS) as folder:
+        lock = FileLock(Path(folder) / _LOCK)
+        with lock:
+            yield folder
+
+
+def _is_unused(folder: Path) -> bool:
+    """Return whether a folder of this user is not one whose server is just being started."""
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or (hasattr(os, "getuid") and found.st_uid != os.getuid()):
+        return False
+    return (folder / _LOCK).exists() or time.time() - found.st_mtime > _UNLOCKED_SECONDS
 
 
 class _Workers:
@@ -291,17 +324,24 @@ class _Workers:
     def __init__(self, settings: Settings, listener: socket.socket, set_up: Callable[[], None], folder: str) -> None:
         self._given = settings, listener, set_up
         self._folder = folder
-        self._workers: dict[SpawnProcess, float] = {}  # when each was started
+        self._workers: dict[SpawnProcess, tuple[float, Pipe]] = {}  # when each was started, and what tells it is ready
+        self._due: list[float] = []  # when further ones are to be started
+        self._ready = False  # whether one has been
         self._signal = 0
 
     def run(self, count: int, ready: Callable[[], None]) -> None:
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             ready()
-            for _ in range(count):
-                self._start()
+            self._due = [time.monotonic()] * count
             while not self._signal:
-                multiprocessing.connection.wait([worker.sentinel for worker in self._workers], timeout=0.5)
+                now = time.monotonic()
+                late = [due for due in self._due if due <= now]
+                self._due = [due for due in self._due if due > now]
+                for _ in late:
+                    self._start()
+                multiprocessing.connection.wait([worker.sentinel for worker in self._workers], timeout=0.2)
+                self._ready = self._ready or any(pipe.poll() and _is_told(pipe) for _, pipe in self._workers.values())
                 for worker in [each for each in self._workers if not each.is_alive()]:
                     self._replace(worker)
         finally:
@@ -315,18 +355,23 @@ class _Workers:
         self._signal = number
 
     def _start(self) -> None:
-        worker = multiprocessing.get_context("spawn").Process(target=_work, args=self._given)
+        context = multiprocessing.get_context("spawn")
+        receiver, sender = context.Pipe(duplex=False)
+        worker = context.Process(target=_work, args=(*self._given, sender))
         worker.start()
-        self._workers[worker] = time.monotonic()
+        sender.close()
+        self._workers[worker] = time.monotonic(), receiver
 
     def _replace(self, worker: SpawnProcess) -> None:
-        began = self._workers.pop(worker)
+        began, pipe = self._workers.pop(worker)
+        pipe.close()
         mark_process_dead(worker.pid, self._folder)  # type: ignore[no-untyped-call]
         if self._signal:
             return
-        if time.monotonic() - began < _TOO_SOON:
-            raise ProcessError(f"a server process ended right after its start, with exit code {worker.exitcode}")
-        self._start()
+        if not self._ready:
+            raise ProcessError(f"a server process ended before it was ready, with exit code {worker.exitcode}")
+        _log.warning("a server process ended, with exit code %s; another one is started", worker.exitcode)
+        self._due.append(began + _RESTART_SECONDS)
 
     def _end(self) -> None:
         for worker in self._workers:
@@ -335,12 +380,25 @@ class _Workers:
             worker.join()
 
 
-def _work(settings: Settings, listener: socket.socket, set_up: Callable[[], None]) -> None:
+def _is_told(pipe: Pipe) -> bool:
+    """Return whether a process has told that it is ready, and not just ended."""
+    try:
+        return bool(pipe.recv())
+    except (EOFError, OSError):
+        return False
+
+
+def _tell(pipe: Pipe) -> None:
+    with suppress(OSError):  # the first process is gone, so this one ends, too
+        pipe.send(True)
+
+
+def _work(settings: Settings, listener: socket.socket, set_up: Callable[[], None], ready: Pipe) -> None:
     """Serve as one of several processes, until asked to stop or until the first process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process passes on SIGTERM
     set_up()
     threading.Thread(target=_follow, daemon=True).start()
-    run(open_application(settings), settings, listener)
+    run(open_application(settings), settings, listener, partial(_tell, ready))
 
 
 def _follow() -> None:

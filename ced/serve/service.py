@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
@@ -34,11 +34,10 @@ from ced.serve.overview import Overview
 from ced.serve.schema import RequestOptions, StreamOptions
 from ced.sound.audio import SAMPLE_RATE, Sound, Window, cut, open_sound
 from ced.sound.labels import ClassTable
-from ced.tag.embeddings import rows_of
 from ced.tag.events import OrderedEvents
 from ced.tag.options import TagOptions
 from ced.tag.records import Kind, Record, Scored, Tags, json_head, json_tail
-from ced.tag.tagger import Embedding, Scorer, Tagger
+from ced.tag.tagger import Scorer, Tagger
 
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # environment variable that makes prometheus_client share its values
 LEAST_COST = 1.0  # seconds that a window counts at least
@@ -215,13 +214,14 @@ class Service:
         """
         decoding, events, size = self._decoding(upload, plan), plan.events(), 0
         pieces: list[bytes] = []
-        vectors: list[Found] = []
+        embeddings: list[bytes] = []
+        mean = _Mean()
 
-        def add(found: list[Tags]) -> None:
+        def add(found: Iterable[dict[str, Any]], to: list[bytes]) -> None:
             nonlocal size
-            for piece in found:
-                pieces.append(_json(asdict(piece)))
-                size += len(pieces[-1])
+            for each in found:
+                to.append(_json(each))
+                size += len(to[-1])
             if size > _LONGEST_ANSWER:
                 raise RefusedError(
                     413,
@@ -231,17 +231,23 @@ class Service:
 
         async with aclosing(self._work(decoding, plan)) as results:
             async for found in results:
-                if found.vector is not None:
-                    vectors.append(found)
-                    size += 12 * len(found.vector)
-                add(found.pieces if events is None else _merged(events, found))
+                if found.vector is not None and plan.request.embeddings == "clip":
+                    mean.add(found.start, found.end, found.vector)
+                elif found.vector is not None:
+                    add([_embedding(found.start, found.end, found.vector)], embeddings)
+                add(map(asdict, found.pieces if events is None else _merged(events, found)), pieces)
         if events is not None:
-            add(events.finish())
+            add(map(asdict, events.finish()), pieces)
+        if mean.vector is not None:
+            add([_embedding(0.0, mean.end, mean.vector)], embeddings)
         record = decoding.record(self.name)
-        embeddings = {"embeddings": _embeddings(vectors, plan.request.embeddings)} if vectors else {}
-        tail = {**json_tail(record), "warnings": decoding.warnings, **embeddings}
         head = _json(json_head(record)).removesuffix(b"}")
-        return b"".join([head, b', "pieces": [', b", ".join(pieces), b"], ", _json(tail).removeprefix(b"{")])
+        tail = _json({**json_tail(record), "warnings": decoding.warnings})
+        parts = [head, b', "pieces": [', b", ".join(pieces), b"], ", tail.removeprefix(b"{")]
+        if embeddings:
+            parts[-1] = parts[-1].removesuffix(b"}")
+            parts += [b', "embeddings": [', b", ".join(embeddings), b"]}"]
+        return b"".join(parts)
 
     async def stream(self, upload: Upload, plan: Plan) -> AsyncGenerator[bytes, None]:
         """Yield the lines of a stream, each as soon as it is known; the upload is closed.
@@ -255,14 +261,14 @@ class Service:
         overview = None if request.overview is None else Overview(request.overview)
         decoding = self._decoding(upload, plan, overview)
         begun, told = False, time.monotonic()
-        vectors: list[Found] = []
+        mean = _Mean()
         async with aclosing(self._work(decoding, plan)) as results:
             async for found in results:
                 if not begun:
                     begun = True
                     yield self._begin(decoding, plan)
                 if found.vector is not None and request.embeddings == "clip":
-                    vectors.append(found)
+                    mean.add(found.start, found.end, found.vector)
                 if events is None or request.scores != "none" or request.embeddings == "windows":
                     yield encode_line(**_window(found, request))
                 for piece in [] if events is None else _merged(events, found):
@@ -277,7 +283,7 @@ class Service:
         if (columns := decoding.rest_of_overview()) is not None:
             yield encode_line(type="overview", **columns)
         record = decoding.record(self.name)
-        embedding = {"embedding": _embeddings(vectors, "clip")[0]["vector"]} if vectors else {}
+        embedding = {} if mean.vector is None else {"embedding": mean.vector.tolist()}
         last = {**json_head(record), **json_tail(record), "warnings": decoding.warnings, **embedding}
         yield encode_line(type="end", **last)
 
@@ -613,11 +619,33 @@ def _merged(events: OrderedEvents, found: Found) -> list[Tags]:
     return [piece for each in found.scored for piece in events.add(each)]
 
 
-def _embeddings(vectors: list[Found], kind: str) -> list[dict[str, Any]]:
-    starts, ends = (np.array([getattr(each, name) for each in vectors]) for name in ("start", "end"))
-    found = Embedding(starts, ends, np.stack([each.vector for each in vectors if each.vector is not None]))
-    rows = rows_of("", found, windows=kind == "windows")
-    return [{"start": row.start, "end": row.end, "vector": row.vector.tolist()} for row in rows]
+class _Mean:
+    """The mean of the embeddings of windows, weighted by their length, as `Embedding.clip`; only a sum is kept.
+
+    Attributes:
+        end: where the last window ends, in seconds.
+    """
+
+    def __init__(self) -> None:
+        self.end = 0.0
+        self._sum: NDArray[np.float64] | None = None  # (d,)
+        self._weight = 0.0
+
+    def add(self, start: float, end: float, vector: NDArray[np.float32]) -> None:
+        """Add the embedding (d,) of the next window."""
+        weighted = vector * np.float64(end - start)
+        self._sum = weighted if self._sum is None else self._sum + weighted
+        self._weight += end - start
+        self.end = end
+
+    @property
+    def vector(self) -> NDArray[np.float32] | None:
+        """The mean, (d,); None if there is no window."""
+        return None if self._sum is None else (self._sum / self._weight).astype(np.float32)
+
+
+def _embedding(start: float, end: float, vector: NDArray[np.float32]) -> dict[str, Any]:
+    return {"start": start, "end": end, "vector": vector.tolist()}
 
 
 def _when_done(steps: list[Future[Any]], action: Callable[[], None]) -> None:

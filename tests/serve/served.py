@@ -123,6 +123,11 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def full(*_: Any, **__: Any) -> Any:
+    """Open what stands for a temporary file in a folder without room: each write fails as there."""
+    return open("/dev/full", "w+b")
+
+
 class Senders:
     """Requests to tag that go on beside the test, each in a thread; their answers in order."""
 

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from ced.serve.app import Access, Application
 from ced.serve.body import Limits
 from ced.serve.schema import CLASSIFY, MODEL, STREAM
-from tests.serve.served import Mean, constant, error, metrics, running, until
+from tests.serve.served import Mean, constant, error, full, metrics, running, until
 
 SOUND = constant(0.5)
 LIMITS = Limits(megabytes=0.1, patience=10.0, slowest=100_000)
@@ -118,6 +119,13 @@ def test_slow_hosts_delay_nobody_else(client: httpx.Client, site: str) -> None:
     for each in slow:
         each.join()
     assert client.post(CLASSIFY, json={"address": f"{site}/a%20b.wav?x=1"}).status_code == 200
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_temporary_folder_is_told(client: httpx.Client, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ced.serve.body._IN_MEMORY", 1000)
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    assert "no room" in error(client.post(CLASSIFY, json={"address": f"{site}/a%20b.wav?x=1"}), 507)
 
 
 def test_what_a_client_no_longer_waits_for_is_not_kept(client: httpx.Client, site: str) -> None:

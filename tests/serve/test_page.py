@@ -9,9 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ import numpy as np
 import pytest
 import soundfile
 
+from ced.serve.app import Access, Application
 from ced.sound.labels import ClassTable
 from ced.tag.events import events
 from ced.tag.options import TagOptions
 from ced.tag.records import Scored
+from tests.serve.served import Mean, constant, running
 
 ROOT = Path(__file__).parents[2]
 STATIC = ROOT / "ced" / "serve" / "static"
@@ -532,6 +536,100 @@ def test_an_api_key_is_asked_for_once(visit: Callable[..., Any], recording: Path
         page.click("#listen")
         until(page, "document.getElementById('live-state').textContent === 'Listening'")
         page.close()
+
+
+class _Site(BaseHTTPRequestHandler):
+    """A web server with one sound."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(constant(0.75, 3.0))
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@in_browser
+def test_a_sound_behind_an_address_is_tagged(
+    visit: Callable[..., Any], recording: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server fetches it, as the browser asks no other host; `visit` makes sure of that."""
+    monkeypatch.setattr("ced.sound.web.is_public", lambda address: True)
+    app = Application(Mean(), "mean", access=Access(addresses=True))
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Site) as site, running(app) as url:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        page = visit(url)
+        until(page, "!document.getElementById('fetch').hidden")
+        page.fill("#address", "ftp://example.org/a.wav")
+        page.press("#address", "Enter")
+        assert page.locator("#queue li").count() == 0
+        page.fill("#address", f"http://127.0.0.1:{site.server_port}/x/a%20%3Cimg%20src=x%3E.wav?y=1")
+        page.press("#address", "Enter")
+        wait_until_done(page)
+        site.shutdown()
+        page.wait_for_selector("#events tbody tr:nth-child(1)")
+        assert page.inner_text("#name") == page.inner_text("#queue .name") == "a <img src=x>.wav"
+        assert page.locator("img").count() == 0
+        assert page.input_value("#address") == ""
+        assert [row[1:5] for row in rows(page)] == [["0:00.00", "0:03.00", "3.00", "loud"]]
+        assert "not played" in page.inner_text("#notes")
+        assert page.is_disabled("#play")
+        content = downloaded(page, page.locator("#export button").first.click)[1].decode()
+        assert content.splitlines()[1].startswith("a <img src=x>.wav,0.000000,3.000000,loud")
+        page.locator("#events [data-action=save]").first.click()
+        until(page, "/cannot be saved/.test(document.getElementById('problem').textContent)")
+        # One that the server cannot fetch fails, and a file can be played after it.
+        page.fill("#address", "http://127.0.0.1:9/")
+        page.press("#address", "Enter")
+        until(page, "document.querySelectorAll('#queue .failed').length === 1")
+        choose(page, recording)
+        wait_until_done(page, 2)
+        until(page, "document.getElementById('audio').readyState > 0")
+        assert page.is_enabled("#play")
+        assert faults_of(page) == []
+        page.set_viewport_size({"width": 390, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@in_browser
+def test_addresses_are_not_asked_for_where_the_server_fetches_none(visit: Callable[..., Any]) -> None:
+    page = visit()
+    until(page, "document.getElementById('model').textContent")
+    assert page.is_hidden("#address")
+
+
+@in_browser
+def test_pieces_of_wav_files_whose_samples_lie_behind_long_chunks(visit: Callable[..., Any]) -> None:
+    wave = np.arange(RATE, dtype="<i2")
+    plain = io.BytesIO()
+    soundfile.write(plain, wave, RATE, format="WAV", subtype="PCM_16")
+    content = plain.getvalue()
+    texts = b"LIST" + (200_001).to_bytes(4, "little") + bytes(200_002)  # padded to an even length
+    whole = content[:12] + texts + content[12:36] + texts + content[36:]
+    found = visit().evaluate(
+        """async (text) => {
+          const [{ snippet }, { bytes }] = await Promise.all(
+            ["wav", "api"].map((name) => import(new URL(`${name}.js`, document.baseURI))));
+          const piece = await snippet(new Blob([bytes(text)]), 0.25, 0.5, 1);
+          return [...new Uint8Array(await piece.arrayBuffer())];
+        }""",
+        base64.b64encode(whole).decode(),
+    )
+    piece, rate = soundfile.read(io.BytesIO(bytes(found)), dtype="int16")
+    assert rate == RATE
+    np.testing.assert_array_equal(piece, wave[RATE // 4 : RATE // 2])
+
+
+@in_browser
+def test_a_player_that_tells_no_length_holds_up_no_sound(visit: Callable[..., Any], recording: Path) -> None:
+    page = visit()
+    page.evaluate("() => { window.Audio = class { load() {} removeAttribute() {} }; }")
+    choose(page, recording)
+    page.get_by_role("button", name="Cancel").click()
+    until(page, "document.querySelectorAll('#queue .cancelled').length === 1")
+    page.get_by_role("button", name="Try again").click()
+    wait_until_done(page)
 
 
 @in_browser

@@ -122,7 +122,7 @@ def unread_stream(url: str) -> socket.socket:
     return connection
 
 
-def test_a_client_that_does_not_read_its_answer_is_cut_off() -> None:
+def test_a_client_that_does_not_read_its_answer_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
     limits = Limits(patience=0.5, slowest=50_000_000)
     with running(Application(Wide(), "wide", limits=limits)) as url, httpx.Client(base_url=url) as client:
         with unread_stream(url):
@@ -130,6 +130,7 @@ def test_a_client_that_does_not_read_its_answer_is_cut_off() -> None:
             assert client.post(CLASSIFY, content=constant(0.5)).status_code == 200  # others are served meanwhile
             until(lambda: metrics(client)["ced_pending_requests"] == 0)
         assert metrics(client)["ced_call_windows_sum"] < 599
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("ced.")] == []
 
 
 def test_the_kernel_ends_connections_that_acknowledge_nothing() -> None:

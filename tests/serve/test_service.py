@@ -2,7 +2,10 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -23,6 +26,7 @@ from tests.serve.served import (
     encode,
     error,
     exchange,
+    full,
     metrics,
     running,
     until,
@@ -171,6 +175,25 @@ def test_uploads_of_one_name_at_the_same_time_are_kept_apart() -> None:
         assert answer.json()["pieces"][0]["tags"][0]["prob"] == pytest.approx(value, abs=1e-5)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_temporary_folder_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    large = constant(0.5, 30)  # more than stays in memory
+    app = Application(Mean(), "mean")
+    with running(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr("tempfile.TemporaryFile", full)
+            for given in ({"content": large, "headers": WAV}, {"files": {"file": ("a.wav", large)}}) * 2:
+                assert "no room" in error(client.post(CLASSIFY, **given), 507)
+            assert client.post(CLASSIFY, content=constant(0.5), headers=WAV).status_code == 200
+        assert client.post(CLASSIFY, content=large, headers=WAV).status_code == 200
+        assert metrics(client)["ced_pending_requests"] == 0
+    assert app.service.bodies.hold(0)
+    assert app.service.bodies._held == 0
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("ced.")]
+    assert "temporary folder" in line
+    assert "No space left" in line
+
+
 def test_only_requests_to_tag_are_counted() -> None:
     model = Mean()
     limits = Limits(waiting=0)
@@ -256,3 +279,39 @@ def test_what_is_not_answered_when_the_server_ends_is_told_so(caplog: pytest.Log
     assert 'ced_requests_total{status="503"} 1.0' in app.service.meters.report().decode()
     assert "Traceback" not in caplog.text
     model.go.set()
+
+
+class Embedding(Mean):
+    """Gives a long embedding of each wave, and counts the waves that are still in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waves: list[weakref.ref[Any]] = []
+        self.most = 0
+
+    def embed(self, waves: NDArray[np.float32], /) -> NDArray[np.float32]:
+        self.waves.append(weakref.ref(waves if waves.base is None else waves.base))
+        self.most = max(self.most, sum(wave() is not None for wave in self.waves))
+        return np.full((1, 1000), np.abs(waves).mean(), np.float32)
+
+
+@pytest.mark.parametrize("kind", ["clip", "windows"])
+@pytest.mark.parametrize("path", [CLASSIFY, STREAM])
+def test_embeddings_keep_no_samples(kind: str, path: str) -> None:
+    model = Embedding()
+    with running(Application(model, "mean")) as url:
+        options = {"embeddings": kind, "window": "1"}
+        answer = httpx.post(url + path, content=constant(0.5, 60), params=options, headers=WAV, timeout=60)
+        assert answer.status_code == 200
+    assert len(model.waves) > 60
+    assert model.most < 10
+
+
+def test_embeddings_count_for_the_length_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ced.serve.service._LONGEST_ANSWER", 200_000)
+    with running(Application(Embedding(), "mean")) as url:
+        options = {"embeddings": "windows", "window": "1"}  # of 21 kB each
+        answer = httpx.post(url + CLASSIFY, content=constant(0.123, 15), params=options, headers=WAV, timeout=60)
+        assert "/v1/audio/stream" in error(answer, 413)
+        answer = httpx.post(url + CLASSIFY, content=constant(0.123, 8), params=options, headers=WAV, timeout=60)
+        assert len(answer.json()["embeddings"]) == 8

@@ -44,13 +44,13 @@ export async function fetchModel() {
  *
  * An XMLHttpRequest, because fetch does not tell how much of a body has been sent.
  *
- * @param {File} file
+ * @param {File | string} source a file, or the address of one, which the server fetches
  * @param {Record<string, string | number>} options of the stream route
  * @param {{onSent: (part: number) => void, onLine: (line: object) => void, signal: AbortSignal}} handlers
  * @throws {ServerError} also for a line of type "error", and for an answer that stops before its last line
  * @throws {DOMException} AbortError, when `signal` was aborted
  */
-export function stream(file, options, { onSent, onLine, signal }) {
+export function stream(source, options, { onSent, onLine, signal }) {
   return new Promise((resolve, reject) => {
     signal.throwIfAborted();
     const request = new XMLHttpRequest();
@@ -86,8 +86,13 @@ export function stream(file, options, { onSent, onLine, signal }) {
     request.onerror = () => reject(new ServerError("The connection to the server was lost."));
     request.onabort = () => reject(new DOMException("cancelled", "AbortError"));
     signal.addEventListener("abort", () => request.abort());
+    if (typeof source === "string") {
+      request.setRequestHeader("Content-Type", "application/json");
+      request.send(JSON.stringify({ address: source }));
+      return;
+    }
     const form = new FormData();
-    form.append("file", file, file.name);
+    form.append("file", source, source.name);
     request.send(form);
   });
 }

@@ -113,7 +113,12 @@ function refresh() {
 /** What is odd about the sound that is shown, or wrong with it. */
 function notesOf(clip) {
   const notes = clip ? [clip.error, ...clip.notes] : [];
-  if (clip?.scores && !store.playable) notes.push("this browser cannot play the file, but its tags are complete");
+  if (clip?.scores && !store.playable)
+    notes.push(
+      clip.file
+        ? "this browser cannot play the file, but its tags are complete"
+        : "a sound from an address is tagged, but not played here",
+    );
   return notes.filter(Boolean).join("; ");
 }
 
@@ -186,6 +191,12 @@ for (const name of ["dragover", "dragleave", "drop"])
     document.body.classList.toggle("dropping", name === "dragover");
     if (name === "drop") queue.add(drag.dataTransfer.files);
   });
+
+byId("fetch").addEventListener("submit", (event) => {
+  event.preventDefault();
+  queue.add([byId("address").value.trim()]);
+  byId("fetch").reset();
+});
 
 let recorder = null;
 byId("record").addEventListener("click", async () => {
@@ -294,6 +305,7 @@ function exportAs(format) {
 async function saveSnippet({ onset, offset, index }) {
   const clip = store.selected;
   try {
+    if (!clip.file) throw new Error("Pieces of sounds from addresses cannot be saved here; fetch the file and choose it.");
     const piece = await snippet(clip.file, onset, offset, timeline.seconds);
     const label = store.model.labels[index].replace(/[^\p{L}\p{N}]+/gu, "_");
     save(piece, `${clip.name.replace(/\.[^.]*$/, "")}_${label}_${onset.toFixed(2)}-${offset.toFixed(2)}.wav`);
@@ -356,6 +368,7 @@ async function start() {
     onChange: (running) => (byId("listen").textContent = running ? "Listening …" : "Live"),
   });
   byId("windows").querySelector('[value="0.16 s"]').hidden = !info.columns;
+  byId("fetch").hidden = !info.addresses;
   store.set({ model, limits: info.limits });
   queue.run();
 }

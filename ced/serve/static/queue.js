@@ -7,6 +7,7 @@ import { clock } from "./time.js";
 
 const OVERVIEW_COLUMNS = 60_000; // of a sound, about: 4 MB
 const FINEST = 100; // overview columns a second at most
+const LENGTH_PATIENCE = 5000; // ms for a player to tell the length of a sound
 const BUSY_RETRIES = 20; // when the server has no room
 
 export class Queue {
@@ -26,9 +27,9 @@ export class Queue {
     store.on(["selected"], () => this.#mark());
   }
 
-  /** Add files, and show the first of them. */
-  add(files) {
-    const clips = Array.from(files, (file) => new Clip(file, this.store.windows));
+  /** Add sounds, and show the first of them. @param {Iterable<File | string>} sources files or addresses */
+  add(sources) {
+    const clips = Array.from(sources, (source) => new Clip(source, this.store.windows));
     if (!clips.length) return;
     for (const clip of clips) {
       const item = this.#item(clip);
@@ -86,12 +87,12 @@ export class Queue {
 
   async #send(clip, signal) {
     const { window, hop, scores } = clip.windows;
-    const seconds = await duration(clip);
+    const seconds = clip.file && (await duration(clip, signal));
     const overview = Math.min(FINEST, OVERVIEW_COLUMNS / (seconds || 60)).toFixed(3);
     const options = { window, scores, encoding: "float32", overview, ...(hop && { hop }) };
     for (let attempt = 1; ; attempt++) {
       try {
-        return await stream(clip.file, options, {
+        return await stream(clip.source, options, {
           signal,
           onSent: (sent) => this.#change(clip, { sent }),
           onLine: (line) => this.#take(clip, line),
@@ -170,7 +171,7 @@ export class Queue {
 function describe(clip, whole) {
   switch (clip.status) {
     case "uploading":
-      return clip.sent < 1 ? `uploading, ${Math.floor(100 * clip.sent)} %` : "waiting for the server";
+      return clip.file && clip.sent < 1 ? `uploading, ${Math.floor(100 * clip.sent)} %` : "waiting for the server";
     case "tagging":
       return `tagging, ${clock(clip.scores.scored, 0)}${whole ? ` of ${clock(whole, 0)}` : ""}`;
     case "done":
@@ -191,15 +192,33 @@ function addWindow(scores, { start, end, silent, edges, scores: text }) {
   } else scores.add(start, end, probs, silent);
 }
 
-/** The length of a sound as the browser's player has it; null if it cannot play it. */
-function duration(clip) {
-  return new Promise((resolve) => {
+/**
+ * The length of a sound as the browser's player has it; null if it cannot play it, or does not tell in time.
+ *
+ * @throws {DOMException} AbortError, when `signal` was aborted
+ */
+function duration(clip, signal) {
+  return new Promise((resolve, reject) => {
+    signal.throwIfAborted();
     const player = new Audio();
-    const done = (length) => {
-      clip.length = Number.isFinite(length) && length > 0 ? length : null;
+    const end = () => {
+      clearTimeout(timer);
+      signal.removeEventListener("abort", cancel);
+      player.onloadedmetadata = player.onerror = null;
       player.removeAttribute("src");
+      player.load(); // so that it reads no further
+    };
+    const done = (length) => {
+      end();
+      clip.length = Number.isFinite(length) && length > 0 ? length : null;
       resolve(clip.length);
     };
+    const cancel = () => {
+      end();
+      reject(signal.reason);
+    };
+    const timer = setTimeout(done, LENGTH_PATIENCE, null);
+    signal.addEventListener("abort", cancel);
     player.preload = "metadata";
     player.onloadedmetadata = () => done(player.duration);
     player.onerror = () => done(null);

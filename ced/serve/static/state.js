@@ -126,21 +126,35 @@ export class Clip {
   overview = null;
   #url = null;
 
-  /** @param {File} file @param {{window: number, hop: number}} windows seconds */
-  constructor(file, windows) {
-    this.file = file;
-    this.name = file.name;
+  /**
+   * @param {File | string} source a file, or the address of one that the server fetches
+   * @param {{window: number, hop: number}} windows seconds
+   */
+  constructor(source, windows) {
+    this.file = source instanceof Blob ? source : null;
+    this.source = source;
+    this.name = this.file ? this.file.name : nameOf(source);
     this.windows = windows;
   }
 
-  /** An address for players; `release` ends it. */
+  /** An address for players, which `release` ends; null: the page does not have the file. */
   get url() {
-    return (this.#url ??= URL.createObjectURL(this.file));
+    if (this.file) this.#url ??= URL.createObjectURL(this.file);
+    return this.#url;
   }
 
   release() {
     if (this.#url) URL.revokeObjectURL(this.#url);
     this.#url = null;
+  }
+}
+
+/** The file name in an address; without one, the address. */
+function nameOf(address) {
+  try {
+    return decodeURIComponent(new URL(address).pathname).split("/").pop() || address;
+  } catch {
+    return address; // not UTF-8, for example
   }
 }
 

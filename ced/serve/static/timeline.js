@@ -153,7 +153,12 @@ export class Timeline {
     this.#removeRegions(() => false);
     this.#clear();
     this.surfer.empty(); // nothing of the sound before stays in view
-    if (clip) this.audio.src = clip.url;
+    if (clip?.url) this.audio.src = clip.url;
+    else {
+      this.audio.removeAttribute("src");
+      this.audio.load(); // so that it forgets the sound before
+      if (clip) this.handlers.onPlayable(false);
+    }
     this.handlers.onTime(0, this.seconds);
     this.paint();
   }
@@ -233,7 +238,7 @@ export class Timeline {
     const peaks = new Float32Array(overview ? Math.max(2, Math.ceil(seconds * overview.rate)) : 2);
     const known = overview ? Math.min(overview.columns, peaks.length) : 0;
     for (let column = 0; column < known; column++) peaks[column] = overview.peaks[column] / 255;
-    this.surfer.load(this.#clip.url, [peaks], seconds).catch(() => {});
+    this.surfer.load(this.#clip.url ?? "", [peaks], seconds).catch(() => {});
     this.handlers.onTime(this.surfer.getCurrentTime(), seconds);
   }
 

@@ -1,7 +1,8 @@
 /** WAV files: write one, and cut a piece out of a sound. */
 
 const PLAIN = new Set([1, 3, 0xfffe]); // PCM, float, and both with an extended header
-const HEADER = 1 << 16; // bytes that are searched for the beginning of the samples
+const LONGEST_FORMAT = 4096; // bytes of a "fmt " chunk; usual ones have 16 to 40
+const MOST_CHUNKS = 10_000; // that are looked at
 const DECODED_RATE = 48_000;
 const LONGEST = 20 * 60; // seconds of a compressed sound that is decoded as a whole
 
@@ -48,26 +49,30 @@ async function decode(file) {
   }
 }
 
-/** Find format and samples of a WAV file; null: it is none, or compressed. */
+/**
+ * Find format and samples of a WAV file, wherever they are; null: it is none, or compressed.
+ *
+ * Only the headers of chunks are read: others, such as texts and pictures, may be as long as they like.
+ */
 async function parse(file) {
-  const view = new DataView(await file.slice(0, HEADER).arrayBuffer());
-  const name = (place) => String.fromCharCode(...new Uint8Array(view.buffer, place, 4));
-  if (view.byteLength < 12 || !["RIFF", "RF64"].includes(name(0)) || name(8) !== "WAVE") return null;
+  const read = async (place, size) => new DataView(await file.slice(place, place + size).arrayBuffer());
+  const name = (view, place) => String.fromCharCode(...new Uint8Array(view.buffer, place, 4));
+  const start = await read(0, 12);
+  if (start.byteLength < 12 || !["RIFF", "RF64"].includes(name(start, 0)) || name(start, 8) !== "WAVE") return null;
   let described = null;
-  for (let place = 12; place + 8 <= view.byteLength; ) {
-    const size = view.getUint32(place + 4, true);
-    if (name(place) === "fmt " && place + 8 + size <= view.byteLength)
-      described = new Uint8Array(view.buffer, place + 8, size).slice();
-    if (name(place) === "data") {
-      if (!described || described.length < 16) return null;
-      const fields = new DataView(described.buffer);
-      const frame = fields.getUint16(12, true);
-      if (!PLAIN.has(fields.getUint16(0, true)) || !frame) return null;
-      const offset = place + 8;
+  for (let place = 12, count = 0; place + 8 <= file.size && count < MOST_CHUNKS; count++) {
+    const chunk = await read(place, 8);
+    const size = chunk.getUint32(4, true);
+    const offset = place + 8;
+    if (name(chunk, 0) === "fmt " && size <= LONGEST_FORMAT) described = await read(offset, size);
+    if (name(chunk, 0) === "data") {
+      if (!described || described.byteLength < 16) return null;
+      const frame = described.getUint16(12, true);
+      if (!PLAIN.has(described.getUint16(0, true)) || !frame) return null;
       const bytes = Math.min(size, file.size - offset); // RF64 and streams say 0xffffffff
-      return { format: described, rate: fields.getUint32(4, true), frame, offset, bytes };
+      return { format: new Uint8Array(described.buffer), rate: described.getUint32(4, true), frame, offset, bytes };
     }
-    place += 8 + size + (size % 2);
+    place = offset + size + (size % 2);
   }
   return null;
 }
