@@ -50,8 +50,8 @@ def devices() -> list[Device]:
 def device(name: str | None = None, channel: Channel = 1) -> LiveSource:
     """Return an input of this machine as a source.
 
-    A process listens to one device at a time: to find one that was lost, all its streams are ended (see `_search_again`),
-    so two that are listened to at once would cut each other off.
+    A process records from one device at a time: to find one that was lost, all its streams are ended (see
+    `_search_again`), so two that record at the same time would cut each other off.
 
     Args:
         name: its number, or any part of its name that no other has; None: the one that the system prefers.
