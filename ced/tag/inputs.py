@@ -3,6 +3,7 @@
 import glob
 import io
 import logging
+import mimetypes
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,7 +63,8 @@ def find_inputs(words: Sequence[str], stdin: BinaryIO | None = None, *, allow_pr
     such as other kinds, hidden files, linked folders, pipes and devices, is counted in a note); a pattern with `*`,
     `?`, `[...]` or `**` (sorted); an http(s) address; `-`, sound on `stdin`; `@FILE` or `@-`, a list of files, folders
     and addresses, each ended by a line feed (or all by zero bytes), in UTF-8 or UTF-16.
-    A file that is not there is an input all the same: reading it fails, as with any other that cannot be read.
+    A file that is not there is an input all the same: reading it fails, as with any other that cannot be read. Texts
+    and pictures that are named beside other files are left out with a note.
 
     `relative` of what a folder or the fixed part of a pattern holds is its place therein; of files that are named one
     by one, in words or in one list, their place in the deepest folder that holds them all.
@@ -81,6 +83,7 @@ def find_inputs(words: Sequence[str], stdin: BinaryIO | None = None, *, allow_pr
         raise ConfigError("there is nothing to tag; name files, folders, patterns, addresses, @LIST or -")
     if sum(word in ("-", "@-") for word in words) > (stdin is not None):
         raise ConfigError("standard input (-, @-) can be read once, if it is there")
+    words = _without_documents(words)
     named = [word for word in words if _is_named(word)]
     places = _places(named)
     found: list[Input] = []
@@ -98,6 +101,23 @@ def find_inputs(words: Sequence[str], stdin: BinaryIO | None = None, *, allow_pr
     if allow_private:
         return [replace(item, source=_trusted(item.source)) for item in unique.values()]
     return list(unique.values())
+
+
+def _without_documents(words: Sequence[str]) -> Sequence[str]:
+    """Leave out files that are texts or pictures by name, where others are named too, as a shell expands `folder/*`."""
+    kept = [word for word in words if not (_is_named(word) and _is_document(word))]
+    if not kept or len(kept) == len(words):
+        return words
+    _log.info("left out%s", _counted(Counter(_suffix(word) for word in words if word not in kept), ": "))
+    return kept
+
+
+def _is_document(name: str) -> bool:
+    suffix = _suffix(name)
+    if suffix in SUFFIXES:  # also those that have another meaning elsewhere, as .ts
+        return False
+    kind = mimetypes.guess_type(f"a{suffix}")[0] or ""
+    return kind.startswith(("text/", "image/")) or kind in ("application/json", "application/pdf")
 
 
 def _trusted(source: audio.Source) -> audio.Source:

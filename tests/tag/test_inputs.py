@@ -1,4 +1,5 @@
 import io
+import logging
 import os
 import sys
 from pathlib import Path
@@ -40,6 +41,14 @@ def test_files_as_they_are_named(tree: Path) -> None:
         ("../x/in/b.wav", "x/in/b.wav"),
         ("in/b.wav", f"{tree.name}/in/b.wav"),
     ]
+
+
+def test_documents_that_a_shell_names_beside_sounds_are_left_out(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    words = ["in/b.wav", "in/README.md", "in/cover.jpg", "in/gone.wav", "in/unknown.xyz"]
+    assert [name for name, _ in found(*words)] == ["in/b.wav", "in/gone.wav", "in/unknown.xyz"]
+    assert caplog.messages == ["left out: 1 .jpg, 1 .md"]
+    assert [name for name, _ in found("in/notes.txt", "in/README.md")] == ["in/notes.txt", "in/README.md"]
 
 
 def test_a_folder_with_its_folders(tree: Path) -> None:
