@@ -222,7 +222,7 @@ def make_result(folder: Path, state: State, average: bool) -> None:
 def logging_to(path: Path) -> Iterator[None]:
     """Append what the package logs to a file, from INFO on, for as long as the context lasts."""
     logger = logging.getLogger("ced")
-    handler = _LogFile(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     level = logger.level
     logger.addHandler(handler)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ced.errors import AudioError, ConfigError
 from ced.sound.decode import AUDIO_SUFFIXES, SoundBytes, Source, checked, name_of, open_source, to_float
 from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading, join
+from ced.text import printable
 
 __all__ = [
     "AUDIO_SUFFIXES",
@@ -267,7 +268,7 @@ def stream(
 
 def _report(sound: Sound | Reading) -> None:
     for warning in sound.warnings:
-        _log.warning("%s: %s", sound.name, warning)
+        _log.warning("%s: %s", printable(sound.name), warning)
 
 
 def _to_the_end(blocks: Iterable[Block], reading: Reading, strict: bool) -> Iterator[Block]:

@@ -30,6 +30,7 @@ from ced.tag import clock
 from ced.tag.options import TagKeywords, TagOptions, Tail
 from ced.tag.records import Kind, Record, Scored, Tags
 from ced.tag.scores import ScoreLog
+from ced.text import printable
 
 if TYPE_CHECKING:
     from ced.model.vit import CED
@@ -333,7 +334,7 @@ class Tagger:
                 yield sound
             finally:
                 for warning in sound.warnings:
-                    _log.warning("%s: %s", name or sound.name, warning)
+                    _log.warning("%s: %s", printable(name or sound.name), warning)
 
     def score_windows(self, sound: Sound, options: TagOptions, skip: int = 0) -> Iterator[list[Scored]]:
         """Yield the scores of each window of an open sound but the first `skip`, as `score_window` does."""
