@@ -36,3 +36,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("a small file system cannot be mounted here")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph of a small network with three classes and random weights."""
+    import torch  # slow to import, and most tests do without it
+
+    from ced.model.config import ModelConfig
+    from ced.model.graph.export import export
+    from ced.model.loading import weights_of
+    from ced.model.vit import CED
+    from ced.sound.labels import ClassTable
+
+    torch.manual_seed(0)
+    config = ModelConfig(embed_dim=32, num_heads=2, depth=1, outputdim=3, target_length=112)
+    path = tmp_path_factory.mktemp("graph") / "small.onnx"
+    export(weights_of(CED(config, ClassTable(("bark", "bell", "rain"))).eval()), path)
+    return path

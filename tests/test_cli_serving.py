@@ -19,16 +19,10 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 from ced.cli import main
 from ced.cli.serving import _keys
 from ced.errors import ConfigError
-from ced.model.config import ModelConfig
-from ced.model.graph.export import export
-from ced.model.loading import weights_of
-from ced.model.vit import CED
-from ced.sound.labels import ClassTable
 from ced.tag.tagger import Tagger
 
 ROOT = Path(__file__).parents[1]
@@ -36,18 +30,6 @@ RATE = 16_000
 KEY = "0123456789abcdef"
 Server = subprocess.Popen[str]
 PATH = "/v1/audio/classification"
-
-
-@pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    network = CED(
-        ModelConfig(embed_dim=32, num_heads=2, depth=1, outputdim=3, target_length=112),
-        ClassTable(("bark", "bell", "rain")),
-    ).eval()
-    path = tmp_path_factory.mktemp("graph") / "small.onnx"
-    export(weights_of(network), path)
-    return path
 
 
 @contextmanager

@@ -12,30 +12,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-import torch
 
-from ced.model.config import ModelConfig
-from ced.model.graph.export import export
-from ced.model.loading import weights_of
-from ced.model.vit import CED
-from ced.sound.labels import ClassTable
 from ced.tag.tagger import Tagger
 
 ROOT = Path(__file__).parents[1]
 RATE = 16_000
-
-
-@pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small network of three classes, as a graph; it is no judge of sounds, but sure of what it says."""
-    torch.manual_seed(0)
-    network = CED(
-        ModelConfig(embed_dim=32, num_heads=2, depth=1, outputdim=3, target_length=112),
-        ClassTable(("bark", "bell", "rain")),
-    ).eval()
-    path = tmp_path_factory.mktemp("graph") / "small.onnx"
-    export(weights_of(network), path)
-    return path
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def is_whole(name, data):
         if name.endswith(".safetensors"):
             return bool(safetensors.numpy.load(data))
         return bool(json.loads(data)) if name.endswith("meta.json") else name.endswith("metrics.jsonl")
-    except Exception:
+    except (ValueError, safetensors.SafetensorError):
         return False
 
 report = {}

@@ -55,6 +55,14 @@ def url() -> Iterator[str]:
         yield f"ws{url.removeprefix('http')}{LIVE_PATH}"
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let windows wait for a minute, so that a busy machine drops none of them."""
+    for module in ("ced.serve.live", "ced.sound.live"):
+        monkeypatch.setattr(f"{module}._WAITING", 60.0)
+
+
+@pytest.mark.usefixtures("patient")
 def test_events_are_those_of_ced_live(url: str) -> None:
     options = TagOptions(window=0.5, hop=0.25, thresholds=0.5, events=True, gap=0.25)
     samples = np.frombuffer(loud_then_quiet(), "<i2").reshape(-1, 1)
@@ -86,7 +94,7 @@ def test_events_are_those_of_ced_live(url: str) -> None:
 
 
 def paced(blocks: list[NDArray[Any]]) -> sources.LiveSource:
-    """Return a source that gives no window up, however fast it comes."""
+    """Return a source of these blocks, with a short pause before each."""
 
     def slowly() -> Iterator[NDArray[Any]]:
         for block in blocks:
@@ -96,6 +104,7 @@ def paced(blocks: list[NDArray[Any]]) -> sources.LiveSource:
     return sources.blocks(slowly(), RATE, "live")
 
 
+@pytest.mark.usefixtures("patient")
 def test_frames_of_any_size_give_the_same_windows(url: str) -> None:
     body = loud_then_quiet()
     found = []
