@@ -26,10 +26,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
 from ced.config import StoreConfig, TrainConfig, check
-from ced.distill import datasets, targets, teacher, views, wavpack
+from ced.distill import targets, views
+from ced.distill.dataset import Batch, ViewDataset, in_order, prefetch, stored
 from ced.distill.distributed import World
+from ced.distill.pack_reader import AudioPack
+from ced.distill.pack_writer import pack
 from ced.distill.step import Stepper
-from ced.distill.viewstore import ViewStore, part_path
+from ced.distill.store import store
+from ced.distill.view_store import ViewStore, part_path
 from ced.model import loading
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import audioset
@@ -91,10 +95,10 @@ class PlainDataset(Dataset[tuple[Tensor, Tensor, float, float]]):
         return wave, torch.zeros(CLASSES).scatter(0, indexes, values), u1, u2
 
 
-def our_items(dataset: datasets.ViewDataset, store: ViewStore, workers: int, size: int) -> Iterator[tuple[Any, Tensor]]:
+def our_items(dataset: ViewDataset, store: ViewStore, workers: int, size: int) -> Iterator[tuple[Any, Tensor]]:
     """Yield batches as the student gets them: waves, uniforms, and targets spread over the classes."""
     rows = store.rows(1)
-    for batch in datasets.prefetch(dataset, datasets.in_order(len(dataset), size), workers):
+    for batch in prefetch(dataset, in_order(len(dataset), size), workers):
         values = torch.from_numpy(rows.values[batch.items])
         indexes = torch.from_numpy(rows.indexes[batch.items])
         yield batch, targets.spread(values, indexes, CLASSES, "zero")
@@ -106,10 +110,10 @@ def exhaust(items: Any) -> None:
 
 
 def measure_items(pack_table: Path, store_folder: Path, rounds: int) -> Iterator[Measurement]:
-    pack, store = wavpack.WavPack(pack_table), ViewStore(store_folder)
-    rows = store.rows(1)
-    chunks = datasets.stored(pack, rows, SECONDS)
-    ours = datasets.ViewDataset(pack, chunks, store.meta.recipe, rows.seeds, SECONDS * SAMPLE_RATE)
+    audio, views_stored = AudioPack(pack_table), ViewStore(store_folder)
+    rows = views_stored.rows(1)
+    chunks = stored(audio, rows, SECONDS)
+    ours = ViewDataset(audio, chunks, views_stored.meta.recipe, rows.seeds, SECONDS * SAMPLE_RATE)
     h5 = next(pack_table.parent.parent.glob("hdf5/*.h5"))
     plain = PlainDataset(h5, part_path(store_folder, 1, 0), list(rows.filenames))
     count = len(plain)
@@ -126,7 +130,7 @@ def measure_items(pack_table: Path, store_folder: Path, rounds: int) -> Iterator
 
         def work() -> None:
             for _ in range(repeats):
-                exhaust(our_items(ours, store, workers, size))
+                exhaust(our_items(ours, views_stored, workers, size))
 
         return lambda: rate(repeats * count, work)
 
@@ -154,7 +158,7 @@ def measure_packing(sounds: Path, folder: Path, rounds: int) -> Iterator[Measure
         return rate(len(paths), lambda: plain_pack(paths, folder / f"plain{next(runs)}.h5"))
 
     def ours() -> float:
-        return rate(len(paths), lambda: wavpack.pack(sounds, folder / f"ours{next(runs)}", workers=2))
+        return rate(len(paths), lambda: pack(sounds, folder / f"ours{next(runs)}", workers=2))
 
     yield "packing 16 kHz WAV files", "clips/s", *alternate(rounds, plain, ours)  # type: ignore[misc]
 
@@ -167,7 +171,7 @@ def store_config(pack_table: Path, checkpoint: Path, out: Path) -> StoreConfig:
 def measure_store(pack_table: Path, checkpoint: Path, folder: Path, rounds: int) -> Iterator[Measurement]:
     """Compare the whole store walk with the teacher's bare forward pass over as many chunks."""
     network = loading.load_model(checkpoint)
-    count, size = len(wavpack.WavPack(pack_table)), 32
+    count, size = len(AudioPack(pack_table)), 32
     waves = torch.randn(size, SECONDS * SAMPLE_RATE) * 0.1
     with torch.inference_mode():
         mel = network.front_end(waves)
@@ -180,7 +184,7 @@ def measure_store(pack_table: Path, checkpoint: Path, folder: Path, rounds: int)
 
     def walk() -> float:
         config = store_config(pack_table, checkpoint, folder / str(next(runs)))
-        return rate(count, lambda: teacher.store(config))
+        return rate(count, lambda: store(config))
 
     yield "storing views (plain: bare forward pass)", "views/s", *alternate(rounds, forward, walk)  # type: ignore[misc]
 
@@ -193,7 +197,7 @@ def training_step(mode: str, backend: SDPBackend | None = None, compiled: bool =
     loss = torch.nn.functional.binary_cross_entropy_with_logits
     stepper = Stepper(config, network, loss, World(0, 1, torch.device("cpu")))
     waves = (torch.randn(32, SECONDS * SAMPLE_RATE) * 3000).to(torch.int16)
-    batch = datasets.Batch(np.arange(32), waves, torch.rand(32, 2))
+    batch = Batch(np.arange(32), waves, torch.rand(32, 2))
     wanted = torch.rand(32, CLASSES).pow(20)
 
     def step() -> None:
@@ -227,7 +231,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sounds = make_sounds(folder / "sounds", arguments.clips)
-        pack_table = wavpack.pack(sounds, folder / "pack", workers=2).index
+        pack_table = pack(sounds, folder / "pack", workers=2).index
         checkpoint = folder / "teacher.safetensors"
         loading.save(checkpoint, loading.create("ced_tiny", model_args={}, pretrained=False, labels=audioset()))
         machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
@@ -236,8 +240,8 @@ def main() -> None:
         print("| work | unit | plain | ours | ratio |\n|---|---|---|---|---|")
         for part in arguments.only:
             if part == "items":
-                store = teacher.store(store_config(pack_table, checkpoint, folder / "store"))
-                measured = measure_items(pack_table, store, arguments.rounds)
+                stored_views = store(store_config(pack_table, checkpoint, folder / "store"))
+                measured = measure_items(pack_table, stored_views, arguments.rounds)
             elif part == "packing":
                 measured = measure_packing(sounds, folder, arguments.rounds)
             elif part == "store":

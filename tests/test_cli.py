@@ -225,7 +225,7 @@ def test_a_store_needs_nothing_that_draws(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from ced.cli.distilling import _eval_data, _split\n"
-        "from ced.distill import evaluate, experiment, teacher\n"
+        "from ced.distill import evaluate, experiment, store\n"
         "_split(['store.yaml'])\n"
         "print({'matplotlib', 'tensorboard'} & sys.modules.keys())\n"
     )

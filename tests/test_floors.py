@@ -24,8 +24,9 @@ FLOORS: dict[str, set[str]] = {
     "distill": {"base", "sound", "model"},
     "tag": {"base", "sound", "model"},
     "serve": {"base", "sound", "model", "tag"},
+    "integrations": {"base", "sound", "model", "tag"},
     "demo": {"base", "sound", "model", "distill", "tag"},
-    "cli": {"base", "sound", "model", "distill", "tag", "serve", "demo"},
+    "cli": {"base", "sound", "model", "distill", "tag", "serve", "integrations", "demo"},
 }
 
 

@@ -240,7 +240,7 @@ def test_a_linear_probe_on_esc10(
 
 def test_transformers_from_the_pipeline_to_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    from ced.model.hf import CedFeatureExtractor, CedForAudioClassification
+    from ced.integrations.transformers import CedFeatureExtractor, CedForAudioClassification
 
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -248,7 +248,7 @@ def test_transformers_sends_nothing(machine: Machine) -> None:
         import os
         import numpy as np
         import ced
-        from ced.model.hf import CedFeatureExtractor, CedForAudioClassification
+        from ced.integrations.transformers import CedFeatureExtractor, CedForAudioClassification
         from ced.telemetry import SWITCHES
         from huggingface_hub import constants
         from transformers import pipeline

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.esc10 import box, judge, plan, report, split
 from ced.config import StoreConfig, dump
-from ced.distill.teacher import store_folder
+from ced.distill.store import store_folder
 from ced.errors import CedError, ConfigError
 from ced.files import claimed
 

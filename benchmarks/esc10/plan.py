@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.esc10 import teachers
 from benchmarks.esc10.split import MIXED, MIXTURES, SECONDS
 from ced.config import FinetuneConfig, LoopConfig, PretrainConfig, Section, StoreConfig, TrainConfig, check
-from ced.distill.teacher import store_folder
+from ced.distill.store import store_folder
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.features import frames_of
 

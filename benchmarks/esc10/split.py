@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from ced.distill.wavpack import pack
+from ced.distill.pack_writer import pack
 from ced.errors import TableError
 from ced.sound.audio import SAMPLE_RATE, load
 from ced.sound.tables import read_table, write_table

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ced.config import FinetuneConfig, load
-from ced.distill.datasets import shuffled
+from ced.distill.dataset import shuffled
 from ced.distill.finetune import LabelledClips
 from ced.distill.loop import MIXUP, ORDER
 from ced.distill.step import learning_rate

@@ -45,10 +45,10 @@ def pack(
     Unreadable files are listed in `STEM.failed.tsv` beside that table, the rest is packed. An interrupted run may be
     repeated and finishes what is left.
     """
-    from ced.distill import wavpack
+    from ced.distill import pack_writer
 
     with reporting() as progress:
-        report = wavpack.pack(
+        report = pack_writer.pack(
             table,
             outdir,
             size_per_file=size_per_file,
@@ -104,11 +104,11 @@ def store(words: Words = None) -> None:
     Runs alone or under torchrun. What is complete is kept, so an interrupted run may be repeated.
     """
     from ced.config import StoreConfig, load
-    from ced.distill import teacher
+    from ced.distill import store
 
     path, overrides = _split(words)
     with reporting() as progress:
-        folder = teacher.store(load(StoreConfig, path, overrides), progress=progress)
+        folder = store.store(load(StoreConfig, path, overrides), progress=progress)
     _result(folder)
 
 

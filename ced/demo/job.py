@@ -18,10 +18,11 @@ from ced.demo.plan import GENERATED, RECORDED, Plan, Settings
 from ced.demo.sounds import write_set
 from ced.distill.evaluate import Evaluation, evaluate
 from ced.distill.finetune import finetune
-from ced.distill.teacher import store
+from ced.distill.pack_reader import AudioPack
+from ced.distill.pack_writer import pack
+from ced.distill.store import store
 from ced.distill.train import train
-from ced.distill.viewstore import ViewStore
-from ced.distill.wavpack import WavPack, pack
+from ced.distill.view_store import ViewStore
 from ced.errors import TableError
 from ced.model.loading import load_model
 from ced.model.vit import CED
@@ -161,7 +162,7 @@ def split(data: Path, fold: int, out: Path) -> tuple[Path, Path, Path]:
 
 def median_length(table: Path) -> float:
     """Return the seconds of the median clip of a pack."""
-    clips = WavPack(table)
+    clips = AudioPack(table)
     return median_low(clips.samples(row) for row in range(len(clips))) / SAMPLE_RATE
 
 

@@ -15,7 +15,7 @@ from ced.config import (
     TrainConfig,
     WavTransforms,
 )
-from ced.distill.viewstore import ViewStore
+from ced.distill.view_store import ViewStore
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.features import FrontEnd, frames_of
 

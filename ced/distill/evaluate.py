@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ced.config import Mode, TaggerConfig
-from ced.distill.datasets import Batch, ViewDataset, in_order, prefetch, whole
+from ced.distill.dataset import Batch, ViewDataset, in_order, prefetch, whole
 from ced.distill.distributed import World
+from ced.distill.pack_reader import AudioPack
 from ced.distill.precision import autocast
-from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, PackError, TableError
 from ced.files import writing, written_aside
 from ced.model.config import ModelConfig
@@ -80,7 +80,7 @@ class Evaluator:
             PackError: a clip of the table is not in its pack.
         """
         self.labels, self.batch_size, self.num_workers, self.mode = labels, batch_size, num_workers, mode
-        pack = WavPack(table)
+        pack = AudioPack(table)
         self.targets = multi_hot(parse_labels(pack.table, len(labels)), len(labels))
         if not self.targets.any():
             raise TableError(f"no clip of {table} has a class: there is nothing to evaluate ({len(pack)} clips)")

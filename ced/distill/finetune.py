@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ced.config import FinetuneConfig
-from ced.distill.datasets import ViewDataset, chunk_samples, crop
+from ced.distill.dataset import ViewDataset, chunk_samples, crop
 from ced.distill.evaluate import validation
 from ced.distill.loop import VIEWS, EpochData, Task, run
+from ced.distill.pack_reader import AudioPack
 from ced.distill.start import start_network, warn_of_cuts, warn_of_padding
 from ced.distill.step import Loss
 from ced.distill.views import check_masks, recipe_of
-from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, TableError
 from ced.model.vit import CED
 from ced.progress import Progress, silent
@@ -94,7 +94,7 @@ class LabelledClips:
 
     def __init__(self, config: FinetuneConfig, labels: ClassTable) -> None:
         self.samples = chunk_samples(config.chunk_length)
-        self.pack = WavPack(config.train_data)
+        self.pack = AudioPack(config.train_data)
         self.labels, self.num_classes = parse_labels(self.pack.table, len(labels)), len(labels)
         if not any(self.labels):
             raise TableError(f"no clip of {config.train_data} has a label: there is nothing to learn")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ced.config import LoopConfig
 from ced.distill import experiment
-from ced.distill.datasets import ViewDataset, drawn, prefetch, shuffled
+from ced.distill.dataset import ViewDataset, drawn, prefetch, shuffled
 from ced.distill.distributed import World, join
 from ced.distill.evaluate import Evaluation, Validation
 from ced.distill.experiment import LAST_NAME, RESULT_NAME, State

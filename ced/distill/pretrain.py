@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from ced.config import PretrainConfig
-from ced.distill.datasets import ViewDataset, chunk_samples, crop
+from ced.distill.dataset import ViewDataset, chunk_samples, crop
 from ced.distill.loop import DECODER, VIEWS, EpochData, Task, run
+from ced.distill.pack_reader import AudioPack
 from ced.distill.precision import autocast
 from ced.distill.recorder import draw_pictures
 from ced.distill.start import seeded, start_network, warn_of_padding
-from ced.distill.wavpack import WavPack
 from ced.model.mae import MaskedAutoencoder, error_of_hidden, patches, picture
 from ced.model.vit import CED
 from ced.progress import Progress, silent
@@ -72,7 +72,11 @@ class Crops:
     """A pack as training data: of each clip one random crop an epoch, as it is."""
 
     def __init__(self, config: PretrainConfig) -> None:
-        self.samples, self.pack, self.seed = chunk_samples(config.chunk_length), WavPack(config.train_data), config.seed
+        self.samples, self.pack, self.seed = (
+            chunk_samples(config.chunk_length),
+            AudioPack(config.train_data),
+            config.seed,
+        )
         warn_of_padding(self.pack, self.samples)
 
     def epoch(self, epoch: int) -> ViewDataset:

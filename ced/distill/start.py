@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ced.config import LoopConfig
-from ced.distill.wavpack import WavPack
+from ced.distill.pack_reader import AudioPack
 from ced.errors import CheckpointError, ConfigError, DownloadError
 from ced.model.loading import create
 from ced.model.vit import CED
@@ -63,7 +63,7 @@ def warn_of_cuts(network: CED, samples: int) -> None:
         )
 
 
-def warn_of_padding(pack: WavPack, samples: int) -> None:
+def warn_of_padding(pack: AudioPack, samples: int) -> None:
     """Warn when most of what is learned from, in items of `samples` samples, would be the padding of short clips."""
     lengths = np.array([pack.samples(clip) for clip in range(len(pack))])
     padding = 1 - np.minimum(lengths, samples).mean() / samples

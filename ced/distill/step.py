@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ced.config import LoopConfig
-from ced.distill.datasets import Batch
+from ced.distill.dataset import Batch
 from ced.distill.distributed import World
 from ced.distill.precision import autocast, half_type
 from ced.distill.targets import mixup

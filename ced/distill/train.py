@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ced.config import TrainConfig
-from ced.distill.datasets import Chunks, ViewDataset, fingerprint, stored
+from ced.distill.dataset import Chunks, ViewDataset, fingerprint, stored
 from ced.distill.evaluate import validation
 from ced.distill.loop import VIEWS, EpochData, Task, run
+from ced.distill.pack_reader import AudioPack
 from ced.distill.start import start_network, warn_of_cuts
 from ced.distill.targets import spread
+from ced.distill.view_store import Rows, ViewStore
 from ced.distill.views import blanking
-from ced.distill.viewstore import Rows, ViewStore
-from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, PackError, StoreError
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
@@ -56,7 +56,7 @@ def _task(config: TrainConfig, progress: Progress) -> Task:
             f"set num_classes to {meta.num_classes}"
         )
     labels = meta.labels or default_classes(meta.num_classes)
-    views = StoredViews(config, store, WavPack(config.train_data))
+    views = StoredViews(config, store, AudioPack(config.train_data))
     if not views.items:
         raise StoreError(f"view store {config.logitspath} has no views")
     views.check_audio()
@@ -73,7 +73,7 @@ def _task(config: TrainConfig, progress: Progress) -> Task:
 class StoredViews:
     """The epochs of a store as training data."""
 
-    def __init__(self, config: TrainConfig, store: ViewStore, pack: WavPack) -> None:
+    def __init__(self, config: TrainConfig, store: ViewStore, pack: AudioPack) -> None:
         self.config, self.store, self.pack = config, store, pack
         self.samples = round(store.meta.chunk_length * SAMPLE_RATE)
         self.recipe = store.meta.recipe

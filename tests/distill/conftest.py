@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from ced.distill.view_store import Rows, StoreMeta, write_meta, write_part
 from ced.distill.views import ViewRecipe
-from ced.distill.viewstore import Rows, StoreMeta, write_meta, write_part
 from ced.sound.labels import ClassTable
 
 RATE = 16_000

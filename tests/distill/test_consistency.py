@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ced.config import StoreConfig, TrainConfig, check
-from ced.distill.datasets import ViewDataset, prefetch, stored
-from ced.distill.teacher import store
+from ced.distill.dataset import ViewDataset, prefetch, stored
+from ced.distill.pack_reader import AudioPack
+from ced.distill.store import store
 from ced.distill.train import StoredViews, train
+from ced.distill.view_store import ViewStore
 from ced.distill.views import draw, mask
-from ced.distill.viewstore import ViewStore
-from ced.distill.wavpack import WavPack
 from ced.model.frontend import LogMel
 from ced.model.vit import CED
 
@@ -70,7 +70,7 @@ def train_config(**changes: Any) -> TrainConfig:
 
 def student_views(epoch: int) -> ViewDataset:
     config = train_config()
-    return StoredViews(config, ViewStore(config.logitspath), WavPack(config.train_data)).epoch(epoch).dataset
+    return StoredViews(config, ViewStore(config.logitspath), AudioPack(config.train_data)).epoch(epoch).dataset
 
 
 def student_mel(views: ViewDataset, items: Sequence[int]) -> Tensor:
@@ -131,7 +131,7 @@ def test_a_short_chunk_is_padded_after_the_shift(teacher_mels: list[Tensor]) -> 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="no published store here")
 def test_a_published_store_replays() -> None:
     opened = ViewStore(PUBLISHED)
-    pack = WavPack(PUBLISHED / "pack" / "labels" / "mine.tsv")
+    pack = AudioPack(PUBLISHED / "pack" / "labels" / "mine.tsv")
     shifts: list[int] = []
     for epoch in (1, 2):
         rows = opened.rows(epoch)

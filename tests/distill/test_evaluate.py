@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 
 from ced.distill.evaluate import Evaluator, evaluate, probs_in_blocks
-from ced.distill.wavpack import WavPack
+from ced.distill.pack_reader import AudioPack
 from ced.errors import ConfigError, PackError, TableError, TrainingError
 from ced.model import loading
 from ced.model.config import ModelConfig
@@ -91,7 +91,7 @@ def test_scores_are_those_of_each_clip_alone(tmp_path: Path) -> None:
     """Clips of several lengths, some longer than one forward pass, in batches of any size."""
     seconds, labels = [1.0, 0.5, 1.0, 2.5, 0.05, 2.5, 1.0], ["0", "1", "0;1", "", "1", "0", "1"]
     table, model = write_labelled(tmp_path, seconds, labels), network()
-    pack = WavPack(table)
+    pack = AudioPack(table)
     with torch.inference_mode():
         waves = [torch.tensor(pack.read(row, 0, pack.samples(row))).float() / 32768 for row in range(len(pack))]
         scores = torch.cat([model.probs(wave[None]) for wave in waves]).numpy()

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ced.config import FinetuneConfig, PretrainConfig, TrainConfig, check, dump, load
-from ced.distill.datasets import chunk_samples
+from ced.distill.dataset import chunk_samples
 from ced.distill.finetune import finetune
 from ced.distill.pretrain import Crops, make_autoencoder, pretrain
 from ced.distill.start import seeded

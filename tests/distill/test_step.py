@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ced.config import Mode, TrainConfig, check
-from ced.distill.datasets import Batch
+from ced.distill.dataset import Batch
 from ced.distill.distributed import World
 from ced.distill.step import Stepper, calibrate, learning_rate, make_optimizer
 from ced.distill.views import NO_VIEW, ViewRecipe, mask

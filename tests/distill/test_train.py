@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from ced.config import TrainConfig, check, dump, load
-from ced.distill.datasets import fingerprint, stored
+from ced.distill.dataset import fingerprint, stored
 from ced.distill.evaluate import evaluate
 from ced.distill.experiment import create, load_state
+from ced.distill.pack_reader import AudioPack
 from ced.distill.recorder import Recorder
 from ced.distill.train import StoredViews, train
+from ced.distill.view_store import ViewStore, write_meta
 from ced.distill.views import ViewRecipe
-from ced.distill.viewstore import ViewStore, write_meta
-from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, PackError, TrainingError
 from ced.model.loading import load_model
 from ced.model.weights import average
@@ -125,7 +125,7 @@ def test_training_stops_when_validation_gains_nothing(sounds: Path, tmp_path: Pa
 
 
 def test_stored_epochs_serve_in_turn(sounds: Path) -> None:
-    store, pack = ViewStore(sounds / "store"), WavPack(sounds / "train.tsv")
+    store, pack = ViewStore(sounds / "store"), AudioPack(sounds / "train.tsv")
     first, second = (store.rows(epoch).seeds.tolist() for epoch in (1, 2))
 
     def seeds(**changes: Any) -> list[list[int]]:
@@ -137,14 +137,14 @@ def test_stored_epochs_serve_in_turn(sounds: Path) -> None:
 
 
 def test_targets_are_the_stored_scores_of_the_items(sounds: Path) -> None:
-    views = StoredViews(config_of(sounds, sounds), ViewStore(sounds / "store"), WavPack(sounds / "train.tsv"))
+    views = StoredViews(config_of(sounds, sounds), ViewStore(sounds / "store"), AudioPack(sounds / "train.tsv"))
     targets = views.epoch(1).targets(np.array([3, 0]), torch.Generator())
     expected = torch.tensor([[0.0625, 0, 0, 0.9], [0.9, 0.0625, 0, 0]]).half().float()
     assert torch.equal(targets, expected)
 
 
 def test_without_consistency_the_student_draws_its_own_masks_and_no_shift(sounds: Path) -> None:
-    store, pack = ViewStore(sounds / "store"), WavPack(sounds / "train.tsv")
+    store, pack = ViewStore(sounds / "store"), AudioPack(sounds / "train.tsv")
 
     def view(epoch: int, **changes: Any) -> tuple[ViewRecipe, list[int]]:
         config = config_of(sounds, sounds, disable_consistency=True, **changes)
@@ -202,7 +202,7 @@ def test_contradictions_are_refused_before_anything_is_written(
 def with_fingerprint(sounds: Path, folder: Path) -> Path:
     """Return a copy of the store that knows what its audio was."""
     store = ViewStore(shutil.copytree(sounds / "store", folder))
-    pack, rows = WavPack(sounds / "train.tsv"), store.rows(1)
+    pack, rows = AudioPack(sounds / "train.tsv"), store.rows(1)
     print_of = fingerprint(pack, stored(pack, rows, 1.0), rows.filenames, rows.starts, rows.ends)
     write_meta(folder, replace(store.meta, chunks=print_of))
     return folder

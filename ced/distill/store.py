@@ -17,15 +17,15 @@ import torch
 from numpy.typing import NDArray
 
 from ced.config import StoreConfig
-from ced.distill import viewstore
-from ced.distill.datasets import Chunks, ViewDataset, chunk_samples, cut, fingerprint, in_order, prefetch
+from ced.distill import view_store
+from ced.distill.dataset import Chunks, ViewDataset, chunk_samples, cut, fingerprint, in_order, prefetch
 from ced.distill.distributed import World, join
-from ced.distill.ensemble import Ensemble, is_callable_spec, load_teacher
 from ced.distill.experiment import run_name
+from ced.distill.pack_reader import AudioPack
 from ced.distill.precision import half_type
+from ced.distill.teachers import Ensemble, is_callable_spec, load_teacher
+from ced.distill.view_store import META_NAME, Rows, StoreMeta, epoch_seeds
 from ced.distill.views import check_masks, mask, recipe_of
-from ced.distill.viewstore import META_NAME, Rows, StoreMeta, epoch_seeds
-from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, StoreError
 from ced.files import claimed, remove_leftovers
 from ced.model.frontend import LogMel
@@ -54,7 +54,7 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
         PackError: the pack lacks a clip.
         ProcessError: another process of the run has stopped.
     """
-    pack = WavPack(config.train_data)
+    pack = AudioPack(config.train_data)
     listed = _list_chunks(config, pack)
     recipe = recipe_of(config.wavtransforms, config.spectransforms, listed.samples)
     check_masks(recipe, listed.samples)
@@ -103,11 +103,11 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
                 rows = Rows(
                     values, indexes, seeds[here], listed.filenames[here], listed.starts[here], listed.ends[here]
                 )
-                written = viewstore.write_part(folder, epoch, world.rank, rows)
+                written = view_store.write_part(folder, epoch, world.rank, rows)
             if any(part[0] == epoch for part in missing):
                 digests = {name: one for each in world.gather(written) for name, one in each.items()}
                 if world.is_main:
-                    viewstore.add_digests(folder, digests)
+                    view_store.add_digests(folder, digests)
         world.barrier()
     return folder
 
@@ -123,7 +123,7 @@ class _Listed:
     ends: NDArray[np.float32]  # (n,) seconds
 
 
-def _list_chunks(config: StoreConfig, pack: WavPack) -> _Listed:
+def _list_chunks(config: StoreConfig, pack: AudioPack) -> _Listed:
     chunks = cut(pack, config.chunk_length)
     half = config.chunk_length / 2
     if not len(chunks):
@@ -209,19 +209,19 @@ def _missing_parts(folder: Path, meta: StoreMeta, epochs: int) -> set[tuple[int,
     if not (folder / META_NAME).exists():
         if any(folder.glob("logits_ep*.h5")):
             raise StoreError(f"{folder} has views but no {META_NAME}; choose another outputpath")
-        viewstore.write_meta(folder, meta)
+        view_store.write_meta(folder, meta)
         return {(epoch, rank) for epoch in range(1, epochs + 1) for rank in range(meta.world_size or 1)}
-    stored = viewstore.read_meta(folder)
+    stored = view_store.read_meta(folder)
     # As many processes as before only matter when something is left to do.
-    if changed := viewstore.difference(replace(stored, world_size=meta.world_size), meta):
+    if changed := view_store.difference(replace(stored, world_size=meta.world_size), meta):
         raise StoreError(_other_settings(folder, changed))
     parts = {(epoch, rank) for epoch in range(1, epochs + 1) for rank in range(stored.world_size or 1)}
     missing = {part for part in parts if not _is_stored(folder, *part, stored)}
-    if missing and (changed := viewstore.difference(stored, meta)):
+    if missing and (changed := view_store.difference(stored, meta)):
         raise StoreError(_other_settings(folder, changed))
-    digests = {name: one for part in parts - missing for name, one in viewstore.digests_of(folder, *part).items()}
+    digests = {name: one for part in parts - missing for name, one in view_store.digests_of(folder, *part).items()}
     if digests.items() - (stored.digests or {}).items():  # written just before a kill, or by a release without digests
-        viewstore.add_digests(folder, digests)
+        view_store.add_digests(folder, digests)
     if complete := epochs - len({epoch for epoch, _ in missing}):
         _log.info("%d of %d epochs are already stored in %s", complete, epochs, folder)
     return missing
@@ -233,16 +233,16 @@ def _other_settings(folder: Path, changed: str) -> str:
 
 def _is_stored(folder: Path, epoch: int, rank: int, meta: StoreMeta) -> bool:
     """Return whether a part is there and undamaged, with the seeds of its epoch."""
-    if not viewstore.part_complete(folder, epoch, rank):
+    if not view_store.part_complete(folder, epoch, rank):
         return False
     try:
-        rows = viewstore.read_part(folder, epoch, rank, meta)
+        rows = view_store.read_part(folder, epoch, rank, meta)
     except StoreError as error:
         _log.warning("%s; it is stored again", error)
         return False
     share = _share(meta.rows or 0, meta.batch_size or 1, rank, meta.world_size or 1)
     expected = epoch_seeds(meta.seed or 0, epoch, meta.rows or 0)
     if not np.array_equal(rows.seeds, np.concatenate([expected[:0], *(expected[batch] for batch in share)])):
-        _log.warning("%s has other seeds; it is stored again", viewstore.part_path(folder, epoch, rank))
+        _log.warning("%s has other seeds; it is stored again", view_store.part_path(folder, epoch, rank))
         return False
     return True

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ced.errors import AudioError, CheckpointError
-from ced.model import hear, loading
+from ced.integrations import hear
+from ced.model import loading
 from ced.model.config import ModelConfig
 from ced.model.embedding import grid
 from ced.model.graph.export import export

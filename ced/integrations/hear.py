@@ -1,7 +1,7 @@
 """Embeddings for two benchmarks of audio representations: the common API of HEAR, and an encoder for X-ARES.
 
-For HEAR this module is the API: `hear-validator ced.model.hear --model ced_tiny`, where the model is a published name,
-a checkpoint or an experiment. For X-ARES the encoder is the class `CedEncoder`.
+For HEAR this module is the API: `hear-validator ced.integrations.hear --model ced_tiny`, where the model is a published
+name, a checkpoint or an experiment. For X-ARES the encoder is the class `CedEncoder`.
 """
 
 import os

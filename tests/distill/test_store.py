@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from ced.config import StoreConfig, check
-from ced.distill.datasets import ViewDataset, cut
-from ced.distill.teacher import store, store_folder
+from ced.distill.dataset import ViewDataset, cut
+from ced.distill.pack_reader import AudioPack
+from ced.distill.store import store, store_folder
+from ced.distill.view_store import ViewStore, epoch_seeds
 from ced.distill.views import ViewRecipe, mask
-from ced.distill.viewstore import ViewStore, epoch_seeds
-from ced.distill.wavpack import WavPack
 from ced.errors import CedError, ConfigError, StoreError
 from ced.model import loading
 from ced.model.config import ModelConfig
@@ -78,7 +78,7 @@ PROGRAM = """
 import os, signal, sys
 import torch
 from ced.config import StoreConfig, load
-from ced.distill.teacher import store
+from ced.distill.store import store
 
 torch.set_num_threads(1)
 syncs, sync = 0, os.fsync
@@ -156,7 +156,7 @@ def test_stored_rows_are_the_mean_of_the_teachers() -> None:
     assert folder == Path("out/one_two/mine/chunk_2")
     opened = ViewStore(folder)
     assert opened.epochs == 2
-    pack = WavPack(Path("mine.tsv"))
+    pack = AudioPack(Path("mine.tsv"))
     for epoch in (1, 2):
         rows = opened.rows(epoch)
         assert list(zip(rows.filenames, rows.starts.tolist(), rows.ends.tolist(), strict=True)) == CHUNKS

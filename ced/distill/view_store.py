@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ced.distill.legacy import read_meta_pt
+from ced.distill.published_store import read_meta_pt
 from ced.distill.views import ViewRecipe
 from ced.errors import StoreError, TableError
 from ced.files import written_aside
@@ -58,7 +58,7 @@ class StoreMeta:
     batch_size: int | None = None
     world_size: int | None = None  # processes, and so parts an epoch
     rows: int | None = None  # an epoch
-    chunks: str | None = None  # `datasets.fingerprint` of the chunks' names, times and audio
+    chunks: str | None = None  # `dataset.fingerprint` of the chunks' names, times and audio
     # SHA-256 of each file of the complete epochs, by its name; None: the store was written without.
     digests: Mapping[str, str] | None = field(default=None, compare=False)
 

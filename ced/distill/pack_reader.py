@@ -12,15 +12,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ced.distill.packfile import Clips, Layout, Place, Wave, checksum_in, checksum_of, key_of
-from ced.distill.packing import PackReport, digest_path, pack
+from ced.distill.pack_format import Clips, Layout, Place, Wave, checksum_in, checksum_of, key_of
+from ced.distill.pack_writer import digest_path
 from ced.errors import PackError, TableError
 from ced.sound.tables import Table, read_table
 from ced.text import quoted
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["PackReport", "WavPack", "Wave", "pack"]
 
 
 class _Open:
@@ -35,7 +33,7 @@ class _Open:
         return _Open, ()
 
 
-class WavPack:
+class AudioPack:
     """The clips of a pack, by the rows of its table.
 
     Several threads may read at once; training does. Forks and pickles can be read too, as the workers of torch's

@@ -41,7 +41,7 @@ from transformers import (
 )
 from transformers.utils import hub
 
-from ced.model.hf import CedConfig, CedFeatureExtractor, CedForAudioClassification, CedModel
+from ced.integrations.transformers import CedConfig, CedFeatureExtractor, CedForAudioClassification, CedModel
 
 SMALL = ModelConfig(embed_dim=64, num_heads=1, depth=1)
 OWN = ClassTable(("dog", "rain", "clock"))
@@ -553,13 +553,14 @@ def test_the_trainer_fine_tunes_it_on_esc10(tmp_path: Path) -> None:
 def test_without_transformers_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "ced.model.hf")
-    with pytest.raises(MissingPackageError, match=r"ced\.model\.hf .* transformers: pip install 'ced-audio\[hf\]'"):
-        importlib.import_module("ced.model.hf")
+    monkeypatch.delitem(sys.modules, "ced.integrations.transformers")
+    needed = r"ced\.integrations\.transformers .* transformers: pip install 'ced-audio\[hf\]'"
+    with pytest.raises(MissingPackageError, match=needed):
+        importlib.import_module("ced.integrations.transformers")
 
 
 def test_a_version_whose_pipeline_gives_other_probabilities_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.__version__", "5.22.2")
-    monkeypatch.delitem(sys.modules, "ced.model.hf")
+    monkeypatch.delitem(sys.modules, "ced.integrations.transformers")
     with pytest.raises(ConfigError, match=r"needs Transformers 5\.23 or newer, 5\.22\.2 is"):
-        importlib.import_module("ced.model.hf")
+        importlib.import_module("ced.integrations.transformers")

@@ -1,4 +1,4 @@
-"""The log-mel front end as a feature extractor of Transformers; `ced.model.hf` registers it."""
+"""The log-mel front end as a feature extractor of Transformers; `ced.integrations.transformers` registers it."""
 
 import os
 from collections.abc import Sequence

@@ -14,7 +14,8 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from ced.distill.wavpack import WavPack, pack
+from ced.distill.pack_reader import AudioPack
+from ced.distill.pack_writer import pack
 from ced.errors import PackError, TableError
 from ced.sound.tables import write_table
 
@@ -58,7 +59,7 @@ def foreign(tmp_path: Path) -> Path:
 
 
 def test_any_way_of_storing_is_read(foreign: Path) -> None:
-    packed = WavPack(foreign)
+    packed = AudioPack(foreign)
     assert len(packed) == 13
     for row, name in enumerate(packed.names):
         if name == "empty":
@@ -77,7 +78,7 @@ def test_any_way_of_storing_is_read(foreign: Path) -> None:
 
 
 def test_threads_forks_and_pickles_read_the_same(foreign: Path) -> None:
-    packed = WavPack(foreign)
+    packed = AudioPack(foreign)
     fresh = pickle.loads(pickle.dumps(packed))
     expected = [packed.read(row, 0, packed.samples(row)).copy() for row in range(len(packed))]
     rows = list(range(len(packed))) * 20
@@ -94,7 +95,7 @@ def test_threads_forks_and_pickles_read_the_same(foreign: Path) -> None:
 class _Read:
     """Reads a whole clip, in another process."""
 
-    def __init__(self, packed: WavPack) -> None:
+    def __init__(self, packed: AudioPack) -> None:
         self.packed = packed
 
     def __call__(self, row: int) -> NDArray[Any]:
@@ -102,7 +103,7 @@ class _Read:
 
 
 def test_reads_that_are_refused(foreign: Path) -> None:
-    packed = WavPack(foreign)
+    packed = AudioPack(foreign)
     row = packed.find("plain")
     assert packed.find("x/plain") == row
     for start, stop in ((-1, 5), (5, 4), (0, 10_001)):
@@ -124,7 +125,7 @@ def test_packs_that_are_refused(tmp_path: Path) -> None:
         file.create_group("group")
 
     def refused(name: str, path: Path = part) -> str:
-        packed = WavPack(table_of(tmp_path / "p.tsv", ["a", name], hdf5path=[str(path)] * 2))
+        packed = AudioPack(table_of(tmp_path / "p.tsv", ["a", name], hdf5path=[str(path)] * 2))
         with pytest.raises(PackError) as caught:
             packed.samples(0)
         assert "\n" not in str(caught.value)
@@ -140,9 +141,9 @@ def test_packs_that_are_refused(tmp_path: Path) -> None:
     assert refused("a", cut).startswith(f"cannot read {cut}: ")
     table = table_of(tmp_path / "p.tsv", ["a"], hdf5path=["gone/q.h5"])
     with pytest.raises(PackError, match=r"^pack .*p\.tsv lacks its file gone/q\.h5; looked for in "):
-        WavPack(table)
+        AudioPack(table)
     with pytest.raises(TableError, match="no column 'hdf5path'"):
-        WavPack(table_of(tmp_path / "p.tsv", ["a"]))
+        AudioPack(table_of(tmp_path / "p.tsv", ["a"]))
 
 
 def test_how_others_name_their_clips(tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ def test_how_others_name_their_clips(tmp_path: Path) -> None:
         return str(tmp_path / f"{stem}.h5")
 
     def read(filenames: list[str], parts: list[str]) -> list[int]:
-        packed = WavPack(table_of(tmp_path / "p.tsv", filenames, hdf5path=parts))
+        packed = AudioPack(table_of(tmp_path / "p.tsv", filenames, hdf5path=parts))
         return [int(packed.read(row, 0, 1)[0]) for row in range(len(packed))]
 
     base, other, whole = write("base", {"0": 1, "1": 2}), write("other", {"0": 3}), write("w", {"0": 4, "x/0": 5})
@@ -179,7 +180,7 @@ def test_a_pack_of_ours_that_was_stored_otherwise(tmp_path: Path) -> None:
     with h5py.File(part, "r+") as file:
         del file["1.wav"]
         file.create_dataset("1.wav", data=waves["1.wav"], compression="gzip")
-    packed = WavPack(index)
+    packed = AudioPack(index)
     for row, wave in enumerate(waves.values()):
         assert packed.samples(row) == 5_000
         np.testing.assert_array_equal(packed.read(row, 0, 5_000), wave)
@@ -193,7 +194,7 @@ def test_many_clips_take_little_room(tmp_path: Path) -> None:
             file[f"clip{clip}"] = np.zeros(clip + 1, np.int16)
     table = table_of(tmp_path / "p.tsv", [f"clip{clip}" for clip in range(count)], hdf5path=["p.h5"] * count)
     tracemalloc.start()
-    packed = WavPack(table)
+    packed = AudioPack(table)
     before = tracemalloc.get_traced_memory()[0]
     assert packed.samples(count - 1) == count
     gc.collect()
@@ -209,7 +210,7 @@ def test_where_the_files_of_a_pack_are_looked_for(tmp_path: Path, monkeypatch: p
             file["a"] = np.array([value], np.int16)
 
     def value() -> int:
-        return int(WavPack(table).read(0, 0, 1)[0])
+        return int(AudioPack(table).read(0, 0, 1)[0])
 
     home, cwd = tmp_path / "home", tmp_path / "cwd"
     cwd.mkdir()
@@ -223,7 +224,7 @@ def test_where_the_files_of_a_pack_are_looked_for(tmp_path: Path, monkeypatch: p
     assert value() == 2
     write(cwd / "data" / "h" / "p.h5", 1)
     assert value() == 1
-    packed = WavPack(table)
+    packed = AudioPack(table)
     monkeypatch.chdir(tmp_path)
     assert packed.read(0, 0, 1)[0] == 1  # later moves do not matter
 
@@ -232,7 +233,7 @@ def test_rows_that_repeat_a_clip(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "p.h5", "w") as file:
         file["a.wav"] = np.arange(4, dtype=np.int16)
     table = table_of(tmp_path / "p.tsv", ["x/a.wav", "x/a.wav"], hdf5path=[str(tmp_path / "p.h5")] * 2)
-    packed = WavPack(table)
+    packed = AudioPack(table)
     assert packed.names == ["a.wav", "a.wav"]
     assert packed.find("a.wav") == 0
     assert packed.read(1, 0, 4).tolist() == [0, 1, 2, 3]
@@ -240,7 +241,7 @@ def test_rows_that_repeat_a_clip(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="no published store here")
 def test_a_published_pack() -> None:
-    packed = WavPack(PUBLISHED / "pack" / "labels" / "mine.tsv")
+    packed = AudioPack(PUBLISHED / "pack" / "labels" / "mine.tsv")
     assert packed.names == [f"clip{number}.wav" for number in range(6)]
     assert [packed.samples(row) for row in range(6)] == [48_000, 32_000, 16_000, 35_000, 64_000, 31_000]
     with h5py.File(PUBLISHED / "pack" / "hdf5" / "mine_0.h5") as file:
@@ -262,7 +263,7 @@ def test_a_flipped_bit_in_audio_is_named_wherever_it_is(tmp_path: Path) -> None:
     """The samples are right or the file is named; nothing else comes of any single bit of a file."""
     index = packed_noise(tmp_path)
     part = tmp_path / "out/hdf5/p_0.h5"
-    whole = WavPack(index)
+    whole = AudioPack(index)
     waves = [whole.read(row, 0, 700).copy() for row in range(3)]
     content = part.read_bytes()
     rng = np.random.default_rng(1)
@@ -272,7 +273,7 @@ def test_a_flipped_bit_in_audio_is_named_wherever_it_is(tmp_path: Path) -> None:
         flipped[place] ^= 1 << int(rng.integers(8))
         part.write_bytes(flipped)
         try:
-            packed = WavPack(index)
+            packed = AudioPack(index)
             found = [packed.read(row, 0, packed.samples(row)) for row in range(3)]
         except PackError as error:
             refused.append(str(error))
@@ -285,17 +286,17 @@ def test_a_flipped_bit_in_audio_is_named_wherever_it_is(tmp_path: Path) -> None:
 
 def test_a_table_that_is_not_as_it_was_packed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     index = packed_noise(tmp_path)
-    WavPack(index)
+    AudioPack(index)
     assert not caplog.records
     digest = index.with_name("p.tsv.sha256")
     assert subprocess.run(["sha256sum", "-c", digest.name], cwd=index.parent, check=False).returncode == 0
     index.write_text(index.read_text().replace("\t0\t", "\t1\t", 1))
-    WavPack(index)
+    AudioPack(index)
     (record,) = caplog.records
     assert "p.tsv is not as `ced pack` wrote it" in record.getMessage()
     digest.unlink()
     caplog.clear()
-    WavPack(index)
+    AudioPack(index)
     assert not caplog.records
 
 
@@ -320,12 +321,12 @@ def test_links_to_other_files_are_refused(tmp_path: Path) -> None:
                 file.create_virtual_dataset("x/a", layout)
             else:
                 file.create_dataset("x/a", (10**12,), np.int16)  # no samples were ever written
-        packed = WavPack(table_of(tmp_path / "p.tsv", ["x/a", "b"], hdf5path=[str(path)] * 2))
+        packed = AudioPack(table_of(tmp_path / "p.tsv", ["x/a", "b"], hdf5path=[str(path)] * 2))
         with pytest.raises(PackError, match="claims" if kind == "nothing" else "another file"):
             packed.samples(0)
     with h5py.File(tmp_path / "soft.h5", "w") as file:
         file["b"], file["a"] = np.arange(9, dtype=np.int16), h5py.SoftLink("/b")
-    packed = WavPack(table_of(tmp_path / "p.tsv", ["a", "b"], hdf5path=[str(tmp_path / "soft.h5")] * 2))
+    packed = AudioPack(table_of(tmp_path / "p.tsv", ["a", "b"], hdf5path=[str(tmp_path / "soft.h5")] * 2))
     assert packed.read(0, 0, 9).tolist() == packed.read(1, 0, 9).tolist() == list(range(9))
 
 
@@ -338,9 +339,9 @@ def test_attributes_that_cannot_be_are_damage(tmp_path: Path, attribute: str, va
     with h5py.File(tmp_path / "out/hdf5/p_0.h5", "a") as file:
         file.attrs[attribute] = value
     if attribute == "stereo":  # then the layout of every clip is looked at
-        assert WavPack(index).samples(0) == 700
+        assert AudioPack(index).samples(0) == 700
     else:
         with pytest.raises(PackError, match=r"p_0\.h5 is damaged"):
-            WavPack(index).samples(0)
+            AudioPack(index).samples(0)
     assert pack(tmp_path / "p.tsv", tmp_path / "out").kept == 0
-    assert WavPack(index).samples(0) == 700
+    assert AudioPack(index).samples(0) == 700

@@ -15,8 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ced.distill.views import ViewRecipe
-from ced.distill.viewstore import (
+from ced.distill.view_store import (
     Rows,
     StoreMeta,
     ViewStore,
@@ -29,6 +28,7 @@ from ced.distill.viewstore import (
     write_meta,
     write_part,
 )
+from ced.distill.views import ViewRecipe
 from ced.errors import StoreError
 from ced.sound.labels import ClassTable, audioset
 

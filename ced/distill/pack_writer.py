@@ -1,9 +1,9 @@
 """Make audio packs: many clips in a few HDF5 files, so that training reads 16 kHz samples without decoding.
 
 A pack is a table with a row a clip, `labels/<stem>.tsv`, and the files that its column `hdf5path` names,
-`hdf5/<stem>_<i>.h5` (see `packfile`). File i holds the clips of the table's rows from i * size_per_file on. Clips that
-could not be read have no row; they are listed in `labels/<stem>.failed.tsv`. `labels/<stem>.tsv.sha256` has the digest
-of the table, as `sha256sum` writes and checks it.
+`hdf5/<stem>_<i>.h5` (see `pack_format`). File i holds the clips of the table's rows from i * size_per_file on. Clips
+that could not be read have no row; they are listed in `labels/<stem>.failed.tsv`. `labels/<stem>.tsv.sha256` has the
+digest of the table, as `sha256sum` writes and checks it.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ced.distill.packfile import DType, Outcome, Part, Settings, outcomes_of, write
+from ced.distill.pack_format import DType, Outcome, Part, Settings, outcomes_of, write
 from ced.errors import ConfigError, PackError, WriteError
 from ced.files import claimed, remove_leftovers, written_aside
 from ced.machine import cores

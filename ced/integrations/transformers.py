@@ -23,13 +23,13 @@ from ced.sound.labels import ClassTable, default_classes, named, named_by_config
 from ced.telemetry import SWITCHES
 
 os.environ.update(SWITCHES)
-with optional_packages("ced.model.hf"):
+with optional_packages("ced.integrations.transformers"):
     import transformers
 
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23):
     # Older audio pipelines apply a softmax to every output, so multi-label probabilities would be silently wrong.
     raise ConfigError(
-        f"ced.model.hf needs Transformers 5.23 or newer, {transformers.__version__} is installed:"
+        f"ced.integrations.transformers needs Transformers 5.23 or newer, {transformers.__version__} is installed:"
         f" {install_command('hf')}"
     )
 
@@ -47,7 +47,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
-from ced.model.hf_features import CedFeatureExtractor
+from ced.integrations.transformers_features import CedFeatureExtractor
 
 __all__ = ["CedConfig", "CedFeatureExtractor", "CedForAudioClassification", "CedModel"]
 

@@ -8,23 +8,23 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ced.distill.datasets import Chunks, ViewDataset, crop, cut, drawn, in_order, prefetch, shuffled, stored, whole
+from ced.distill.dataset import Chunks, ViewDataset, crop, cut, drawn, in_order, prefetch, shuffled, stored, whole
+from ced.distill.pack_reader import AudioPack
+from ced.distill.view_store import Rows
 from ced.distill.views import ViewRecipe, draw
-from ced.distill.viewstore import Rows
-from ced.distill.wavpack import WavPack
 from ced.errors import PackError
 
 SECOND = 16_000
 
 
-def make_pack(folder: Path, clips: Mapping[str, NDArray[np.generic]]) -> WavPack:
+def make_pack(folder: Path, clips: Mapping[str, NDArray[np.generic]]) -> AudioPack:
     """Write a pack by hand, as another program would."""
     with h5py.File(folder / "p_0.h5", "w") as file:
         for name, wave in clips.items():
             file.create_dataset(name, data=wave)
     table = folder / "p.tsv"
     table.write_text("filename\thdf5path\n" + "".join(f"{name}\t{folder / 'p_0.h5'}\n" for name in clips))
-    return WavPack(table)
+    return AudioPack(table)
 
 
 def ramp(seconds: float) -> NDArray[np.int16]:

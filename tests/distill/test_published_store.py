@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from ced.distill.legacy import read_meta_pt
+from ced.distill.published_store import read_meta_pt
 from ced.distill.views import ViewRecipe
 from ced.errors import StoreError
 

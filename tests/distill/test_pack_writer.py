@@ -15,7 +15,8 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from ced.distill.wavpack import WavPack, pack
+from ced.distill.pack_reader import AudioPack
+from ced.distill.pack_writer import pack
 from ced.errors import BusyError, CedError, ConfigError, PackError, TableError
 from ced.files import claimed
 from ced.sound.audio import load
@@ -83,13 +84,13 @@ def test_other_clips_are_scaled_averaged_and_resampled(tmp_path: Path) -> None:
     loud = str(tmp_path / "loud.wav")
     soundfile.write(loud, np.array([0.5, 1.5, -2.0, 1 / 32768, 0.6 / 32768]), RATE, subtype="FLOAT")
     report = pack(table_of(tmp_path / "mine.tsv", [*names, loud]), tmp_path / "out")
-    packed = WavPack(report.index)
+    packed = AudioPack(report.index)
     for row, name in enumerate(names):
         expected = np.clip(np.rint(load(name) * 32768), -32768, 32767)
         assert packed.samples(row) == len(expected)
         np.testing.assert_array_equal(packed.read(row, 0, len(expected)), expected)
     assert packed.read(8, 0, 5).tolist() == [16384, 32767, -32768, 1, 1]
-    floats = WavPack(pack(tmp_path / "mine.tsv", tmp_path / "floats", dtype="float32").index)
+    floats = AudioPack(pack(tmp_path / "mine.tsv", tmp_path / "floats", dtype="float32").index)
     for row, name in enumerate([*names, loud]):
         wave = floats.read(row, 0, floats.samples(row))
         assert wave.dtype == np.float32
@@ -101,7 +102,7 @@ def test_stereo_is_kept_on_request_and_averaged_on_reading(tmp_path: Path) -> No
     soundfile.write(tmp_path / "two.wav", both, RATE)
     soundfile.write(tmp_path / "one.wav", mono, RATE)
     table = table_of(tmp_path / "mine.tsv", [str(tmp_path / "two.wav"), str(tmp_path / "one.wav")])
-    packed = WavPack(pack(table, tmp_path / "out", stereo=True).index)
+    packed = AudioPack(pack(table, tmp_path / "out", stereo=True).index)
     with h5py.File(tmp_path / "out" / "hdf5" / "mine_0.h5") as file:
         np.testing.assert_array_equal(file["two.wav"][:], both)
         np.testing.assert_array_equal(file["one.wav"][:], mono)
@@ -125,7 +126,7 @@ def test_options_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert table.column("filename") == table.column("path") == names
     assert table.column("note") == ["a, b"] * 5
     assert table.column("hdf5path") == [f"out/h/mine_{part}.h5" for part in (0, 0, 1, 1, 2)]
-    assert len(WavPack(report.index)) == 5
+    assert len(AudioPack(report.index)) == 5
 
 
 def test_two_clips_with_one_name(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_two_clips_with_one_name(tmp_path: Path) -> None:
         "; rename one, or name clips by their whole filename (--fullname)"
     )
     assert not (tmp_path / "out").exists()
-    packed = WavPack(pack(table, tmp_path / "out", fullname=True).index)
+    packed = AudioPack(pack(table, tmp_path / "out", fullname=True).index)
     assert packed.names == names
     for row, seed in enumerate((0, ord("a"), ord("b"))):
         np.testing.assert_array_equal(packed.read(row, 0, 800), samples_of(seed))
@@ -167,13 +168,13 @@ def test_a_failed_clip_is_not_taken_for_another(tmp_path: Path, monkeypatch: pyt
         assert (report.packed, [name for name, _ in report.failed]) == (2, ["x/0.wav"])
         assert read_table("out/labels/mine.failed.tsv").column("filename") == ["x/0.wav"]
     assert again.kept == 1
-    packed = WavPack(again.index)
+    packed = AudioPack(again.index)
     assert packed.names == ["0.wav", "zz.wav"]
     for row in (0, 1):
         np.testing.assert_array_equal(packed.read(row, 0, 800), samples_of(row))
     # Nor by whoever writes the table.
     part = "out/hdf5/mine_0.h5"
-    packed = WavPack(table_of(Path("all.tsv"), ["0.wav", "x/0.wav"], hdf5path=[part, part]))
+    packed = AudioPack(table_of(Path("all.tsv"), ["0.wav", "x/0.wav"], hdf5path=[part, part]))
     with pytest.raises(PackError, match=r"mine_0\.h5 lacks clip x/0\.wav, row 2 of all\.tsv$"):
         packed.samples(1)
 
@@ -183,7 +184,7 @@ def test_a_root_clip_is_not_taken_for_one_in_a_folder(tmp_path: Path, monkeypatc
     Path("a").mkdir()
     for seed, name in enumerate(("x.wav", "a/x.wav")):
         soundfile.write(name, samples_of(seed), RATE)
-    packed = WavPack(pack(table_of(Path("mine.tsv"), ["x.wav", "a/x.wav"]), "out", fullname=True).index)
+    packed = AudioPack(pack(table_of(Path("mine.tsv"), ["x.wav", "a/x.wav"]), "out", fullname=True).index)
     for row in (0, 1):
         np.testing.assert_array_equal(packed.read(row, 0, 800), samples_of(row))
 
@@ -207,7 +208,7 @@ def test_unreadable_files_are_listed_and_the_rest_is_packed(tmp_path: Path) -> N
     index = read_table(report.index)
     assert index.column("filename") == [names[0], names[2], names[5], names[6]]
     assert [path[-4] for path in index.column("hdf5path")] == ["0", "1", "2", "3"]
-    packed = WavPack(report.index)
+    packed = AudioPack(report.index)
     np.testing.assert_allclose(packed.read(1, 0, 50) / 32768, load(names[2])[:50], atol=2**-16)
     # Nothing has changed: nothing is done, and the same is said.
     before = files_in(out)
@@ -218,7 +219,7 @@ def test_unreadable_files_are_listed_and_the_rest_is_packed(tmp_path: Path) -> N
     soundfile.write(names[3], samples_of(3), RATE, format="WAV")
     mended = pack(tmp_path / "mine.tsv", out, size_per_file=2, duration=True)
     assert (mended.packed, mended.kept) == (5, 3)
-    assert WavPack(mended.index).find("clip3.ogg") == 2
+    assert AudioPack(mended.index).find("clip3.ogg") == 2
     # All are there: the list is gone.
     soundfile.write(names[1], samples_of(1), RATE, format="WAV")
     soundfile.write(missing, samples_of(9), RATE)
@@ -254,7 +255,7 @@ def test_the_result_is_the_same_with_any_number_of_workers(tmp_path: Path) -> No
 
 PACK_SLOWLY = """
 import sys, time
-from ced.distill.wavpack import pack
+from ced.distill.pack_writer import pack
 def wait(task, done, total):
     print(done, flush=True)
     time.sleep(0.005)
@@ -344,7 +345,7 @@ def test_no_index_without_its_parts(tmp_path: Path) -> None:
     assert seen == [("pack", done, 4, False) for done in (1, 2, 3)]
     assert files_in(out).keys() == {"hdf5/mine_0.h5"}
     pack(table, out)
-    assert WavPack(index).names == ["clip3.ogg", "clip2.wav", "clip1.flac", "clip0.wav"]
+    assert AudioPack(index).names == ["clip3.ogg", "clip2.wav", "clip1.flac", "clip0.wav"]
 
 
 def test_calls_that_are_refused(tmp_path: Path) -> None:

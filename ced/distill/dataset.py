@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ced.distill.pack_reader import AudioPack
+from ced.distill.view_store import Rows
 from ced.distill.views import NO_VIEW, View, ViewRecipe, draw, mask_uniforms, shift_into
-from ced.distill.viewstore import Rows
-from ced.distill.wavpack import WavPack
 from ced.errors import ConfigError, PackError
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.decode import FULL_SCALE
@@ -62,7 +62,7 @@ def chunk_samples(chunk_length: float) -> int:
     return samples
 
 
-def cut(pack: WavPack, chunk_length: float) -> Chunks:
+def cut(pack: AudioPack, chunk_length: float) -> Chunks:
     """Cut the clips of a pack into chunks of `chunk_length` seconds; a rest shorter than half of that is dropped."""
     samples = chunk_samples(chunk_length)
     clips, starts, stops = [], [], []
@@ -78,7 +78,7 @@ def cut(pack: WavPack, chunk_length: float) -> Chunks:
 
 
 def fingerprint(
-    pack: WavPack,
+    pack: AudioPack,
     chunks: Chunks,
     filenames: NDArray[np.object_],
     starts: NDArray[np.float32],
@@ -101,7 +101,7 @@ def fingerprint(
     return digest.hexdigest()
 
 
-def stored(pack: WavPack, rows: Rows, chunk_length: float) -> Chunks:
+def stored(pack: AudioPack, rows: Rows, chunk_length: float) -> Chunks:
     """Return the chunks that the rows of a store speak of.
 
     A store holds seconds in float32, too coarse in a long clip to tell samples apart, and one sample more or less is
@@ -129,13 +129,13 @@ def stored(pack: WavPack, rows: Rows, chunk_length: float) -> Chunks:
     return Chunks(clips, starts, stops)
 
 
-def whole(pack: WavPack, clips: Sequence[int]) -> Chunks:
+def whole(pack: AudioPack, clips: Sequence[int]) -> Chunks:
     """Return whole clips as chunks."""
     stops = np.array([pack.samples(clip) for clip in clips], np.int64)
     return Chunks(np.array(clips, np.int64), np.zeros_like(stops), stops)
 
 
-def crop(pack: WavPack, samples: int, rng: np.random.Generator) -> Chunks:
+def crop(pack: AudioPack, samples: int, rng: np.random.Generator) -> Chunks:
     """Return one random crop of at most `samples` samples of every clip."""
     totals = np.array([pack.samples(clip) for clip in range(len(pack))], np.int64)
     room = np.maximum(totals - samples, 0)
@@ -163,7 +163,7 @@ class ViewDataset(Dataset[Batch]):
 
     def __init__(
         self,
-        pack: WavPack,
+        pack: AudioPack,
         chunks: Chunks,
         recipe: ViewRecipe = NO_VIEW,
         seeds: NDArray[np.int32] | None = None,

@@ -1,0 +1,1 @@
+"""The same model under the interfaces of other libraries."""
