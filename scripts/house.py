@@ -1,11 +1,13 @@
 """Measure the structure of the source code, for one checkout of the project or two side by side.
 
 `python scripts/house.py [OLD] [NEW]` prints a Markdown table; without a path it measures this checkout. It reads the
-files of `ced/` and runs nothing, except for the three walks, which `tests/test_walks.py` of a checkout measures.
+files of `ced/` and runs nothing, except for the three walks, which `scripts/walks.py` of a checkout counts.
 """
 
 import argparse
 import ast
+import json
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -152,12 +154,14 @@ def imports_upwards(modules: list[Module]) -> int:
 
 
 def walks(checkout: Path) -> list[str]:
-    """Return the number of files of the package that each walk enters, "-" where a checkout cannot measure it."""
-    if not (checkout / "tests/test_walks.py").exists():
+    """Return the number of files that each walk enters, "-" for a checkout without `scripts/walks.py`."""
+    if not (checkout / "scripts/walks.py").exists():
         return ["-"] * len(WALKS)
-    program = "from tests.test_walks import files_of_walks; print(*files_of_walks().values())"
-    done = subprocess.run([sys.executable, "-c", program], cwd=checkout, capture_output=True, text=True, check=True)
-    return done.stdout.split()[-len(WALKS) :]
+    command = [sys.executable, "-m", "scripts.walks", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=True)
+    files = json.loads(done.stdout)
+    return [str(len(files[walk])) for walk in WALKS]
 
 
 def measure(checkout: Path) -> dict[str, str]:

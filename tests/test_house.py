@@ -15,8 +15,8 @@ def checkout(tmp_path: Path) -> Path:
     files = {
         "ced/__init__.py": "",
         "ced/sound/audio.py": f"from ced.model import vit\n\nclass Window: ...\n\ndef load(value):\n{COPIED}\n",
-        "ced/model/vit.py": f'def load(value: int) -> None:\n    """Load."""\n    # Copied\n{COPIED}\nclass _Own: ...\n',
-        "ced/cli/tagging.py": "def load() -> None: ...\nclass Tag:\n    def window(self, *a: int, b: int) -> int: ...\n",
+        "ced/model/vit.py": f'def load(value: int) -> None:\n    """Load."""\n    # Copied\n{COPIED}\nclass _A: ...\n',
+        "ced/cli/tagging.py": "def load() -> None: ...\nclass Tag:\n    def at(self, *a: int, b: int) -> int: ...\n",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
