@@ -15,7 +15,7 @@ from ced.model import loading, runtime, zoo
 from ced.model.graph import Precision
 from ced.model.torch_scorer import TorchScorer
 from ced.model.vit import CED
-from ced.serve.server import Settings, open_application
+from ced.serve.server import ServerSettings, open_application
 from tests.local_hub import LocalHub, published, random_network, running
 from tests.serve.served import running as served
 
@@ -131,7 +131,7 @@ def test_the_comparison_passes_for_right_values_and_fails_for_wrong_ones(hub: CE
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_the_server_gives_scores_and_embeddings_of_a_published_name(hub: CED, precision: Precision) -> None:
     wave = clips()["noise_10s"]
-    settings = Settings("ced_tiny", "ced_tiny", precision=precision)
+    settings = ServerSettings("ced_tiny", "ced_tiny", precision=precision)
     with (
         served(open_application(settings)) as address,
         httpx.Client(base_url=address, timeout=120) as client,

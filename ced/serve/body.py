@@ -36,7 +36,7 @@ _LONGEST_NAME = 255
 _LONGEST_JSON = 4096  # bytes of a body that holds an address
 _FETCHERS = 4  # addresses that are fetched at the same time
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class Bodies:
                 raise
             if not self._full:
                 self._full = True
-                _log.error("uploads cannot be stored in the temporary folder: %s", error.strerror or error)
+                logger.error("uploads cannot be stored in the temporary folder: %s", error.strerror or error)
             raise RefusedError(507, "the server has no room left to store this upload; smaller ones may fit") from error
         if held.size > _IN_MEMORY:
             self._full = False

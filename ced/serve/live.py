@@ -18,8 +18,9 @@ from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 import ced
 from ced.errors import CedError, ConfigError
+from ced.serve.answers import encode_scores
 from ced.serve.schema import LIVE_PROTOCOL, LiveOptions, check_repeated, faults
-from ced.serve.service import Service, encode_scores
+from ced.serve.service import Service
 from ced.sound.audio import SAMPLE_RATE, Window
 from ced.tag.live import LULL, LiveEvents, Report
 from ced.tag.records import Scored
@@ -137,7 +138,7 @@ class LiveSession:
                 if cutter.waiting:
                     arrival = cutter.waiting.popleft()
                     last, seen = arrival.window.end, time.monotonic()
-                    (scored,) = await self._service.run_step(tagger.score_window, arrival.window, tagging)
+                    (scored,) = await self._service.scheduler.run(tagger.score_window, arrival.window, tagging)
                     await self._send_window(arrival, scored, options.scores)
                     await self._report(events.add(scored, arrival.clock))
                     if cutter.dropped > dropped:

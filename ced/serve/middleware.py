@@ -43,7 +43,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 access_log = logging.getLogger("ced.access")
 access_log.propagate = False
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Gate:
@@ -92,7 +92,7 @@ class Gate:
             exchange.fault = str(error)  # uvicorn closes what is not complete
         except Exception as error:
             if not exchange.complete:  # else the application has answered, and logged it
-                _log.error("request %s failed: %s: %s", exchange.id, type(error).__name__, error)
+                logger.error("request %s failed: %s: %s", exchange.id, type(error).__name__, error)
             if not exchange.status:
                 await problem(500, FAILED)(scope, receive, exchange.send)
         finally:

@@ -38,7 +38,7 @@ from ced.progress import Progress, silent
 from ced.serve.app import Access, Application
 from ced.serve.body import Limits
 from ced.serve.live import LARGEST_FRAME
-from ced.serve.service import METRICS_FOLDER
+from ced.serve.metrics import METRICS_FOLDER
 
 _BACKLOG = 1024  # connections that wait to be accepted
 _HEAD_SECONDS = 10.0  # for a request's headers to arrive
@@ -50,11 +50,11 @@ _METRICS = "ced-metrics-"  # begins the names of folders with the metrics of sev
 _LOCK = ".lock"  # in these, held as long as their server runs
 _UNLOCKED_SECONDS = 60.0  # age of such a folder without a lock that counts as left behind
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """What a server is started with; processes pass it on."""
 
     model: str
@@ -117,7 +117,7 @@ def listen_unix(path: Path) -> socket.socket:
     return listener
 
 
-def address(listener: socket.socket) -> str:
+def url_of(listener: socket.socket) -> str:
     """Return the address of a socket, for a browser if it is one of TCP."""
     if listener.family == socket.AF_UNIX:
         return f"unix:{listener.getsockname()}"
@@ -237,7 +237,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.05)
 
 
-def open_application(settings: Settings, progress: Progress = silent) -> Application:
+def open_application(settings: ServerSettings, progress: Progress = silent) -> Application:
     """Open the model of a server, and return its application.
 
     Raises:
@@ -251,7 +251,9 @@ def _no_notice() -> None:
     """Tell nobody that the server is ready."""
 
 
-def run(app: Application, settings: Settings, listener: socket.socket, ready: Callable[[], None] = _no_notice) -> None:
+def serve(
+    app: Application, settings: ServerSettings, listener: socket.socket, ready: Callable[[], None] = _no_notice
+) -> None:
     """Serve until SIGTERM or SIGINT comes; SIGINT becomes KeyboardInterrupt at the end.
 
     Args:
@@ -273,8 +275,8 @@ def run(app: Application, settings: Settings, listener: socket.socket, ready: Ca
         signal.signal(signal.SIGTERM, before)
 
 
-def run_workers(
-    settings: Settings, listener: socket.socket, count: int, set_up: Callable[[], None], ready: Callable[[], None]
+def serve_workers(
+    settings: ServerSettings, listener: socket.socket, count: int, set_up: Callable[[], None], ready: Callable[[], None]
 ) -> None:
     """Serve with several processes that accept from one socket; once one has been ready, those that end are replaced.
 
@@ -283,7 +285,7 @@ def run_workers(
         listener: the socket.
         count: processes.
         set_up: called first in each of them; a function of a module.
-        ready: as for `run`.
+        ready: as for `serve`.
 
     Raises:
         ProcessError: a process ended before any was ready.
@@ -321,7 +323,9 @@ def _is_unused(folder: Path) -> bool:
 class _Workers:
     """Processes that serve; SIGTERM and SIGINT are passed on to them."""
 
-    def __init__(self, settings: Settings, listener: socket.socket, set_up: Callable[[], None], folder: str) -> None:
+    def __init__(
+        self, settings: ServerSettings, listener: socket.socket, set_up: Callable[[], None], folder: str
+    ) -> None:
         self._given = settings, listener, set_up
         self._folder = folder
         self._workers: dict[SpawnProcess, tuple[float, Pipe]] = {}  # when each was started, and what tells it is ready
@@ -370,7 +374,7 @@ class _Workers:
             return
         if not self._ready:
             raise ProcessError(f"a server process ended before it was ready, with exit code {worker.exitcode}")
-        _log.warning("a server process ended, with exit code %s; another one is started", worker.exitcode)
+        logger.warning("a server process ended, with exit code %s; another one is started", worker.exitcode)
         self._due.append(began + _RESTART_SECONDS)
 
     def _end(self) -> None:
@@ -393,12 +397,12 @@ def _tell(pipe: Pipe) -> None:
         pipe.send(True)
 
 
-def _work(settings: Settings, listener: socket.socket, set_up: Callable[[], None], ready: Pipe) -> None:
+def _work(settings: ServerSettings, listener: socket.socket, set_up: Callable[[], None], ready: Pipe) -> None:
     """Serve as one of several processes, until asked to stop or until the first process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process passes on SIGTERM
     set_up()
     threading.Thread(target=_follow, daemon=True).start()
-    run(open_application(settings), settings, listener, partial(_tell, ready))
+    serve(open_application(settings), settings, listener, partial(_tell, ready))
 
 
 def _follow() -> None:

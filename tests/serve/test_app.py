@@ -232,7 +232,7 @@ def test_the_model_is_described(client: httpx.Client) -> None:
 
 
 def test_answers_that_are_too_long_are_refused(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ced.serve.service._LONGEST_ANSWER", 2_500)
+    monkeypatch.setattr("ced.serve.answers._LONGEST_ANSWER", 2_500)
     body = encode(noise(12))
     assert client.post(CLASSIFY, content=body, params={"window": 2}).status_code == 200
     assert "/v1/audio/stream" in error(client.post(CLASSIFY, content=body, params={"window": 1}), 413)

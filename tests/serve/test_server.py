@@ -15,7 +15,7 @@ from ced.errors import ConfigError
 from ced.serve.app import Application
 from ced.serve.body import Limits
 from ced.serve.schema import CLASSIFY, STREAM
-from ced.serve.server import Server, address, listen, listen_unix
+from ced.serve.server import Server, listen, listen_unix, url_of
 from ced.sound.labels import numbered
 from tests.serve.served import Mean, connected, constant, error, exchange, metrics, running, until
 
@@ -198,7 +198,7 @@ def test_liveness_is_answered_under_load() -> None:
 def test_an_address_that_is_taken_is_told() -> None:
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        assert address(taken) == f"http://127.0.0.1:{port}"
+        assert url_of(taken) == f"http://127.0.0.1:{port}"
         with pytest.raises(ConfigError, match=f"port {port}: Address already in use$"):
             listen("127.0.0.1", port)
 
@@ -206,7 +206,7 @@ def test_an_address_that_is_taken_is_told() -> None:
 def test_unix_sockets(tmp_path: Path) -> None:
     path = tmp_path / "ced.sock"
     with listen_unix(path) as listener:
-        assert address(listener) == f"unix:{path}"
+        assert url_of(listener) == f"unix:{path}"
         assert path.stat().st_mode & 0o777 == 0o660
         with pytest.raises(ConfigError, match="another server listens"):
             listen_unix(path)

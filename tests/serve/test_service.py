@@ -276,7 +276,7 @@ def test_what_is_not_answered_when_the_server_ends_is_told_so(caplog: pytest.Log
         begun = Senders(url, [constant(0.25)])
         until(lambda: len(model.lengths) == 2)
     assert [error(each, 503) for each in begun.answers()] == [DOWN]
-    assert 'ced_requests_total{status="503"} 1.0' in app.service.meters.report().decode()
+    assert 'ced_requests_total{status="503"} 1.0' in app.service.metrics.report().decode()
     assert "Traceback" not in caplog.text
     model.go.set()
 
@@ -308,7 +308,7 @@ def test_embeddings_keep_no_samples(kind: str, path: str) -> None:
 
 
 def test_embeddings_count_for_the_length_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ced.serve.service._LONGEST_ANSWER", 200_000)
+    monkeypatch.setattr("ced.serve.answers._LONGEST_ANSWER", 200_000)
     with running(Application(Embedding(), "mean")) as url:
         options = {"embeddings": "windows", "window": "1"}  # of 21 kB each
         answer = httpx.post(url + CLASSIFY, content=constant(0.123, 15), params=options, headers=WAV, timeout=60)
