@@ -343,7 +343,7 @@ def _status_of(error: Exception) -> tuple[int, str, Any]:
         case ConfigError() | AudioError():
             return 422, str(error), None
         case RequestValidationError():
-            return 422, schema.faults(error.errors()), None
+            return 422, schema.describe_errors(error.errors()), None
         case HTTPException():
             return error.status_code, str(error.detail), error.headers
         case ClientDisconnect():
