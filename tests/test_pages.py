@@ -1,6 +1,6 @@
-"""The commands of README and docs/, run as they stand where a user would, with weights and sounds made here.
+"""The commands of README and docs/, run unchanged in a copy of a checkout, with generated weights and sounds.
 
-Trainings and stores are cut to one epoch; nothing else is changed.
+Only the number of epochs is reduced to one.
 """
 
 import functools
@@ -46,12 +46,12 @@ PROGRAMS = ("inference.py", "run.py", "save_logits.py", "export_onnx.py")
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """Return what stands between fences of a page."""
+    """Return the code blocks of a page in a language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
 def shortened(block: str) -> str:
-    """Return commands with their trainings cut short."""
+    """Return commands with their training reduced to one epoch."""
     lines = block.replace("\\\n", " ").splitlines()
     for place, line in enumerate(lines):
         if found := re.match(
@@ -122,7 +122,7 @@ def test_the_commands_of_a_page(page: str, place: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "resources/README.md", "docs/tag.md"])
-def test_printed_output_is_what_a_page_shows(page: str, place: Path, cache: Path) -> None:
+def test_printed_output_equals_that_of_the_page(page: str, place: Path, cache: Path) -> None:
     shown = blocks(ROOT / page, "console")
     assert shown
     for block in shown:
@@ -183,7 +183,7 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert [date for _, date in releases] == sorted((date for _, date in releases), reverse=True)
 
 
-def test_the_map_names_the_modules_that_there_are() -> None:
+def test_the_file_map_names_all_modules() -> None:
     named = set(re.findall(r"`([a-z]\w*\.py)`", (DOCS / "design.md").read_text(encoding="utf-8")))
     modules = {path.name for path in (ROOT / "ced").rglob("*.py")} - {"__init__.py", "__main__.py"}
     assert modules - named == set()

@@ -1,4 +1,4 @@
-"""The proxy configurations of docs/serve.md: valid, and right in front of a real server."""
+"""The proxy configurations of docs/serve.md, run in front of a real server."""
 
 import json
 import os

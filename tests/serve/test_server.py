@@ -1,4 +1,4 @@
-"""Connections, sockets and the end of the server, below the requests."""
+"""Connections, sockets and shutdown of the server."""
 
 import http.client
 import socket
@@ -36,7 +36,7 @@ POST = f"POST {CLASSIFY} HTTP/1.1\r\nHost: localhost\r\n".encode()
         POST + b"X: " + bytes(100_000) + b"\r\n\r\n",
     ],
 )
-def test_what_is_not_valid_http_is_refused_in_json(address: str, request_bytes: bytes) -> None:
+def test_invalid_http_is_refused_in_json(address: str, request_bytes: bytes) -> None:
     status, headers, body = exchange(address, request_bytes)
     assert status == 400 or (status == 501 and b"gzip" in request_bytes)
     assert headers["content-type"] == "application/json"
@@ -50,7 +50,9 @@ def test_a_broken_chunk_is_refused(address: str) -> None:
         assert (status, headers["content-type"]) == (400, "application/json")
 
 
-def test_a_body_that_is_refused_is_not_read_without_end(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_body_of_a_refused_request_is_read_for_a_limited_time(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ced.serve.server._REST_SECONDS", 0.3)
     for lines, options, status in (
         (b"Content-Length: 1000001\r\n", b"", 413),
@@ -122,7 +124,7 @@ def unread_stream(url: str) -> socket.socket:
     return connection
 
 
-def test_a_client_that_does_not_read_its_answer_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_that_does_not_read_its_answer_is_disconnected(caplog: pytest.LogCaptureFixture) -> None:
     limits = Limits(patience=0.5, slowest=50_000_000)
     with running(Application(Wide(), "wide", limits=limits)) as url, httpx.Client(base_url=url) as client:
         with unread_stream(url):
@@ -133,7 +135,7 @@ def test_a_client_that_does_not_read_its_answer_is_cut_off(caplog: pytest.LogCap
     assert [record.getMessage() for record in caplog.records if record.name.startswith("ced.")] == []
 
 
-def test_the_kernel_ends_connections_that_acknowledge_nothing() -> None:
+def test_connections_that_acknowledge_nothing_time_out_in_the_kernel() -> None:
     with (
         listen("127.0.0.1", 0) as listener,
         socket.create_connection(listener.getsockname()),
@@ -144,7 +146,7 @@ def test_the_kernel_ends_connections_that_acknowledge_nothing() -> None:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
 
 
-def test_the_server_stops_at_once_whatever_its_connections_wait_for() -> None:
+def test_idle_connections_do_not_delay_shutdown() -> None:
     """Idle connections, just opened ones, half a request, an answer nobody reads: none delays the end."""
     app = Application(Wide(), "wide")
     with listen("127.0.0.1", 0) as listener:
@@ -195,7 +197,7 @@ def test_liveness_is_answered_under_load() -> None:
     assert sorted(took)[-2] < 4  # what the container's check allows
 
 
-def test_an_address_that_is_taken_is_told() -> None:
+def test_a_port_in_use_is_an_error() -> None:
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         assert url_of(taken) == f"http://127.0.0.1:{port}"

@@ -1,4 +1,4 @@
-/** Choosing labels: typing filters at once, ticking keeps a label when the search is cleared. */
+/** The label filter: typing filters at once; a ticked label stays when the search is cleared. */
 
 import { byId, element, icon } from "./dom.js";
 
