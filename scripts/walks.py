@@ -1,7 +1,7 @@
 """List the functions of `ced` that a real run of each walk calls: tag a sound, store views, train a student.
 
-`python -m scripts.walks` prints the files of these functions; `--json` prints all functions, in the order of their first
-call. Functions that are called during an import do not count.
+`python -m scripts.walks` prints the files of these functions; `--json` prints all functions, in the order of their
+first call. Functions that are called during an import do not count.
 """
 
 import json
