@@ -25,6 +25,8 @@ from ced.cli.serving import _keys
 from ced.errors import ConfigError
 from ced.tag.tagger import Tagger
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 RATE = 16_000
 KEY = "0123456789abcdef"

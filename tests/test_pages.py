@@ -110,6 +110,7 @@ def run(words: list[str], place: Path, cache: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/tag.md", "docs/distil.md", "docs/finetune.md", "docs/deploy.md"])
 def test_the_commands_of_a_page(page: str, place: Path, cache: Path) -> None:
     commands = [block for block in blocks(ROOT / page, "sh") if "make " not in block]

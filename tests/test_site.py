@@ -12,6 +12,8 @@ from typer.main import get_command
 import ced
 from ced.cli import app
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 COMMANDS = vars(get_command(app))["commands"]
 

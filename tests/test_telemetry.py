@@ -20,13 +20,8 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 from ced import telemetry
-from ced.model import loading
-from ced.model.config import ModelConfig
-from ced.model.vit import CED
-from ced.sound.labels import ClassTable
 
 ROOT = Path(__file__).parents[1]
 STRACE = [
@@ -46,7 +41,10 @@ def traceable() -> bool:
     return subprocess.run(["strace", "-f", "true"], capture_output=True, check=False).returncode == 0
 
 
-pytestmark = pytest.mark.skipif(not traceable(), reason="strace is not installed, or must not trace here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not traceable(), reason="strace is not installed, or must not trace here"),
+]
 
 
 @dataclass(frozen=True)
@@ -141,15 +139,12 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Machine:
+def machine(tmp_path: Path, small_checkpoint: Path) -> Machine:
     for name in ("home", "tmp", "work", "cache"):
         (tmp_path / name).mkdir()
     rng = np.random.default_rng(0)
     soundfile.write(tmp_path / "work" / "a.wav", rng.uniform(-0.5, 0.5, 32_000), 16_000)
-    torch.manual_seed(0)
-    config = ModelConfig(embed_dim=32, num_heads=2, depth=1, outputdim=3, target_length=112)
-    network = CED(config, ClassTable(("bark", "bell", "rain"))).eval()
-    loading.save(tmp_path / "work" / "small.safetensors", network)
+    shutil.copy(small_checkpoint, tmp_path / "work")
     return Machine(tmp_path)
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from scripts.walks import files
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 MOST_FILES = {"tag": 22, "store": 26, "train": 32}
 

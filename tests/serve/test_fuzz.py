@@ -18,6 +18,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from ced.serve.schema import CLASSIFY, MODEL, STREAM, STREAM_TYPE
 from tests.serve.served import connected, constant, encode, noise
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = int(os.environ.get("CED_FUZZ_EXAMPLES", "15"))  # of each kind of request that is described
 MUTATED = int(os.environ.get("CED_FUZZ_REQUESTS", "300"))
 SOUNDS = [

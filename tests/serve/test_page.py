@@ -28,6 +28,8 @@ from ced.tag.options import TagOptions
 from ced.tag.records import Scored
 from tests.serve.served import Mean, constant, running
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 STATIC = ROOT / "ced" / "serve" / "static"
 RATE = 16_000

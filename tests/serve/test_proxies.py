@@ -23,6 +23,8 @@ from ced.serve.schema import CLASSIFY, LIVE_PATH, STREAM
 from ced.serve.server import Server, listen_unix
 from tests.serve.served import Mean, constant
 
+pytestmark = pytest.mark.slow
+
 NGINX, CADDY = shutil.which("nginx"), shutil.which("caddy")
 PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
 
