@@ -147,7 +147,7 @@ class Bodies:
             parts = _bounded(request, held)
             with self._storing(held):
                 held.file = file = await (_file_of_form(request.headers, parts) if is_form else _file_of_body(parts))
-                await file.seek(0)  # which writes what is left in buffers
+                await file.seek(0)  # flushes the buffers
             name = _printable(file.filename or "") or FIELD
             if not file.size:
                 raise RefusedError(422, f"{name} is empty (0 bytes)")
@@ -216,7 +216,7 @@ class Bodies:
         try:
             yield
         except OSError as error:
-            # tempfile finds no folder at all (ENOENT) if they are full when it looks for one.
+            # tempfile raises FileNotFoundError if all temporary folders are full when it chooses one.
             if error.errno not in FULL and not isinstance(error, FileNotFoundError):
                 raise
             if not self._full:
@@ -307,7 +307,7 @@ def _fetch(address: str, held: _Incoming, cancelled: Event) -> Upload:
                 held.file.file.write(part)
                 if time.monotonic() > held.latest:
                     raise _too_slow("the sound arrived", held.limits)
-        held.file.file.seek(0)  # which writes what is left in buffers
+        held.file.file.seek(0)  # flushes the buffers
     except BaseException as error:
         held.close()
         if isinstance(error, AudioError):

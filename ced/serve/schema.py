@@ -68,7 +68,7 @@ class RequestOptions(_Selection):
     )
     tail: Tail = Field(
         "aligned",
-        description="The rest behind the last window: aligned: a window of full length ends with the sound; short: the"
+        description="The end of the sound: aligned: the last window has full length and ends with the sound; short: the"
         " last window is as short as the rest.",
     )
     channel: _Channel = Field(

@@ -98,8 +98,8 @@ def test_only_public_hosts_are_connected_to() -> None:
     with running(app) as url, httpx.Client(base_url=url, timeout=60) as client:
         for host in ("127.0.0.1", "localhost", "[::1]", "10.0.0.1", "169.254.169.254", "[::ffff:127.0.0.1]", "0.0.0.0"):
             for port in ("", ":22", f":{httpx.URL(url).port}"):
-                told = error(client.post(CLASSIFY, json={"address": f"http://{host}{port}/"}), 422)
-                assert "not a public address" in told or "port" in told
+                message = error(client.post(CLASSIFY, json={"address": f"http://{host}{port}/"}), 422)
+                assert "not a public address" in message or "port" in message
         for address in ("file:///etc/passwd", "ftp://example.org/a", "concat:a|b", "", "http://"):
             error(client.post(CLASSIFY, json={"address": address}), 422)
 

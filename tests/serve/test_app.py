@@ -251,8 +251,8 @@ def test_an_exception_of_the_model_is_status_500(caplog: pytest.LogCaptureFixtur
             return super().__call__(waves)
 
     with running(Application(Broken(), "broken")) as url, httpx.Client(base_url=url) as client:
-        told = error(client.post(CLASSIFY, content=constant(0.5)), 500)
-        assert "secret" not in told
+        message = error(client.post(CLASSIFY, content=constant(0.5)), 500)
+        assert "secret" not in message
         assert "a secret of the server" in caplog.text
         for options, words in (({"embeddings": "clip"}, "no embeddings"), ({"scores": "columns"}, "columns")):
             assert words in error(client.post(STREAM, content=constant(0.5), params=options), 422)

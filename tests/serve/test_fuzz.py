@@ -76,7 +76,7 @@ def test_answers_conform_to_the_openapi_document(address: str, path: str, mode: 
     @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(operation.as_strategy(generation_mode=mode))
     def check(case: schemathesis.Case[Any]) -> None:
-        # What the schema allows may be refused: it cannot say which bytes are a sound, or which options go together.
+        # The server may refuse what the schema allows, which cannot describe valid sounds or combinations of options.
         case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
     check()

@@ -160,7 +160,7 @@ def test_each_request_has_a_line_in_the_log(guarded: str, caplog: pytest.LogCapt
         with connect(socket_url(guarded), additional_headers=key):
             pass
         assert httpx.get(guarded + "/healthz/live").status_code == 200
-        until(lambda: len(lines_so_far()) == 4)  # a line is written behind the end of its answer
+        until(lambda: len(lines_so_far()) == 4)  # a line is written after the end of its answer
     finally:
         log.removeHandler(caplog.handler)
         log.setLevel(logging.NOTSET)

@@ -98,7 +98,7 @@ def test_connections_that_send_no_request_are_closed(monkeypatch: pytest.MonkeyP
 
             with pytest.raises(ConnectionError):
                 send_on()
-        with connected(url) as later:  # also behind a first request
+        with connected(url) as later:  # also after a first request
             later.sendall(b"GET /healthz/live HTTP/1.1\r\nHost: localhost\r\n\r\nGET /heal")
             assert later.makefile("rb").read().count(b"HTTP/1.1 200") == 1
 
@@ -147,7 +147,7 @@ def test_connections_that_acknowledge_nothing_time_out_in_the_kernel() -> None:
 
 
 def test_idle_connections_do_not_delay_shutdown() -> None:
-    """Idle connections, just opened ones, half a request, an answer nobody reads: none delays the end."""
+    """Idle and new connections, half a request and an unread answer do not delay it."""
     app = Application(Wide(), "wide")
     with listen("127.0.0.1", 0) as listener:
         server = Server(app, grace=60)

@@ -88,7 +88,7 @@ def test_lines_conform_to_the_openapi_document(client: httpx.Client) -> None:
 
 
 class Slow(Mean):
-    """Scores the first windows at once, and the others when it may go on."""
+    """Scores the first windows at once, and the others after `go` is set."""
 
     def __init__(self, at_once: int) -> None:
         super().__init__()

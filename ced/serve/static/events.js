@@ -14,7 +14,7 @@ const SAME_INSTANT = 1e-6; // seconds; times that differ by less are equal up to
  * @returns {{onset: number, offset: number, index: number, peak: number}[]} seconds; peak: the highest probability
  */
 export function findEvents(scores, { threshold, release = 0.5, gap = 0, shortest = 0, classes }) {
-  // Probabilities are float32, so thresholds are compared as float32, too.
+  // Probabilities are float32, so thresholds are compared as float32.
   const high = Math.fround(threshold);
   const low = Math.fround(Math.fround(release) * high);
   const { begins, continues, lastOffsets } = boundaries(scores);

@@ -2,7 +2,7 @@
 
 const HIGHEST = 8000; // Hz; the upper edge of the mel filters
 const SECONDS = ["seconds", "expected_seconds"]; // fields of a record that are never written as integers
-const TAIL = ["seconds", "complete", "expected_seconds"]; // fields of a record that stand behind its pieces
+const TAIL = ["seconds", "complete", "expected_seconds"]; // fields of a record after its pieces
 const RAVEN_COLUMNS = [
   "Selection", "View", "Channel", "Begin Time (s)", "End Time (s)", "Low Freq (Hz)", "High Freq (Hz)", "Begin Path",
   "File Offset (s)", "Label", "Score",

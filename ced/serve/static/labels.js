@@ -87,7 +87,7 @@ export class LabelFilter {
     if (kept) this.#kept.add(index);
     else this.#kept.delete(index);
     if (kept && this.search.value) {
-      this.search.value = ""; // else what matches would stay chosen, too
+      this.search.value = ""; // otherwise the matches would stay chosen
       this.#draw();
     }
     this.#chips();

@@ -12,7 +12,7 @@ const SHOWN = 60; // seconds in the heat map
 const ROWS = 8;
 const ROW_HEIGHT = 22; // pixels, as in style.css
 const AXIS_HEIGHT = 22;
-const MOST_BUFFERED = 64_000; // bytes (two seconds) that may wait in the socket; what comes behind them is dropped
+const MOST_BUFFERED = 64_000; // bytes (two seconds) that may wait in the socket; later ones are dropped
 const MOST_EVENTS = 500; // in the list
 
 export class Live {

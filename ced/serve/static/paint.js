@@ -21,7 +21,7 @@ export const INKS = {
   dark: { wave: "#7b8794", played: "#cbd2d9", cursor: "#fb923c", accent: "#58b0f0", axis: "#a3afbb", veil: "#00000080" },
 };
 
-const SHOWN = 175; // steps of 0.4 dB: 70 dB below the loudest are told apart
+const SHOWN = 175; // steps of 0.4 dB: the range of 70 dB below the loudest
 
 /** A table of 256 colours, four bytes each. */
 function table(stops) {
