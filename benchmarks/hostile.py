@@ -8,8 +8,8 @@ tests/hostile.py, the model is `esc10` of the package. Programs:
     tag       the command `ced tag FILE`
     serve     `ced serve`, an upload each
 
-Each file has a process of its own, except for `serve`, where all are sent to one server, whose memory so far is reported. The
-exit code is 1 if a file takes more than 400 MB or 10 s.
+Each file has a process of its own, except for `serve`, where all are sent to one server, whose memory so far is
+reported. The exit code is 1 if a file takes more than 400 MB or 10 s.
 """
 
 import argparse
