@@ -157,6 +157,8 @@ def test_unknown_keys_inside_transforms_name_the_nearest() -> None:
         (["--chunk_length", "3"], "chunk_length: unknown key"),
         (["--warmup_epochs", ".inf"], "warmup_epochs: input should be a finite number"),
         (["--optimizer_args.betas", "[1.5, 0.9]"], "optimizer_args.betas.0: input should be less than 1"),
+        (["--optimizer_args.betas", "[0.9, 1.0]"], "optimizer_args.betas.1: input should be less than 1"),
+        (["--optimizer_args.betas", "[-0.1, 0.9]"], "optimizer_args.betas.0: input should be greater than or equal"),
         (["--seed", "99999999999999999999999"], "seed: "),
         (["--batch_size", "true"], "batch_size: should be a number, got True"),
         (["--epochs", "yes"], "epochs: should be a number, got True"),

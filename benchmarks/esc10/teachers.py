@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ced.config import FinetuneConfig, load
 from ced.distill.dataset import shuffled
 from ced.distill.finetune import LabelledClips
-from ced.distill.loop import MIXUP, ORDER
 from ced.distill.step import learning_rate
 from ced.distill.targets import mixup, mixup_weights
+from ced.distill.trainer import MIXUP, ORDER
 from ced.distill.views import mask
 from ced.errors import CedError
 from ced.files import written_aside
@@ -170,7 +170,7 @@ def train(name: str, config: FinetuneConfig) -> Network:
             items = next(batches)
             waves, uniforms = data.dataset.__getitems__(items).to_device(CPU)
             mel = mask(front_end(waves), uniforms, data.dataset.recipe)
-            targets = data.targets(items, torch.Generator())
+            targets = clips.targets(items, torch.Generator())
             if config.mixup is not None:
                 weights = mixup_weights(len(targets), config.mixup, rng)
                 mel, targets = mixup(mel, weights), mixup(targets, weights)

@@ -62,8 +62,8 @@ class State:
     stepper: dict[str, Any] = field(default_factory=dict)  # weights, and what their next step depends on
     config: str = ""  # SHA-256 of config.yaml; "" where an earlier release began the run
 
-    def rank(self, map: float, epoch: int, n_saved: int) -> str | None:
-        """Take up the mAP of an epoch; return the file for its network if it is among the best `n_saved`."""
+    def add_validation(self, map: float, epoch: int, n_saved: int) -> str | None:
+        """Record the mAP of an epoch; return a file name for its network if it is among the best `n_saved`."""
         self.stale = self.stale + 1 if self.kept and map <= self.kept[0][0] else 0
         entry = (map, epoch, f"best_ep{epoch:03d}_mAP_{map:.4f}.safetensors")
         self.kept = sorted([*self.kept, entry], key=lambda one: (-one[0], one[1]))[:n_saved]
@@ -105,17 +105,12 @@ def run_name(path: Path) -> str | None:
     return None
 
 
-def check_resumable(config: C, folder: Path, command: str) -> None:
-    """Make sure that a run was started with this configuration.
-
-    Args:
-        config: of the run that goes on.
-        folder: the experiment.
-        command: the command that trains so, for messages.
+def check_resumable(config: C, folder: Path) -> None:
+    """Check that the run of an experiment was begun with a configuration.
 
     Raises:
         TrainingError: the folder is no experiment.
-        ConfigError: a key that changes the run has another value than in the experiment's config.yaml.
+        ConfigError: a key that affects the result has another value than in the experiment's config.yaml.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -126,7 +121,7 @@ def check_resumable(config: C, folder: Path, command: str) -> None:
         if was != now and key not in _FREE_KEYS:
             value = config.model_dump(mode="json")[key]
             text = value if isinstance(value, str) else json.dumps(value)
-            words = ["ced", command, str(path), "--pretrained", str(folder), f"--{key}", text]
+            words = ["ced", config.command, str(path), "--pretrained", str(folder), f"--{key}", text]
             raise ConfigError(
                 f"{key} is {now}, but {folder} was begun with {was}; a run is resumed with the settings that it was "
                 f"begun with. To train its result further, begin a new experiment: {shlex.join(words)}"

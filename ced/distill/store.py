@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from ced.config import StoreConfig
 from ced.distill import view_store
 from ced.distill.dataset import Chunks, ViewDataset, chunk_samples, cut, fingerprint, in_order, prefetch
-from ced.distill.distributed import World, join
+from ced.distill.distributed import World, half_type, join
 from ced.distill.experiment import run_name
 from ced.distill.pack_reader import AudioPack
-from ced.distill.precision import half_type
 from ced.distill.teachers import Ensemble, is_callable_spec, load_teacher
 from ced.distill.view_store import META_NAME, Rows, StoreMeta, epoch_seeds
 from ced.distill.views import check_masks, mask, recipe_of

@@ -28,7 +28,9 @@ def test_runs_begun_in_one_second_get_folders_of_their_own(tmp_path: Path) -> No
 
 def test_the_best_are_kept_the_earlier_of_equals_first() -> None:
     state = State()
-    files = [state.rank(map, epoch, n_saved=2) for epoch, map in enumerate([0.3, 0.5, 0.2, 0.5, 0.6], start=1)]
+    files = [
+        state.add_validation(map, epoch, n_saved=2) for epoch, map in enumerate([0.3, 0.5, 0.2, 0.5, 0.6], start=1)
+    ]
     assert files == [
         "best_ep001_mAP_0.3000.safetensors",
         "best_ep002_mAP_0.5000.safetensors",
@@ -44,7 +46,7 @@ def test_validations_without_gain_are_counted() -> None:
     state = State()
     stale = []
     for epoch, map in enumerate([0.3, 0.3, 0.2, 0.4, 0.1], start=1):
-        state.rank(map, epoch, n_saved=1)
+        state.add_validation(map, epoch, n_saved=1)
         stale.append(state.stale)
     assert stale == [0, 1, 2, 0, 1]
 

@@ -128,17 +128,19 @@ def test_stored_epochs_serve_in_turn(sounds: Path) -> None:
     store, pack = ViewStore(sounds / "store"), AudioPack(sounds / "train.tsv")
     first, second = (store.rows(epoch).seeds.tolist() for epoch in (1, 2))
 
-    def seeds(**changes: Any) -> list[list[int]]:
-        views = StoredViews(config_of(sounds, sounds, **changes), store, pack)
+    def seeds(max_epochs: int | None = None) -> list[list[int]]:
+        views = StoredViews(store, pack, max_epochs=max_epochs)
         return [np.asarray(views.epoch(epoch).dataset.seeds).tolist() for epoch in (1, 2, 3)]
 
     assert seeds() == [first, second, first]
-    assert seeds(max_aug_epochs=1) == [first] * 3
+    assert seeds(max_epochs=1) == [first] * 3
 
 
 def test_targets_are_the_stored_scores_of_the_items(sounds: Path) -> None:
-    views = StoredViews(config_of(sounds, sounds), ViewStore(sounds / "store"), AudioPack(sounds / "train.tsv"))
-    targets = views.epoch(1).targets(np.array([3, 0]), torch.Generator())
+    views = StoredViews(ViewStore(sounds / "store"), AudioPack(sounds / "train.tsv"))
+    draw = views.epoch(1).targets
+    assert draw is not None
+    targets = draw(np.array([3, 0]), torch.Generator())
     expected = torch.tensor([[0.0625, 0, 0, 0.9], [0.9, 0.0625, 0, 0]]).half().float()
     assert torch.equal(targets, expected)
 
@@ -146,9 +148,8 @@ def test_targets_are_the_stored_scores_of_the_items(sounds: Path) -> None:
 def test_without_consistency_the_student_draws_its_own_masks_and_no_shift(sounds: Path) -> None:
     store, pack = ViewStore(sounds / "store"), AudioPack(sounds / "train.tsv")
 
-    def view(epoch: int, **changes: Any) -> tuple[ViewRecipe, list[int]]:
-        config = config_of(sounds, sounds, disable_consistency=True, **changes)
-        data = StoredViews(config, store, pack).epoch(epoch).dataset
+    def view(epoch: int, seed: int = 42) -> tuple[ViewRecipe, list[int]]:
+        data = StoredViews(store, pack, consistent=False, seed=seed).epoch(epoch).dataset
         return data.recipe, np.asarray(data.seeds).tolist()
 
     recipe, seeds = view(1)
