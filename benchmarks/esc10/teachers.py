@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ced.config import FinetuneConfig, load
+from ced.config import FinetuneConfig, load_config
 from ced.distill.dataset import shuffled
 from ced.distill.finetune import LabelledClips
 from ced.distill.step import learning_rate
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="a configuration of `ced finetune`; its model is not looked at")
     args = parser.parse_args()
     try:
-        network = train(args.name, load(FinetuneConfig, args.config))
+        network = train(args.name, load_config(FinetuneConfig, args.config))
     except CedError as error:
         sys.exit(f"error: {error}")
     _weights(args.name).parent.mkdir(exist_ok=True)

@@ -218,7 +218,7 @@ class Trainer:
             compiled=config.compile,
         )
         self.folder: Path = run.folder or self.world.broadcast(
-            experiment.create(config, run.name) if self.world.is_main else None
+            experiment.create_folder(config, run.name) if self.world.is_main else None
         )
         self.state.config = experiment.config_digest(self.folder)
 

@@ -8,7 +8,7 @@ from ced.config import TrainConfig, check
 from ced.distill.experiment import (
     State,
     as_tagger,
-    create,
+    create_folder,
     load_state,
     logging_to,
     remove_unkept,
@@ -21,7 +21,7 @@ from ced.model.vit import CED
 
 def test_runs_begun_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
     values = {"train_data": "t", "logitspath": "l", "model": "ced_tiny", "outputpath": tmp_path}
-    folders = {create(check(TrainConfig, values, "test"), "student") for _ in range(3)}
+    folders = {create_folder(check(TrainConfig, values, "test"), "student") for _ in range(3)}
     assert len(folders) == 3
     assert {folder.parent for folder in folders} == {tmp_path / "student"}
 

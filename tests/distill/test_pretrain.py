@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ced.config import DecoderArgs, FinetuneConfig, PretrainConfig, TrainConfig, check, dump, load
+from ced.config import DecoderArgs, FinetuneConfig, PretrainConfig, TrainConfig, check, dump, load_config
 from ced.distill.finetune import finetune
 from ced.distill.pack_reader import AudioPack
 from ced.distill.pretrain import Crops, make_autoencoder, pretrain
@@ -196,9 +196,9 @@ def test_keys_that_need_labels_are_refused_with_the_reason(sounds: Path, key: st
 
 PRETRAIN = """
 from pathlib import Path
-from ced.config import PretrainConfig, load
+from ced.config import PretrainConfig, load_config
 from ced.distill.pretrain import pretrain
-pretrain(load(PretrainConfig, Path({path!r})), name="run")
+pretrain(load_config(PretrainConfig, Path({path!r})), name="run")
 """
 
 
@@ -218,7 +218,7 @@ def test_a_run_cut_short_in_an_epoch_resumes_to_the_same_bytes(sounds: Path, tmp
         pretrain(config, name="run", progress=kill)
     (folder,) = (tmp_path / "killed/run").iterdir()
     assert len(lines(folder)) == 2
-    assert pretrain(load(PretrainConfig, folder / "config.yaml"), name="other", resume=folder) == folder
+    assert pretrain(load_config(PretrainConfig, folder / "config.yaml"), name="other", resume=folder) == folder
     unbroken = pretrain(config.model_copy(update={"outputpath": tmp_path / "unbroken"}), name="run")
     for name in ("last.safetensors", "reconstruction.png"):
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes()
