@@ -16,9 +16,8 @@ class ConfigCommand(TyperCommand):
         super().format_help(ctx, formatter)
         keys = list(keys_of(str(self.name)))
         width = max(len(name) for name, *_ in keys) + 2
-        typer.echo(
-            " Keys of CONFIG; each can be given as --key value, and --key.inner value sets a key of a mapping:\n"
-        )
+        typer.echo(" Keys of CONFIG. Each can be given as --key value, with hyphens or underscores; --key.inner value")
+        typer.echo(" sets a key of a mapping.\n")
         for name, description, allowed in keys:
             typer.echo(f"   {name:<{width}}{description} [{allowed}]")
         typer.echo()
