@@ -248,11 +248,11 @@ def demo(
     Without --data it generates sounds and takes some minutes. All output is in one folder in --out, named after data
     and fold. Repeat the command to resume an interrupted run.
     """
-    from ced.demo.job import run
+    from ced.demo.job import run_demo
 
     hush()
     with reporting() as progress:
-        report = run(out, data=data, fold=fold, say=show, progress=progress)
+        report = run_demo(out, data=data, fold=fold, say=show, progress=progress)
     for text in report.lines():
         for line in text.split("\n"):
             show(line)
