@@ -304,7 +304,7 @@ class DemoConfigs:
         return frames_of(round(self.seconds * SAMPLE_RATE))
 
     def _training(self, size: Mapping[str, Any], epochs: int) -> dict[str, Any]:
-        """Return the keys that teachers and student share; there is no validation, so no held-out clip is used in it."""
+        """Return the keys that teachers and student share; without validation, no held-out clip is used."""
         return {
             "train_data": self.train_data,
             "eval_data": None,
