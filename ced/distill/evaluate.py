@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ced.config import Mode, TaggerConfig
-from ced.distill.dataset import Batch, ViewDataset, in_order, prefetch, whole
+from ced.distill.dataset import Batch, ViewDataset, in_batches, prefetch, whole
 from ced.distill.distributed import World
 from ced.distill.pack_reader import AudioPack
 from ced.distill.precision import autocast
@@ -171,7 +171,7 @@ class Evaluator:
         for length in np.unique(lengths[lengths <= PIECES_AT_ONCE * longest]):
             clips = np.flatnonzero(lengths == length)
             size = max(1, self.batch_size * longest // max(int(length), longest))
-            for batch in in_order(len(clips), size):
+            for batch in in_batches(len(clips), size):
                 yield clips[batch]
 
 

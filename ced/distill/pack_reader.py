@@ -11,9 +11,18 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
-from ced.distill.pack_format import Clips, Layout, Place, Wave, checksum_in, checksum_of, key_of
-from ced.distill.pack_writer import digest_path
+from ced.distill.pack_format import (
+    ClipIndex,
+    ClipLocation,
+    SampleLayout,
+    Wave,
+    checksum_in,
+    checksum_of,
+    digest_path,
+    key_of,
+)
 from ced.errors import PackError, TableError
 from ced.sound.tables import Table, read_table
 from ced.text import quoted
@@ -69,7 +78,7 @@ class AudioPack:
         self._samples = np.full(len(paths), -1)
         self._offsets = np.zeros(len(paths), np.int64)  # of the first byte; -1: read through HDF5
         self._layouts = np.zeros(len(paths), np.int16)  # which of `_kinds`
-        self._kinds: list[Layout] = []
+        self._kinds: list[SampleLayout] = []
         self._checked = np.zeros(len(paths), np.bool_)  # whose samples were compared with their checksum
         self._whole: dict[int, bool] = {}  # file: whether it names clips by whole filenames
         self._open = _Open()
@@ -114,6 +123,25 @@ class AudioPack:
             self._look_up(int(self._file[row]))
         return int(self._samples[row])
 
+    def lengths(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Return the number of samples of clips, (n,); None: of all.
+
+        Raises:
+            PackError: as for `samples`.
+        """
+        files = self._file if rows is None else self._file[rows]
+        for number in np.unique(files).tolist():
+            self._look_up(number)
+        return self._samples.copy() if rows is None else self._samples[rows]
+
+    def names_of(self, rows: NDArray[np.int64]) -> NDArray[np.object_]:
+        """Return the names of n clips, (n,) str."""
+        return np.array(self.names, dtype=object)[rows]
+
+    def find_all(self, names: NDArray[np.object_]) -> NDArray[np.int64]:
+        """Return the rows of n clips, (n,); see `find`."""
+        return np.array([self.find(name) for name in names], np.int64)
+
     def read(self, row: int, start: int, stop: int) -> Wave:
         """Return the samples from `start` to before `stop` of a clip, its channels averaged.
 
@@ -139,7 +167,7 @@ class AudioPack:
             wave = np.frombuffer(data, layout.dtype, (stop - start) * layout.channels, offset + start * layout.frame)
         return wave if layout.channels == 1 else _average(wave.reshape(-1, layout.channels))
 
-    def _check(self, row: int, number: int, layout: Layout, offset: int, samples: int) -> None:
+    def _check(self, row: int, number: int, layout: SampleLayout, offset: int, samples: int) -> None:
         """Compare the samples of a clip with their checksum, if it has one.
 
         Raises:
@@ -169,13 +197,13 @@ class AudioPack:
             if self._samples[rows[0]] >= 0:  # by another thread, meanwhile
                 return
             filenames, names = self.table.column("filename"), self.names
-            places: list[Place] = []
+            places: list[ClipLocation] = []
             size = path.stat().st_size
             with _opened(path) as file, _damage_of(path):
-                clips = Clips(file)
-                self._whole[number] = clips.named_whole([filenames[row] for row in rows])
+                index = ClipIndex(file)
+                self._whole[number] = index.named_whole([filenames[row] for row in rows])
                 for row in rows.tolist():
-                    place = clips.place(key_of(filenames[row], self._whole[number]))
+                    place = index.locate(key_of(filenames[row], self._whole[number]))
                     if place is None:
                         raise PackError(f"{path} lacks clip {quoted(names[row])}, row {row + 1} of {self.table.path}")
                     if place.offset is not None and place.offset + place.samples * place.layout.frame > size:
@@ -192,7 +220,7 @@ class AudioPack:
             data = self._open.maps[number] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return data
 
-    def _slice(self, row: int, layout: Layout, start: int, stop: int) -> Wave:
+    def _slice(self, row: int, layout: SampleLayout, start: int, stop: int) -> Wave:
         """Read samples that do not lie in the file as they are: (t,) or (t, channels), int16 or float32."""
         number = int(self._file[row])
         key = key_of(self.table.column("filename")[row], self._whole[number])

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ced.config import TrainConfig
-from ced.distill.dataset import Chunks, ViewDataset, fingerprint, stored
+from ced.distill.dataset import Chunks, ViewDataset, chunks_of_rows, fingerprint
 from ced.distill.evaluate import validation
 from ced.distill.loop import VIEWS, EpochData, Task, run
 from ced.distill.pack_reader import AudioPack
@@ -117,4 +117,4 @@ class StoredViews:
 
     def _read(self, stored_epoch: int) -> tuple[Rows, Chunks]:
         rows = self.store.rows(stored_epoch)
-        return rows, stored(self.pack, rows, self.store.meta.chunk_length)
+        return rows, chunks_of_rows(self.pack, rows, self.store.meta.chunk_length)

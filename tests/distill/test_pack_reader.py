@@ -322,7 +322,7 @@ def test_links_to_other_files_are_refused(tmp_path: Path) -> None:
             else:
                 file.create_dataset("x/a", (10**12,), np.int16)  # no samples were ever written
         packed = AudioPack(table_of(tmp_path / "p.tsv", ["x/a", "b"], hdf5path=[str(path)] * 2))
-        with pytest.raises(PackError, match="claims" if kind == "nothing" else "another file"):
+        with pytest.raises(PackError, match="damaged" if kind == "nothing" else "another file"):
             packed.samples(0)
     with h5py.File(tmp_path / "soft.h5", "w") as file:
         file["b"], file["a"] = np.arange(9, dtype=np.int16), h5py.SoftLink("/b")

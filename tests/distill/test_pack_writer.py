@@ -387,5 +387,5 @@ def test_a_name_that_is_no_utf8_is_listed_and_the_rest_is_packed(tmp_path: Path)
     assert report.packed == 1
     ((name, reason),) = report.failed
     assert name == names[1]
-    assert "is no UTF-8" in reason
+    assert "is not UTF-8" in reason
     assert b"caf\xe9.wav" in (tmp_path / "out" / "labels" / "mine.failed.tsv").read_bytes()
