@@ -115,7 +115,7 @@ def chunks_of_rows(pack: AudioPack, rows: Rows, chunk_length: float) -> Chunks:
         PackError: a clip is missing from the pack, or its length differs from that when its views were stored.
     """
     samples = chunk_samples(chunk_length)
-    clips = pack.find_all(rows.filenames)
+    clips = pack.find(rows.filenames)
     starts = np.rint(rows.starts / chunk_length).astype(np.int64) * samples
     stops = np.minimum(starts + samples, pack.lengths(clips))
     for stored_seconds, found in ((rows.starts, starts), (rows.ends, stops)):

@@ -28,7 +28,7 @@ from ced.model.vit import CED
 from ced.progress import Progress, silent
 from ced.sound.features import PATCH, TOP_DB, frames_of
 from ced.sound.labels import ClassTable
-from ced.sound.tables import multi_hot, parse_labels
+from ced.sound.tables import multi_hot
 from ced.text import csv_lines
 
 DELIMITERS = {".tsv": "\t", ".csv": ","}  # of tables of results, by the suffixes that they may have
@@ -81,7 +81,7 @@ class Evaluator:
         """
         self.labels, self.batch_size, self.num_workers, self.mode = labels, batch_size, num_workers, mode
         pack = AudioPack(table)
-        self.targets = multi_hot(parse_labels(pack.table, len(labels)), len(labels))
+        self.targets = multi_hot(pack.labels(len(labels)), len(labels))
         if not self.targets.any():
             raise TableError(f"no clip of {table} has a class: there is nothing to evaluate ({len(pack)} clips)")
         self.dataset = ViewDataset(pack, whole(pack, range(len(pack))))

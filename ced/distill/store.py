@@ -68,7 +68,7 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
     specs, folder = _specs(config), store_folder(config)
     pack, samples = AudioPack(config.train_data), chunk_samples(config.chunk_length)
     chunks = _list_chunks(pack, config.chunk_length)
-    filenames, (starts, ends) = pack.names_of(chunks.clips), chunks.seconds()
+    filenames, (starts, ends) = pack.names(chunks.clips), chunks.seconds()
     recipe = recipe_of(config.wavtransforms, config.spectransforms, samples)
     check_masks(recipe, samples)
     world = join()
@@ -135,7 +135,7 @@ def _list_chunks(pack: AudioPack, chunk_length: float) -> Chunks:
     half = chunk_length / 2
     if not len(chunks):
         raise StoreError(
-            f"{pack.table.path} has no clip of half a chunk ({half:g} s) or more: its longest has "
+            f"{pack.path} has no clip of half a chunk ({half:g} s) or more: its longest has "
             f"{lengths.max() / SAMPLE_RATE:.2f} s; set chunk_length to the length of the clips"
         )
     if short := len(pack) - len(np.unique(chunks.clips)):

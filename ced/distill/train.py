@@ -110,7 +110,7 @@ class StoredViews:
         expected = self.store.meta.chunks
         if expected is not None and expected != fingerprint(self.pack, chunks, rows.filenames, rows.starts, rows.ends):
             raise PackError(
-                f"the audio differs: {self.pack.table.path} has the names and lengths of the clips that the teachers "
+                f"the audio differs: {self.pack.path} has the names and lengths of the clips that the teachers "
                 f"of {self.store.folder} scored, but other samples; use the pack that was stored, or store the views "
                 "of this one"
             )

@@ -68,7 +68,7 @@ def test_rows_of_a_store_give_back_the_chunks_that_were_cut(tmp_path: Path) -> N
     chunks = cut_chunks(pack.lengths(), 10.0)
     seconds = [(array / SECOND).astype(np.float32).tolist() for array in (chunks.starts, chunks.stops)]
     assert float(np.float32(chunks.stops[-1] / SECOND)) * SECOND != chunks.stops[-1]
-    again = chunks_of_rows(pack, rows([pack.names[clip] for clip in chunks.clips], *seconds), 10.0)
+    again = chunks_of_rows(pack, rows(pack.names(chunks.clips).tolist(), *seconds), 10.0)
     for one, other in zip(
         (again.clips, again.starts, again.stops), (chunks.clips, chunks.starts, chunks.stops), strict=True
     ):
