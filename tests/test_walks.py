@@ -14,7 +14,7 @@ from scripts.walks import files
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-MOST_FILES = {"tag": 22, "store": 26, "train": 32}
+MOST_FILES = {"tag": 22, "store": 25, "train": 30}
 
 
 @pytest.fixture(scope="module")
