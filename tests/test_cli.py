@@ -372,7 +372,7 @@ def test_progress_without_a_terminal_is_sparse_lines(capsys: pytest.CaptureFixtu
     from ced.cli import console
 
     clock = iter([0.0, 1.0, LINE_SECONDS, LINE_SECONDS + 1, 2 * LINE_SECONDS])
-    lines = console.Lines(clock=lambda: next(clock))
+    lines = console.ProgressLines(clock=lambda: next(clock))
     lines("pack", 1, 3)  # too early
     lines("pack", 2, 3)
     lines("pack", 3, 3)
