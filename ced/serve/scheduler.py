@@ -22,10 +22,10 @@ from ced.serve.overview import Overview
 from ced.serve.schema import RequestOptions
 from ced.sound.audio import SAMPLE_RATE, Sound, Window, cut, open_sound
 from ced.sound.labels import ClassTable
-from ced.tag.events import OrderedEvents
+from ced.tag.events import Merging, OrderedEvents
 from ced.tag.options import TagOptions
 from ced.tag.records import Kind, Record, Scored, Tags
-from ced.tag.tagger import Tagger
+from ced.tag.tagger import WindowScorer
 
 LEAST_COST = 1.0  # seconds that a window counts at least towards the limit of a request
 _BLOCK = 1.0  # seconds decoded at a time, so that a header with a false rate costs little
@@ -46,7 +46,7 @@ class CheckedRequest:
         """Return a new merger of windows into events; None if the request does not ask for events."""
         if not self.options.events:
             return None
-        return OrderedEvents(self.options.selection(self.labels), self.options.merging(self.labels))
+        return OrderedEvents(Merging.of(self.options, self.labels))
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,15 +230,15 @@ class Scheduler:
     threads.
 
     Args:
-        tagger: scores windows.
+        scorer: scores windows.
         jobs: threads.
         metrics: counts windows and seconds of sound.
     """
 
-    def __init__(self, tagger: Tagger, jobs: int, metrics: Metrics) -> None:
-        self._tagger, self._jobs, self._metrics = tagger, jobs, metrics
+    def __init__(self, scorer: WindowScorer, jobs: int, metrics: Metrics) -> None:
+        self._scorer, self._jobs, self._metrics = scorer, jobs, metrics
         self._pool = ThreadPoolExecutor(jobs, "ced-worker")
-        self._at_once: int = getattr(tagger.scorer, "at_once", 0)  # samples
+        self._at_once: int = getattr(scorer.model, "at_once", 0)  # samples
         self._waiting: deque[_Step] = deque()
         self._first_steps: set[Future[Any]] = set()  # of uploads whose work has not begun
 
@@ -308,7 +308,7 @@ class Scheduler:
         """Score windows of one length in one call, and set the results of their steps."""
         windows = [decoded.window for _, decoded in group]
         try:
-            scores = self._tagger.score_together(windows, group[0][0].request.options)
+            scores = self._scorer.score_together(windows, group[0][0].request.options)
             results = [
                 self._selected(step.request, decoded, scored)
                 for (step, decoded), scored in zip(group, scores, strict=True)
@@ -324,7 +324,7 @@ class Scheduler:
     def _selected(self, request: CheckedRequest, decoded: DecodedWindow, scores: list[Scored]) -> ScoredWindow:
         """Select the tags of a scored window, and compute its embedding if the request asks for it."""
         options, window = request.options, decoded.window
-        embedding = None if request.request.embeddings == "none" else self._tagger.embed_window(window)
+        embedding = None if request.request.embeddings == "none" else self._scorer.embed(window)
         selection = options.selection(request.labels)
         pieces = [] if options.events or options.columns else [selection.tags(each) for each in scores]
         self._metrics.sound.inc(window.end - window.start)

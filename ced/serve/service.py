@@ -16,7 +16,7 @@ from ced.serve.scheduler import CheckedRequest, Decoding, Scheduler, ScoredWindo
 from ced.serve.schema import RequestOptions, StreamOptions
 from ced.sound.audio import SAMPLE_RATE, Window
 from ced.tag.options import TagOptions
-from ced.tag.tagger import Scorer, Tagger
+from ced.tag.tagger import Scorer, WindowScorer
 
 DOWN = "the server is shutting down; try again soon"
 
@@ -45,13 +45,13 @@ class Service:
         self.name, self.limits, self.model = name, limits, model
         self.metrics = Metrics(name)
         self.bodies = Bodies(limits, jobs + limits.waiting, addresses=addresses)
-        self.tagger = Tagger(model, name=name)
-        self.scheduler = Scheduler(self.tagger, jobs, self.metrics)
+        self.scorer = WindowScorer(model, name)
+        self.scheduler = Scheduler(self.scorer, jobs, self.metrics)
         self.stopping = False
         self._jobs, self._places = jobs, jobs + limits.waiting
         self._taken = 0  # places
         self._lock = Lock()
-        self.has_columns, self.has_embeddings = _warm_up(self.tagger)
+        self.has_columns, self.has_embeddings = _warm_up(self.scorer)
 
     @property
     def full(self) -> bool:
@@ -81,7 +81,8 @@ class Service:
         options = request.tag_options()
         if options.columns and not self.has_columns:
             raise RefusedError(422, f"the model {self.name} cannot score columns")
-        return CheckedRequest(request, self.tagger.checked(options), self.tagger.labels)
+        self.scorer.check(options)
+        return CheckedRequest(request, options, self.scorer.labels)
 
     async def answer(self, upload: Upload, request: CheckedRequest) -> bytes:
         """Return the record of an upload as JSON; the upload is closed.
@@ -158,16 +159,16 @@ class Service:
             work.cancel(then=lambda: self._release(decoding))
 
 
-def _warm_up(tagger: Tagger) -> tuple[bool, bool]:
+def _warm_up(scorer: WindowScorer) -> tuple[bool, bool]:
     """Run a model once, so that the first request does not wait for it; return whether it has columns and embeddings.
 
     Raises:
         CheckpointError: the model cannot score a wave.
     """
     window = Window(0.0, 1.0, np.zeros(SAMPLE_RATE, np.float32))
-    tagger.score_window(window, TagOptions())
+    scorer.score(window, TagOptions())
     able = []
-    for attempt in (lambda: tagger.score_window(window, TagOptions(columns=True)), lambda: tagger.embed_window(window)):
+    for attempt in (lambda: scorer.score(window, TagOptions(columns=True)), lambda: scorer.embed(window)):
         try:
             attempt()
             able.append(True)
