@@ -33,7 +33,6 @@ from ced.tag.records import (
 )
 from ced.text import cell, csv_lines, json_line, printable
 
-COLUMNS = ("file", "start", "end", "label", "mid", "prob")  # of CSV and Parquet; seconds, and a probability
 RAVEN_COLUMNS = (
     "Selection",
     "View",
@@ -47,7 +46,19 @@ RAVEN_COLUMNS = (
     "Label",
     "Score",
 )
-CHANNEL_KEY = "channel"  # a further column where each channel was tagged on its own
+CHANNEL_KEY = "channel"  # of CSV and Parquet, if each channel was tagged on its own
+# The columns of CSV and Parquet: the type in Parquet, and the value for a tag (None: no value).
+_COLUMNS: Mapping[str, tuple[str, Callable[[Timeline, Tags, Tag], str | int | float | None]]] = {
+    "file": ("string", lambda record, piece, tag: record.file),
+    "start": ("float64", lambda record, piece, tag: piece.start),
+    "end": ("float64", lambda record, piece, tag: piece.end),
+    "label": ("string", lambda record, piece, tag: tag.label),
+    "mid": ("string", lambda record, piece, tag: tag.mid),
+    "prob": ("float32", lambda record, piece, tag: tag.prob),
+    CHANNEL_KEY: ("string", lambda record, piece, tag: str(record.channel)),
+    CLOCK_KEYS[0]: ("string", lambda record, piece, tag: clock_times(record.began, piece)[0]),
+    CLOCK_KEYS[1]: ("string", lambda record, piece, tag: clock_times(record.began, piece)[1]),
+}
 _SIDES: Mapping[str | int, int] = {"mean": 1, "left": 1, "right": 2}  # the channel that Raven shows
 _HIGHEST = 8000.0  # Hz; the upper edge of the mel filters of all models
 _ROW_GROUP, _VECTOR_GROUP = 1 << 16, 1024  # rows of a Parquet file that are in memory at a time: tags, vectors
@@ -119,15 +130,23 @@ def _inert(value: str) -> str:
 
 
 def _columns(channel: bool, clock: bool) -> tuple[str, ...]:
-    return COLUMNS + (CHANNEL_KEY,) * channel + CLOCK_KEYS * clock
+    left_out = (() if channel else (CHANNEL_KEY,)) + (() if clock else CLOCK_KEYS)
+    return tuple(name for name in _COLUMNS if name not in left_out)
 
 
 def _table(records: Iterable[Timeline], channel: bool, clock: bool) -> Iterator[tuple[str, ...]]:
-    yield _columns(channel, clock)
-    for record, piece, tag in _rows(records):
-        row = (record.file, f"{piece.start:.6f}", f"{piece.end:.6f}", tag.label, tag.mid or "", f"{tag.prob:.6f}")
-        times = (time or "" for time in clock_times(record.began, piece)) if clock else ()
-        yield (*row, *(str(record.channel),) * channel, *times)
+    """Yield the names of the columns, then a row of texts for each tag."""
+    names = _columns(channel, clock)
+    yield names
+    values = [_COLUMNS[name][1] for name in names]
+    for row in _rows(records):
+        yield tuple(_as_text(value(*row)) for value in values)
+
+
+def _as_text(value: str | int | float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6f}" if isinstance(value, float) else str(value)
 
 
 def audacity(records: Iterable[Timeline]) -> Iterator[str]:
@@ -174,19 +193,13 @@ def _rows(records: Iterable[Timeline]) -> Iterator[tuple[Timeline, Tags, Tag]]:
 def _write_parquet(records: Iterable[Timeline], path: Path, *, channel: bool = False, clock: bool = False) -> None:
     import pyarrow as pa
 
-    types = {"start": pa.float64(), "end": pa.float64(), "prob": pa.float32()}
-    schema = pa.schema(
-        [(name, types.get(name, pa.string())) for name in _columns(channel, clock)],
-        {"ced.format": str(FORMAT_VERSION)},
-    )
+    names = _columns(channel, clock)
+    types = [(name, pa.type_for_alias(_COLUMNS[name][0])) for name in names]
+    schema = pa.schema(types, {"ced.format": str(FORMAT_VERSION)})
+    values = [_COLUMNS[name][1] for name in names]
     rows = (
-        (
-            _as_utf8(record.file),
-            *(piece.start, piece.end, tag.label, tag.mid, tag.prob),
-            *(str(record.channel),) * channel,
-            *(clock_times(record.began, piece) if clock else ()),
-        )
-        for record, piece, tag in _rows(records)
+        tuple(_as_utf8(found) if isinstance(found := value(*row), str) else found for value in values)
+        for row in _rows(records)
     )
     _write_row_groups(path, schema, rows, _ROW_GROUP)
 
@@ -206,9 +219,9 @@ def _write_row_groups(path: Path, schema: Any, rows: Iterable[tuple[Any, ...]], 
     return count
 
 
-def _as_utf8(name: str) -> str:
-    """Return a file name with escapes in place of bytes that are not text, which Parquet cannot hold."""
-    return name.encode("utf-8", "backslashreplace").decode()
+def _as_utf8(text: str) -> str:
+    """Return text with escapes in place of bytes of a file name that are not text, which Parquet cannot store."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
