@@ -1,4 +1,4 @@
-"""The core install, as someone gets it who only wants tags: the wheel in a fresh environment, without torch."""
+"""The core install: the wheel in a fresh environment, without torch."""
 
 import json
 import os
@@ -27,7 +27,7 @@ HEAVY = ("torch", "h5py", "pyarrow", "matplotlib")
 
 @pytest.fixture(scope="module", autouse=True)
 def _installed_package_only() -> Iterator[None]:
-    """Nothing of the repository is found by the programs of the fresh environment."""
+    """Let programs of the fresh environment find nothing of the repository."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PYTHONPATH", raising=False)
         yield
@@ -56,14 +56,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of an environment with the core of the wheel alone."""
+    """The programs of an environment with only the core of the wheel."""
     folder = tmp_path_factory.mktemp("fresh")
     subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
     pip(folder / "env/bin/python", "install", "-c", ROOT / "constraints.txt", wheel)
     return folder / "env/bin"
 
 
-def test_the_wheel_holds_the_whole_package(wheel: Path, fresh: Path, tmp_path: Path) -> None:
+def test_the_wheel_contains_the_whole_package(wheel: Path, fresh: Path, tmp_path: Path) -> None:
     files = {path for path in (ROOT / "ced").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -98,7 +98,7 @@ def test_the_core_tags_without_torch(fresh: Path, small_network: CED, graph: Pat
     assert blank == ""
 
 
-def test_the_model_in_the_package_needs_no_network(fresh: Path, tmp_path: Path) -> None:
+def test_the_model_in_the_package_works_offline(fresh: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "CED_CACHE": str(tmp_path / "cache"), "CED_OFFLINE": "1"}
     sound = ROOT / "resources" / "rooster.ogg"
     words = [str(fresh / "ced"), "tag", "-m", "esc10", "-k", "10", str(sound)]
@@ -127,7 +127,9 @@ def test_the_model_in_the_package_needs_no_network(fresh: Path, tmp_path: Path) 
         (["live", "-m", "small.onnx", "http://127.0.0.1:1/"], "ced-audio[media]"),
     ],
 )
-def test_what_the_core_lacks_is_named(fresh: Path, graph: Path, tmp_path: Path, words: list[str], extra: str) -> None:
+def test_errors_name_the_extra_that_is_missing(
+    fresh: Path, graph: Path, tmp_path: Path, words: list[str], extra: str
+) -> None:
     (tmp_path / "a.yaml").write_text("seed: 1\n")
     shutil.copy(graph, tmp_path)
     torch.save({}, tmp_path / "a.pt")
@@ -163,7 +165,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["ced_tiny", "ced_mini", "ced_small", "ced_base"])
-def test_published_names_give_the_scores_of_the_network(
+def test_published_names_have_the_scores_of_the_network(
     fresh: Path, clip: tuple[Path, torch.Tensor], tmp_path: Path, name: str
 ) -> None:
     path, wave = clip
@@ -212,7 +214,7 @@ def test_published_names_give_the_scores_of_the_network(
         assert len(hub.downloads()) == 1
 
 
-def test_tagging_imports_no_more_than_it_needs(fresh: Path, small_network: CED, tmp_path: Path) -> None:
+def test_tagging_imports_only_what_it_needs(fresh: Path, small_network: CED, tmp_path: Path) -> None:
     loading.save(tmp_path / "a.safetensors", small_network)
     soundfile.write(tmp_path / "a.flac", np.zeros(16_000), 16_000)
     environment = {**os.environ, "CED_CACHE": str(tmp_path / "cache")}

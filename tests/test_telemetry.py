@@ -1,4 +1,4 @@
-"""Nothing is sent and nothing is left behind: system calls of the commands, as strace records them."""
+"""No telemetry and no leftover files: system calls of the commands, recorded by strace."""
 
 import io
 import os
@@ -49,7 +49,7 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Trace:
-    """What a process and its children did.
+    """The system calls of a process and its children.
 
     Attributes:
         addresses: "connect 1.2.3.4:80", "bind ...", of internet sockets. A socket without an address is not counted:
@@ -81,7 +81,7 @@ def read_trace(path: Path) -> Trace:
 
 @dataclass(frozen=True)
 class Machine:
-    """A user's account in a temporary folder, in which commands are traced."""
+    """A home folder in a temporary place, in which commands are traced."""
 
     folder: Path
 
@@ -130,7 +130,7 @@ class Machine:
         return [str(path) for name in ("home", "tmp") for path in (self.folder / name).rglob("*") if path.is_file()]
 
     def assert_quiet(self, trace: Trace) -> None:
-        """Check that no name was looked up and nothing was written but outputs and ced's own cache."""
+        """Check that no name was looked up and only outputs and ced's own cache were written."""
         assert trace.lookups == []
         allowed = (self.folder / "work", self.folder / "cache", self.folder / "tmp", Path("/dev"))
         absolute = [path if path.is_absolute() else self.folder / "work" / path for path in trace.written]
@@ -183,7 +183,7 @@ def test_commands_send_nothing_and_leave_nothing(machine: Machine, words: list[s
     machine.assert_quiet(trace)
 
 
-def test_serve_opens_its_own_port_alone(machine: Machine) -> None:
+def test_serve_opens_only_its_own_port(machine: Machine) -> None:
     with machine.started("-m", "ced", "serve", "-m", "esc10", "--port", "0") as process:
         assert process.stderr is not None
         address = re.search(r"http://127\.0\.0\.1:(\d+)", process.stderr.readline())
@@ -201,7 +201,7 @@ def test_serve_opens_its_own_port_alone(machine: Machine) -> None:
 
 
 class Station(BaseHTTPRequestHandler):
-    """Sends noise as FLAC for half a minute, at the pace of its sound."""
+    """Sends noise as FLAC for half a minute, in real time."""
 
     def do_GET(self) -> None:
         file = io.BytesIO()
@@ -220,7 +220,7 @@ class Station(BaseHTTPRequestHandler):
         """Keep the output of the tests clean."""
 
 
-def test_live_connects_to_its_stream_alone(machine: Machine) -> None:
+def test_live_connects_only_to_its_stream(machine: Machine) -> None:
     pytest.importorskip("av")
     with ThreadingHTTPServer(("127.0.0.1", 0), Station) as server:
         server.daemon_threads = True
@@ -261,7 +261,7 @@ def test_transformers_sends_nothing(machine: Machine) -> None:
     machine.assert_quiet(trace)
 
 
-def test_the_container_sets_the_switches() -> None:
+def test_the_container_switches_telemetry_off() -> None:
     container = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     for name, value in telemetry.SWITCHES.items():
         assert f"{name}={value}" in container
