@@ -43,7 +43,7 @@ lock: $(BIN)/uv  ## resolve all dependencies into locks/, with hashes; versions 
 	echo setuptools | $(COMPILE) - -o locks/build.txt
 
 clean:  ## remove the environment and all build outputs
-	rm -rf .venv demo build dist ced_audio.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv demo build dist ced_audio.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

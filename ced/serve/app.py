@@ -136,7 +136,7 @@ class Application:
         secured = [Security(HTTPBearer(auto_error=False))] if access.keys else []
         self._add_tagging(app, secured)
         self._add_operation(app)
-        app.add_api_route("/docs", _docs_page(app), include_in_schema=False)
+        app.add_api_route("/docs", _docs, include_in_schema=False)
         app.openapi = partial(_with_stream_lines, app.openapi)  # type: ignore[method-assign]
         app.router.default = _Page(directory=STATIC, html=True)  # for paths without a route, so a wrong method is 405
         return app
@@ -364,23 +364,19 @@ def _with_stream_lines(openapi: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return document
 
 
-def _docs_page(app: FastAPI) -> Any:
-    """Return a handler for FastAPI's Swagger UI page that loads Swagger UI from the package."""
-
-    async def docs(request: Request) -> HTMLResponse:
-        page = get_swagger_ui_html(
-            openapi_url="openapi.json",
-            title=f"{app.title} {app.version}",
-            swagger_js_url=f"{_SWAGGER}/swagger-ui-bundle.js",
-            swagger_css_url=f"{_SWAGGER}/swagger-ui.css",
-            swagger_favicon_url="data:,",
-            swagger_ui_parameters={"validatorUrl": None},
-        )
-        (script,) = re.findall(rb"<script>(.*?)</script>", bytes(page.body), re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
-        page.headers["Content-Security-Policy"] = POLICY.replace(
-            "script-src 'self'", f"script-src 'self' 'sha256-{digest}'"
-        )
-        return page
-
-    return docs
+async def _docs(request: Request) -> HTMLResponse:
+    """Show FastAPI's Swagger UI page, with the files of Swagger UI in the package."""
+    page = get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title=f"{request.app.title} {request.app.version}",
+        swagger_js_url=f"{_SWAGGER}/swagger-ui-bundle.js",
+        swagger_css_url=f"{_SWAGGER}/swagger-ui.css",
+        swagger_favicon_url="data:,",
+        swagger_ui_parameters={"validatorUrl": None},
+    )
+    (script,) = re.findall(rb"<script>(.*?)</script>", bytes(page.body), re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
+    page.headers["Content-Security-Policy"] = POLICY.replace(
+        "script-src 'self'", f"script-src 'self' 'sha256-{digest}'"
+    )
+    return page
