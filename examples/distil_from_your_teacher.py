@@ -83,8 +83,8 @@ def main() -> None:
     ced(folder, "pack train.tsv pack")
     store = ced(
         folder,
-        "store --model distil_from_your_teacher:teacher --train_data pack/labels/train.tsv"
-        " --chunk_length 1 --topk 2 --epochs 4 --mode off",
+        "store --model distil_from_your_teacher:teacher --train-data pack/labels/train.tsv"
+        " --chunk-length 1 --topk 2 --epochs 4 --mode off",
     )
     student = ced(folder, f"train student.yaml --logitspath {store}")
     ced(folder, f"tag -m {student} low.wav high.wav")

@@ -35,10 +35,10 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 SMALL = ModelConfig(embed_dim=64, num_heads=1, depth=1)
 SHORT = {
-    "store": "--epochs 1 --batch_size 2",
-    "train": "--epochs 1 --warmup_iters 0 --batch_size 2",
-    "finetune": "--epochs 1 --warmup_epochs 0 --batch_size 2",
-    "pretrain": "--epochs 1 --warmup_epochs 0 --batch_size 2",
+    "store": "--epochs 1 --batch-size 2",
+    "train": "--epochs 1 --warmup-iters 0 --batch-size 2",
+    "finetune": "--epochs 1 --warmup-epochs 0 --batch-size 2",
+    "pretrain": "--epochs 1 --warmup-epochs 0 --batch-size 2",
 }
 GIVEN = ("resources", "trainconfig", "logitconfig", "pretrainconfig", "scripts")
 SCORE = r" [01]\.\d{4}\b"
