@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, optional_packages
-from ced.sound.reading import Block, Opened, Reading
+from ced.sound.reading import Block, Opened, Reading, View
 from ced.sound.truncation import SLACK
-from ced.sound.view import View
 from ced.sound.web import PATIENCE, TrustedAddress, Web
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ced.sound.view import View
+from ced.sound.reading import View
 
 SLACK = 0.1  # seconds; what is less than that is padding, or a rounded length
 _CHUNK = 1 << 20  # bytes read at a time in searches

@@ -265,7 +265,7 @@ class Tagger:
         """
         options = self.checked(TagOptions(window=window, hop=hop, tail=tail, channel=channel, strict=strict))
         with self.reading(source, options) as sound:
-            windows = audio.cut(sound.blocks(), options.window, options.step, tail=options.tail)
+            windows = audio.cut_windows(sound.blocks(), options.window, options.step, tail=options.tail)
             found = list(self._ahead(windows, lambda window: (window.start, window.end, self.embed_window(window))))
         starts, ends, vectors = zip(*found, strict=True)
         return Embedding(np.array(starts), np.array(ends), np.stack(vectors), options.channel, sound.complete)
@@ -338,7 +338,7 @@ class Tagger:
 
     def score_windows(self, sound: Sound, options: TagOptions, skip: int = 0) -> Iterator[list[Scored]]:
         """Yield the scores of each window of an open sound but the first `skip`, as `score_window` does."""
-        windows = audio.cut(sound.blocks(), options.window, options.step, tail=options.tail)
+        windows = audio.cut_windows(sound.blocks(), options.window, options.step, tail=options.tail)
         return self._ahead(islice(windows, skip, None), partial(self.score_window, options=options))
 
     def _scores(self, source: Source, options: TagOptions) -> Iterator[Scored]:

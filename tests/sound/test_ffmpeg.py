@@ -96,7 +96,7 @@ def test_cut_short(files: dict[str, Path], tmp_path: Path, suffix: str) -> None:
     half = tmp_path / f"half{suffix}"
     half.write_bytes(data[: len(data) // 2])
     blocks: list[NDArray[np.float32]] = []
-    with pytest.raises(AudioError, match=rf"half{suffix}: cut short: it breaks off after 1\.\d\d s"):
+    with pytest.raises(AudioError, match=rf"half{suffix}: cut short: it ends after 1\.\d\d s"):
         blocks.extend(stream(half, 0.3))
     wave = np.concatenate(blocks)
     np.testing.assert_allclose(wave[:16_000], load(files[suffix])[:16_000], atol=1e-5)
@@ -433,6 +433,6 @@ def test_an_address_that_leads_nowhere(site: str) -> None:
 
 def test_an_address_that_breaks_off(files: dict[str, Path]) -> None:
     made = Site({"/tone.webm": files[".webm"].read_bytes()}, lost=10_000)
-    with pytest.raises(AudioError, match=r"tone\.webm: cut short: it breaks off after [12]\.\d\d s"):
+    with pytest.raises(AudioError, match=r"tone\.webm: cut short: it ends after [12]\.\d\d s"):
         load(f"{made.url}/tone.webm")
     made.server.shutdown()

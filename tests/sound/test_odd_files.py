@@ -14,7 +14,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from ced.errors import AudioError
-from ced.sound import cstderr
+from ced.sound import libsndfile
 from ced.sound.audio import SAMPLE_RATE, load, load_stored, open_sound, stream
 
 HEADER = 44  # bytes of a plain WAV file
@@ -356,17 +356,17 @@ def test_cut_files_of_rarer_kinds(tmp_path: Path, kind: str, subtype: str) -> No
         load(data[: len(data) // 2])
 
 
-@pytest.mark.skipif(cstderr._streams() is None, reason="only glibc lets standard error be caught")
+@pytest.mark.skipif(libsndfile._c_streams() is None, reason="only glibc lets standard error be caught")
 def test_what_c_prints_is_caught_for_its_thread_only() -> None:
     program = """
 import ctypes, os, threading
-from ced.sound.cstderr import catching
+from ced.sound.libsndfile import captured_stderr
 libc = ctypes.CDLL(None)
 def say(words):
     stream = ctypes.c_void_p.in_dll(libc, "stderr")
     libc.fputs(words, stream)
 caught = []
-with catching(caught):
+with captured_stderr(caught):
     say(b"caught ")
     other = threading.Thread(target=say, args=(b"of another thread\\n",))
     other.start()

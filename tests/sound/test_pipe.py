@@ -15,8 +15,8 @@ import pytest
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError
-from ced.sound import live
-from ced.sound.pipe import FORMATS, Samples, standard_input
+from ced.sound import live_sources
+from ced.sound.live_sources import FORMATS, Samples, standard_input
 
 RATE = 16_000
 
@@ -24,7 +24,7 @@ RATE = 16_000
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let what is in the pipe be read as fast as it comes."""
-    monkeypatch.setattr(live, "_HASTE", 1e6)
+    monkeypatch.setattr(live_sources, "_SPEED", 1e6)
 
 
 @contextmanager
@@ -125,11 +125,11 @@ def test_another_rate_is_resampled_and_a_broken_frame_left_out() -> None:
     [
         (b"", "empty"),
         (b"fLaC" + bytes(100), "--rate"),
-        (header()[:20], "breaks off"),
+        (header()[:20], "cut short"),
         (header(kind=2), "format 2 with 16 bits"),
         (header(bits=12), "format 1 with 12 bits"),
         (header(channels=0), "channels is 0"),
-        (b"RIFF\0\0\0\0WAVEdata\0\0\0\0", "does not tell"),
+        (b"RIFF\0\0\0\0WAVEdata\0\0\0\0", "no sample format"),
         (b"RIFF\0\0\0\0WAVEjunk\xff\xff\xff\x7f" + bytes(1 << 21), "a chunk of 2147483647 bytes"),
     ],
 )
@@ -178,7 +178,7 @@ def test_what_sox_and_ffmpeg_write() -> None:
 def test_the_pipe_is_read_without_a_lock() -> None:
     """A daemon thread that waits in a buffered reader would abort the interpreter when it ends."""
     code = (
-        "import sys, threading, time\nfrom ced.sound.pipe import Samples, standard_input\n"
+        "import sys, threading, time\nfrom ced.sound.live_sources import Samples, standard_input\n"
         "source = standard_input(0, Samples(16000))\n"
         "threading.Thread(target=lambda: list(source.open()), daemon=True).start()\n"
         "time.sleep(0.2); print('ends')\n"
