@@ -88,7 +88,7 @@ def test_the_floors_hold_every_folder() -> None:
 def test_only_one_module_imports_onnxruntime() -> None:
     for path in (*MODULES, *(path for folder in OTHERS for path in (ROOT / folder).rglob("*.py"))):
         if "onnxruntime" in libraries(path):
-            assert name_of(path) == "ced.model.ort"
+            assert name_of(path) == "ced.model.runtime"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -7,7 +7,7 @@ import typer
 
 from ced.cli.console import reporting, show
 from ced.cli.options import Hop, Jobs, Model, Window
-from ced.machine import cores
+from ced.environment import cores
 
 NAMES_SHOWN = 5  # of classes that are only mentioned
 

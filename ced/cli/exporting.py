@@ -93,7 +93,7 @@ def export(
     from ced.model import zoo
     from ced.model.graph.compare import change_on_noise, export_int8
     from ced.model.graph.export import export as write
-    from ced.model.graph.int8 import int8_path
+    from ced.model.graph.export import int8_path
 
     if check is not None and not int8:
         raise typer.BadParameter("--check compares int8 with float: it needs --int8")

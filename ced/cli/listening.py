@@ -14,8 +14,8 @@ import typer
 from ced.cli import options
 from ced.cli.console import complain, reporting, show, show_data
 from ced.cli.tagging import thresholds
+from ced.environment import cores
 from ced.errors import ConfigError
-from ced.machine import cores
 from ced.tag.options import EVENT_THRESHOLD
 from ced.text import json_line
 

@@ -13,8 +13,8 @@ import typer
 
 from ced.cli import options
 from ced.cli.console import complain, reporting, show, show_data
+from ced.environment import cores
 from ced.errors import AudioError, ConfigError
-from ced.machine import cores
 from ced.progress import NotedProgress, silent
 from ced.tag.options import EACH, TagOptions
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ced.distill.pack_format import DType, Outcome, Part, Settings, outcomes_of, write
+from ced.environment import cores
 from ced.errors import ConfigError, PackError, WriteError
 from ced.files import claimed, remove_leftovers, written_aside
-from ced.machine import cores
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.tables import read_table, write_table

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ced.errors import AudioError
 from ced.model import loading, zoo
-from ced.model.embedding import grid
 from ced.model.vit import CED
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.features import PATCH
@@ -56,7 +55,7 @@ class CedEncoder(nn.Module):
         return torch.cat([self._columns(some) for some in torch.atleast_2d(audio).split(AT_ONCE)])
 
     def _columns(self, waves: Tensor) -> Tensor:
-        return grid(self.network, self.network.mel(waves)).mean(1)
+        return self.network.patch_tokens(self.network.front_end(waves)).mean(1)
 
 
 def load_model(model_file_path: str = "") -> CedEncoder:

@@ -1,10 +1,12 @@
-"""The configuration that fixes the shape of a network; it needs no torch."""
+"""The configuration of a network: its shape, its features, and how its scores are read. Needs no torch."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
-from ced.errors import ConfigError
+from ced.errors import CheckpointError, ConfigError
 from ced.sound.features import PATCH, PUBLISHED, FrontEnd
 
 Pooling = Literal["mean", "logit", "token", "dm"]
@@ -12,6 +14,7 @@ POOLINGS: tuple[Pooling, ...] = ("mean", "logit", "token", "dm")
 
 # Far above every useful network, so that a damaged or hostile file cannot ask for all memory.
 _LIMITS = {"embed_dim": 1 << 14, "num_heads": 1 << 10, "depth": 1 << 9, "outputdim": 1 << 20, "target_length": 1 << 17}
+LARGEST_FILE = 16 << 20  # bytes of a config.json
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,25 @@ def checked_config(settings: Mapping[str, Any]) -> ModelConfig:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"model setting {first['loc'][-1]} is {first['input']!r}: {first['msg']}") from error
+
+
+def read_config(path: Path) -> dict[str, Any] | None:
+    """Return the `config.json` beside weights or a graph; None if there is none.
+
+    Raises:
+        CheckpointError: it is too large, damaged, or not a configuration.
+    """
+    if not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {LARGEST_FILE} are read")
+        settings = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged or not JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} holds a {type(settings).__name__}, not a configuration")
+    return settings
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

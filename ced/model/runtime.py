@@ -12,16 +12,20 @@ import math
 import os
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ced.environment import SWITCHES
 from ced.errors import CheckpointError, ConfigError, TableError
 from ced.files import written_aside
-from ced.model import graph, hub, ort, zoo
+from ced.model import graph, zoo
+from ced.model.config import read_config
 from ced.model.graph import (
     CLASSES,
     COLUMNS,
@@ -44,6 +48,10 @@ from ced.sound.audio import SAMPLE_RATE
 from ced.sound.features import HOP, MIN_SAMPLES, PATCH, PUBLISHED, column_starts
 from ced.sound.labels import ClassTable, default_classes, named_by_config, read_classes
 
+os.environ.update(SWITCHES)
+
+from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
+
 AT_ONCE = 10 * SAMPLE_RATE  # samples: shorter waves are scored together up to this, longer ones gain nothing by it
 LONGEST_WINDOW = 3_600 * SAMPLE_RATE  # samples: the most that a graph from elsewhere is tried with
 UNUSED_SECONDS = 30 * 24 * 3_600.0  # after which graphs that other code made are removed from the cache
@@ -51,6 +59,46 @@ UNUSED_SECONDS = 30 * 24 * 3_600.0  # after which graphs that other code made ar
 logger = logging.getLogger(__name__)
 
 Waves = NDArray[np.float32]
+
+__all__ = [
+    "GraphOptimizationLevel",
+    "InferenceSession",
+    "OnnxModel",
+    "SessionOptions",
+    "front_end_file",
+    "open_model",
+    "open_session",
+    "quantization",
+    "session_options",
+]
+
+
+def session_options(threads: int) -> SessionOptions:
+    """Return options for sessions with a number of threads that log nothing: errors come as exceptions."""
+    options = SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    return options
+
+
+def open_session(path: Path, threads: int) -> InferenceSession:
+    """Open a graph on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or not an ONNX graph.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no graph at {path}")
+    try:
+        return InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
+    except Exception as error:  # a damaged file may make ONNX Runtime fail in any way
+        raise CheckpointError(f"graph {path} is damaged or not ONNX ({' '.join(str(error).split())})") from error
+
+
+def quantization() -> ModuleType:
+    """Import and return `onnxruntime.quantization`, which loads the package onnx."""
+    return import_module("onnxruntime.quantization")
 
 
 class OnnxModel:
@@ -77,7 +125,7 @@ class OnnxModel:
             CheckpointError: the file is missing, damaged, not an ONNX graph, or one with other inputs or outputs.
         """
         self.path = Path(path)
-        self._session = ort.open_session(self.path, threads)
+        self._session = open_session(self.path, threads)
         self._input, self._front_end = self._find_input(threads)
         self._outputs = {output.name: output for output in self._session.get_outputs()}
         self._scores = self._find_scores()
@@ -165,7 +213,7 @@ class OnnxModel:
             return False
         return True
 
-    def _find_input(self, threads: int) -> tuple[Any, ort.InferenceSession | None]:
+    def _find_input(self, threads: int) -> tuple[Any, InferenceSession | None]:
         """Return the one input and, if it takes features, the session that makes them."""
         inputs = self._session.get_inputs()
         shapes = ", ".join(f"{each.name} {each.shape}" for each in inputs)
@@ -179,7 +227,7 @@ class OnnxModel:
             raise CheckpointError(f"graph {self.path} takes batches of {batch} only; a tagger takes 1, or any number")
         if len(inputs[0].shape) == 2:
             return inputs[0], None
-        return inputs[0], ort.open_session(front_end_file(), threads)
+        return inputs[0], open_session(front_end_file(), threads)
 
     def _find_scores(self) -> str:
         if PROB in self._outputs:
@@ -311,7 +359,7 @@ def _made(checkpoint: Path, path: Path, precision: Precision, name: str) -> Path
         if precision == "float32":
             write_graph(given, out)
             return
-        from ced.model.graph.int8 import quantize
+        from ced.model.graph.export import quantize
 
         with TemporaryDirectory(dir=out.parent) as folder:
             write_graph(given, Path(folder) / "float32.onnx")
@@ -331,7 +379,7 @@ def _quantized(path: Path) -> Path:
         )
 
     def write(out: Path) -> None:
-        from ced.model.graph.int8 import quantize
+        from ced.model.graph.export import quantize
 
         quantize(path, out)
 
@@ -404,7 +452,7 @@ def _labels(path: Path, meta: dict[str, str], classes: int | str) -> ClassTable:
 
 
 def _beside(config: Path, classes: int | str) -> ClassTable | None:
-    named = named_by_config(hub.read_config(config))
+    named = named_by_config(read_config(config))
     return named if named is not None and len(named) == classes else None
 
 

@@ -124,18 +124,12 @@ class CED(nn.Module):
         """Score waves: `forward_mel` of their log-mel features.
 
         Args:
-            waves: (b, t) float in [-1, 1], 16 kHz; shorter than one patch (2,400 samples) they are padded with zeros.
+            waves: (b, t) float in [-1, 1], 16 kHz, of any length.
 
         Returns:
             (b, c) probabilities; with pooling "logit", logits.
         """
-        return self.forward_mel(self.mel(waves))
-
-    def mel(self, waves: Tensor) -> Tensor:
-        """Return log-mel features of waves, padded with zeros to one patch, (b, t) -> (b, f, n) dB, n >= 16."""
-        missing = self.config.front_end.min_samples - waves.shape[-1]
-        mel: Tensor = self.front_end(F.pad(waves, (0, max(missing, 0))))
-        return mel
+        return self.forward_mel(self.front_end(waves))
 
     def forward_mel(self, mel: Tensor) -> Tensor:
         """Score log-mel features.
@@ -216,6 +210,27 @@ class CED(nn.Module):
             x = block(x)
         out: Tensor = self.norm(x)
         return out
+
+    def patch_tokens(self, mel: Tensor) -> Tensor:
+        """Return the tokens of each patch after the last LayerNorm, without any class token.
+
+        Features longer than `target_length` are encoded in pieces of whole patches, so that columns stay evenly spaced;
+        the frames after the last whole patch are left out.
+
+        Args:
+            mel: (b, f, n) dB, n >= 16.
+
+        Returns:
+            (b, f // 16, n // 16, d)
+        """
+        whole = mel[..., : mel.shape[-1] // PATCH * PATCH]
+        pieces = self.normed(whole).split(self.config.columns * PATCH, dim=-1)
+        tokens = [self.relate(self.embed(piece)) for piece in pieces]
+        patches = [
+            each[:, -self.config.rows * (piece.shape[-1] // PATCH) :].unflatten(1, (self.config.rows, -1))
+            for each, piece in zip(tokens, pieces, strict=True)
+        ]
+        return torch.cat(patches, dim=2)
 
     def _head(self, tokens: Tensor) -> Tensor:
         """Pool tokens (b, tokens, d) and score them, (b, c)."""

@@ -22,8 +22,8 @@ from safetensors.numpy import save as to_bytes
 
 from ced.errors import CheckpointError, ConfigError, TableError, optional_packages
 from ced.files import written_aside
-from ced.model import hub, zoo
-from ced.model.config import ModelConfig, Pooling, checked_config, shapes
+from ced.model import zoo
+from ced.model.config import ModelConfig, Pooling, checked_config, read_config, shapes
 from ced.sound.features import PATCH
 from ced.sound.labels import ClassTable, default_classes, named_by_config
 
@@ -248,7 +248,7 @@ def _with_bfloat16(path: Path) -> dict[str, Array]:
 
 def _beside(path: Path) -> tuple[dict[str, Any], ClassTable | None]:
     """Return the settings and classes of the `config.json` in the folder of a Hugging Face file, if there is one."""
-    settings = hub.read_config(path.with_name("config.json"))
+    settings = read_config(path.with_name("config.json"))
     if settings is None:
         return {}, None
     if settings.get("problem_type") == "single_label_classification":

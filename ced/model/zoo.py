@@ -252,10 +252,13 @@ def fetch(name: str, progress: Progress = silent) -> Path:
 
 def cached(entry: Entry) -> dict[Hub | Zenodo, Path]:
     """Return the sources of a model whose files are cached, with their paths."""
-    from ced.model import hub
+    from ced.model.download import cached_hub_file
 
     found: dict[Hub | Zenodo, Path] = {}
-    if entry.hub is not None and (path := hub.cached(entry.hub.repo, WEIGHTS_FILE, entry.hub.revision)) is not None:
+    if (
+        entry.hub is not None
+        and (path := cached_hub_file(entry.hub.repo, WEIGHTS_FILE, entry.hub.revision)) is not None
+    ):
         found[entry.hub] = path
     if (path := cache_dir() / entry.zenodo.file).is_file():
         found[entry.zenodo] = path
@@ -342,16 +345,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _from_hub(source: Hub, progress: Progress) -> Path:
-    from ced.model import hub
+    from ced.model.download import cached_hub_file, hub_file, offline, remove_hub_file
 
-    was_cached = hub.cached(source.repo, WEIGHTS_FILE, source.revision) is not None
-    if not was_cached and not hub.offline():
+    was_cached = cached_hub_file(source.repo, WEIGHTS_FILE, source.revision) is not None
+    if not was_cached and not offline():
         logger.info("downloading %s from the Hugging Face hub, once", source.repo)
-    path = hub.fetch(source.repo, WEIGHTS_FILE, source.revision, progress)
+    path = hub_file(source.repo, WEIGHTS_FILE, source.revision, progress)
     if (wrong := damage(source, path)) is None:
         return path
-    hub.forget(path)
-    if was_cached and not hub.offline():
+    remove_hub_file(path)
+    if was_cached and not offline():
         logger.warning("%s in the cache is damaged; downloading it again", source.repo)
         return _from_hub(source, progress)
     raise ChecksumError(f"{source.repo}/{WEIGHTS_FILE} is not the published file: {wrong}; removed")

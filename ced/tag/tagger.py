@@ -578,7 +578,7 @@ def _open(
             raise ConfigError(
                 f"precision is {precision}; a torch network runs in its own, give a name or a file instead"
             )
-        from ced.model.torch_scorer import TorchScorer
+        from ced.model.loading import TorchScorer
 
         return TorchScorer(model, device)
     if device not in (None, *DEVICES):

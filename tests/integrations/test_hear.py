@@ -12,7 +12,6 @@ from ced.errors import AudioError, CheckpointError
 from ced.integrations import hear
 from ced.model import loading
 from ced.model.config import ModelConfig
-from ced.model.embedding import grid
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
 from ced.model.runtime import OnnxModel
@@ -116,7 +115,7 @@ def test_long_sounds_keep_an_even_grid(network: CED) -> None:
     assert embeddings.shape == (1, 2_501 // 16, 64)
     assert torch.all(torch.diff(times) == 160.0)
     mel = network.front_end(waves)
-    second = grid(network, mel[..., 63 * 16 : 2 * 63 * 16]).mean(1)  # pieces of 63 columns are encoded alone
+    second = network.patch_tokens(mel[..., 63 * 16 : 2 * 63 * 16]).mean(1)  # pieces of 63 columns are encoded alone
     torch.testing.assert_close(embeddings[:, 63:126], second)
 
 

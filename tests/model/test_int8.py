@@ -13,9 +13,10 @@ from ced.errors import ConfigError, ExportError
 from ced.model.config import ModelConfig
 from ced.model.graph import Input
 from ced.model.graph import compare as compare_module
-from ced.model.graph.compare import Comparison, Figures, export_int8
+from ced.model.graph.compare import Comparison, export_int8
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
+from ced.model.metrics import Figures
 from ced.model.runtime import OnnxModel
 from ced.model.vit import CED
 from ced.sound.labels import ClassTable

@@ -23,9 +23,8 @@ from ced.model import loading, zoo
 from ced.model.config import ModelConfig
 from ced.model.frontend import LogMel
 from ced.model.graph.export import export
-from ced.model.loading import weights_of
+from ced.model.loading import TorchScorer, weights_of
 from ced.model.runtime import OnnxModel, open_model
-from ced.model.torch_scorer import TorchScorer
 from ced.model.vit import CED
 from ced.sound.audio import load
 from ced.sound.labels import ClassTable, audioset
@@ -370,7 +369,7 @@ class TestOpen:
         from ced.model import graph as package
 
         names = {path.name for path in package._SOURCES}
-        assert {"network.py", "frontend.py", "builder.py", "int8.py", "features.py", "config.py", "labels.py"} <= names
+        assert {"network.py", "builder.py", "export.py", "runtime.py", "features.py", "config.py", "labels.py"} <= names
         before = package.code_digest()
         changed = tmp_path / "network.py"
         changed.write_bytes(Path(package.__file__).with_name("network.py").read_bytes() + b"\n# changed\n")
@@ -391,7 +390,7 @@ class TestOpen:
             out.write_bytes(b"half a graph")
             raise CheckpointError("stopped")
 
-        monkeypatch.setattr("ced.model.graph.int8.quantize", fail)
+        monkeypatch.setattr("ced.model.graph.export.quantize", fail)
         with pytest.raises(CheckpointError, match="stopped"):
             open_model(tmp_path / "a.safetensors", precision="int8")
         assert [path.suffix for path in (cache / "graphs").iterdir()] == [".lock"]

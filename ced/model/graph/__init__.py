@@ -33,7 +33,7 @@ _SOURCES = (
     *sorted(Path(__file__).parent.glob("*.py")),
     _MODEL / "config.py",
     _MODEL / "weights.py",
-    _MODEL / "ort.py",
+    _MODEL / "runtime.py",
     _MODEL.parent / "sound" / "features.py",
     _MODEL.parent / "sound" / "labels.py",
     _MODEL.parent / "sound" / "audioset_classes.tsv",

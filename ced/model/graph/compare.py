@@ -9,12 +9,11 @@ from numpy.typing import NDArray
 
 from ced.errors import ConfigError, ExportError, optional_packages
 from ced.files import written_aside
-from ced.model import ort
 from ced.model.config import ModelConfig
 from ced.model.graph import PROB
-from ced.model.graph.int8 import int8_path, quantize
-from ced.model.metrics import accuracy, average_precision
-from ced.model.runtime import OnnxModel
+from ced.model.graph.export import int8_path, quantize
+from ced.model.metrics import Figures, figures
+from ced.model.runtime import OnnxModel, open_session
 from ced.model.weights import Weights
 from ced.progress import Progress, silent
 from ced.sound import audio
@@ -39,7 +38,7 @@ def largest_difference(weights: Weights, path: Path) -> float:
 
         from ced.model.loading import build
     network = build(weights)
-    session = ort.open_session(path, threads=1)
+    session = open_session(path, threads=1)
     name = session.get_inputs()[0].name
     differences = []
     for batch in _example_waves(weights.config) if name == "waves" else _example_feats(weights.config):
@@ -53,7 +52,7 @@ def largest_difference(weights: Weights, path: Path) -> float:
 
 def change_on_noise(exact: Path, int8: Path, config: ModelConfig) -> float:
     """Return the largest change in probability from a float graph to its int8 one on noise and tones."""
-    sessions = [ort.open_session(path, threads=1) for path in (exact, int8)]
+    sessions = [open_session(path, threads=1) for path in (exact, int8)]
     name = sessions[0].get_inputs()[0].name
     changes = []
     for batch in _example_waves(config) if name == "waves" else _example_feats(config):
@@ -83,14 +82,6 @@ def _example_waves(config: ModelConfig) -> Iterator[NDArray[np.float32]]:
         noise = generator.normal(0.0, 1.0, (clips, samples)) * 10.0 ** -np.arange(1.0, clips + 1.0)[:, None]
         tone = 0.1 * np.sin(2 * np.pi * 440.0 / SAMPLE_RATE * np.arange(samples))
         yield (noise + tone).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What labelled clips say of a graph."""
-
-    map: float  # mean of the classes' average precision, of those that a clip has
-    accuracy: float | None  # part of the clips whose label scores highest; None unless each has exactly one
 
 
 @dataclass(frozen=True)
@@ -169,12 +160,8 @@ def compare(exact: Path, int8: Path, clips: list[LabelledClip], progress: Progre
     change = np.abs(both[:, 0] - both[:, 1])
     return Comparison(
         len(clips),
-        _figures(targets, both[:, 0]),
-        _figures(targets, both[:, 1]),
+        figures(targets, both[:, 0]),
+        figures(targets, both[:, 1]),
         float(change.mean()),
         float(change.max()),
     )
-
-
-def _figures(targets: NDArray[np.bool_], probs: NDArray[np.float32]) -> Figures:
-    return Figures(float(np.nanmean(average_precision(targets, probs))), accuracy(targets, probs))

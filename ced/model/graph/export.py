@@ -1,7 +1,9 @@
 """A graph as a file: with its metadata, optimised for ONNX Runtime, and beside it what other runtimes read."""
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +15,6 @@ import onnx
 import ced
 from ced.errors import ExportError
 from ced.files import written_aside
-from ced.model import ort
 from ced.model.config import shapes
 from ced.model.graph import (
     CLASSES,
@@ -29,7 +30,8 @@ from ced.model.graph import (
     RATE,
     Input,
 )
-from ced.model.graph.network import feats_graph, wave_graph
+from ced.model.graph.network import BLOCKS, RUNTIME, feats_graph, wave_graph
+from ced.model.runtime import GraphOptimizationLevel, InferenceSession, quantization, session_options
 from ced.model.weights import HEAD as HEAD_KEYS
 from ced.model.weights import Weights
 from ced.sound.audio import SAMPLE_RATE
@@ -124,13 +126,13 @@ def write_feats_graph(weights: Weights, path: Path) -> None:
 
 def optimize(path: Path) -> None:
     """Do to a graph what ONNX Runtime does whenever it opens one, so that it opens in half the time."""
-    options = ort.session_options(threads=1)
+    options = session_options(threads=1)
     # Beyond this level are changes for the processor at hand.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.graph_optimization_level = GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     properties = {each.key: each.value for each in onnx.load(path, load_external_data=False).metadata_props}
     with TemporaryDirectory(dir=path.parent) as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        InferenceSession(path, options, providers=["CPUExecutionProvider"])
         made = onnx.load(options.optimized_model_filepath)
     # It lists all the operator sets that it knows; other versions of it may not know them.
     used = {node.domain for node in made.graph.node}
@@ -188,3 +190,59 @@ def _labels_text(labels: ClassTable) -> str:
         quoted = name.replace('"', '""')
         lines.append(f'{index},{mid},"{quoted}"')
     return "\n".join(lines) + "\n"
+
+
+def int8_path(path: Path) -> Path:
+    """Return where the int8 graph of a float one lies: beside it."""
+    return path.with_name(path.name.removesuffix(".onnx") + ".int8.onnx")
+
+
+def quantize(path: Path, out: Path) -> None:
+    """Write the int8 graph of a float one.
+
+    The weights of the blocks' linear layers are in 8 bits, with a scale for each output channel; what is multiplied
+    with them is quantised as it comes. The front end, the patches, attention itself and the output layer, where 8 bits
+    hurt most, stay in float.
+    """
+    graph = onnx.load(path)
+    fused = any(node.domain == RUNTIME for node in graph.graph.node)
+    metadata = {each.key: each.value for each in graph.metadata_props}
+    if PRECISION in metadata:
+        metadata[PRECISION] = "int8"
+    # The graph is as simple as it gets: the quantizer need not prepare it.
+    onnx.helper.set_model_props(graph, {**metadata, "onnx.quant.pre_process": "onnxruntime.quant"})
+    onnx_quantization = quantization()
+    with _quiet():
+        onnx_quantization.quantize_dynamic(
+            graph,
+            out,
+            op_types_to_quantize=["MatMul", "Attention"],
+            nodes_to_quantize=[
+                node.name for node in graph.graph.node if any(name.startswith(BLOCKS) for name in node.input)
+            ],
+            per_channel=True,
+            # 7 bits: without VNNI instructions two products of 8 bits are added up in 16 bits, which would clip.
+            reduce_range=True,
+            weight_type=onnx_quantization.QuantType.QInt8,
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of what ONNX Runtime's own operators give
+        )
+    quantized = onnx.load(out)
+    quantized.ir_version = graph.ir_version
+    onnx.helper.set_model_props(quantized, metadata)
+    onnx.save(quantized, out)
+    if fused:
+        optimize(out)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the quantizer's advice on preparing a graph, which it logs with the root logger."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "pre-processing" not in record.getMessage()
+
+    logging.root.addFilter(keep)
+    try:
+        yield
+    finally:
+        logging.root.removeFilter(keep)

@@ -4,22 +4,24 @@ It computes what `vit.CED` computes, written node for node rather than traced, s
 frames before mel bins, patches by a matrix product, attention as one node. Tests compare the two.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from ced.errors import CheckpointError
+from ced.errors import CheckpointError, ExportError
 from ced.model.config import ModelConfig
 from ced.model.graph import COLUMNS, EMBEDDING, PROB
 from ced.model.graph.builder import Nodes
-from ced.model.graph.frontend import log_mel
 from ced.model.weights import Array, Weights, configured
-from ced.sound.features import PATCH, FrontEnd
+from ced.sound.features import PATCH, POWER_FLOOR, TOP_DB, FrontEnd, hann_window, mel_filters
 
 Shape = list[str | int]
 RUNTIME = "com.microsoft"  # the domain of ONNX Runtime's own operators
+BLOCKS = "blocks."  # how the names of the weights of the blocks begin, as published; int8 graphs quantise these
 BLOCK_EPSILON = 1e-6  # of the LayerNorms in and behind the blocks
 NORM_EPSILON = 1e-5  # of the BatchNorm and of the LayerNorm in the output layer
 
@@ -34,7 +36,7 @@ def wave_graph(weights: Weights) -> onnx.ModelProto:
         ExportError: the front end is not centred, or its window is not symmetric.
     """
     nodes, (config, arrays) = Nodes(), configured(weights)
-    mel = log_mel(nodes, config.front_end, "waves")
+    mel = _log_mel(nodes, config.front_end, "waves")
     network = _Network(nodes, config, arrays, fused=True)
     tokens, pieces = network.tokens(mel)
     results: dict[str, tuple[str, Shape]] = {
@@ -65,7 +67,7 @@ def feats_graph(weights: Weights) -> onnx.ModelProto:
 def front_end_graph(settings: FrontEnd) -> onnx.ModelProto:
     """Return a graph from `waves` (b, t) to `feats` (b, f, n) dB."""
     nodes = Nodes()
-    feats = nodes.add("Transpose", log_mel(nodes, settings, "waves"), perm=[0, 2, 1])
+    feats = nodes.add("Transpose", _log_mel(nodes, settings, "waves"), perm=[0, 2, 1])
     results: dict[str, tuple[str, Shape]] = {"feats": (feats, ["batch", settings.n_mels, "frames"])}
     return _model(nodes.graph(("waves", ["batch", "time"]), results), opset=18)
 
@@ -101,7 +103,7 @@ class _Network:
         if config.pooling == "token":
             x = self._with_class_token(x)
         for number in range(config.depth):
-            x = self._block(f"blocks.{number}", x)
+            x = self._block(f"{BLOCKS}{number}", x)
         return nodes.layer_norm("norm", self.arrays, x, BLOCK_EPSILON), pieces
 
     def probabilities(self, tokens: str, pieces: str) -> str:
@@ -240,3 +242,122 @@ class _Network:
         if self.config.eval_avg == "mean":
             return self._mean(by_piece)
         return nodes.add("ReduceMax", by_piece, nodes.ints(1), keepdims=0)
+
+
+# The log-mel front end: a Fourier transform as four small matrix products.
+#
+# ONNX's own STFT operator is several times slower. A frame x of N samples under a window w, which is symmetric about
+# N/2, has the spectrum sum over n of w[n] x[n] exp(-2 pi i k n / N). The cosines are even about N/2, the sines odd, so
+#
+#     E[n] = w[n] (x[n] + x[N - n]),    O[n] = w[n] (x[n] - x[N - n]),    0 <= n <= N/2
+#
+# are their only factors; about N/4 both are even or odd again, by the parity of the bin k:
+#
+#     k even: cosines times E[n] + E[N/2 - n], sines times O[n] - O[N/2 - n],    0 <= n <= N/4
+#     k odd:  cosines times E[n] - E[N/2 - n], sines times O[n] + O[N/2 - n]
+#
+# which is a quarter of the products. The window is 0 at n = 0, so x[N] does not matter.
+
+
+def _log_mel(nodes: Nodes, settings: FrontEnd, waves: str) -> str:
+    """Add the front end, (b, t) -> (b, n, f) dB; waves shorter than one patch are padded with zeros.
+
+    Raises:
+        ExportError: the front end is not centred, or its window is not symmetric.
+    """
+    near, far = _windows(settings)
+    here, there = _frames(nodes, settings, waves)
+    even = nodes.add("Mul", nodes.add("Add", here, there), nodes.weight("mel.even", np.stack([near, far])[:, None]))
+    odd = nodes.add("Mul", nodes.add("Sub", here, there), nodes.weight("mel.odd", np.stack([near, -far])[:, None]))
+    (even_near, even_far), (odd_near, odd_far) = nodes.split(even, 1, 2), nodes.split(odd, 1, 2)
+    mel = nodes.add(
+        "Add",
+        _bins(nodes, settings, 0, nodes.add("Add", even_near, even_far), nodes.add("Sub", odd_near, odd_far)),
+        _bins(nodes, settings, 1, nodes.add("Sub", even_near, even_far), nodes.add("Add", odd_near, odd_far)),
+    )
+    mel = nodes.add("Log", nodes.add("Max", nodes.add("Squeeze", mel, nodes.ints(1)), nodes.number(POWER_FLOOR)))
+    decibels = nodes.add("Mul", mel, nodes.number(10.0 / math.log(10.0)))
+    loudest = nodes.add("ReduceMax", decibels, nodes.ints(1, 2), keepdims=1)
+    return nodes.add("Max", decibels, nodes.add("Sub", loudest, nodes.number(TOP_DB)))
+
+
+def _frames(nodes: Nodes, settings: FrontEnd, waves: str) -> tuple[str, str]:
+    """Cut x[n] and x[N - n] out of each frame, both (b, 2, n, w): n from 0 and from N/2, N/4 + 1 samples or more of it.
+
+    Frames are cut from whole blocks of samples, which is faster than sample by sample; x[N - n] comes from the mirrored
+    wave, whose frames are those of the wave in reverse order.
+    """
+    n_fft, hop = settings.n_fft, settings.hop_size
+    missing = nodes.add("Max", nodes.add("Sub", nodes.ints(settings.min_samples), nodes.size(waves, 1)), nodes.ints(0))
+    waves = nodes.add("Pad", waves, nodes.joined(0, 0, 0, missing))
+    hops = nodes.add("Div", nodes.size(waves, 1), nodes.ints(hop))
+    stop = nodes.add("Add", nodes.add("Mul", hops, nodes.ints(hop)), nodes.ints(n_fft))
+    waves = nodes.add("Pad", waves, nodes.ints(0, n_fft // 2, 0, n_fft // 2 + 1), mode="reflect")
+
+    block = _block_size(settings)
+    forwards = nodes.add("Slice", waves, nodes.ints(0), stop, nodes.ints(1))
+    backwards = nodes.add("Slice", waves, stop, nodes.ints(0), nodes.ints(1), nodes.ints(-1))
+    count = nodes.add("Squeeze", nodes.add("Add", hops, nodes.ints(1)))
+    order = nodes.add("Range", nodes.indices(np.int64(0)), count, nodes.indices(np.int64(1)))
+    starts = nodes.add("Unsqueeze", nodes.add("Mul", order, nodes.ints(hop // block)), nodes.ints(1))  # (n, 1) blocks
+    mirrored = nodes.add("Sub", nodes.add("Mul", hops, nodes.ints(hop // block)), starts)
+    quarter = n_fft // 4 // block
+    within = nodes.indices(np.array([[0], [2 * quarter]])[..., None] + np.arange(quarter + 1))  # (2, 1, blocks)
+
+    return (
+        _gathered(nodes, settings, forwards, starts, within),
+        _gathered(nodes, settings, backwards, mirrored, within),
+    )
+
+
+def _gathered(nodes: Nodes, settings: FrontEnd, samples: str, starts: str, within: str) -> str:
+    """Gather the frames that start at blocks `starts` (n, 1) from samples (b, t) -> (b, 2, n, w)."""
+    width = _width(settings)
+    in_blocks = nodes.reshape(samples, 0, -1, _block_size(settings))
+    blocks = nodes.add("Gather", in_blocks, nodes.add("Add", starts, within), axis=1)
+    return nodes.reshape(blocks, 0, 2, -1, width)
+
+
+def _block_size(settings: FrontEnd) -> int:
+    """Return the samples of a block; both hops and quarters of frames are whole numbers of blocks."""
+    return math.gcd(settings.hop_size, settings.n_fft // 4)
+
+
+def _width(settings: FrontEnd) -> int:
+    """Return the samples that `_frames` cuts for a quarter of a frame: a quarter and one more block."""
+    return settings.n_fft // 4 + _block_size(settings)
+
+
+def _windows(settings: FrontEnd) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return w[n] and w[N/2 - n] for 0 <= n <= N/4, zeros behind.
+
+    What pairs with itself, N/2 in the first fold and N/4 in the second, would be counted twice: its window is halved.
+    """
+    n_fft = settings.n_fft
+    window = np.zeros(n_fft)
+    begin = (n_fft - settings.win_size) // 2
+    window[begin : begin + settings.win_size] = hann_window(settings.win_size)
+    if not settings.center or n_fft % 4 or window[0] or not np.allclose(window[1:], window[:0:-1], atol=1e-7):
+        raise ExportError("only a centred front end with a symmetric window and n_fft a multiple of 4 can be exported")
+    quarter = n_fft // 4
+    near, far = np.zeros(_width(settings)), np.zeros(_width(settings))
+    near[: quarter + 1] = window[: quarter + 1]
+    far[: quarter + 1] = window[n_fft // 2 : quarter - 1 : -1]
+    far[0] /= 2
+    near[quarter] /= 2
+    far[quarter] /= 2
+    return near, far
+
+
+def _bins(nodes: Nodes, settings: FrontEnd, parity: int, cosines: str, sines: str) -> str:
+    """Add what the even or the odd bins contribute to the mel bands, from what their waves meet: -> (b, 1, n, f)."""
+    n_fft = settings.n_fft
+    filters = mel_filters(settings).astype(np.float64)  # (f, bins)
+    bins = np.arange(parity, n_fft // 2 + 1, 2)
+    bins = bins[filters[:, bins].any(0)]
+    places = np.arange(_width(settings))[:, None]
+    angles = 2.0 * np.pi * (places * bins % n_fft) / n_fft
+    real = nodes.add("MatMul", cosines, nodes.weight(f"mel.cosines{parity}", np.cos(angles)))
+    imaginary = nodes.add("MatMul", sines, nodes.weight(f"mel.sines{parity}", np.sin(angles)))
+    power = nodes.add("Add", nodes.add("Mul", real, real), nodes.add("Mul", imaginary, imaginary))
+    return nodes.add("MatMul", power, nodes.weight(f"mel.filters{parity}", filters[:, bins].T))
