@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from ced.errors import CedError, MissingPackageError, WriteError, optional_packages
 from ced.files import FULL
-from ced.progress import NotedProgress, silent
+from ced.progress import Progress, silent
 from ced.text import printable
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def hush() -> None:
 
 
 @contextmanager
-def reporting() -> Iterator[NotedProgress]:
+def reporting() -> Iterator[Progress]:
     """Give a progress callback: bars on a terminal, plain lines elsewhere, nothing outside the first process."""
     if not is_main_process():
         yield silent

@@ -15,7 +15,7 @@ from ced.cli import options
 from ced.cli.console import complain, reporting, show, show_data
 from ced.environment import cores
 from ced.errors import AudioError, ConfigError
-from ced.progress import NotedProgress, silent
+from ced.progress import Progress, silent
 from ced.tag.options import EACH, TagOptions
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _tag_sounds(
     channel: str,
     output: _Output,
     jobs: int,
-    progress: NotedProgress,
+    progress: Progress,
 ) -> bool:
     """Tag sounds; return whether all of them could be read to the end."""
     from ced.tag.batch import Meter, unfinished_scores
@@ -260,9 +260,7 @@ def _tag_sounds(
     return _write(inputs, process, settings, output, jobs, meter)
 
 
-def _tag_again(
-    folder: Path, chosen: TagOptions, threshold: str | None, output: _Output, progress: NotedProgress
-) -> bool:
+def _tag_again(folder: Path, chosen: TagOptions, threshold: str | None, output: _Output, progress: Progress) -> bool:
     """Make tags from the scores of an earlier run; return whether all of its sounds have them and are whole."""
     from ced.tag.batch import Meter
     from ced.tag.rerun import EarlierRun

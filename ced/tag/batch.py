@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from ced.errors import AudioError, ConfigError
 from ced.files import claimed, make_folders, name_with, open_to_append, remove_leftovers, writing
 from ced.parallel import attempts
-from ced.progress import NotedProgress, silent
+from ced.progress import Progress, silent
 from ced.tag.inputs import Input
 from ced.tag.journal import Journal, stamp_of
 from ced.tag.options import EACH
@@ -79,7 +79,7 @@ class Meter:
         task: what is done with them.
     """
 
-    def __init__(self, progress: NotedProgress, files: int, task: str) -> None:
+    def __init__(self, progress: Progress, files: int, task: str) -> None:
         self._progress, self._files, self._task = progress, files, task
         self._began, self._reported = time.monotonic(), -math.inf
         self._seconds, self._done = 0.0, 0
@@ -119,7 +119,7 @@ def results(
     jobs: int = 1,
     meter: Meter | None = None,
     task: str = "tagging",
-    progress: NotedProgress = silent,
+    progress: Progress = silent,
 ) -> Iterator[Outcome[T]]:
     """Process inputs side by side and yield the outcome of each, in the order of the inputs.
 
@@ -166,7 +166,7 @@ def run(
     keep_scores: bool = False,
     jobs: int = 1,
     meter: Meter | None = None,
-    progress: NotedProgress = silent,
+    progress: Progress = silent,
     failed: Callable[[Outcome[Record]], None] = lambda outcome: None,
 ) -> Summary:
     """Process inputs and write their records into a folder; what an earlier run has done there is not done again.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import ConfigError, TableError
-from ced.progress import NotedProgress, silent
+from ced.progress import Progress, silent
 from ced.sound.audio import Source
 from ced.sound.labelled import read_labelled
 from ced.sound.labels import ClassTable
@@ -66,7 +66,7 @@ def calibrate(
     window: float = 10.0,
     hop: float | None = None,
     jobs: int = 1,
-    progress: NotedProgress = silent,
+    progress: Progress = silent,
 ) -> Calibration:
     """Fit a threshold for each class to labelled clips, and write them.
 
