@@ -130,10 +130,10 @@ def name_with(name: str, suffix: str) -> str:
     if len(os.fsencode(whole)) <= _LONGEST_NAME:
         return whole
     end = f"~{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}{suffix}"
-    return cut(name, _LONGEST_NAME - len(os.fsencode(end))) + end
+    return cut_name(name, _LONGEST_NAME - len(os.fsencode(end))) + end
 
 
-def cut(text: str, size: int) -> str:
+def cut_name(text: str, size: int) -> str:
     """Return as many characters from the beginning of a name as have at most `size` bytes in a file system."""
     text = text[: max(size, 0)]
     while len(os.fsencode(text)) > size:
@@ -143,7 +143,7 @@ def cut(text: str, size: int) -> str:
 
 def _stem(path: Path) -> str:
     """Return the name of `path`, shortened if its temporary file's would be too long for a file system."""
-    return cut(path.name, _LONGEST_STEM)
+    return cut_name(path.name, _LONGEST_STEM)
 
 
 def _remove_stale(folder: Path) -> None:

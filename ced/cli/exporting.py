@@ -10,7 +10,7 @@ from ced.cli.console import complain, reporting, show
 
 
 class Source(StrEnum):
-    """What an exported graph takes; the names of `ced.model.graph.Input`."""
+    """What an exported graph takes; the names of `ced.model.graph.GraphInput`."""
 
     WAVE = "wave"
     FEATS = "feats"
@@ -99,7 +99,7 @@ def export(
         raise typer.BadParameter("--check compares int8 with float: it needs --int8")
     path = out or Path(f"{Path(model).stem}.onnx")
     with reporting() as progress:
-        weights = zoo.read(model, progress)
+        weights = zoo.read_weights(model, progress)
         report = write(weights, path, source.value)
         if report.largest_difference is None:
             show(f"{report.path}: not compared with the network, as torch is not installed")

@@ -15,7 +15,7 @@ from ced.model.vit import CED
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.features import PATCH
 
-AT_ONCE = 16  # clips encoded together
+BATCH_SIZE = 16  # clips encoded together
 
 
 class CedEncoder(nn.Module):
@@ -52,7 +52,7 @@ class CedEncoder(nn.Module):
             raise AudioError(
                 f"audio is {audio.dtype} {tuple(audio.shape)}; it must be floats in [-1, 1], (clips, samples)"
             )
-        return torch.cat([self._columns(some) for some in torch.atleast_2d(audio).split(AT_ONCE)])
+        return torch.cat([self._columns(some) for some in torch.atleast_2d(audio).split(BATCH_SIZE)])
 
     def _columns(self, waves: Tensor) -> Tensor:
         return self.network.patch_tokens(self.network.front_end(waves)).mean(1)

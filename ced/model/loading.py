@@ -24,8 +24,6 @@ from ced.sound.labels import ClassTable
 
 logger = logging.getLogger(__name__)
 
-Array = NDArray[np.float32]
-
 
 def load_model(
     name_or_path: str | Path,
@@ -46,7 +44,7 @@ def load_model(
         CheckpointError: neither a name nor a checkpoint, or weights that do not fit.
         DownloadError: a file that is not in the cache and cannot be fetched.
     """
-    return build(zoo.read(name_or_path, progress), pooling=pooling, target_length=target_length)
+    return build(zoo.read_weights(name_or_path, progress), pooling=pooling, target_length=target_length)
 
 
 def build(given: Weights, *, pooling: Pooling | None = None, target_length: int | None = None) -> CED:
@@ -105,13 +103,13 @@ def create(
         CheckpointError: no such name, or weights that do not fit.
         DownloadError: a file that is not in the cache and cannot be fetched.
     """
-    config = zoo.MODELS[name].config if name in zoo.MODELS else zoo.read(name, progress).config
+    config = zoo.MODELS[name].config if name in zoo.MODELS else zoo.read_weights(name, progress).config
     model = CED(_adapted(config, model_args, labels), labels)
     # With nothing known yet, one class of all is likely. From even odds, the first steps would only lower every class,
     # at the cost of what pre-training taught. After a softmax it makes no difference.
     nn.init.constant_(model.outputlayer.get_parameter("1.bias"), -math.log(max(len(labels) - 1, 1)))
     if pretrained is not False:
-        given = zoo.read(name if pretrained is True else pretrained, progress)
+        given = zoo.read_weights(name if pretrained is True else pretrained, progress)
         head = given.has_head and given.classes.names == labels.names
         _fill(model, weights.fitted(given, model.config, head=head))
     return model
@@ -158,15 +156,15 @@ class TorchScorer:
         """The classes, in the order of the scores."""
         return self.network.labels
 
-    def __call__(self, waves: Array, /) -> Array:
+    def __call__(self, waves: weights.Array, /) -> weights.Array:
         """Return the probability of each class, (b, t) 16 kHz in [-1, 1] -> (b, c)."""
         return self._run(self.network.probs, waves)
 
-    def embed(self, waves: Array, /) -> Array:
+    def embed(self, waves: weights.Array, /) -> weights.Array:
         """Return the mean over tokens after the last LayerNorm (the class token, if there is one), (b, t) -> (b, d)."""
         return self._run(partial(_embedding, self.network), waves)
 
-    def columns(self, waves: Array, /) -> Array:
+    def columns(self, waves: weights.Array, /) -> weights.Array:
         """Return the probability of each class in each column of patches (0.16 s), (b, t) -> (b, columns, c).
 
         Raises:
@@ -178,10 +176,10 @@ class TorchScorer:
         """Return the start of each of the `count` columns of a wave, (count,) seconds."""
         return column_starts(count, self.network.config.target_length, self.network.config.hop_size)
 
-    def _run(self, function: Callable[[Tensor], Tensor], waves: Array) -> Array:
+    def _run(self, function: Callable[[Tensor], Tensor], waves: weights.Array) -> weights.Array:
         with torch.inference_mode():
             batch = torch.from_numpy(waves).to(self.network.freq_pos_embed.device)
-            result: Array = function(batch).float().cpu().numpy()
+            result: weights.Array = function(batch).float().cpu().numpy()
         return result
 
 

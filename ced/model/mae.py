@@ -123,7 +123,7 @@ class MaskedAutoencoder(nn.Module):
 
         Nothing of the other patches is in them, but for the statistics that the BatchNorm takes of a batch in training.
         """
-        tokens = self.encoder.embed(self.encoder.normed(mel))
+        tokens = self.encoder.embed_patches(self.encoder.normed(mel))
         return self.encoder.relate(tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[2])))
 
     def _predict(self, mel: Tensor, hidden: Tensor) -> Tensor:

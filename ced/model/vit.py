@@ -192,9 +192,9 @@ class CED(nn.Module):
 
     def _encode(self, mel: Tensor) -> Tensor:
         """Normalised (b, f, n), n <= target_length -> tokens (b, f // 16 * n // 16, d), behind a class token if any."""
-        return self.relate(self.embed(mel))
+        return self.relate(self.embed_patches(mel))
 
-    def embed(self, mel: Tensor) -> Tensor:
+    def embed_patches(self, mel: Tensor) -> Tensor:
         """Make tokens of patches and their places: normalised (b, f, n), n <= target_length -> (b, tokens, d)."""
         x = self.patch_embed(mel)
         x = x + self.time_pos_embed[..., : x.shape[-1]] + self.freq_pos_embed
@@ -225,7 +225,7 @@ class CED(nn.Module):
         """
         whole = mel[..., : mel.shape[-1] // PATCH * PATCH]
         pieces = self.normed(whole).split(self.config.columns * PATCH, dim=-1)
-        tokens = [self.relate(self.embed(piece)) for piece in pieces]
+        tokens = [self.relate(self.embed_patches(piece)) for piece in pieces]
         patches = [
             each[:, -self.config.rows * (piece.shape[-1] // PATCH) :].unflatten(1, (self.config.rows, -1))
             for each, piece in zip(tokens, pieces, strict=True)

@@ -29,7 +29,7 @@ from ced.sound.labels import ClassTable, default_classes, named_by_config
 
 FORMAT_VERSION = 1
 HEADER = "ced"  # one entry of safetensors' metadata, as several would be written in any order
-HEAD = "outputlayer."
+HEAD_KEYS = "outputlayer."
 CLASS_TOKEN = ("cls_token", "token_pos_embed")
 PRETRAINING = ("decoder", "mask_token")  # beginnings of keys that only masked pre-training has
 
@@ -126,9 +126,9 @@ def fitted(weights: Weights, config: ModelConfig, *, head: bool = True) -> dict[
         wanted = {
             key: shape
             for key, shape in wanted.items()
-            if not key.startswith(HEAD) and (key not in CLASS_TOKEN or key in given)
+            if not key.startswith(HEAD_KEYS) and (key not in CLASS_TOKEN or key in given)
         }
-        given = {key: value for key, value in given.items() if not key.startswith(HEAD)}
+        given = {key: value for key, value in given.items() if not key.startswith(HEAD_KEYS)}
     for key, axis in (("time_pos_embed", 3), ("freq_pos_embed", 2)):
         if key in given:
             given[key] = resized(given[key], axis, wanted[key][axis])
@@ -299,7 +299,7 @@ def published_name(key: str) -> str:
 
 
 def _has_head(arrays: Mapping[str, Array]) -> bool:
-    return any(key.startswith(HEAD) for key in arrays) and not any(key.startswith(PRETRAINING) for key in arrays)
+    return any(key.startswith(HEAD_KEYS) for key in arrays) and not any(key.startswith(PRETRAINING) for key in arrays)
 
 
 def _size(arrays: Mapping[str, Array], key: str, axis: int, path: Path) -> int:
@@ -325,7 +325,7 @@ def _config_of_shapes(arrays: Mapping[str, Array], path: Path) -> dict[str, Any]
         "init_bn": "init_bn.1.weight" in arrays,
     }
     if _has_head(arrays):
-        shaped["outputdim"] = _size(arrays, f"{HEAD}1.weight", 0, path)
+        shaped["outputdim"] = _size(arrays, f"{HEAD_KEYS}1.weight", 0, path)
     if "front_end.0.spectrogram.window" in arrays:
         shaped["win_size"] = _size(arrays, "front_end.0.spectrogram.window", 0, path)
     if "front_end.0.mel_scale.fb" in arrays:

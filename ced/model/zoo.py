@@ -196,7 +196,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ced"
 
 
-def read(name_or_path: str | os.PathLike[str], progress: Progress = silent) -> "Weights":
+def read_weights(name_or_path: str | os.PathLike[str], progress: Progress = silent) -> "Weights":
     """Return the weights of a published name, downloaded on first use, or of a checkpoint.
 
     Raises:

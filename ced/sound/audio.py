@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError
 from ced.sound.decode import AUDIO_SUFFIXES, SoundBytes, Source, checked, name_of, open_source, to_float
-from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading, join
+from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading, join_blocks
 from ced.text import printable
 
 __all__ = [
@@ -204,7 +204,7 @@ def load(source: Source, *, channel: Channel = "mean", strict: bool = True) -> N
         AudioError: as for `open_sound`, or its samples are not finite, or far outside [-1, 1].
         ConfigError: as for `open_sound`.
     """
-    return join(list(stream(source, _LOAD_BLOCK, channel=channel, strict=strict)))
+    return join_blocks(list(stream(source, _LOAD_BLOCK, channel=channel, strict=strict)))
 
 
 def load_stored(source: Source, stereo: bool = False) -> NDArray[np.int16] | NDArray[np.float32]:
@@ -229,9 +229,9 @@ def load_stored(source: Source, stereo: bool = False) -> NDArray[np.int16] | NDA
     _report(reading)
     rate, channels = pieces[0].rate, opened.channels
     if any((piece.rate, piece.samples.shape[1]) != (rate, channels) for piece in pieces):
-        samples: NDArray[Any] = join(list(resampled(pieces, Mix("mean", reading.name))))
+        samples: NDArray[Any] = join_blocks(list(resampled(pieces, Mix("mean", reading.name))))
     else:
-        samples = join([piece.samples for piece in pieces])
+        samples = join_blocks([piece.samples for piece in pieces])
         if channels == 1:
             samples = samples[:, 0]
         elif channels != 2 or not stereo:

@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 from ced.errors import AudioError, TooLongError
 from ced.sound.ffmpeg import open_address
 from ced.sound.libsndfile import open_part
-from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading, View, boundary
+from ced.sound.reading import MOST_CHANNELS, Block, FileRange, Opened, Reading, boundary
 from ced.sound.truncation import Structure, inspect, is_chunk
-from ced.sound.web import is_address
 
 AUDIO_SUFFIXES = frozenset(
     {".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"}
@@ -57,6 +56,11 @@ def name_of(source: Source) -> str:
         return "<bytes>" if isinstance(source, bytes) else "<array>"
     name = getattr(source, "name", None)
     return name if isinstance(name, str) else "<file>"
+
+
+def is_address(name: str) -> bool:
+    """Return whether a source given as text is an http(s) address."""
+    return name.lower().startswith(("http://", "https://"))
 
 
 def open_source(source: Source, reading: Reading, stack: ExitStack) -> Opened:
@@ -150,7 +154,7 @@ def plain_wav(file: BinaryIO) -> PlainWav | None:
     if not size or size % frame or place + size > there:
         return None
     if there - end >= 4:  # more chunks, more samples than the header announces, or another file
-        view = View(file, 0, there)
+        view = FileRange(file, 0, there)
         if not is_chunk(view, end) or view.at(end, 4) == b"RIFF":
             return None
     return PlainWav(rate, channels, size // frame, place)
@@ -184,7 +188,7 @@ class SoundBytes(io.BytesIO):
 
 def _open_file(file: IO[bytes], reading: Reading, stack: ExitStack) -> Opened:
     """Open the sound in a file, or the several sounds of joined files, one after the other."""
-    view = View(file, 0, file.seek(0, os.SEEK_END))
+    view = FileRange(file, 0, file.seek(0, os.SEEK_END))
     if not view.size:
         raise AudioError("empty (0 bytes)", reading.name)
     reading.size = view.size
@@ -199,7 +203,7 @@ def _open_file(file: IO[bytes], reading: Reading, stack: ExitStack) -> Opened:
     return _open_joined(view, structure, reading, stack)
 
 
-def _open_joined(view: View, structure: Structure, reading: Reading, stack: ExitStack) -> Opened:
+def _open_joined(view: FileRange, structure: Structure, reading: Reading, stack: ExitStack) -> Opened:
     """Open the first of joined files that can be opened; its blocks are followed by those of the others."""
     total = len(structure.parts)
     fault = AudioError("no samples", reading.name)
@@ -216,7 +220,7 @@ def _open_joined(view: View, structure: Structure, reading: Reading, stack: Exit
 
 
 def _joined(
-    view: View, structure: Structure, first: int, opened: Opened, reading: Reading, frames: int
+    view: FileRange, structure: Structure, first: int, opened: Opened, reading: Reading, frames: int
 ) -> Iterator[Block]:
     """Yield the blocks of joined files from the `first` on, which is open already, `frames` of its frames at a time."""
     seconds, total = frames / opened.rate, len(structure.parts)

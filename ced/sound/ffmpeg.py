@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, optional_packages
-from ced.sound.reading import Block, Opened, Reading, View
+from ced.sound.reading import Block, FileRange, Opened, Reading
 from ced.sound.truncation import SLACK
 from ced.sound.web import PATIENCE, TrustedAddress, Web
 
@@ -144,7 +144,7 @@ def open_rtsp(address: str, stack: ExitStack, reading: Reading) -> Opened:
         raise AudioError(f"cannot be read: {_reason(error)}", reading.name) from error
 
 
-def open_media(file: View, reading: Reading, complete: bool | None, stack: ExitStack) -> Opened | None:
+def open_media(file: FileRange, reading: Reading, complete: bool | None, stack: ExitStack) -> Opened | None:
     """Open the first sound track of a file.
 
     Args:

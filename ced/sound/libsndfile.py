@@ -16,8 +16,8 @@ import soundfile
 
 from ced.errors import AudioError, install_command
 from ced.sound.ffmpeg import MEDIA_KINDS, is_installed, open_media
-from ced.sound.reading import Block, Opened, Reading, View
-from ced.sound.truncation import SLACK, Part, mp3_frames_at
+from ced.sound.reading import Block, FileRange, Opened, Reading
+from ced.sound.truncation import SLACK, FilePart, mp3_frames_at
 
 _KINDS = "WAV, FLAC, OGG, Opus, MP3, AIFF, AU, CAF, W64"
 _BUFFER = 1 << 16  # bytes
@@ -37,7 +37,7 @@ class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile ship
         return False
 
 
-def open_part(view: View, part: Part, complete: bool | None, reading: Reading, stack: ExitStack) -> Opened:
+def open_part(view: FileRange, part: FilePart, complete: bool | None, reading: Reading, stack: ExitStack) -> Opened:
     """Open a part of a file, with FFmpeg if libsndfile cannot read it, or not to its end.
 
     Args:
@@ -71,7 +71,7 @@ def open_part(view: View, part: Part, complete: bool | None, reading: Reading, s
     return Opened(file.samplerate, file.channels, blocks, seconds)
 
 
-def _open(source: "io.BufferedReader[View]", stack: ExitStack) -> "_ForwardFile | AudioError":
+def _open(source: "io.BufferedReader[FileRange]", stack: ExitStack) -> "_ForwardFile | AudioError":
     """Open a file with libsndfile, or return the error."""
     try:
         with captured_stderr([]):
@@ -93,7 +93,7 @@ def _reason(error: soundfile.LibsndfileError) -> str:
 
 def _blocks(
     file: soundfile.SoundFile,
-    source: "io.BufferedReader[View]",
+    source: "io.BufferedReader[FileRange]",
     reading: Reading,
     announced: int | None,
     complete: bool | None,
@@ -166,7 +166,7 @@ def _reported(printed: list[bytes]) -> str:
 
 
 def _continue_with_ffmpeg(
-    seen: View, reading: Reading, done: int, file: soundfile.SoundFile, frames: int
+    seen: FileRange, reading: Reading, done: int, file: soundfile.SoundFile, frames: int
 ) -> Generator[Block, None, tuple[float, float]]:
     """Continue with FFmpeg where libsndfile has stopped: after a damaged frame, or where the rate changes.
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError, optional_packages
 from ced.sound.audio import SAMPLE_RATE, Channel, Mix, check_channel, resampled
-from ced.sound.decode import checked
+from ced.sound.decode import checked, is_address
 from ced.sound.ffmpeg import is_rtsp, open_address, open_rtsp
 from ced.sound.reading import MOST_CHANNELS, RATES, Block, Reading
-from ced.sound.web import is_address, without_password
+from ced.sound.web import without_password
 
 STANDARD_INPUT = "standard input"
 _BLOCK = 0.1  # seconds read at a time

@@ -142,12 +142,12 @@ class Reading:
         return f"cut short: it ends after {self.seconds:.2f} s{of}"
 
 
-def join(blocks: Sequence[NDArray[Any]]) -> NDArray[Any]:
+def join_blocks(blocks: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """Concatenate blocks, without a copy if there is only one."""
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
-class View(io.RawIOBase):
+class FileRange(io.RawIOBase):
     """A range of bytes of an open file as a read-only file of its own; its size is fixed, even if the file grows.
 
     Args:
@@ -163,7 +163,7 @@ class View(io.RawIOBase):
 
     def __init__(
         self,
-        file: "IO[bytes] | View",
+        file: "IO[bytes] | FileRange",
         start: int,
         end: int,
         corrections: tuple[tuple[int, bytes], ...] = (),
@@ -176,9 +176,9 @@ class View(io.RawIOBase):
 
     def within(
         self, start: int, end: int, corrections: tuple[tuple[int, bytes], ...] = (), prefix: bytes = b""
-    ) -> "View":
+    ) -> "FileRange":
         """Return a range of this view, which must have neither corrections nor a prefix."""
-        return View(self._file, self._start + start, self._start + end, corrections, prefix)
+        return FileRange(self._file, self._start + start, self._start + end, corrections, prefix)
 
     def at(self, place: int, count: int) -> bytes:
         """Return up to `count` bytes from an offset on.

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ced.sound.reading import View
+from ced.sound.reading import FileRange
 
 SLACK = 0.1  # seconds; what is less than that is padding, or a rounded length
 _CHUNK = 1 << 20  # bytes read at a time in searches
@@ -25,7 +25,7 @@ _METADATA = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"cue ", b"smpl", b"JU
 
 
 @dataclass(frozen=True)
-class Part:
+class FilePart:
     """A stretch of a file that is a sound file of its own.
 
     Attributes:
@@ -54,20 +54,20 @@ class Structure:
         fault: why nothing can be read at all.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[FilePart, ...]
     complete: bool | None = None
     seconds: float | None = None
     warnings: tuple[str, ...] = ()
     fault: str | None = None
 
 
-def inspect(file: View) -> Structure:
+def inspect(file: FileRange) -> Structure:
     """Look at the headers of a file.
 
     Raises:
         OSError: it cannot be read.
     """
-    parts: list[Part] = []
+    parts: list[FilePart] = []
     warnings: dict[str, None] = {}
     while True:
         start = _behind_id3(file, parts[-1].end if parts else 0)  # ID3v2 tags may precede any kind of file
@@ -85,9 +85,9 @@ def inspect(file: View) -> Structure:
             return replace(found, parts=tuple(parts), warnings=tuple(warnings))
 
 
-def _inspect(file: View) -> Structure:
+def _inspect(file: FileRange) -> Structure:
     head = file.at(0, 16)
-    whole = Structure((Part(0, file.size),))
+    whole = Structure((FilePart(0, file.size),))
     if len(head) < 12:  # no format is as short
         return replace(whole, complete=False)
     if head[:4] in (b"RIFF", b"RF64", b"BW64"):
@@ -117,7 +117,7 @@ def _inspect(file: View) -> Structure:
     return _mp3(file) or whole
 
 
-def _find(file: View, sought: bytes, place: int) -> int:
+def _find(file: FileRange, sought: bytes, place: int) -> int:
     """Return where some bytes are next, -1 if nowhere."""
     while len(data := file.at(place, _CHUNK)) >= len(sought):
         if (found := data.find(sought)) >= 0:
@@ -149,13 +149,13 @@ class _Samples:
     place: int
     announced: int
     second: float
-    corrected: Part
+    corrected: FilePart
     chunks: bool = True
 
 
-def _compare(file: View, samples: _Samples) -> Structure:
+def _compare(file: FileRange, samples: _Samples) -> Structure:
     """Compare the announced size of the samples with what is there."""
-    whole, there, announced = Part(0, file.size), file.size - samples.place, samples.announced
+    whole, there, announced = FilePart(0, file.size), file.size - samples.place, samples.announced
     if there <= 0:
         return Structure((whole,), complete=not announced)
     more = announced - there
@@ -169,7 +169,7 @@ def _compare(file: View, samples: _Samples) -> Structure:
     if samples.chunks:
         end += announced % 2 if is_chunk(file, end + announced % 2) else 0
         if file.at(end, 4) == b"RIFF" and file.at(end + 8, 4) == b"WAVE":
-            return Structure((Part(0, end),))  # another file follows
+            return Structure((FilePart(0, end),))  # another file follows
         if is_chunk(file, end):
             return Structure((whole,), True)
     rest = (file.size - end) / samples.second
@@ -183,7 +183,7 @@ def _compare(file: View, samples: _Samples) -> Structure:
     return Structure((samples.corrected,), True, warnings=(warning,))
 
 
-def is_chunk(file: View, place: int) -> bool:
+def is_chunk(file: FileRange, place: int) -> bool:
     """Return whether what is at a place is the end, a chunk, a tag or padding, rather than samples."""
     head = file.at(place, 8)
     if len(head) < 8:
@@ -196,7 +196,7 @@ def is_chunk(file: View, place: int) -> bool:
     return file.size - place <= 1 << 16 and not any(file.at(place, 1 << 16))
 
 
-def _chunks(file: View, layout: str, place: int = 12) -> Iterator[tuple[bytes, int, int]]:
+def _chunks(file: FileRange, layout: str, place: int = 12) -> Iterator[tuple[bytes, int, int]]:
     """Yield name, size and first byte of each chunk."""
     for _ in range(_MOST_CHUNKS):
         if len(head := file.at(place, 8)) < 8:
@@ -206,7 +206,7 @@ def _chunks(file: View, layout: str, place: int = 12) -> Iterator[tuple[bytes, i
         place += 8 + size + size % 2
 
 
-def _wav(file: View) -> Structure:
+def _wav(file: FileRange) -> Structure:
     wide, wide_at, second = 0, 0, 1.0
     for name, size, place in _chunks(file, "<4sI"):
         if name == b"ds64":  # of RF64 files: sizes in 64 bits
@@ -217,25 +217,27 @@ def _wav(file: View) -> Structure:
         elif name == b"data":
             there = file.size - place
             if not wide_at and there < 0xFFFFF000:
-                corrected = Part(0, file.size, ((place - 4, b"\xff\xff\xff\xff"),))
+                corrected = FilePart(0, file.size, ((place - 4, b"\xff\xff\xff\xff"),))
             elif not wide_at:  # under an RF64 file's header, which has such sizes
                 header = struct.pack(
                     "<4sI8sIQQQI", b"RF64", 0xFFFFFFFF, b"WAVEds64", 28, place + there + 36, there, 0, 0
                 )
-                corrected = Part(12, file.size, ((place - 16, b"\xff\xff\xff\xff"),), header)
+                corrected = FilePart(12, file.size, ((place - 16, b"\xff\xff\xff\xff"),), header)
             else:
-                corrected = Part(0, file.size, ((wide_at, struct.pack("<Q", there)),))
+                corrected = FilePart(0, file.size, ((wide_at, struct.pack("<Q", there)),))
             if _is_unknown(size) and not wide_at:
-                return Structure((Part(0, file.size) if there < 0xFFFFF000 else corrected,))
+                return Structure((FilePart(0, file.size) if there < 0xFFFFF000 else corrected,))
             return _compare(file, _Samples(place, wide if _is_unknown(size) else size, second, corrected))
     return _without_samples(file, "data")
 
 
-def _without_samples(file: View, name: str) -> Structure:
-    return Structure((Part(0, file.size),), False, fault=f"cannot be decoded: it has no samples (no chunk {name!r})")
+def _without_samples(file: FileRange, name: str) -> Structure:
+    return Structure(
+        (FilePart(0, file.size),), False, fault=f"cannot be decoded: it has no samples (no chunk {name!r})"
+    )
 
 
-def _aiff(file: View) -> Structure:
+def _aiff(file: FileRange) -> Structure:
     second = 1.0
     for name, size, place in _chunks(file, ">4sI"):
         if name == b"COMM":
@@ -244,22 +246,22 @@ def _aiff(file: View) -> Structure:
             second = max(1.0, rate * channels * bits / 8)
         elif name == b"SSND":
             there = struct.pack(">I", min(file.size - place, 0x7FFFFFFF))
-            return _compare(file, _Samples(place, size, second, Part(0, file.size, ((place - 4, there),))))
+            return _compare(file, _Samples(place, size, second, FilePart(0, file.size, ((place - 4, there),))))
     return _without_samples(file, "SSND")
 
 
-def _au(file: View) -> Structure:
+def _au(file: FileRange) -> Structure:
     order = ">" if file.at(0, 4) == b".snd" else "<"
     place, size, kind, rate, channels = struct.unpack(f"{order}5I", file.at(4, 20).ljust(20, b"\0"))
     if _is_unknown(size):
-        return Structure((Part(0, file.size),))
+        return Structure((FilePart(0, file.size),))
     width = {3: 2, 4: 3, 5: 4, 6: 4, 7: 8}.get(kind, 1)
     second = max(1.0, rate * channels * width)
-    corrected = Part(0, file.size, ((8, b"\xff\xff\xff\xff"),))
+    corrected = FilePart(0, file.size, ((8, b"\xff\xff\xff\xff"),))
     return _compare(file, _Samples(place, size, second, corrected, chunks=False))
 
 
-def _caf(file: View) -> Structure:
+def _caf(file: FileRange) -> Structure:
     """Look at the chunks of a Core Audio file: names of 4 bytes, sizes of 8."""
     place = 8
     for _ in range(_MOST_CHUNKS):
@@ -267,16 +269,16 @@ def _caf(file: View) -> Structure:
             break
         name, size = struct.unpack(">4sq", head)
         if size < 0:  # to the end of the file
-            return Structure((Part(0, file.size),))
+            return Structure((FilePart(0, file.size),))
         if name == b"data" and place + 12 + size > file.size:
             return Structure(
-                (Part(0, file.size, ((place + 4, struct.pack(">q", file.size - place - 12)),)),), complete=False
+                (FilePart(0, file.size, ((place + 4, struct.pack(">q", file.size - place - 12)),)),), complete=False
             )
         place += 12 + size
-    return Structure((Part(0, file.size),), complete=place <= file.size)
+    return Structure((FilePart(0, file.size),), complete=place <= file.size)
 
 
-def _w64(file: View) -> Structure:
+def _w64(file: FileRange) -> Structure:
     """Look at the chunks of a Sony Wave64 file: names of 16 bytes, sizes of 8 that include both."""
     place = 40
     for _ in range(_MOST_CHUNKS):
@@ -284,18 +286,18 @@ def _w64(file: View) -> Structure:
             break
         name, size = struct.unpack("<4s12xQ", head)
         if name == b"data" and size <= 24 < file.size - place:
-            corrected = Part(0, file.size, ((place + 16, struct.pack("<Q", file.size - place)),))
+            corrected = FilePart(0, file.size, ((place + 16, struct.pack("<Q", file.size - place)),))
             return Structure((corrected,), warnings=("its header was never finished; the sound behind it is read",))
         if size < 24:
             break
         place += size + -size % 8
-    return Structure((Part(0, file.size),), complete=place <= file.size + 7)
+    return Structure((FilePart(0, file.size),), complete=place <= file.size + 7)
 
 
 # Containers of packets
 
 
-def _ogg(file: View) -> Structure:
+def _ogg(file: FileRange) -> Structure:
     """Go from page to page of an OGG file (RFC 3533): chained streams, a last page that is not complete."""
     starts, page, place = [0], 0, 0
     beginning, last = True, 0
@@ -317,11 +319,11 @@ def _ogg(file: View) -> Structure:
         beginning = bool(last & 2)
         place += 27 + head[26] + sum(head[27 : 27 + head[26]])
     warnings = ("it has no end mark, so its end may be missing",) if complete and not last & 4 else ()
-    parts = tuple(Part(*ends) for ends in zip(starts, [*starts[1:], file.size], strict=True))
+    parts = tuple(FilePart(*ends) for ends in zip(starts, [*starts[1:], file.size], strict=True))
     return Structure(parts, complete, warnings=warnings)
 
 
-def _flac(file: View) -> Structure:
+def _flac(file: FileRange) -> Structure:
     starts, place = [0], 4
     while len(starts) < _MOST_PARTS and (place := _find(file, b"fLaC", place)) > 0:
         if file.at(place + 4, 4) in (b"\0\0\0\x22", b"\x80\0\0\x22"):  # the header of the block that is always first
@@ -330,20 +332,20 @@ def _flac(file: View) -> Structure:
     # The last 36 bits of these 5 bytes are how many frames there are.
     unknown = not int.from_bytes(file.at(starts[-1] + 21, 5)) & (1 << 36) - 1
     warnings = ("its header does not say how long it is, so its end may be missing",) if unknown else ()
-    parts = tuple(Part(*ends) for ends in zip(starts, [*starts[1:], file.size], strict=True))
+    parts = tuple(FilePart(*ends) for ends in zip(starts, [*starts[1:], file.size], strict=True))
     return Structure(parts, warnings=warnings)
 
 
-def _boxes(file: View) -> Structure:
+def _boxes(file: FileRange) -> Structure:
     """Look at the outermost boxes of an MP4 or MOV file (ISO/IEC 14496-12, 4.2)."""
     place, names = 0, set()
-    whole = Structure((Part(0, file.size),))
+    whole = Structure((FilePart(0, file.size),))
     for _ in range(_MOST_BOXES):
         if len(head := file.at(place, 8)) < 8:
             break
         size, name = struct.unpack(">I4s", head)
         if name == b"ftyp" and b"moov" in names:  # another file
-            return Structure((Part(0, place),), True)
+            return Structure((FilePart(0, place),), True)
         names.add(name)
         if size == 1:
             (size,) = struct.unpack(">Q", file.at(place + 8, 8).ljust(8, b"\0"))
@@ -361,9 +363,9 @@ def _boxes(file: View) -> Structure:
     return replace(whole, complete=place <= file.size)
 
 
-def _segment(file: View) -> Structure:
+def _segment(file: FileRange) -> Structure:
     """Look at the segment that follows the header of a Matroska or WebM file (RFC 8794, 4 and 6)."""
-    whole = Structure((Part(0, file.size),))
+    whole = Structure((FilePart(0, file.size),))
     header, place = _ebml_size(file, len(_EBML))
     if header is None:
         return whole
@@ -375,7 +377,7 @@ def _segment(file: View) -> Structure:
     return _up_to(file, place + size, _EBML)
 
 
-def _riff(file: View) -> Structure:
+def _riff(file: FileRange) -> Structure:
     """Look at the outermost chunks of an AVI file, or another of this kind; those of long files are several."""
     kind, place = file.at(8, 4), 0
     for _ in range(_MOST_BOXES):
@@ -384,34 +386,36 @@ def _riff(file: View) -> Structure:
             break
         (size,) = struct.unpack("<I", head[4:8])
         if _is_unknown(size) or not size:
-            return Structure((Part(0, file.size),))
+            return Structure((FilePart(0, file.size),))
         place += 8 + size + size % 2
     return _up_to(file, place - 1 if place == file.size + 1 else place, b"RIFF")
 
 
-def _flv(file: View) -> Structure:
+def _flv(file: FileRange) -> Structure:
     """Go from tag to tag of an FLV file: 15 bytes around each, of which three are its length."""
     place = int.from_bytes(file.at(5, 4)) + 4
     for _ in range(_MOST_PAGES):
         head = file.at(place, 11)
         if len(head) < 11 or head[:4] == b"FLV\x01":
             return (
-                _up_to(file, place, b"FLV") if not head or len(head) == 11 else Structure((Part(0, file.size),), False)
+                _up_to(file, place, b"FLV")
+                if not head or len(head) == 11
+                else Structure((FilePart(0, file.size),), False)
             )
         if head[0] & 0x1F not in (8, 9, 18):  # sound, pictures, data
             break
         place += 15 + int.from_bytes(head[1:4])
-    return Structure((Part(0, file.size),))
+    return Structure((FilePart(0, file.size),))
 
 
-def _up_to(file: View, end: int, start: bytes) -> Structure:
+def _up_to(file: FileRange, end: int, start: bytes) -> Structure:
     """Return a part that ends at a place by its own account; another file may follow, which begins with `start`."""
     if end < file.size and file.at(end, len(start)) == start:
-        return Structure((Part(0, end),), True)
-    return Structure((Part(0, file.size),), end <= file.size)
+        return Structure((FilePart(0, end),), True)
+    return Structure((FilePart(0, file.size),), end <= file.size)
 
 
-def _ebml_size(file: View, place: int) -> tuple[int | None, int]:
+def _ebml_size(file: FileRange, place: int) -> tuple[int | None, int]:
     """Return a size, None if it is not known, and the place behind it.
 
     As many leading zero bits as bytes follow the first; all ones mean that it is not known.
@@ -424,7 +428,7 @@ def _ebml_size(file: View, place: int) -> tuple[int | None, int]:
     return (None if value == (1 << 7 * (more + 1)) - 1 else value), place + 1 + more
 
 
-def _objects_are_complete(file: View) -> bool | None:
+def _objects_are_complete(file: FileRange) -> bool | None:
     """Look at the outermost objects of a WMA or ASF file: identifiers of 16 bytes, sizes of 8 that include both."""
     place = 0
     for _ in range(_MOST_BOXES):
@@ -472,7 +476,7 @@ def _frame(head: bytes) -> _Frame | None:
     return _Frame(length + (head[2] >> 1 & 1), 4 + side)
 
 
-def _behind_id3(file: View, place: int) -> int:
+def _behind_id3(file: FileRange, place: int) -> int:
     """Return the place behind the ID3v2 tags at a place."""
     for _ in range(_MOST_TAGS):
         head = file.at(place, 10)
@@ -482,7 +486,7 @@ def _behind_id3(file: View, place: int) -> int:
     return place
 
 
-def _behind_tags(file: View, place: int) -> int:
+def _behind_tags(file: FileRange, place: int) -> int:
     """Return the place behind the tags of any kind that are at a place, where one MP3 file ends and another begins."""
     for _ in range(_MOST_TAGS):
         before = place
@@ -499,7 +503,7 @@ def _behind_tags(file: View, place: int) -> int:
     return place
 
 
-def mp3_frames_at(file: View, place: int) -> int | None:
+def mp3_frames_at(file: FileRange, place: int) -> int | None:
     """Return where, at a place or a little behind it, several frames follow each other."""
     data = file.at(place, _GARBAGE)
     for found in re.finditer(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]", data):
@@ -513,26 +517,26 @@ def mp3_frames_at(file: View, place: int) -> int | None:
     return None
 
 
-def _mp3(file: View) -> Structure | None:
+def _mp3(file: FileRange) -> Structure | None:
     """Look for the count of frames that encoders put into the first one (Xing, LAME), and for what follows the last.
 
     Returns:
         None if the file is not MP3.
     """
-    parts: list[Part] = []
+    parts: list[FilePart] = []
     place, complete = 0, None
     while (start := mp3_frames_at(file, _behind_tags(file, place))) is not None:
         frame = _frame(file.at(start, 4))
         assert frame is not None
         name, flags, count, size = struct.unpack(">4sIII", file.at(start + frame.count_at, 16).ljust(16, b"\0"))
         if name not in (b"Xing", b"Info") or not flags & 1 or not count:
-            parts.append(Part(start, file.size, prefix=_EMPTY_ID3, counted=False))
+            parts.append(FilePart(start, file.size, prefix=_EMPTY_ID3, counted=False))
             return Structure(tuple(parts))
         place = start + size
         if not flags & 2 or size < frame.length or place > file.size or len(parts) + 1 == _MOST_PARTS:
-            parts.append(Part(start, file.size, prefix=_EMPTY_ID3))
+            parts.append(FilePart(start, file.size, prefix=_EMPTY_ID3))
             return Structure(tuple(parts))
-        parts.append(Part(start, place, prefix=_EMPTY_ID3))
+        parts.append(FilePart(start, place, prefix=_EMPTY_ID3))
         complete = True
     if not parts:
         return None

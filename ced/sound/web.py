@@ -32,7 +32,6 @@ _RELOAD_SECONDS = 1.0  # the least time between two readings of a live playlist
 _LEAST_BYTES = 256  # that must arrive in the time of `PATIENCE`; the lowest bit rates give a hundred times as many
 _LONGEST_PLAYLIST = 4 << 20  # bytes; of a day in parts of 6 s there are 14,400 lines
 _SKIPPED = 1 << 18  # bytes: a gap up to this long is read and dropped; behind a longer one a new request begins
-_SCHEMES = ("http://", "https://")
 _UNSAFE = "%/:=&?~#+!$,;'@()*[]"  # what of an address is left as it is, so that only what is not ASCII is quoted
 _REDIRECTED = (301, 302, 303, 307, 308)
 _PLAYLIST = b"#EXTM3U"
@@ -52,11 +51,6 @@ class TrustedAddress(str):
     """An http(s) address whose redirects and playlists may also lead to hosts that are not public."""
 
     __slots__ = ()
-
-
-def is_address(name: str) -> bool:
-    """Return whether a name is an http(s) address."""
-    return name.lower().startswith(_SCHEMES)
 
 
 def without_password(address: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ced.errors import ConfigError, MissingPackageError
 from ced.files import written_aside
-from ced.sound.web import is_address
+from ced.sound.decode import is_address
 from ced.tag.records import (
     CLOCK_KEYS,
     FORMAT_VERSION,

@@ -11,7 +11,7 @@ import torch
 
 from ced.errors import ConfigError, ExportError
 from ced.model.config import ModelConfig
-from ced.model.graph import Input
+from ced.model.graph import GraphInput
 from ced.model.graph import compare as compare_module
 from ced.model.graph.compare import Comparison, export_int8
 from ced.model.graph.export import export
@@ -48,7 +48,7 @@ def clips(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("source", ["wave", "feats"])
-def test_what_is_in_8_bits(network: CED, source: Input, tmp_path: Path) -> None:
+def test_what_is_in_8_bits(network: CED, source: GraphInput, tmp_path: Path) -> None:
     report = export(weights_of(network), tmp_path / "a.onnx", source)
     assert export_int8(report.path) is None
     made = onnx.load(tmp_path / "a.int8.onnx")

@@ -82,7 +82,7 @@ def test_a_visible_patch_keeps_its_place() -> None:
     hidden[0, [1, 5, 10]] = False
     encoder = autoencoder.encoder
     with torch.no_grad():
-        every = encoder.embed(encoder.init_bn(mel))
+        every = encoder.embed_patches(encoder.init_bn(mel))
         expected = encoder.relate(every[:, [1, 5, 10]])
         torch.testing.assert_close(autoencoder.encode(mel, autoencoder.places(hidden)), expected)
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import ced
 
-Input = Literal["wave", "feats"]
+GraphInput = Literal["wave", "feats"]
 Precision = Literal["float32", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8")
 

@@ -28,12 +28,11 @@ from ced.model.graph import (
     PRECISION,
     PROBABILITIES,
     RATE,
-    Input,
+    GraphInput,
 )
 from ced.model.graph.network import BLOCKS, RUNTIME, feats_graph, wave_graph
 from ced.model.runtime import GraphOptimizationLevel, InferenceSession, quantization, session_options
-from ced.model.weights import HEAD as HEAD_KEYS
-from ced.model.weights import Weights
+from ced.model.weights import HEAD_KEYS, Weights
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable
 
@@ -49,7 +48,7 @@ class ExportReport:
     labels_path: Path | None  # the class table beside a graph of features; other graphs have theirs inside
 
 
-def export(weights: Weights, path: Path, source: Input = "wave") -> ExportReport:
+def export(weights: Weights, path: Path, source: GraphInput = "wave") -> ExportReport:
     """Write a graph, `wave` as in `write_graph` or `feats` as in `write_feats_graph`.
 
     Beside a graph of features goes its class table, `class_labels_indices.csv` with the columns index, mid,
