@@ -1,4 +1,4 @@
-"""Labelled clips: sound files with the classes heard in them, as a table lists them."""
+"""Labelled clips: a table of sound files and their classes."""
 
 import os
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ TABLE_OF_A_FOLDER = "meta.tsv"
 
 @dataclass(frozen=True)
 class LabelledClip:
-    """A sound file and the classes heard in it."""
+    """A sound file and its classes."""
 
     path: Path
     labels: tuple[int, ...]  # indices of the class table
@@ -22,16 +22,16 @@ class LabelledClip:
 def read_labelled(table: str | os.PathLike[str], classes: ClassTable) -> list[LabelledClip]:
     """Read a table of labelled clips: tab-separated, columns `filename` and `labels` (class indices joined by ";").
 
-    A column `label` (one class index) may stand for `labels`. A file is looked for beside the table, in the folder
-    `audio` beside it, and at its name as given.
+    A column `label` (one class index) may replace `labels`. A file is searched for beside the table, in the folder
+    `audio` beside it, and at its path as given.
 
     Args:
         table: the table, or a folder that holds one named meta.tsv.
-        classes: the classes that labels are indices of.
+        classes: the classes that the labels index.
 
     Raises:
-        TableError: the table cannot be understood, a label is no class or not the one that the table's column `name`
-            says (with its row), or files are not there (how many, and the first).
+        TableError: the table is invalid, a label is out of range or contradicts the table's column `name` (with its
+            row), or files are missing (how many, and the first).
     """
     path = Path(table)
     if path.is_dir():
@@ -45,21 +45,21 @@ def read_labelled(table: str | os.PathLike[str], classes: ClassTable) -> list[La
     found = [_find(name, path.parent) for name in names]
     if missing := [name for name, file in zip(names, found, strict=True) if file is None]:
         raise TableError(
-            f"table {path}: {len(missing)} of {len(names)} files are not there, the first is {missing[0]!r};"
-            f" they are looked for in {path.parent}, in {path.parent / 'audio'}, and as given"
+            f"table {path}: {len(missing)} of {len(names)} files are missing, the first is {missing[0]!r};"
+            f" searched: {path.parent}, {path.parent / 'audio'}, and the path as given"
         )
     return [LabelledClip(file, heard) for file, heard in zip(found, labels, strict=True) if file is not None]
 
 
 def _check_names(rows: Table, labels: list[tuple[int, ...]], classes: ClassTable) -> None:
-    """Refuse labels that go by another class table, where a column says what they are called."""
-    if classes.names == numbered(len(classes)).names:  # they have no names of their own
+    """Refuse labels of another class table, where a column names them."""
+    if classes.names == numbered(len(classes)).names:  # they have no names
         return
     for row, (name, heard) in enumerate(zip(rows.columns.get("name", ()), labels, strict=False), start=1):
         if len(heard) == 1 and name.casefold() != classes.names[heard[0]].casefold():
             raise TableError(
-                f"table {rows.path}, row {row}: label {heard[0]} is called {name!r} there, but"
-                f" {classes.names[heard[0]]!r} by the model; labels are indices of the model's classes"
+                f"table {rows.path}, row {row}: label {heard[0]} is named {name!r}, but class {heard[0]} of the model"
+                f" is {classes.names[heard[0]]!r}; labels are indices of the model's classes"
             )
 
 

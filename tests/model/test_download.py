@@ -212,7 +212,7 @@ def test_right_checksums(site: Site, tmp_path: Path) -> None:
 )
 def test_a_wrong_checksum(site: Site, tmp_path: Path, headers: dict[str, str]) -> None:
     site.headers = headers
-    with pytest.raises(DownloadError, match=r"its md5 is [0-9a-f]+, the server promised 0{32}; removed"):
+    with pytest.raises(DownloadError, match=r"its md5 is [0-9a-f]+, but .* 0{32}; removed"):
         download(site.url, tmp_path / "model.pt")
     assert left(tmp_path) == []
     site.headers = {"ETag": '"good"'}
@@ -238,7 +238,7 @@ def test_content_that_does_not_verify_is_removed(site: Site, tmp_path: Path) -> 
 
 def test_an_encoding_that_was_not_asked_for(site: Site, tmp_path: Path) -> None:
     site.headers = {"Content-Encoding": "gzip"}
-    with pytest.raises(DownloadError, match="came in encoding gzip"):
+    with pytest.raises(DownloadError, match="in encoding gzip"):
         download(site.url, tmp_path / "model.pt")
     assert left(tmp_path) == []
 
@@ -254,7 +254,7 @@ def test_a_length_that_is_not_a_number(site: Site, tmp_path: Path, length: str) 
 def test_https_is_never_followed_to_http(tmp_path: Path) -> None:
     redirects = download_module._Redirects()
     secure = Request("https://zenodo.org/records/1/files/a.pt")
-    with pytest.raises(DownloadError, match=r"leads to http://mirror\.example/a\.pt, which is not encrypted"):
+    with pytest.raises(DownloadError, match=r"redirects to http://mirror\.example/a\.pt, which is not encrypted"):
         redirects.redirect_request(secure, None, 302, "Found", {}, "http://mirror.example/a.pt")
     followed = redirects.redirect_request(secure, None, 302, "Found", {}, "https://mirror.example/a.pt")
     assert followed is not None
@@ -263,7 +263,7 @@ def test_https_is_never_followed_to_http(tmp_path: Path) -> None:
 
 def test_an_address_without_a_file(site: Site, tmp_path: Path) -> None:
     site.statuses = [404]
-    with pytest.raises(DownloadError, match=r"^cannot fetch http://127.*model\.pt\?download=1: 404 Not Found$"):
+    with pytest.raises(DownloadError, match=r"^cannot download http://127.*model\.pt\?download=1: 404 Not Found$"):
         download(site.url, tmp_path / "model.pt")
     assert len(site.asked) == 1  # no use in asking again
     assert left(tmp_path) == []
@@ -282,7 +282,7 @@ def test_nobody_answers(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(DownloadError, match=r"cannot fetch http://127\.0\.0\.1.*refused") as caught:
+    with pytest.raises(DownloadError, match=r"cannot download http://127\.0\.0\.1.*refused") as caught:
         download(f"http://127.0.0.1:{port}/model.pt", tmp_path / "model.pt")
     assert "\n" not in str(caught.value)
 

@@ -95,7 +95,7 @@ def test_refused_past_the_bound(network: CED, clips: Path, tmp_path: Path, monke
     (tmp_path / "a.int8.onnx").write_bytes(b"of an earlier export")
     bad = Comparison(6, Figures(0.9, 1.0), Figures(0.89, 1.0), 0.01, 0.1)
     monkeypatch.setattr(compare_module, "compare", lambda *_: bad)
-    with pytest.raises(ExportError, match=r"int8 costs .*a\.onnx 1\.00 points of mAP; at most 0\.3 are allowed"):
+    with pytest.raises(ExportError, match=r"int8 loses 1\.00 points of mAP of .*a\.onnx; at most 0\.3 are allowed"):
         export_int8(report.path, check=clips)
     assert sorted(os.listdir(tmp_path)) == ["a.onnx", "clips"]
     assert export_int8(report.path, check=clips, bound=1.1) is bad

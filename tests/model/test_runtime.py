@@ -334,7 +334,7 @@ class TestOpen:
             model = open_model("ced_tiny")
         assert model.path.parent == cache / "graphs"
         fallback, made = caplog.messages
-        assert "audiotransformer_tiny_mAP_4814.pt, of which no checksum is published" in fallback
+        assert "audiotransformer_tiny_mAP_4814.pt, for which no checksum is published" in fallback
         assert made == f"making the float32 graph of ced_tiny, once: {model.path}"
 
     def test_the_graph_of_a_checkpoint_is_made_once(
@@ -413,7 +413,7 @@ class TestOpen:
 
     def test_int8_of_a_graph_from_elsewhere_is_refused(self, tmp_path: Path) -> None:
         path = foreign(tmp_path / "a.onnx", "logits", ["b", "t"])
-        with pytest.raises(CheckpointError, match=r"a\.onnx was not made by ced"):
+        with pytest.raises(CheckpointError, match=r"a\.onnx is not one of ced"):
             open_model(path, precision="int8")
         with pytest.raises(ConfigError, match="'int4'; allowed: float32, int8"):
             open_model(path, precision="int4")  # type: ignore[arg-type]
@@ -433,7 +433,7 @@ class TestOpen:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ("ced_tinny", "no model and no file is called 'ced_tinny'; did you mean ced_tiny"),
+            ("ced_tinny", "no model and no file is named 'ced_tinny'; did you mean ced_tiny"),
             ("nowhere.onnx", r"no graph at nowhere\.onnx"),
             ("nowhere.pt", r"no checkpoint at nowhere\.pt"),
             ("nowhere/ced_tiny", "no checkpoint at nowhere/ced_tiny"),

@@ -146,13 +146,22 @@ class TestOwn:
         [
             (lambda header: header.update(format=2), "has format 2; known is 1"),
             (lambda header: header["config"].update(colour="red"), "has unknown settings: colour"),
-            (lambda header: header["config"].update(depth="many"), "of another size .*: depth 2, not many"),
-            (lambda header: header["config"].update(embed_dim=10**6), "of another size .*: embed_dim 64, not 1000000"),
-            (lambda header: header["config"].update(depth=10**6), "of another size .*: depth 2, not 1000000"),
+            (
+                lambda header: header["config"].update(depth="many"),
+                "contradicts its configuration: depth is 2, not many",
+            ),
+            (
+                lambda header: header["config"].update(embed_dim=10**6),
+                "contradicts its configuration: embed_dim is 64, not 1000000",
+            ),
+            (
+                lambda header: header["config"].update(depth=10**6),
+                "contradicts its configuration: depth is 2, not 1000000",
+            ),
             (lambda header: header["config"].update(n_fft=10**9), "n_fft is 1000000000"),
             (lambda header: header["config"].update(target_length=10**9), "target_length is 1000000000"),
             (lambda header: header["config"].update(pooling="max"), "pooling is 'max'"),
-            (lambda header: header.update(sha256="0" * 64), "values are not those that were written"),
+            (lambda header: header.update(sha256="0" * 64), "values do not match its digest"),
             (lambda header: header["classes"].update(names=["a", "b"], mids=None), "damaged header: 2 classes"),
             (lambda header: header.pop("classes"), "damaged header .*classes"),
             (lambda header: header["classes"].update(names=["a", "a", "b"]), "damaged header .*more than once"),
@@ -220,7 +229,7 @@ class TestPublished:
 
     def test_a_configuration_of_another_size(self, tmp_path: Path, model: CED) -> None:
         torch.save({"model": published(model), "config": {"embed_dim": 192}}, tmp_path / "a.pt")
-        with pytest.raises(CheckpointError, match="of another size than its configuration: embed_dim 64, not 192"):
+        with pytest.raises(CheckpointError, match="contradicts its configuration: embed_dim is 64, not 192"):
             read(tmp_path / "a.pt")
 
     def test_masked_pre_training(self, tmp_path: Path, model: CED, caplog: pytest.LogCaptureFixture) -> None:
@@ -267,9 +276,9 @@ class TestHuggingFace:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"embed_dim": 192}, "embed_dim 64, not 192"),
-            ({"depth": 12}, "depth 2, not 12"),
-            ({"outputdim": 50}, "outputdim 527, not 50"),
+            ({"embed_dim": 192}, "embed_dim is 64, not 192"),
+            ({"depth": 12}, "depth is 2, not 12"),
+            ({"outputdim": 50}, "outputdim is 527, not 50"),
             ({"num_heads": 7}, "embed_dim 64 is not a multiple of num_heads 7"),
             ({"hop_size": "wide"}, "model setting hop_size is 'wide'"),
         ],
@@ -308,7 +317,7 @@ class TestRefused:
         evil = Touch(tmp_path / "made")
         content = {"file": evil, "model": {"model": {"a": evil}}, "config": {"model": published(model), "config": evil}}
         torch.save(content[place], tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
-        with pytest.raises(CheckpointError, match=r"refused: it asks to execute posix\.mkdir; only weights") as caught:
+        with pytest.raises(CheckpointError, match=r"refused: it would execute posix\.mkdir; only weights") as caught:
             read(tmp_path / "a.pt")
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "made").exists()
@@ -325,8 +334,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (Plain(), r"asks to execute .*Plain"),
-            (torch.nn.Linear(2, 2), r"asks to execute torch\.nn\.modules\.linear\.Linear"),
+            (Plain(), r"would execute .*Plain"),
+            (torch.nn.Linear(2, 2), r"would execute torch\.nn\.modules\.linear\.Linear"),
             ([torch.zeros(2)], "holds a list, not weights"),
             ({}, "holds a dict, not weights"),
             ({"a": 3}, "holds a int under 'a', not a tensor"),
@@ -561,7 +570,7 @@ class TestAverage:
     def test_only_of_one_network(self, tmp_path: Path) -> None:
         for index, depth in enumerate((1, 2)):
             save(tmp_path / f"{index}.safetensors", CED(replace(CONFIG, depth=depth, outputdim=3), OWN))
-        with pytest.raises(CheckpointError, match=r"0\.safetensors and .*1\.safetensors are not of one network"):
+        with pytest.raises(CheckpointError, match=r"0\.safetensors and .*1\.safetensors are of different networks"):
             average([tmp_path / "0.safetensors", tmp_path / "1.safetensors"])
         with pytest.raises(CheckpointError, match="no checkpoints to average"):
             average([])

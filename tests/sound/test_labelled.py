@@ -59,7 +59,7 @@ def test_where_files_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("file\tlabels\na.wav\t0\n", "has no column 'filename'"),
         (
             "filename\tlabels\na.wav\t0\ny.wav\t0\nz.wav\t1\n",
-            "2 of 3 files are not there, the first is 'y.wav'; they are looked for in ",
+            "2 of 3 files are missing, the first is 'y.wav'",
         ),
     ],
 )
@@ -86,5 +86,5 @@ def test_esc10() -> None:
 
 def test_labels_of_another_class_table_are_refused(tmp_path: Path) -> None:
     path = table(tmp_path, "filename\tlabel\tname\na.wav\t1\tCat\nb.wav\t0\tSpeech\n", ("a.wav", "b.wav"))
-    with pytest.raises(TableError, match=r"row 2: label 0 is called 'Speech' there, but 'dog' by the model"):
+    with pytest.raises(TableError, match=r"row 2: label 0 is named 'Speech', but class 0 of the model is 'dog'"):
         read_labelled(path, CLASSES)

@@ -1,7 +1,7 @@
-"""A network as an ONNX graph, made from weights and laid out for ONNX Runtime on a CPU.
+"""A network as an ONNX graph, made from weights and optimised for ONNX Runtime on a CPU.
 
-It computes what `vit.CED` computes, written node for node rather than traced, so that it has no superfluous node:
-frames before mel bins, patches by a matrix product, attention as one node. Tests compare the two.
+It computes the same as `vit.CED` and is written node by node, not traced, to avoid superfluous nodes: frames come
+before mel bins, patches are one matrix product, attention is one node. Tests compare the two.
 """
 
 import math
@@ -29,7 +29,7 @@ NORM_EPSILON = 1e-5  # of the BatchNorm and of the LayerNorm in the output layer
 def wave_graph(weights: Weights) -> onnx.ModelProto:
     """Return a graph from `waves` (b, t) to `prob` (b, c), `embedding` (b, d) and `columns` (b, columns, c).
 
-    It needs ONNX Runtime, some of whose own operators it uses.
+    It uses operators of ONNX Runtime's own.
 
     Raises:
         CheckpointError: the weights do not fit their configuration.
@@ -48,7 +48,7 @@ def wave_graph(weights: Weights) -> onnx.ModelProto:
 
 
 def feats_graph(weights: Weights) -> onnx.ModelProto:
-    """Return a graph from `feats` (b, f, n) dB to `prob` (b, c), of ONNX's own operators only.
+    """Return a graph from `feats` (b, f, n) dB to `prob` (b, c), with standard ONNX operators only.
 
     Raises:
         CheckpointError: the weights do not fit their configuration, or have no output layer.
@@ -76,18 +76,18 @@ def _model(graph: onnx.GraphProto, opset: int) -> onnx.ModelProto:
     opsets = [helper.make_opsetid("", opset)]
     if any(node.domain == RUNTIME for node in graph.node):
         opsets.append(helper.make_opsetid(RUNTIME, 1))
-    # The IR version that the operators came with: older runtimes refuse a later one.
+    # The IR version that introduced the operators: older runtimes refuse a later one.
     return helper.make_model(graph, opset_imports=opsets, ir_version=8 if opset < 20 else 9)
 
 
 class _Network:
-    """Writes the parts of a network that `vit.CED` has."""
+    """Adds the parts of `vit.CED` to a graph."""
 
     def __init__(self, nodes: Nodes, config: ModelConfig, arrays: Mapping[str, Array], fused: bool) -> None:
         self.nodes, self.config, self.arrays, self.fused = nodes, config, arrays, fused
 
     def tokens(self, mel: str) -> tuple[str, str]:
-        """Encode (b, n, f) in pieces of `target_length` frames -> (b pieces, tokens, d), and the pieces a clip has."""
+        """Encode (b, n, f) in pieces of `target_length` frames -> (b pieces, tokens, d), and the pieces per clip."""
         nodes, config = self.nodes, self.config
         mel = self._init_bn(mel)
         length = nodes.add("Min", nodes.size(mel, 1), nodes.ints(config.target_length))
@@ -107,7 +107,7 @@ class _Network:
         return nodes.layer_norm("norm", self.arrays, x, BLOCK_EPSILON), pieces
 
     def probabilities(self, tokens: str, pieces: str) -> str:
-        """Pool the tokens of each piece, score and join them, -> (b, c)."""
+        """Pool the tokens of each piece, score and combine them, -> (b, c)."""
         pooling = self.config.pooling
         if pooling == "dm":
             return self._joined(self._mean(self._activated(self._scored(self._by_column(tokens)))), pieces)
@@ -123,7 +123,7 @@ class _Network:
         return self._mean(by_piece)
 
     def columns(self, tokens: str, pieces: str, mel: str) -> str:
-        """Score each column of patches, of all pieces in order and without the padding, -> (b, columns, c)."""
+        """Score each column of patches of all pieces, without padding, -> (b, columns, c)."""
         nodes, config = self.nodes, self.config
         if config.pooling == "token":
             tokens = nodes.add("Slice", tokens, nodes.ints(1), nodes.ints(2**31), nodes.ints(1))
@@ -204,7 +204,7 @@ class _Network:
         return nodes.add("Mul", nodes.add("Mul", x, raised), nodes.number(0.5))
 
     def _pooled(self, tokens: str) -> str:
-        """Return what the output layer reads of a piece, (pieces, tokens, d) -> (pieces, d)."""
+        """Return the input of the output layer, (pieces, tokens, d) -> (pieces, d)."""
         if self.config.pooling == "token":
             return self.nodes.add("Gather", tokens, self.nodes.indices(np.int64(0)), axis=1)
         return self._mean(tokens)
@@ -212,8 +212,8 @@ class _Network:
     def _mean(self, x: str) -> str:
         """Return the mean over the middle axis.
 
-        By a matrix product, as ReduceMean adds up a clip alone in another order than one of a batch: the last bits of
-        its scores would depend on its neighbours.
+        It is a matrix product: ReduceMean adds in an order that depends on the batch size, so the last bits of a clip's
+        scores would depend on the other clips.
         """
         nodes, count = self.nodes, self.nodes.size(x, 1)
         ones = nodes.add("Expand", nodes.number(1.0), nodes.joined(1, count))
@@ -236,7 +236,7 @@ class _Network:
         return self.nodes.add("Softmax", logits, axis=-1)
 
     def _joined(self, scores: str, pieces: str) -> str:
-        """Join the scores of the pieces of a long clip, (b pieces, c) -> (b, c)."""
+        """Combine the scores of the pieces of a long clip, (b pieces, c) -> (b, c)."""
         nodes = self.nodes
         by_piece = nodes.add("Reshape", scores, nodes.joined(-1, pieces, self.config.outputdim))
         if self.config.eval_avg == "mean":
@@ -282,10 +282,10 @@ def _log_mel(nodes: Nodes, settings: FrontEnd, waves: str) -> str:
 
 
 def _frames(nodes: Nodes, settings: FrontEnd, waves: str) -> tuple[str, str]:
-    """Cut x[n] and x[N - n] out of each frame, both (b, 2, n, w): n from 0 and from N/2, N/4 + 1 samples or more of it.
+    """Cut x[n] and x[N - n] out of each frame, both (b, 2, n, w): at least N/4 + 1 samples, from n = 0 and n = N/2.
 
-    Frames are cut from whole blocks of samples, which is faster than sample by sample; x[N - n] comes from the mirrored
-    wave, whose frames are those of the wave in reverse order.
+    Frames are gathered in whole blocks of samples, which is faster than sample by sample. x[N - n] comes from the
+    mirrored wave, whose frames are those of the wave in reverse order.
     """
     n_fft, hop = settings.n_fft, settings.hop_size
     missing = nodes.add("Max", nodes.add("Sub", nodes.ints(settings.min_samples), nodes.size(waves, 1)), nodes.ints(0))
@@ -329,9 +329,10 @@ def _width(settings: FrontEnd) -> int:
 
 
 def _windows(settings: FrontEnd) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return w[n] and w[N/2 - n] for 0 <= n <= N/4, zeros behind.
+    """Return w[n] and w[N/2 - n] for 0 <= n <= N/4, followed by zeros.
 
-    What pairs with itself, N/2 in the first fold and N/4 in the second, would be counted twice: its window is halved.
+    Samples that pair with themselves, N/2 in the first fold and N/4 in the second, would count twice, so their window
+    is halved.
     """
     n_fft = settings.n_fft
     window = np.zeros(n_fft)
@@ -350,7 +351,7 @@ def _windows(settings: FrontEnd) -> tuple[NDArray[np.float64], NDArray[np.float6
 
 
 def _bins(nodes: Nodes, settings: FrontEnd, parity: int, cosines: str, sines: str) -> str:
-    """Add what the even or the odd bins contribute to the mel bands, from what their waves meet: -> (b, 1, n, f)."""
+    """Add the part of the even or odd bins in the mel bands, from the factors of their waves: -> (b, 1, n, f)."""
     n_fft = settings.n_fft
     filters = mel_filters(settings).astype(np.float64)  # (f, bins)
     bins = np.arange(parity, n_fft // 2 + 1, 2)
