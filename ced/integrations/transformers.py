@@ -1,8 +1,8 @@
 """CED as model classes of Hugging Face Transformers; importing this module registers them with the Auto classes.
 
 Folders have the layout of `mispeech/ced-*`: `config.json`, `preprocessor_config.json` and `model.safetensors` with the
-keys `encoder.*` and `outputlayer.*`. The network and its features are those of this package, and code from the hub is
-never run.
+keys `encoder.*` and `outputlayer.*`. The network and its features are those of this package; code from the hub is never
+executed.
 """
 
 import os
@@ -67,9 +67,9 @@ _DEFAULT = zoo.MODELS[zoo.DEFAULT_MODEL].config
 class CedConfig(PreTrainedConfig):
     """Configuration of a network and its classes, with the setting names of the published `config.json`.
 
-    `id2label` names the classes, and `outputdim` and `label2id` follow from it; without it, 527 classes are AudioSet's.
-    The published files cut AudioSet's names at the first comma; they are restored to the full names. The problem is
-    multi-label (sigmoid) unless `problem_type` is "single_label_classification" (softmax).
+    `id2label` names the classes and determines `outputdim` and `label2id`; without it, the classes are AudioSet's 527.
+    The published files cut AudioSet's names at the first comma; the full names are restored. The problem is multi-label
+    (sigmoid) unless `problem_type` is "single_label_classification" (softmax).
     """
 
     model_type = "ced"
@@ -100,12 +100,12 @@ class CedConfig(PreTrainedConfig):
     problem_type: Problem | None = MULTI_LABEL
 
     def __post_init__(self, **kwargs: Any) -> None:
-        kwargs.pop("auto_map", None)  # names code of the published folder, which is not run and not written again
-        written, asked = kwargs.pop("outputdim", None), kwargs.pop("num_labels", None)
-        if self.id2label is None or asked not in (None, len(self.id2label)):
-            self.id2label = dict(enumerate(default_classes(asked or written or _DEFAULT.outputdim).names))
+        kwargs.pop("auto_map", None)  # names code in the published folder, which is neither executed nor written again
+        stored, requested = kwargs.pop("outputdim", None), kwargs.pop("num_labels", None)
+        if self.id2label is None or requested not in (None, len(self.id2label)):
+            self.id2label = dict(enumerate(default_classes(requested or stored or _DEFAULT.outputdim).names))
         elif (table := named_by_config({"id2label": self.id2label})) is not None:
-            self.id2label = dict(enumerate(table.names))  # full names, where the published files cut them
+            self.id2label = dict(enumerate(table.names))  # full names, which the published files cut
         self.label2id = self._label2id
         super().__post_init__(**kwargs)
 
@@ -130,10 +130,10 @@ class CedConfig(PreTrainedConfig):
 
     @property
     def labels(self) -> ClassTable:
-        """The class table; AudioSet's with its full names and identifiers.
+        """The class table; for AudioSet's classes, with full names and identifiers.
 
         Raises:
-            ConfigError: the indices of `id2label` do not count from 0.
+            ConfigError: the indices of `id2label` are not 0, 1, 2, ...
             TableError: two classes have the same name.
         """
         found = {int(index): name for index, name in (self.id2label or {}).items()}
@@ -148,7 +148,7 @@ class CedConfig(PreTrainedConfig):
         """The configuration of the network.
 
         Raises:
-            ConfigError: a value is out of its range, or `problem_type` is not one of the two classification types.
+            ConfigError: a value is out of range, or `problem_type` is not one of the two classification types.
         """
         if self.problem_type not in (MULTI_LABEL, SINGLE_LABEL):
             raise ConfigError(f"problem_type is {self.problem_type!r}; allowed: {MULTI_LABEL}, {SINGLE_LABEL}")
@@ -168,7 +168,7 @@ class CedConfig(PreTrainedConfig):
 
 
 class CedPreTrainedModel(PreTrainedModel):
-    """Base of both models: a network of this package as `.network`, and the initialisation of its weights."""
+    """Base of both models: holds a network of this package as `.network`, and initialises its weights."""
 
     config_class = CedConfig
     base_model_prefix = "network"
@@ -187,7 +187,7 @@ class CedPreTrainedModel(PreTrainedModel):
     def from_network(cls, network: CED) -> Self:
         """Return a model with a copy of the weights of a network: `from_network(ced.load_model("experiments/mine"))`.
 
-        The way back is `.network`, which `ced.model.loading.save` writes.
+        `ced.model.loading.save` writes `.network` back to a checkpoint of this package.
         """
         model = cls(CedConfig.from_network(network))
         wanted = model.network.state_dict().keys()
@@ -197,8 +197,8 @@ class CedPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise a module; Transformers makes `torch.nn.init` skip tensors that were loaded from a file."""
-        if isinstance(module, LogMel):  # constants, which are not in the file
+        """Initialise a module; Transformers makes `torch.nn.init` skip tensors loaded from a file."""
+        if isinstance(module, LogMel):  # constants, which files do not contain
             for name, value in LogMel(self.config.network.front_end).named_buffers():
                 initialization.copy_(getattr(module, name), value)
         elif isinstance(module, nn.Linear):
@@ -235,7 +235,7 @@ class CedModel(CedPreTrainedModel):
 
 
 class CedForAudioClassification(CedPreTrainedModel):
-    """A tagger: log-mel features in, a logit for each class out."""
+    """A tagger: log-mel features in, a logit per class out."""
 
     def __init__(self, config: CedConfig) -> None:
         super().__init__(config)
@@ -244,18 +244,18 @@ class CedForAudioClassification(CedPreTrainedModel):
 
     @can_return_tuple
     def forward(self, input_values: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
-        """Return logits, and with labels the loss.
+        """Return logits and, with labels, the loss.
 
         Args:
             input_values: (b, f, n) dB, from `CedFeatureExtractor`.
-            labels: for single-label problems (b,), the index of the class of each clip (cross-entropy); for multi-label
+            labels: for single-label problems (b,), the class index of each clip (cross-entropy); for multi-label
                 problems (b, c), a number in [0, 1] for each class (binary cross-entropy).
 
         Returns:
-            `loss` where labels are given, and `logits` (b, c) before the sigmoid or softmax.
+            `loss`, with labels, and `logits` (b, c) before the sigmoid or softmax.
 
         Raises:
-            ConfigError: the labels do not have that shape.
+            ConfigError: the labels have another shape.
         """
         logits = self.network.logits_mel(input_values)
         loss = None if labels is None else self._loss(logits, labels)
@@ -266,7 +266,7 @@ class CedForAudioClassification(CedPreTrainedModel):
         expected = logits.shape[:1] if single else logits.shape
         if labels.shape != expected:
             raise ConfigError(
-                f"labels of a {self.config.problem_type} are {tuple(expected)}; these are {tuple(labels.shape)}"
+                f"labels of shape {tuple(labels.shape)}; for {self.config.problem_type} they must be {tuple(expected)}"
             )
         if single:
             return F.cross_entropy(logits, labels)
@@ -274,7 +274,7 @@ class CedForAudioClassification(CedPreTrainedModel):
 
 
 class CedFeatureExtractor(SequenceFeatureExtractor):
-    """Computes log-mel features with the front end of this package, as `preprocessor_config.json` configures it."""
+    """Computes log-mel features with the front end of this package, configured by `preprocessor_config.json`."""
 
     model_input_names = ["input_values"]  # noqa: RUF012 (a class variable of Transformers)
 
@@ -296,11 +296,11 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
             ConfigError: the sampling rate is not 16 kHz.
         """
         if sampling_rate != SAMPLE_RATE:
-            raise ConfigError(f"sampling_rate is {sampling_rate}; the front end is made for {SAMPLE_RATE}")
-        others.pop("auto_map", None)  # names code of the published folder, which is not run and not written again
+            raise ConfigError(f"sampling_rate is {sampling_rate}; it must be {SAMPLE_RATE}")
+        others.pop("auto_map", None)  # names code in the published folder, which is neither executed nor written again
         # Waves are padded with silence before their features are computed, so there is no attention mask.
-        settled = {"feature_size": n_mels, "sampling_rate": sampling_rate, "padding_value": 0.0}
-        super().__init__(**others | settled | {"return_attention_mask": False})
+        fixed = {"feature_size": n_mels, "sampling_rate": sampling_rate, "padding_value": 0.0}
+        super().__init__(**others | fixed | {"return_attention_mask": False})
         self.n_mels, self.n_fft, self.win_size, self.hop_size = n_mels, n_fft, win_size, hop_size
         self.f_min, self.f_max, self.center = f_min, f_max, center
 
@@ -317,7 +317,7 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
         """Return the features of one wave or of several.
 
         Waves of unequal length are padded with silence to the longest, which changes the scores of the shorter ones.
-        For the scores of `ced tag`, pass a clip alone or with clips of the same length.
+        For the scores of `ced tag`, pass a clip alone or with clips of equal length.
 
         Args:
             raw_speech: (t,) mono float in [-1, 1], or a list of such waves, or (b, t).
@@ -333,7 +333,7 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
         Raises:
             AudioError: another rate, stereo, an empty wave, integer samples, samples far outside [-1, 1] or not finite,
                 or unequal lengths with `padding=False`.
-            ConfigError: an unknown `padding`, or `max_length` is missing where it is needed.
+            ConfigError: `padding` is unknown, or `max_length` is missing.
         """
         if sampling_rate not in (None, self.sampling_rate):
             raise AudioError(f"the waves have {sampling_rate} Hz; resample them to {self.sampling_rate}")
@@ -355,10 +355,10 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
         return BatchFeature({"input_values": features}, tensor_type=return_tensors)
 
     def pad(self, processed_features: Any, *others: Any, **settings: Any) -> BatchFeature:
-        """Collate features that were computed one by one, which must be of equal length.
+        """Collate features of single waves, which must have equal lengths.
 
         Raises:
-            AudioError: their lengths differ. Features cannot be padded: silence has another level in dB for each clip.
+            AudioError: the lengths differ. Features cannot be padded: the level of silence in dB depends on the clip.
         """
         if isinstance(processed_features, Sequence):
             shapes = sorted({np.shape(each["input_values"]) for each in processed_features})
@@ -385,7 +385,7 @@ def _waves(raw_speech: Wave | Sequence[Wave]) -> list[NDArray[Any]]:
     for wave in waves:
         if wave.ndim != 1 or not wave.size or not np.issubdtype(wave.dtype, np.floating):
             raise AudioError(f"a wave is {wave.dtype} {wave.shape}; it must be mono floats in [-1, 1], (samples,)")
-        if not np.abs(wave).max() <= LOUDEST:  # false for NaN, too
+        if not np.abs(wave).max() <= LOUDEST:  # also false for NaN
             raise AudioError(f"a wave has samples up to {np.abs(wave).max():g}; they must lie in [-1, 1]")
     return waves
 

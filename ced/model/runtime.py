@@ -403,7 +403,7 @@ def _once(path: Path, write: Callable[[Path], None]) -> Path:
     """Return a file of the cache; the first process that needs it writes it, others wait."""
     if path.is_file():
         return path
-    from filelock import FileLock  # importing it takes longer than tagging a second of sound
+    from filelock import FileLock  # slower to import than a second of sound is to tag
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -107,8 +107,8 @@ def configured(
         ConfigError: the settings contradict each other.
     """
     changes = {"pooling": pooling, "target_length": target_length}
-    asked = {name: value for name, value in changes.items() if value is not None}
-    config = checked_config({**asdict(weights.config), **asked})
+    given = {name: value for name, value in changes.items() if value is not None}
+    config = checked_config({**asdict(weights.config), **given})
     return config, fitted(weights, config, head=weights.has_head)
 
 

@@ -208,7 +208,7 @@ def _frames(
     stamps are ignored: frames are joined end to end.
 
     Raises:
-        AudioError: nothing can be decoded, or the address of `web` leads to a forbidden host.
+        AudioError: nothing can be decoded, or the address of `web` points to a forbidden host.
     """
     import av
 
@@ -262,11 +262,11 @@ def _in_time(container: "InputContainer", track: "AudioStream", name: str) -> It
     patience = container.read_timeout
     packets = container.demux(track)
     while True:
-        asked = time.monotonic()
+        start = time.monotonic()
         try:
             packet = next(packets, None)
             # Before FFmpeg reports the timeout, it returns what it has buffered; by then that is old.
-            late = patience is not None and time.monotonic() - asked >= float(patience)
+            late = patience is not None and time.monotonic() - start >= float(patience)
         except av.error.ExitError:
             late = True
         except (
@@ -330,7 +330,7 @@ def _without_padding(frames: Iterable["AudioFrame"], length: int | None) -> Iter
 
     Samples after that are held back, and yielded after all if there are more of them than any padding has.
     """
-    done, behind = 0, 0
+    done, after = 0, 0
     held: list[tuple[NDArray[Any], int]] = []
     for frame in frames:
         samples, rate = _samples(frame), frame.sample_rate
@@ -342,8 +342,8 @@ def _without_padding(frames: Iterable["AudioFrame"], length: int | None) -> Iter
             yield samples[: length - done], rate
             samples, done = samples[length - done :], length
         held.append((samples, rate))
-        behind += len(samples)
-        if behind > _MOST_PADDING:
+        after += len(samples)
+        if after > _MOST_PADDING:
             length = None
             yield from held
             held = []

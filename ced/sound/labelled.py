@@ -48,18 +48,18 @@ def read_labelled(table: str | os.PathLike[str], classes: ClassTable) -> list[La
             f"table {path}: {len(missing)} of {len(names)} files are missing, the first is {missing[0]!r};"
             f" searched: {path.parent}, {path.parent / 'audio'}, and the path as given"
         )
-    return [LabelledClip(file, heard) for file, heard in zip(found, labels, strict=True) if file is not None]
+    return [LabelledClip(file, indices) for file, indices in zip(found, labels, strict=True) if file is not None]
 
 
 def _check_names(rows: Table, labels: list[tuple[int, ...]], classes: ClassTable) -> None:
     """Refuse labels of another class table, where a column names them."""
     if classes.names == numbered(len(classes)).names:  # they have no names
         return
-    for row, (name, heard) in enumerate(zip(rows.columns.get("name", ()), labels, strict=False), start=1):
-        if len(heard) == 1 and name.casefold() != classes.names[heard[0]].casefold():
+    for row, (name, indices) in enumerate(zip(rows.columns.get("name", ()), labels, strict=False), start=1):
+        if len(indices) == 1 and name.casefold() != classes.names[indices[0]].casefold():
             raise TableError(
-                f"table {rows.path}, row {row}: label {heard[0]} is named {name!r}, but class {heard[0]} of the model"
-                f" is {classes.names[heard[0]]!r}; labels are indices of the model's classes"
+                f"table {rows.path}, row {row}: label {indices[0]} is named {name!r}, but class {indices[0]} of the"
+                f" model is {classes.names[indices[0]]!r}; labels are indices of the model's classes"
             )
 
 

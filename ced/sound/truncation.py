@@ -218,7 +218,7 @@ def _wav(file: FileRange) -> Structure:
             there = file.size - place
             if not wide_at and there < 0xFFFFF000:
                 corrected = FilePart(0, file.size, ((place - 4, b"\xff\xff\xff\xff"),))
-            elif not wide_at:  # behind the header of an RF64 file, which has 64-bit sizes
+            elif not wide_at:  # read after the header of an RF64 file, which has 64-bit sizes
                 header = struct.pack(
                     "<4sI8sIQQQI", b"RF64", 0xFFFFFFFF, b"WAVEds64", 28, place + there + 36, there, 0, 0
                 )

@@ -22,7 +22,7 @@ from ced.sound.features import PATCH, POWER_FLOOR, TOP_DB, FrontEnd, hann_window
 Shape = list[str | int]
 RUNTIME = "com.microsoft"  # the domain of ONNX Runtime's own operators
 BLOCKS = "blocks."  # how the names of the weights of the blocks begin, as published; int8 graphs quantise these
-BLOCK_EPSILON = 1e-6  # of the LayerNorms in and behind the blocks
+BLOCK_EPSILON = 1e-6  # of the LayerNorms in and after the blocks
 NORM_EPSILON = 1e-5  # of the BatchNorm and of the LayerNorm in the output layer
 
 
