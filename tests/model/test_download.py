@@ -116,7 +116,7 @@ def test_continues_from_the_byte_where_a_connection_broke(site: Site, tmp_path: 
     assert reports == sorted(reports)
 
 
-def test_a_later_run_continues_too(site: Site, tmp_path: Path) -> None:
+def test_a_later_run_resumes(site: Site, tmp_path: Path) -> None:
     site.cuts, site.statuses = [100_000], []
     site.cuts += [0, 0, 0]
     with pytest.raises(DownloadError, match=r"the connection broke after 100000 of 256000 bytes, which are kept in"):
@@ -129,7 +129,7 @@ def test_a_later_run_continues_too(site: Site, tmp_path: Path) -> None:
     assert left(tmp_path) == ["model.pt"]
 
 
-def test_a_server_without_ranges_begins_again(site: Site, tmp_path: Path) -> None:
+def test_a_server_without_ranges_restarts_the_download(site: Site, tmp_path: Path) -> None:
     site.ranges, site.cuts = False, [100_000]
     download(site.url, tmp_path / "model.pt")
     assert site.asked == [None, "bytes=100000-"]
@@ -137,21 +137,21 @@ def test_a_server_without_ranges_begins_again(site: Site, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("headers", [{}, {"ETag": 'W/"weak"'}])
-def test_nothing_vouches_for_the_rest(site: Site, tmp_path: Path, headers: dict[str, str]) -> None:
+def test_without_a_validator_the_download_restarts(site: Site, tmp_path: Path, headers: dict[str, str]) -> None:
     site.headers, site.cuts = headers, [100_000]
     download(site.url, tmp_path / "model.pt")
     assert site.asked == [None, None]
     assert (tmp_path / "model.pt").read_bytes() == CONTENT
 
 
-def test_a_date_vouches_for_the_rest(site: Site, tmp_path: Path) -> None:
+def test_a_modification_date_allows_resuming(site: Site, tmp_path: Path) -> None:
     site.headers, site.cuts = {"Last-Modified": "Tue, 22 Aug 2023 10:00:00 GMT"}, [100_000]
     download(site.url, tmp_path / "model.pt")
     assert site.asked == [None, "bytes=100000-"]
     assert (tmp_path / "model.pt").read_bytes() == CONTENT
 
 
-def test_a_file_that_changed_in_the_meantime(site: Site, tmp_path: Path) -> None:
+def test_a_file_that_changed_restarts_the_download(site: Site, tmp_path: Path) -> None:
     site.cuts = [100_000, 0, 0, 0]
     with pytest.raises(DownloadError):
         download(site.url, tmp_path / "model.pt")
@@ -160,7 +160,7 @@ def test_a_file_that_changed_in_the_meantime(site: Site, tmp_path: Path) -> None
     assert (tmp_path / "model.pt").read_bytes() == CONTENT[::-1]
 
 
-def test_a_part_of_another_address_is_not_continued(site: Site, tmp_path: Path) -> None:
+def test_a_part_of_another_address_is_not_resumed(site: Site, tmp_path: Path) -> None:
     (tmp_path / "model.pt.part").write_bytes(b"x" * 100)
     notes = {"url": "http://127.0.0.1/other.pt", "validator": '"first"', "md5": None}
     (tmp_path / "model.pt.part.json").write_text(json.dumps(notes))
@@ -170,7 +170,7 @@ def test_a_part_of_another_address_is_not_continued(site: Site, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("notes", ["", "{", "[]", '{"colour": 1}', None])
-def test_a_part_without_notes_is_not_continued(site: Site, tmp_path: Path, notes: str | None) -> None:
+def test_a_part_without_notes_is_not_resumed(site: Site, tmp_path: Path, notes: str | None) -> None:
     (tmp_path / "model.pt.part").write_bytes(b"x" * 100)
     if notes is not None:
         (tmp_path / "model.pt.part.json").write_text(notes)
@@ -179,7 +179,7 @@ def test_a_part_without_notes_is_not_continued(site: Site, tmp_path: Path, notes
     assert (tmp_path / "model.pt").read_bytes() == CONTENT
 
 
-def test_a_part_longer_than_the_file_is_thrown_away(site: Site, tmp_path: Path) -> None:
+def test_a_part_longer_than_the_file_is_discarded(site: Site, tmp_path: Path) -> None:
     site.cuts = [0, 0, 0]
     with pytest.raises(DownloadError):
         download(site.url, tmp_path / "model.pt")
@@ -221,7 +221,7 @@ def test_a_wrong_checksum(site: Site, tmp_path: Path, headers: dict[str, str]) -
 
 
 @pytest.mark.parametrize("headers", [{"Content-MD5": "@"}, {"Content-MD5": "abc"}, {"ETag": "md5"}])
-def test_a_checksum_that_cannot_be_read_is_none(site: Site, tmp_path: Path, headers: dict[str, str]) -> None:
+def test_an_invalid_checksum_is_ignored(site: Site, tmp_path: Path, headers: dict[str, str]) -> None:
     site.headers = headers
     download(site.url, tmp_path / "model.pt")
     assert (tmp_path / "model.pt").read_bytes() == CONTENT
@@ -236,7 +236,7 @@ def test_content_that_does_not_verify_is_removed(site: Site, tmp_path: Path) -> 
     assert seen == [CONTENT]
 
 
-def test_an_encoding_that_was_not_asked_for(site: Site, tmp_path: Path) -> None:
+def test_an_unrequested_encoding(site: Site, tmp_path: Path) -> None:
     site.headers = {"Content-Encoding": "gzip"}
     with pytest.raises(DownloadError, match="in encoding gzip"):
         download(site.url, tmp_path / "model.pt")
@@ -269,7 +269,7 @@ def test_an_address_without_a_file(site: Site, tmp_path: Path) -> None:
     assert left(tmp_path) == []
 
 
-def test_a_server_that_is_busy_for_a_moment(site: Site, tmp_path: Path) -> None:
+def test_a_busy_server_is_retried(site: Site, tmp_path: Path) -> None:
     site.statuses = [503, 429]
     download(site.url, tmp_path / "model.pt")
     assert (tmp_path / "model.pt").read_bytes() == CONTENT
@@ -278,7 +278,7 @@ def test_a_server_that_is_busy_for_a_moment(site: Site, tmp_path: Path) -> None:
         download(site.url, tmp_path / "other.pt")
 
 
-def test_nobody_answers(tmp_path: Path) -> None:
+def test_an_unreachable_server(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -287,9 +287,7 @@ def test_nobody_answers(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_offline_asks_nobody_but_takes_what_is_there(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_uses_only_the_cache(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CED_OFFLINE", "1")
     with pytest.raises(DownloadError, match="CED_OFFLINE is set"):
         download(site.url, tmp_path / "model.pt")
@@ -307,7 +305,7 @@ def test_a_cache_that_cannot_be_written(site: Site, tmp_path: Path) -> None:
         download(site.url, tmp_path / "file" / "model.pt")
 
 
-def test_several_processes_fetch_one_file_once(site: Site, tmp_path: Path) -> None:
+def test_several_processes_download_a_file_once(site: Site, tmp_path: Path) -> None:
     site.cuts = [100_000]
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=download, args=(site.url, tmp_path / "model.pt")) for _ in range(3)]

@@ -43,7 +43,7 @@ def cached_files(tmp_path: Path) -> list[Path]:
     return [path for path in (tmp_path / "hub").rglob("*") if path.is_file() and path.stat().st_size > 1_000]
 
 
-def test_a_name_asks_for_its_pinned_revision_once(site: LocalHub, network: CED) -> None:
+def test_a_name_downloads_its_pinned_revision_once(site: LocalHub, network: CED) -> None:
     reports: list[tuple[str, int, int]] = []
     found = loading.load_model("ced_tiny", progress=lambda *report: reports.append(report))
     assert found.labels is audioset()

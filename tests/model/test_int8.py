@@ -48,7 +48,7 @@ def clips(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("source", ["wave", "feats"])
-def test_what_is_in_8_bits(network: CED, source: GraphInput, tmp_path: Path) -> None:
+def test_the_blocks_weights_are_in_8_bits(network: CED, source: GraphInput, tmp_path: Path) -> None:
     report = export(weights_of(network), tmp_path / "a.onnx", source)
     assert export_int8(report.path) is None
     made = onnx.load(tmp_path / "a.int8.onnx")

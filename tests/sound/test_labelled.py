@@ -34,7 +34,7 @@ def test_one_label_a_clip_in_a_folder(tmp_path: Path) -> None:
     assert read_labelled(tmp_path, CLASSES) == [LabelledClip(tmp_path / "audio" / "a.ogg", (2,))]
 
 
-def test_where_files_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_searched_for_in_three_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "c.wav").touch()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -63,7 +63,7 @@ def test_where_files_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ),
     ],
 )
-def test_what_is_refused(tmp_path: Path, text: str, said: str) -> None:
+def test_invalid_tables(tmp_path: Path, text: str, said: str) -> None:
     path = table(tmp_path, text, ("a.wav", "b.wav"))
     with pytest.raises(TableError) as caught:
         read_labelled(path, CLASSES)

@@ -82,7 +82,7 @@ def test_tables_that_are_refused(tmp_path: Path, text: str, said: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "binary"])
-def test_files_that_are_no_tables(tmp_path: Path, kind: str) -> None:
+def test_files_that_are_not_tables(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "classes.tsv"
     if kind == "folder":
         path.mkdir()
@@ -102,11 +102,11 @@ class TestNamedByConfig:
         assert named_by_config(settings) is audioset()
         assert named(cut[str(index)] for index in range(527)) is audioset()
 
-    def test_whole_names_are_audioset(self) -> None:
+    def test_full_names_are_audiosets(self) -> None:
         assert named_by_config({"id2label": {str(i): name for i, name in enumerate(audioset().names)}}) is audioset()
         assert named_by_config({"id2label": dict(enumerate(audioset().names))}) is audioset()
 
-    def test_one_other_name_is_another_table(self) -> None:
+    def test_one_different_name_is_another_table(self) -> None:
         cut = [name.partition(",")[0] for name in audioset().names]
         assert named_by_config({"id2label": dict(enumerate([*cut[:-1], "Other"]))}) is None  # "Inside" is ambiguous
         with pytest.raises(TableError, match="'Inside'"):
@@ -120,7 +120,7 @@ class TestNamedByConfig:
         assert named_by_config(settings) is None
 
 
-def test_classes_must_be_named_once() -> None:
+def test_duplicate_class_names_are_refused() -> None:
     with pytest.raises(TableError, match="at least one class"):
         ClassTable(())
     with pytest.raises(TableError, match="2 names but 1 mids"):

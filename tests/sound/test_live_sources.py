@@ -79,7 +79,7 @@ class Flaky:
         raise AudioError("the cable is out")
 
 
-def test_windows_are_those_of_the_whole_sound() -> None:
+def test_windows_are_those_of_the_complete_sound() -> None:
     rate = 44_100
     samples = np.stack([tone(3.0, rate), 0 * tone(3.0, rate)], 1)
     scaled = (samples * 32767).astype(np.int16)
@@ -93,7 +93,7 @@ def test_windows_are_those_of_the_whole_sound() -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_lost_source_is_opened_until_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lost_source_is_reopened_until_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
     flaky = Flaky(7, 0, 0, 0, 0)
     caplog.set_level(logging.INFO, "ced")
     with Listening(LiveSource("the shed", flaky), 0.5, 0.25) as listening:
@@ -113,21 +113,19 @@ def test_a_lost_source_is_opened_until_it_is_back(caplog: pytest.LogCaptureFixtu
     assert re.fullmatch(r"the shed is back after \d s", back)
 
 
-def test_a_source_that_is_not_there_at_first_is_an_error() -> None:
+def test_a_source_that_cannot_be_opened_is_an_error() -> None:
     with Listening(LiveSource("nowhere", Flaky(0)), 0.5, 0.25) as listening, pytest.raises(AudioError, match="cable"):
         taken(listening)
 
 
-def test_what_is_not_endless_ends_with_its_fault() -> None:
+def test_a_finite_source_ends_with_its_error() -> None:
     with Listening(LiveSource("once", Flaky(6), endless=False), 0.5, 0.5) as listening:
         assert len(taken(listening, lambda found: len(found) == 1)) == 1
         with pytest.raises(AudioError, match="cable"):
             taken(listening)
 
 
-def test_an_outage_is_as_long_as_nothing_was_heard(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_times_include_outages(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(live, "_DELAYS", (0.01,))
     visits = 0
 
@@ -155,13 +153,13 @@ def test_an_outage_is_as_long_as_nothing_was_heard(
     ],
 )
 @pytest.mark.parametrize("rate", [16_000, 44_100])
-def test_blocks_that_are_no_sound(block: NDArray[Any], said: str, rate: int) -> None:
+def test_invalid_blocks(block: NDArray[Any], said: str, rate: int) -> None:
     good = np.zeros((rate // 10, 1), np.float32)
     with pytest.raises(AudioError, match=re.escape(said)):
         list(live_sources.blocks([good, block], rate).open())
 
 
-def test_it_is_listened_to_once() -> None:
+def test_a_listener_can_be_used_once() -> None:
     listening = Listening(live_sources.blocks([np.zeros((1600, 1))], SAMPLE_RATE), 0.1, 0.1)
     with listening:
         assert len(taken(listening)) == 1
@@ -169,7 +167,7 @@ def test_it_is_listened_to_once() -> None:
         pass
 
 
-def test_the_oldest_windows_are_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_oldest_windows_are_dropped(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(live, "_WAITING", 1.0)
     source = live_sources.blocks((np.full((1600, 1), number, np.float32) for number in range(100)), SAMPLE_RATE)
     with Listening(source, 0.1, 0.1) as listening:
@@ -182,7 +180,7 @@ def test_the_oldest_windows_are_left_out(monkeypatch: pytest.MonkeyPatch, caplog
     ]
 
 
-def test_a_window_comes_with_the_time_of_its_last_sample() -> None:
+def test_windows_have_the_time_of_their_last_sample() -> None:
     before = time.time()
     with Listening(LiveSource("clock", Flaky(20)), 0.5, 0.5) as listening:
         arrival: Arrival | None = None
@@ -252,7 +250,7 @@ def radio(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("radio", ["WAV", "OGG", "MP3"], indirect=True)
-def test_a_station_that_breaks_off_is_heard_again(radio: str) -> None:
+def test_a_lost_station_is_reopened(radio: str) -> None:
     pytest.importorskip("av")
     began = time.monotonic()
     with Listening(live_sources.address(radio), 0.5, 0.25) as listening:
@@ -266,7 +264,7 @@ def test_a_station_that_breaks_off_is_heard_again(radio: str) -> None:
         assert np.argmax(spectrum) * SAMPLE_RATE / 4000 == pytest.approx(440, abs=4)
 
 
-def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("av")
     monkeypatch.setattr(web, "PATIENCE", 0.5)
     release = threading.Event()
@@ -308,7 +306,7 @@ def server() -> Iterator[Callable[[type[Station]], str]]:
 
 
 @pytest.mark.parametrize("kind", ["WAV", "MP3", "OGG", "FLAC"])
-def test_a_stream_that_stalls_is_given_up_for_what_it_is(
+def test_a_stalled_stream_is_cut_short(
     monkeypatch: pytest.MonkeyPatch, server: Callable[[type[Station]], str], kind: str
 ) -> None:
     pytest.importorskip("av")
@@ -361,7 +359,7 @@ def test_an_answer_without_sound(server: Callable[[type[Station]], str], page: s
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "a" * 80 + ".com", "["])
-def test_a_host_that_is_not_there(host: str) -> None:
+def test_an_unknown_host(host: str) -> None:
     pytest.importorskip("av")
     with pytest.raises(AudioError, match=r"the host .* cannot be found|a host$"):
         next(live_sources.address(f"http://{host}").open())
@@ -418,9 +416,7 @@ class FakeStream:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_device_that_is_pulled_out_is_looked_for(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_lost_device_is_reopened(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     port = FakePortAudio()
     monkeypatch.setitem(sys.modules, "sounddevice", port)
     assert live_sources.devices() == [live_sources.Device(1, "microphone", 2, 48_000, True)]
@@ -432,7 +428,7 @@ def test_a_device_that_is_pulled_out_is_looked_for(
 
 
 @pytest.mark.usefixtures("impatient")
-def test_portaudio_that_does_not_start_again_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_restart_of_portaudio_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     class Restarting(FakePortAudio):
         started = True
 
@@ -455,14 +451,14 @@ def test_portaudio_that_does_not_start_again_is_tried_again(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("name", ["0", "7", "99999999999999999999"])
-def test_an_input_of_no_such_number(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_an_unknown_device_number(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", FakePortAudio())
     said = f"cannot record from input device {name}: no such input device; `ced live --list-devices` lists them"
     with pytest.raises(AudioError, match=re.escape(said)):
         next(live_sources.device(name).open())
 
 
-def test_a_device_that_gives_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_device_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", FakePortAudio())
     monkeypatch.setattr(live_sources, "_SILENT_SECONDS", 0.1)
     monkeypatch.setattr(FakeStream, "run", lambda _: None)
@@ -496,7 +492,7 @@ def test_a_channel_of_blocks_and_addresses() -> None:
         live_sources.address("http://x/a", "both")
 
 
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", None)
     with pytest.raises(MissingPackageError, match=r"sounddevice: pip install 'ced-audio\[live\]'$"):
         live_sources.devices()
@@ -527,7 +523,7 @@ def inputs(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
 
 
-def test_portaudio_is_heard(inputs: dict[str, str]) -> None:
+def test_recording_through_portaudio(inputs: dict[str, str]) -> None:
     program = """
 import numpy as np
 from ced.errors import AudioError
@@ -608,7 +604,7 @@ def camera() -> Iterator[Camera]:
 
 
 @pytest.mark.parametrize(("channel", "level"), [("mean", 0.25), ("left", 0.5), ("right", 0.0)])
-def test_a_camera_is_heard(camera: Camera, channel: str, level: float) -> None:
+def test_a_camera_is_read(camera: Camera, channel: str, level: float) -> None:
     pytest.importorskip("av")
     source = live_sources.address(f"rtsp://me:secret@127.0.0.1:{camera.port}/stream", channel)
     assert source.name == f"rtsp://me:***@127.0.0.1:{camera.port}/stream"
@@ -628,7 +624,7 @@ def test_a_channel_that_a_device_does_not_have(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_camera_that_is_lost_is_opened_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lost_camera_is_reopened(caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("av")
     camera = Camera(seconds=1.0)
     with Listening(live_sources.address(f"rtsp://me:secret@127.0.0.1:{camera.port}/stream"), 0.5, 0.25) as listening:
@@ -639,7 +635,7 @@ def test_a_camera_that_is_lost_is_opened_again(caplog: pytest.LogCaptureFixture)
     assert "secret" not in caplog.text
 
 
-def test_a_camera_that_is_not_there() -> None:
+def test_an_unreachable_camera() -> None:
     pytest.importorskip("av")
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]

@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 
-def test_as_many_files_as_may_be_open() -> None:
+def test_the_limit_of_open_files_is_raised() -> None:
     program = """
 import resource
 from ced.environment import allow_open_files
