@@ -1,7 +1,7 @@
-"""Losses of tiny deterministic runs: a change of the data order, the views, the targets or the arithmetic shows here.
+"""Losses of tiny deterministic runs, which change with the data order, the views, the targets or the arithmetic.
 
 The values are those of this project's first release on a CPU in float32. They may differ in the last digits from one
-processor to another, never by what a change of the training would bring.
+processor to another, far less than by a change of the training.
 """
 
 import json
@@ -34,19 +34,19 @@ def values(sounds: Path, out: Path, **more: Any) -> dict[str, Any]:
     return common | {"optimizer_args": {"lr": 0.003}, "mode": "off", "num_workers": 1} | more
 
 
-def test_a_student_loses_what_it_did(sounds: Path, tmp_path: Path) -> None:
+def test_the_losses_of_distillation_are_unchanged(sounds: Path, tmp_path: Path) -> None:
     config = values(sounds, tmp_path, logitspath=sounds / "store", num_classes=4, mixup=0.5, label_type="last_random")
     found = losses(train(check(TrainConfig, config, "test"), name="golden"))
     assert found == pytest.approx(GOLDEN["train"], rel=1e-4)
 
 
-def test_a_fine_tuned_network_loses_what_it_did(sounds: Path, tmp_path: Path) -> None:
+def test_the_losses_of_fine_tuning_are_unchanged(sounds: Path, tmp_path: Path) -> None:
     config = values(sounds, tmp_path, classes=sounds / "classes.tsv", chunk_length=0.8, spectransforms=MASKS)
     found = losses(finetune(check(FinetuneConfig, config, "test"), name="golden"))
     assert found == pytest.approx(GOLDEN["finetune"], rel=1e-4)
 
 
-def test_a_masked_autoencoder_loses_what_it_did(sounds: Path, tmp_path: Path) -> None:
+def test_the_losses_of_masked_pre_training_are_unchanged(sounds: Path, tmp_path: Path) -> None:
     decoder = {"embed_dim": 24, "num_heads": 2, "depth": 1}
     config = values(sounds, tmp_path, chunk_length=0.8, decoder_args=decoder)
     found = losses(pretrain(check(PretrainConfig, config, "test"), name="golden"))

@@ -55,12 +55,12 @@ def lines(folder: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def learned(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The experiment of a short run."""
+    """An experiment of a short run."""
     return pretrain(config_of(sounds, tmp_path_factory.mktemp("learned"), epochs=8, picture_every=4), name="tiny")
 
 
-def test_it_learns_to_fill_in_what_is_hidden(learned: Path) -> None:
-    """Guessing the mean of each patch gives 1."""
+def test_hidden_patches_are_filled_in_better_with_training(learned: Path) -> None:
+    """Predicting the mean of each patch has a loss of 1."""
     losses = [line["loss"] for line in lines(learned)]
     assert len(losses) == 8
     assert losses[0] == pytest.approx(1, abs=0.05)
@@ -68,7 +68,7 @@ def test_it_learns_to_fill_in_what_is_hidden(learned: Path) -> None:
     assert [line["lr"] for line in lines(learned)][-1] < 0.0003
 
 
-def test_an_experiment_holds_the_network_and_a_picture(learned: Path) -> None:
+def test_an_experiment_has_the_network_and_a_picture(learned: Path) -> None:
     names = {path.name for path in learned.iterdir() if "tfevents" not in path.name}
     records = {"config.yaml", "train.log", "metrics.jsonl", "curves.png", "resume.pt"}
     assert names == records | {"last.safetensors", "reconstruction.png"}
@@ -89,7 +89,7 @@ def test_the_result_is_a_network_without_a_trained_head(learned: Path, caplog: p
 
 
 def starts_from(after: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> None:
-    """Check that all weights but the head's are those of pre-training, after a training that learned nothing."""
+    """Check that all weights but the head's are still those of pre-training, after a training at a rate of almost 0."""
     for key in after.keys() - {key for key in after if key.startswith(("outputlayer.", "init_bn."))}:
         torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-8)
     moved = after["init_bn.1.running_var"] / before["init_bn.1.running_var"]
@@ -98,7 +98,9 @@ def starts_from(after: dict[str, torch.Tensor], before: dict[str, torch.Tensor])
 
 
 @pytest.mark.parametrize("by", ["pretrained", "model"])
-def test_a_teacher_and_a_student_start_from_it(sounds: Path, tmp_path: Path, learned: Path, by: str) -> None:
+def test_a_teacher_and_a_student_start_from_pre_trained_weights(
+    sounds: Path, tmp_path: Path, learned: Path, by: str
+) -> None:
     start: dict[str, Any] = {"pretrained": str(learned), "model": "ced_tiny", "model_args": SMALL}
     if by == "model":
         start = {"pretrained": True, "model": str(learned)}
@@ -116,8 +118,8 @@ def test_a_teacher_and_a_student_start_from_it(sounds: Path, tmp_path: Path, lea
         assert "cls_token" not in after
 
 
-def test_pre_training_goes_on_from_any_weights(sounds: Path, tmp_path: Path, learned: Path) -> None:
-    """Those of another pre-training with their class token, those of a tagger without their head."""
+def test_pre_training_starts_from_any_weights(sounds: Path, tmp_path: Path, learned: Path) -> None:
+    """From those of another pre-training with the class token, from those of a tagger without the head."""
     still = {"epochs": 1, "optimizer_args": {"lr": 1e-12}}
     again = pretrain(config_of(sounds, tmp_path, pretrained=str(learned), **still), name="again")
     starts_from(load_file(again / "last.safetensors"), load_file(learned / "last.safetensors"))
@@ -175,7 +177,7 @@ def test_bf16_computes_nearly_the_same(sounds: Path, tmp_path: Path) -> None:
         ({"pretrained": "nowhere.safetensors"}, "no checkpoint at nowhere.safetensors"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_a_line_before_anything_is_written(
+def test_impossible_settings_are_refused_in_one_line_before_anything_is_written(
     sounds: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CedError) as caught:
@@ -208,7 +210,7 @@ def run_elsewhere(path: Path, **environment: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=os.environ | threads | environment)
 
 
-def test_a_run_cut_short_in_an_epoch_resumes_to_the_same_bytes(sounds: Path, tmp_path: Path) -> None:
+def test_a_run_interrupted_in_an_epoch_resumes_to_the_same_bytes(sounds: Path, tmp_path: Path) -> None:
     def kill(task: str, done: int, total: int) -> None:
         if (task, done) == ("epoch 3 of 4", 2):
             raise KeyboardInterrupt

@@ -61,16 +61,16 @@ def lines(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_student_learns_from_views_alone(sounds: Path, tmp_path: Path) -> None:
-    """Its training sees no label; on the labels of other clips it is far above chance (0.25)."""
-    told: list[tuple[str, int, int]] = []
+def test_a_student_learns_from_stored_views_without_labels(sounds: Path, tmp_path: Path) -> None:
+    """Its mAP on the labels of other clips is far above chance (0.25)."""
+    reports: list[tuple[str, int, int]] = []
     config = config_of(sounds, tmp_path, epochs=14, batch_size=8, valid_every=5, n_saved=2, warmup_epochs=1)
-    folder = train(config, name="tiny", progress=lambda *report: told.append(report))
+    folder = train(config, name="tiny", progress=lambda *report: reports.append(report))
     metrics = lines(folder)
     assert [line["epoch"] for line in metrics] == list(range(1, 15))
     assert [line["epoch"] for line in metrics if "mAP" in line] == [5, 10, 14]
     assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"]
-    assert told[:6] == [("epoch 1 of 14", step, 6) for step in range(1, 7)]
+    assert reports[:6] == [("epoch 1 of 14", step, 6) for step in range(1, 7)]
 
     model = load_model(folder)
     assert (model.config.pooling, model.labels.names) == ("mean", ("low", "middle", "high", "noise"))
@@ -85,7 +85,7 @@ def test_a_student_learns_from_views_alone(sounds: Path, tmp_path: Path) -> None
         np.testing.assert_array_equal(value.numpy(), mean[key])
 
 
-def test_an_experiment_holds_what_was_asked_and_measured(sounds: Path, tmp_path: Path) -> None:
+def test_an_experiment_has_configuration_log_and_measurements(sounds: Path, tmp_path: Path) -> None:
     logger = logging.getLogger("ced")
     before = (logger.level, list(logger.handlers))
     config = config_of(sounds, tmp_path, logfile="my.log", mixup=0.5, label_type="last_random")
@@ -93,9 +93,9 @@ def test_an_experiment_holds_what_was_asked_and_measured(sounds: Path, tmp_path:
     assert folder.parent == tmp_path / "tiny"
     assert load_config(TrainConfig, folder / "config.yaml") == config
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    said = (folder / "my.log").read_text()
-    assert "epoch 2 of 2: loss" in said
-    assert "averaged.safetensors is the mean of the best 2: mAP" in said
+    log = (folder / "my.log").read_text()
+    assert "epoch 2 of 2: loss" in log
+    assert "averaged.safetensors is the mean of the best 2: mAP" in log
     assert (logger.level, logger.handlers) == before
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1  # two may be read in the wrong order
     events = EventAccumulator(str(folder)).Reload()
@@ -118,13 +118,13 @@ def test_the_best_network_is_the_result_when_none_are_averaged(sounds: Path, tmp
     assert all(torch.equal(value, result[key]) for key, value in load_file(best).items())
 
 
-def test_training_stops_when_validation_gains_nothing(sounds: Path, tmp_path: Path) -> None:
+def test_training_stops_early_without_gain_in_validation(sounds: Path, tmp_path: Path) -> None:
     config = config_of(sounds, tmp_path, early_stop=2, epochs=9, optimizer_args={"lr": 1e-12})
     folder = train(config, name="tiny")
     assert [line["epoch"] for line in lines(folder)] == [1, 2, 3]
 
 
-def test_stored_epochs_serve_in_turn(sounds: Path) -> None:
+def test_stored_epochs_are_used_in_turn(sounds: Path) -> None:
     store, pack = ViewStore(sounds / "store"), AudioPack(sounds / "train.tsv")
     first, second = (store.rows(epoch).seeds.tolist() for epoch in (1, 2))
 
@@ -169,9 +169,9 @@ def test_published_configurations_train_on_a_published_store(tmp_path: Path) -> 
     path = REPOSITORY / "trainconfig/balanced_mixup_tiny_T_ensemble5014_chunk10.yaml"
     folder = train(load_config(TrainConfig, path, [str(word) for word in words]), name=path.stem)
     assert [line["lr"] for line in lines(folder)] == pytest.approx([0.0, 0.001 / 5000])
-    said = (folder / "train.log").read_text()
+    log = (folder / "train.log").read_text()
     for warning in ("mode amp needs a GPU", "Adam8bit needs a CUDA GPU", "warm-up of 5000 steps"):
-        assert warning in said
+        assert warning in log
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_published_configurations_train_on_a_published_store(tmp_path: Path) -> 
         ({"train_data": Path("eval.tsv")}, PackError, "has no clip train0.wav"),
     ],
 )
-def test_contradictions_are_refused_before_anything_is_written(
+def test_contradicting_settings_are_refused_before_anything_is_written(
     sounds: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     changes = {key: sounds / value if isinstance(value, Path) else value for key, value in changes.items()}
@@ -201,7 +201,7 @@ def test_contradictions_are_refused_before_anything_is_written(
 
 
 def with_fingerprint(sounds: Path, folder: Path) -> Path:
-    """Return a copy of the store that knows what its audio was."""
+    """Return a copy of the store with the digest of its audio."""
     store = ViewStore(shutil.copytree(sounds / "store", folder))
     pack, rows = AudioPack(sounds / "train.tsv"), store.rows(1)
     print_of = fingerprint(pack, stored(pack, rows, 1.0), rows.filenames, rows.starts, rows.ends)
@@ -222,7 +222,7 @@ def test_other_audio_under_the_same_names_and_lengths_is_refused(sounds: Path, t
         train(config_of(sounds, tmp_path / "out", logitspath=store, train_data=table), name="tiny")
 
 
-def test_a_store_of_blanked_views_is_told(sounds: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_store_of_blanked_views_is_warned_of(sounds: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = shutil.copytree(sounds / "store", tmp_path / "store")
     meta = ViewStore(folder).meta
     write_meta(folder, replace(meta, recipe=replace(meta.recipe, time_mask=192)))
@@ -230,12 +230,12 @@ def test_a_store_of_blanked_views_is_told(sounds: Path, tmp_path: Path, caplog: 
     assert "the mask blanks 47% of the views" in caplog.text
 
 
-def test_a_warm_up_longer_than_the_run_is_told_with_the_value_to_use(sounds: Path, tmp_path: Path) -> None:
+def test_a_warm_up_longer_than_the_run_is_warned_of_with_a_value_to_use(sounds: Path, tmp_path: Path) -> None:
     folder = train(config_of(sounds, tmp_path, warmup_iters=5000, epochs=10, epoch_length=2, eval_data=None), name="a")
     assert "set warmup_iters to 2, a tenth" in (folder / "train.log").read_text()
 
 
-def test_a_loss_that_is_no_number_stops_training_at_its_step(sounds: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_training_at_its_step(sounds: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d of epoch [12]"):
         train(config_of(sounds, tmp_path, optimizer_args={"lr": 1e30}), name="tiny")
 
@@ -338,7 +338,7 @@ def test_a_run_begun_on_other_hardware_is_refused(sounds: Path, tmp_path: Path) 
         train(config, name="tiny", resume=folder)
 
 
-def test_a_run_is_resumed_as_it_was_begun(sounds: Path, tmp_path: Path) -> None:
+def test_a_run_is_resumed_only_from_an_undamaged_experiment(sounds: Path, tmp_path: Path) -> None:
     folder = train(config_of(sounds, tmp_path, epochs=1), name="tiny")
     train(config_of(sounds, tmp_path, epochs=1, num_workers=0), name="tiny", resume=folder)
     with pytest.raises(TrainingError, match="is not an experiment"):
@@ -348,8 +348,8 @@ def test_a_run_is_resumed_as_it_was_begun(sounds: Path, tmp_path: Path) -> None:
         train(config_of(sounds, tmp_path, epochs=1), name="tiny", resume=folder)
 
 
-def test_a_result_is_trained_further_by_a_new_experiment(sounds: Path, tmp_path: Path) -> None:
-    """The error of other settings has the command for it."""
+def test_a_result_is_trained_further_in_a_new_experiment(sounds: Path, tmp_path: Path) -> None:
+    """The error about changed settings has the command for it."""
     folder = train(config_of(sounds, tmp_path, epochs=1), name="tiny run")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ConfigError, match=r"epochs is 2, but .* was begun with 1") as caught:
@@ -370,7 +370,9 @@ def test_a_result_is_trained_further_by_a_new_experiment(sounds: Path, tmp_path:
 @pytest.mark.parametrize(
     "changes", [{"optimizer_args": {"lr": 0.001}}, {"eval_data": None}, {"average": False}, {"logfile": "my log.txt"}]
 )
-def test_the_command_for_other_settings_says_them(sounds: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_the_command_in_the_error_has_the_changed_settings(
+    sounds: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     begun = config_of(sounds, tmp_path)
     folder = create_folder(begun, "tiny")
     with pytest.raises(ConfigError) as caught:
@@ -380,7 +382,7 @@ def test_the_command_for_other_settings_says_them(sounds: Path, tmp_path: Path, 
     assert asked == config_of(sounds, tmp_path, **changes, pretrained=str(folder))
 
 
-def test_results_are_not_trained_over_when_the_state_is_gone(sounds: Path, tmp_path: Path) -> None:
+def test_results_are_not_overwritten_when_the_state_is_missing(sounds: Path, tmp_path: Path) -> None:
     config = config_of(sounds, tmp_path, epochs=2)
     folder = train(config, name="tiny")
     (folder / "resume.pt").unlink()
@@ -391,7 +393,7 @@ def test_results_are_not_trained_over_when_the_state_is_gone(sounds: Path, tmp_p
 
 
 def test_a_run_killed_in_its_first_epoch_is_resumed(sounds: Path, tmp_path: Path) -> None:
-    """Even if it left its first network already: nothing that was recorded is lost by it."""
+    """Even if it has saved a network, as long as no epoch was recorded."""
     config = config_of(sounds, tmp_path / "killed", epochs=1)
     unbroken = train(config_of(sounds, tmp_path / "unbroken", epochs=1), name="tiny")
     folder = create_folder(config, "tiny")
@@ -403,7 +405,7 @@ def test_a_run_killed_in_its_first_epoch_is_resumed(sounds: Path, tmp_path: Path
     assert not (folder / "best_ep001_mAP_0.9000.safetensors").exists()
 
 
-def test_a_configuration_that_changed_under_way_is_noticed(sounds: Path, tmp_path: Path) -> None:
+def test_a_configuration_changed_during_a_run_is_refused(sounds: Path, tmp_path: Path) -> None:
     folder = train(config_of(sounds, tmp_path, epochs=1), name="tiny")
     path = folder / "config.yaml"
     path.write_text(path.read_text().replace("lr: 0.005", "lr: 0.004"))
@@ -482,7 +484,7 @@ def free_ports(count: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def by_two(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what two processes trained: see TWO."""
+    """A folder with the experiments that two processes trained: see TWO."""
     here = tmp_path_factory.mktemp("two")
     plain, whole = config_of(sounds, here, **PLAIN), config_of(sounds, here, mixup=0.5)
     for config, name in ((plain, "plain"), (whole, "whole")):
@@ -515,7 +517,7 @@ def test_two_processes_resume_to_the_same_weights(by_two: Path) -> None:
     assert "resuming after epoch 1" in (killed / "train.log").read_text()
 
 
-def test_a_run_without_a_whole_epoch_is_begun_by_those_who_resume_it(by_two: Path) -> None:
+def test_resuming_a_run_without_a_complete_epoch_counts_as_its_begin(by_two: Path) -> None:
     (folder,) = (by_two / "plain").iterdir()
     assert "begun with" not in (folder / "train.log").read_text()
     state = load_state(folder)
