@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ced.config import Mode, StoreConfig, check
 from ced.distill import targets, views
-from ced.distill.dataset import Batch, ViewDataset, in_order, prefetch, stored
+from ced.distill.dataset import Batch, ViewDataset, chunks_of_rows, in_batches, prefetch
 from ced.distill.distributed import World
 from ced.distill.pack_reader import AudioPack
 from ced.distill.pack_writer import pack
@@ -98,7 +98,7 @@ class PlainDataset(Dataset[tuple[Tensor, Tensor, float, float]]):
 def our_items(dataset: ViewDataset, store: ViewStore, workers: int, size: int) -> Iterator[tuple[Any, Tensor]]:
     """Yield batches as the student gets them: waves, uniforms, and targets spread over the classes."""
     rows = store.rows(1)
-    for batch in prefetch(dataset, in_order(len(dataset), size), workers):
+    for batch in prefetch(dataset, in_batches(len(dataset), size), workers):
         values = torch.from_numpy(rows.values[batch.items])
         indexes = torch.from_numpy(rows.indexes[batch.items])
         yield batch, targets.spread(values, indexes, CLASSES, "zero")
@@ -112,7 +112,7 @@ def exhaust(items: Any) -> None:
 def measure_items(pack_table: Path, store_folder: Path, rounds: int) -> Iterator[Measurement]:
     audio, views_stored = AudioPack(pack_table), ViewStore(store_folder)
     rows = views_stored.rows(1)
-    chunks = stored(audio, rows, SECONDS)
+    chunks = chunks_of_rows(audio, rows, SECONDS)
     ours = ViewDataset(audio, chunks, views_stored.meta.recipe, rows.seeds, SECONDS * SAMPLE_RATE)
     h5 = next(pack_table.parent.parent.glob("hdf5/*.h5"))
     plain = PlainDataset(h5, part_path(store_folder, 1, 0), list(rows.filenames))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ced.config import Mode, TaggerConfig
-from ced.distill.dataset import Batch, ViewDataset, in_order, prefetch, whole
+from ced.distill.dataset import Batch, ViewDataset, in_batches, prefetch, whole
 from ced.distill.distributed import World, autocast
 from ced.distill.pack_reader import AudioPack
 from ced.errors import ConfigError, PackError, TableError
@@ -28,7 +28,7 @@ from ced.model.vit import CED
 from ced.progress import Progress, silent
 from ced.sound.features import PATCH, TOP_DB, frames_of
 from ced.sound.labels import ClassTable
-from ced.sound.tables import multi_hot, parse_labels
+from ced.sound.tables import multi_hot
 from ced.text import csv_lines
 
 DELIMITERS = {".tsv": "\t", ".csv": ","}  # of tables of results, by suffix
@@ -82,7 +82,7 @@ class Evaluator:
         self.table, self.labels = table, labels
         self.batch_size, self.num_workers, self.mode = batch_size, num_workers, mode
         pack = AudioPack(table)
-        self.targets = multi_hot(parse_labels(pack.table, len(labels)), len(labels))
+        self.targets = multi_hot(pack.labels(len(labels)), len(labels))
         if not self.targets.any():
             raise TableError(f"no clip of {table} has a class: there is nothing to evaluate ({len(pack)} clips)")
         self.dataset = ViewDataset(pack, whole(pack, range(len(pack))))
@@ -171,7 +171,7 @@ class Evaluator:
         for length in np.unique(lengths[lengths <= PIECES_AT_ONCE * longest]):
             clips = np.flatnonzero(lengths == length)
             size = max(1, self.batch_size * longest // max(int(length), longest))
-            for batch in in_order(len(clips), size):
+            for batch in in_batches(len(clips), size):
                 yield clips[batch]
 
 

@@ -29,7 +29,7 @@ from ced.errors import ConfigError, TableError
 from ced.model.vit import CED
 from ced.progress import Progress, silent
 from ced.sound.labels import ClassTable, audioset, read_classes
-from ced.sound.tables import multi_hot, parse_labels
+from ced.sound.tables import multi_hot
 from ced.text import quoted
 
 AUDIOSET = "audioset"  # as the value of `classes`: AudioSet's class table
@@ -87,7 +87,7 @@ def refuse_numbered_classes(clips: "LabelledClips") -> None:
     if used == list(range(len(used))) and len(used) < clips.num_classes:
         first = ", ".join(map(quoted, audioset().names[: min(len(used), 3)]))
         raise ConfigError(
-            f"the labels of {clips.pack.table.path} are 0 to {used[-1]}, and as AudioSet's classes they would be "
+            f"the labels of {clips.pack.path} are 0 to {used[-1]}, and as AudioSet's classes they would be "
             f"{first}{', ...' if len(used) > 3 else ''}; give a class table (index, name) with --classes, or, if they "
             f"are AudioSet's, --classes {AUDIOSET}"
         )
@@ -126,17 +126,14 @@ class LabelledClips:
         """
         self.samples = chunk_samples(config.chunk_length)
         self.pack = AudioPack(config.train_data)
-        self.labels, self.num_classes = parse_labels(self.pack.table, len(labels)), len(labels)
+        self.labels, self.num_classes = self.pack.labels(len(labels)), len(labels)
         if not any(self.labels):
             raise TableError(f"no clip of {config.train_data} has a label: there is nothing to learn")
         if config.task == "single":
-            filenames = self.pack.table.column("filename")
-            for number, (filename, row) in enumerate(zip(filenames, self.labels, strict=True), start=1):
-                if len(row) != 1:
-                    raise TableError(
-                        f"table {config.train_data}, row {number} ({filename}) has {len(row)} labels; "
-                        "task single needs exactly one a clip"
-                    )
+            for number, labelled in enumerate(self.labels):
+                if len(labelled) != 1:
+                    where = f"table {config.train_data}, row {number + 1} ({self.pack.filename(number)})"
+                    raise TableError(f"{where} has {len(labelled)} labels; task single needs exactly one a clip")
         self.recipe = recipe_of(config.wavtransforms, config.spectransforms, self.samples)
         check_masks(self.recipe, self.samples)
         self.seed = config.seed

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ced.config import Fill, TrainConfig
-from ced.distill.dataset import Chunks, ViewDataset, fingerprint, stored
+from ced.distill.dataset import Chunks, ViewDataset, chunks_of_rows, fingerprint
 from ced.distill.evaluate import open_validation
 from ced.distill.pack_reader import AudioPack
 from ced.distill.step import TargetLoss
@@ -150,7 +150,7 @@ class StoredViews:
         expected = self.store.meta.chunks
         if expected is not None and expected != fingerprint(self.pack, chunks, rows.filenames, rows.starts, rows.ends):
             raise PackError(
-                f"the audio differs: {self.pack.table.path} has the names and lengths of the clips that the teachers "
+                f"the audio differs: {self.pack.path} has the names and lengths of the clips that the teachers "
                 f"of {self.store.folder} scored, but other samples; use the pack that was stored, or store the views "
                 "of this one"
             )
@@ -161,7 +161,7 @@ class StoredViews:
 
     def _read(self, stored_epoch: int) -> tuple[Rows, Chunks]:
         rows = self.store.rows(stored_epoch)
-        return rows, stored(self.pack, rows, self.store.meta.chunk_length)
+        return rows, chunks_of_rows(self.pack, rows, self.store.meta.chunk_length)
 
     def _targets(self, rows: Rows, items: NDArray[np.int64], generator: torch.Generator) -> Tensor:
         values, indexes = torch.from_numpy(rows.values[items]), torch.from_numpy(rows.indexes[items])

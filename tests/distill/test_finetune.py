@@ -212,7 +212,7 @@ def test_task_multi_accepts_clips_with_several_labels_or_none(sounds: Path, tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"chunk_length": 0.1}, "chunk_length is 0.1 s; the shortest a model can hear is 0.15 s"),
+        ({"chunk_length": 0.1}, "chunk_length is 0.1 s; the shortest input of a model is 0.15 s"),
         ({"task": "single", "model_args": {"activation": "sigmoid"}}, "model_args.activation is 'sigmoid'"),
     ],
 )

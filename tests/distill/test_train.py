@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from ced.config import TrainConfig, check, dump, load_config
-from ced.distill.dataset import fingerprint, stored
+from ced.distill.dataset import chunks_of_rows, fingerprint
 from ced.distill.evaluate import evaluate
 from ced.distill.experiment import create_folder, load_state
 from ced.distill.pack_reader import AudioPack
@@ -204,7 +204,7 @@ def with_fingerprint(sounds: Path, folder: Path) -> Path:
     """Return a copy of the store with the digest of its audio."""
     store = ViewStore(shutil.copytree(sounds / "store", folder))
     pack, rows = AudioPack(sounds / "train.tsv"), store.rows(1)
-    print_of = fingerprint(pack, stored(pack, rows, 1.0), rows.filenames, rows.starts, rows.ends)
+    print_of = fingerprint(pack, chunks_of_rows(pack, rows, 1.0), rows.filenames, rows.starts, rows.ends)
     write_meta(folder, replace(store.meta, chunks=print_of))
     return folder
 
