@@ -23,7 +23,7 @@ from torch import Tensor
 from ced.config import LoopConfig
 from ced.distill import experiment
 from ced.distill.dataset import Batch, ViewDataset, drawn, prefetch, shuffled
-from ced.distill.distributed import World, half_type, join
+from ced.distill.distributed import World, half_type, join_processes
 from ced.distill.evaluate import Evaluation, Validation
 from ced.distill.experiment import LAST_NAME, RESULT_NAME, State
 from ced.distill.pack_reader import AudioPack
@@ -93,7 +93,7 @@ def begin_run(config: LoopConfig, *, name: str, resume: Path | None, progress: P
     """
     if resume is not None:
         experiment.check_resumable(config, resume)
-    world = join()
+    world = join_processes()
     state = (experiment.load_state(resume) if resume else None) or State(world_size=world.size)
     if state.finished and world.is_main:
         logger.warning("%s is finished after %d epochs; there is nothing to resume", resume, state.epoch)
@@ -151,7 +151,7 @@ def warn_of_splitting(network: CED, samples: int) -> None:
 
 def warn_of_padding(pack: AudioPack, samples: int) -> None:
     """Warn if more than half of the training items, of `samples` samples each, would be the padding of short clips."""
-    lengths = np.array([pack.samples(clip) for clip in range(len(pack))])
+    lengths = pack.lengths()
     padding = 1 - np.minimum(lengths, samples).mean() / samples
     if padding > 0.5:
         logger.warning(

@@ -189,7 +189,7 @@ def test_impossible_settings_are_refused_in_one_line_before_anything_is_written(
 
 @pytest.mark.parametrize("key", ["eval_data", "early_stop", "mixup", "average"])
 def test_keys_that_need_labels_are_refused_with_the_reason(sounds: Path, key: str) -> None:
-    with pytest.raises(ConfigError, match=f"{key}: pre-training knows no labels") as caught:
+    with pytest.raises(ConfigError, match=f"{key}: pre-training uses no labels") as caught:
         config_of(sounds, sounds, **{key: 1, "mask_ratio": 1})
     assert "2 error(s)" in str(caught.value)
 
