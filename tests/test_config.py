@@ -4,11 +4,11 @@ import pytest
 
 from ced.config import (
     FinetuneConfig,
-    LoopConfig,
     PretrainConfig,
     Section,
     StoreConfig,
     TrainConfig,
+    TrainerConfig,
     check,
     command_of,
     dump,
@@ -133,7 +133,7 @@ TRAINED = [
 
 @pytest.mark.parametrize(("kind", "command", "more"), TRAINED)
 def test_a_written_configuration_begins_with_its_command(
-    kind: type[LoopConfig], command: str, more: list[str], tmp_path: Path
+    kind: type[TrainerConfig], command: str, more: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(dump(load_config(kind, None, [*MINIMAL, *more])))
@@ -143,7 +143,7 @@ def test_a_written_configuration_begins_with_its_command(
 
 @pytest.mark.parametrize(("kind", "command", "more"), TRAINED)
 def test_the_command_of_a_file_without_one_is_known_by_its_keys(
-    kind: type[LoopConfig], command: str, more: list[str], tmp_path: Path
+    kind: type[TrainerConfig], command: str, more: list[str], tmp_path: Path
 ) -> None:
     """Version 0.2.0 wrote all keys but `command`."""
     config, path = load_config(kind, None, [*MINIMAL, *more]), tmp_path / "config.yaml"

@@ -11,9 +11,9 @@ from ced.errors import CheckpointError, ConfigError
 from ced.text import quoted
 
 if TYPE_CHECKING:
-    from ced.config import LoopConfig
+    from ced.config import TrainerConfig
 
-    C = TypeVar("C", bound=LoopConfig)
+    C = TypeVar("C", bound=TrainerConfig)
 
 Resume = Annotated[
     Path | None,

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ced.config import LoopConfig
+from ced.config import TrainerConfig
 from ced.distill import experiment
 from ced.distill.dataset import Batch, ViewDataset, drawn, prefetch, shuffled
 from ced.distill.distributed import World, half_type, join_processes
@@ -77,7 +77,7 @@ class Run:
     progress: Progress
 
 
-def begin_run(config: LoopConfig, *, name: str, resume: Path | None, progress: Progress) -> Run:
+def begin_run(config: TrainerConfig, *, name: str, resume: Path | None, progress: Progress) -> Run:
     """Check that an experiment can be resumed with a configuration, join the other processes, and read its state.
 
     Args:
@@ -103,7 +103,7 @@ def begin_run(config: LoopConfig, *, name: str, resume: Path | None, progress: P
 # First weights, and whether they suit the data -----------------------------------------------------------------------
 
 
-def initial_network(config: LoopConfig, labels: ClassTable, needs: Mapping[str, str], progress: Progress) -> CED:
+def initial_network(config: TrainerConfig, labels: ClassTable, needs: Mapping[str, str], progress: Progress) -> CED:
     """Return the network that a configuration names, with its first weights; new ones are drawn from the seed.
 
     Args:
@@ -177,7 +177,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: LoopConfig,
+        config: TrainerConfig,
         run: Run,
         network: CED,
         objective: Objective,

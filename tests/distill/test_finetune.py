@@ -16,30 +16,14 @@ from ced.model.config import ModelConfig
 from ced.model.loading import load_model
 from ced.model.vit import CED
 from ced.sound.labels import ClassTable, read_classes
+from tests.distill.trainings import MASKS, SMALL, settings
 
 CLASSES = ClassTable(("low", "middle", "high", "noise"))
-SMALL = {"embed_dim": 32, "num_heads": 2, "depth": 2, "target_length": 112}
-MASKS = {"TimeMasking": {"time_mask_param": 20}, "FrequencyMasking": {"freq_mask_param": 8}}
 
 
 def config_of(sounds: Path, out: Path, **changes: Any) -> FinetuneConfig:
-    values = {
-        "train_data": sounds / "train.tsv",
-        "eval_data": sounds / "eval.tsv",
-        "outputpath": out,
-        "classes": sounds / "classes.tsv",
-        "model": "ced_tiny",
-        "model_args": SMALL,
-        "pretrained": False,
-        "chunk_length": 1,
-        "spectransforms": MASKS,
-        "batch_size": 16,
-        "epochs": 2,
-        "optimizer": "AdamW",
-        "optimizer_args": {"lr": 0.005},
-        "mode": "off",
-        "num_workers": 1,
-    }
+    values = settings(sounds, out, eval_data=sounds / "eval.tsv", classes=sounds / "classes.tsv", optimizer="AdamW")
+    values |= {"chunk_length": 1, "spectransforms": MASKS}
     return check(FinetuneConfig, values | changes, "test")
 
 

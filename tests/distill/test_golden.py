@@ -4,7 +4,6 @@ The values are those of this project's first release on a CPU in float32. They m
 processor to another, far less than by a change of the training.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from ced.config import FinetuneConfig, PretrainConfig, TrainConfig, check
 from ced.distill.finetune import finetune
 from ced.distill.pretrain import pretrain
 from ced.distill.train import train
+from tests.distill.trainings import MASKS, measurements, settings
 
-SMALL = {"embed_dim": 32, "num_heads": 2, "depth": 2, "target_length": 112}
-MASKS = {"TimeMasking": {"time_mask_param": 20}, "FrequencyMasking": {"freq_mask_param": 8}}
 GOLDEN = {
     "train": [0.56241328, 0.53225011, 0.51990384, 0.49298859],
     "finetune": [0.54750675, 0.51765412, 0.49171281, 0.47536540],
@@ -25,13 +23,11 @@ GOLDEN = {
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [epoch["loss"] for epoch in measurements(folder)]
 
 
 def values(sounds: Path, out: Path, **more: Any) -> dict[str, Any]:
-    common = {"train_data": sounds / "train.tsv", "outputpath": out, "model": "ced_tiny", "model_args": SMALL}
-    common |= {"pretrained": False, "batch_size": 16, "epochs": 4, "warmup_epochs": 1, "optimizer": "Adam"}
-    return common | {"optimizer_args": {"lr": 0.003}, "mode": "off", "num_workers": 1} | more
+    return settings(sounds, out, epochs=4, warmup_epochs=1, optimizer_args={"lr": 0.003}, **more)
 
 
 def test_the_losses_of_distillation_are_unchanged(sounds: Path, tmp_path: Path) -> None:

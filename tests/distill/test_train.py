@@ -1,10 +1,8 @@
-import json
 import logging
 import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,33 +30,14 @@ from ced.distill.views import ViewRecipe
 from ced.errors import ConfigError, PackError, TrainingError
 from ced.model.loading import load_model
 from ced.model.weights import average
+from tests.distill.trainings import free_ports, measurements, settings
 
 REPOSITORY = Path(__file__).parents[2]
-SMALL = {"embed_dim": 32, "num_heads": 2, "depth": 2, "target_length": 112}
 
 
 def config_of(sounds: Path, out: Path, **changes: Any) -> TrainConfig:
-    values = {
-        "train_data": sounds / "train.tsv",
-        "eval_data": sounds / "eval.tsv",
-        "logitspath": sounds / "store",
-        "outputpath": out,
-        "num_classes": 4,
-        "model": "ced_tiny",
-        "model_args": SMALL,
-        "pretrained": False,
-        "batch_size": 16,
-        "epochs": 2,
-        "optimizer": "Adam",
-        "optimizer_args": {"lr": 0.005},
-        "mode": "off",
-        "num_workers": 1,
-    }
+    values = settings(sounds, out, eval_data=sounds / "eval.tsv", logitspath=sounds / "store", num_classes=4)
     return check(TrainConfig, values | changes, "test")
-
-
-def lines(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_student_learns_from_stored_views_without_labels(sounds: Path, tmp_path: Path) -> None:
@@ -66,7 +45,7 @@ def test_a_student_learns_from_stored_views_without_labels(sounds: Path, tmp_pat
     reports: list[tuple[str, int, int]] = []
     config = config_of(sounds, tmp_path, epochs=14, batch_size=8, valid_every=5, n_saved=2, warmup_epochs=1)
     folder = train(config, name="tiny", progress=lambda *report: reports.append(report))
-    metrics = lines(folder)
+    metrics = measurements(folder)
     assert [line["epoch"] for line in metrics] == list(range(1, 15))
     assert [line["epoch"] for line in metrics if "mAP" in line] == [5, 10, 14]
     assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"]
@@ -100,7 +79,9 @@ def test_an_experiment_has_configuration_log_and_measurements(sounds: Path, tmp_
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1  # two may be read in the wrong order
     events = EventAccumulator(str(folder)).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
-    assert [event.value for event in events.Scalars("mAP")] == pytest.approx([line["mAP"] for line in lines(folder)])
+    assert [event.value for event in events.Scalars("mAP")] == pytest.approx(
+        [line["mAP"] for line in measurements(folder)]
+    )
 
 
 def test_without_labels_the_last_network_is_the_result(sounds: Path, tmp_path: Path) -> None:
@@ -108,7 +89,7 @@ def test_without_labels_the_last_network_is_the_result(sounds: Path, tmp_path: P
     names = {path.name for path in folder.iterdir() if "tfevents" not in path.name}
     assert names == {"config.yaml", "train.log", "metrics.jsonl", "curves.png", "last.safetensors", "resume.pt"}
     assert load_model(folder).config.embed_dim == 32
-    assert "mAP" not in lines(folder)[-1]
+    assert "mAP" not in measurements(folder)[-1]
 
 
 def test_the_best_network_is_the_result_when_none_are_averaged(sounds: Path, tmp_path: Path) -> None:
@@ -121,7 +102,7 @@ def test_the_best_network_is_the_result_when_none_are_averaged(sounds: Path, tmp
 def test_training_stops_early_without_gain_in_validation(sounds: Path, tmp_path: Path) -> None:
     config = config_of(sounds, tmp_path, early_stop=2, epochs=9, optimizer_args={"lr": 1e-12})
     folder = train(config, name="tiny")
-    assert [line["epoch"] for line in lines(folder)] == [1, 2, 3]
+    assert [line["epoch"] for line in measurements(folder)] == [1, 2, 3]
 
 
 def test_stored_epochs_are_used_in_turn(sounds: Path) -> None:
@@ -168,7 +149,7 @@ def test_published_configurations_train_on_a_published_store(tmp_path: Path) -> 
     words += ["--epoch_length", "1", "--model_args.target_length", "208"]
     path = REPOSITORY / "trainconfig/balanced_mixup_tiny_T_ensemble5014_chunk10.yaml"
     folder = train(load_config(TrainConfig, path, [str(word) for word in words]), name=path.stem)
-    assert [line["lr"] for line in lines(folder)] == pytest.approx([0.0, 0.001 / 5000])
+    assert [line["lr"] for line in measurements(folder)] == pytest.approx([0.0, 0.001 / 5000])
     log = (folder / "train.log").read_text()
     for warning in ("mode amp needs a GPU", "Adam8bit needs a CUDA GPU", "warm-up of 5000 steps"):
         assert warning in log
@@ -242,7 +223,9 @@ def test_a_loss_that_is_not_finite_stops_training_at_its_step(sounds: Path, tmp_
 
 def test_bf16_computes_nearly_the_same(sounds: Path, tmp_path: Path) -> None:
     modes = ("off", "amp_bf16")
-    losses = [lines(train(config_of(sounds, tmp_path, epochs=1, mode=mode), name=mode))[0]["loss"] for mode in modes]
+    losses = [
+        measurements(train(config_of(sounds, tmp_path, epochs=1, mode=mode), name=mode))[0]["loss"] for mode in modes
+    ]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
@@ -275,7 +258,7 @@ def test_a_killed_run_resumes_to_the_same_weights(sounds: Path, tmp_path: Path) 
     process.send_signal(signal.SIGKILL)
     process.wait()
     (folder,) = (tmp_path / "killed/run").iterdir()
-    assert 2 <= len(lines(folder)) < 6
+    assert 2 <= len(measurements(folder)) < 6
     assert not (folder / "averaged.safetensors").exists()
     # What an epoch cut short may leave behind.
     (folder / "best_ep005_mAP_1.0000.safetensors").write_bytes(b"unfinished")
@@ -289,7 +272,7 @@ def test_a_killed_run_resumes_to_the_same_weights(sounds: Path, tmp_path: Path) 
     assert names[0] == names[1]
     for name in names[0]:
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes()
-    for before, after in zip(lines(unbroken), lines(folder), strict=True):
+    for before, after in zip(measurements(unbroken), measurements(folder), strict=True):
         assert before | {"seconds": 0} == after | {"seconds": 0}
     assert not list(folder.glob("*.partial"))
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1  # two may be read in the wrong order
@@ -321,9 +304,9 @@ def test_a_run_killed_before_its_last_record_is_recorded(
         with pytest.raises(KeyboardInterrupt):
             train(config, name="tiny")
     (folder,) = (tmp_path / "tiny").iterdir()
-    assert lines(folder) == []
+    assert measurements(folder) == []
     train(config, name="tiny", resume=folder)
-    assert [line["epoch"] for line in lines(folder)] == [1]
+    assert [line["epoch"] for line in measurements(folder)] == [1]
     assert (folder / "curves.png").exists()
 
 
@@ -362,8 +345,8 @@ def test_a_result_is_trained_further_in_a_new_experiment(sounds: Path, tmp_path:
     assert ran.returncode == 0, ran.stderr
     further = Path(ran.stdout.strip())
     assert further.parent == folder.parent
-    assert [line["epoch"] for line in lines(further)] == [1, 2]
-    assert lines(further)[0]["loss"] < lines(folder)[0]["loss"]
+    assert [line["epoch"] for line in measurements(further)] == [1, 2]
+    assert measurements(further)[0]["loss"] < measurements(folder)[0]["loss"]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -472,16 +455,6 @@ for port, config, folder in zip(ports, ("plain", "whole", "whole"), ("plain", No
 PLAIN = {"mixup": 0.5, "label_type": "last_random", "epochs": 6}
 
 
-def free_ports(count: int) -> list[str]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [str(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def by_two(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the experiments that two processes trained: see TWO."""
@@ -501,7 +474,7 @@ def test_two_processes_train_as_one_does(sounds: Path, tmp_path: Path, by_two: P
     """A step's gradient is that of the whole batch, and so are the statistics of the BatchNorm."""
     alone = train(config_of(sounds, tmp_path, **PLAIN), name="run")
     (together,) = (by_two / "plain").iterdir()
-    for one, two in zip(lines(alone), lines(together), strict=True):
+    for one, two in zip(measurements(alone), measurements(together), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert two["mAP"] == pytest.approx(one["mAP"], abs=0.02)
     first, second = (load_file(folder / "last.safetensors") for folder in (alone, together))
@@ -513,7 +486,7 @@ def test_two_processes_resume_to_the_same_weights(by_two: Path) -> None:
     killed, (unbroken,) = by_two / "killed", (by_two / "whole").iterdir()
     for name in ("last.safetensors", "averaged.safetensors"):
         assert (killed / name).read_bytes() == (unbroken / name).read_bytes()
-    assert [line["loss"] for line in lines(killed)] == [line["loss"] for line in lines(unbroken)]
+    assert [line["loss"] for line in measurements(killed)] == [line["loss"] for line in measurements(unbroken)]
     assert "resuming after epoch 1" in (killed / "train.log").read_text()
 
 
