@@ -110,7 +110,7 @@ def config_path(folder: Path) -> Path:
     """Return the path of an experiment's configuration.
 
     Raises:
-        TrainingError: the folder is no experiment.
+        TrainingError: the folder is not an experiment.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -122,7 +122,7 @@ def check_resumable(config: C, folder: Path) -> None:
     """Check that the run of an experiment was begun with a configuration.
 
     Raises:
-        TrainingError: the folder is no experiment.
+        TrainingError: the folder is not an experiment.
         ConfigError: a key that affects the result has another value than in the experiment's config.yaml.
     """
     path = config_path(folder)

@@ -87,7 +87,7 @@ def begin_run(config: TrainerConfig, *, name: str, resume: Path | None, progress
         progress: called after each step and evaluated batch, in the first process.
 
     Raises:
-        TrainingError: `resume` is no experiment, or its state is damaged.
+        TrainingError: `resume` is not an experiment, or its state is damaged.
         ConfigError: a setting differs from that of the experiment.
         ProcessError: the processes of the run cannot join.
     """
