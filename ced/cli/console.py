@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LINE_SECONDS = 5.0  # between two plain lines of progress
 REPORT_SECONDS = 0.1  # between two reports within a file
 # Published spellings of options, accepted as hidden aliases.
-_PUBLISHED = {"topk": "top-k", "chunk": "window", "c": "w"}
+_PUBLISHED = {"topk": "top-k", "chunk": "window", "c": "w", "n-workers": "jobs", "n": "j"}
 INTERRUPTED = 130  # exit code, as a shell gives it for SIGINT
 
 
