@@ -128,16 +128,16 @@ def test_no_transforms_are_an_empty_recipe(write: MetaWriter) -> None:
 @pytest.mark.parametrize(
     ("transform", "change", "reason"),
     [
-        ("Shift", {"_p": 1.0}, "its Shift has p 1.0; replayed is only 0.5"),
-        ("Shift", {"rollover": False}, "its Shift has rollover False; replayed is only True"),
-        ("Shift", {"shift_unit": "samples"}, "its Shift has shift_unit 'samples'; replayed is only 'fraction'"),
-        ("Shift", {"mode": "per_batch"}, "its Shift has mode 'per_batch'; replayed is only 'per_example'"),
-        ("TimeMasking", {"iid_masks": True}, "its TimeMasking has iid_masks True; replayed is only False"),
-        ("TimeMasking", {"axis": 1}, "its TimeMasking has axis 1; replayed is only 2"),
-        ("FrequencyMasking", {"p": 0.5}, "its FrequencyMasking has p 0.5; replayed is only 1.0"),
+        ("Shift", {"_p": 1.0}, "its Shift has p 1.0; only 0.5 can be reproduced"),
+        ("Shift", {"rollover": False}, "its Shift has rollover False; only True can be reproduced"),
+        ("Shift", {"shift_unit": "samples"}, "its Shift has shift_unit 'samples'; only 'fraction' can be reproduced"),
+        ("Shift", {"mode": "per_batch"}, "its Shift has mode 'per_batch'; only 'per_example' can be reproduced"),
+        ("TimeMasking", {"iid_masks": True}, "its TimeMasking has iid_masks True; only False can be reproduced"),
+        ("TimeMasking", {"axis": 1}, "its TimeMasking has axis 1; only 2 can be reproduced"),
+        ("FrequencyMasking", {"p": 0.5}, "its FrequencyMasking has p 0.5; only 1.0 can be reproduced"),
     ],
 )
-def test_what_is_not_replayed_is_refused(
+def test_transforms_that_cannot_be_reproduced_are_refused(
     write: MetaWriter, transform: str, change: dict[str, Any], reason: str
 ) -> None:
     steps = {"Shift": SHIFT, "TimeMasking": TIME, "FrequencyMasking": FREQUENCY}
@@ -205,7 +205,7 @@ def test_a_malicious_meta_runs_nothing(tmp_path: Path, function: Callable[..., A
 def test_what_a_file_does_to_a_placeholder_does_not_last(tmp_path: Path) -> None:
     # A pickle that sets an attribute of the class `utils.Config` itself.
     content = b"\x80\x02cutils\nConfig\nN}(X\x05\x00\x00\x00topkyK\x01u\x86b."
-    with pytest.raises(StoreError, match="it sets attributes of something else"):
+    with pytest.raises(StoreError, match="it sets attributes of a value that is not an object"):
         read_meta_pt(write_pickle(tmp_path / "meta.pt", content))
     with pytest.raises(StoreError, match="lacks 'wavtransforms'"):
         read_meta_pt(write_pickle(tmp_path / "meta.pt", pickle.dumps({})))

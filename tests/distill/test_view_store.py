@@ -255,7 +255,7 @@ def drop_dataset(path: Path) -> None:
     [
         ("meta.json", Path.unlink, "is not a view store: it has neither meta.json nor meta.pt"),
         ("meta.json", truncate, "meta.json is damaged: JSONDecodeError"),
-        ("meta.json", lambda path: edit(path, '"topk": 3', '"topk": 4'), "meta.json does not have the digest"),
+        ("meta.json", lambda path: edit(path, '"topk": 3', '"topk": 4'), "meta.json does not match its own digest"),
         ("logits_ep2_1.h5", Path.unlink, "logits_ep2_1.h5 is missing; the store has 3 epochs of 2 part(s)"),
         ("logits_ep3_1.parquet", Path.unlink, "logits_ep3_1.parquet is missing"),
         ("logits_ep2_0.h5", truncate, "logits_ep2_0.h5 is damaged: OSError: Unable to"),
@@ -297,7 +297,7 @@ def test_damage_is_one_line_that_names_the_file(
 def test_missing_rows_are_noticed(tmp_path: Path) -> None:
     make_store(tmp_path, epochs=2)
     write_part(tmp_path, 2, 0, make_rows(3))
-    with pytest.raises(StoreError, match=r"epoch 2 of view store .* has 3 rows; meta\.json says 4"):
+    with pytest.raises(StoreError, match=r"epoch 2 of view store .* has 3 rows; meta\.json has 4"):
         ViewStore(tmp_path).rows(2)
 
 
@@ -374,13 +374,13 @@ def hostile(path: Path, name: str, **how: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "how", "said"),
     [
-        ("seeds", {"link": h5py.ExternalLink("other.h5", "seeds")}, "seeds lies in another file"),
-        ("seeds", {"shape": (4,), "dtype": "i4", "external": [("/etc/hostname", 0, 16)]}, "lies in another file"),
+        ("seeds", {"link": h5py.ExternalLink("other.h5", "seeds")}, "seeds is stored in another file"),
+        ("seeds", {"shape": (4,), "dtype": "i4", "external": [("/etc/hostname", 0, 16)]}, "stored in another file"),
         ("topk_values", {"shape": (10**9, 3), "dtype": "f2"}, "topk_values is (1000000000, 3), expected (4, 3)"),
         ("seeds", {"shape": (10**9,), "dtype": "i4"}, "topk_values is (4, 3), expected (1000000000, 3)"),
-        ("seeds", {"data": ["a", "b", "c", "d"]}, "seeds is of type object"),
-        ("seeds", {"data": np.zeros(4)}, "seeds is of type float64"),
-        ("seeds", {"shape": (4,), "dtype": "i4", "chunks": None}, "claims 16 bytes"),
+        ("seeds", {"data": ["a", "b", "c", "d"]}, "seeds has type object"),
+        ("seeds", {"data": np.zeros(4)}, "seeds has type float64"),
+        ("seeds", {"shape": (4,), "dtype": "i4", "chunks": None}, "needs 16 bytes"),
     ],
 )
 def test_arrays_that_are_not_there_are_refused(tmp_path: Path, name: str, how: dict[str, Any], said: str) -> None:
@@ -398,7 +398,7 @@ def test_arrays_that_claim_more_than_there_is_take_no_memory(tmp_path: Path) -> 
         for name, width, kind in (("topk_values", 3, "f2"), ("topk_indexes", 3, "i2")):
             file.create_dataset(name, shape=(10**9, width), dtype=kind)
         file.create_dataset("seeds", shape=(10**9,), dtype="i4")
-    with pytest.raises(StoreError, match=r"damaged: topk_values claims 6,000,000,000 bytes and has 0"):
+    with pytest.raises(StoreError, match=r"damaged: topk_values needs 6,000,000,000 bytes and has 0"):
         ViewStore(folder)
 
 
@@ -410,9 +410,14 @@ def test_names_that_are_no_text_are_damage(tmp_path: Path) -> None:
     pq.write_table(table.set_column(0, "filename", names), path)
     with pytest.raises(StoreError, match=r"logits_ep1_0\.parquet is damaged: UnicodeDecodeError"):
         ViewStore(folder).rows(1)
-    pq.write_table(table.set_column(0, "filename", pa.array(["a", None, "b", "c"])), path)
-    with pytest.raises(StoreError, match=r"logits_ep1_0\.parquet is damaged: a row has no filename"):
-        ViewStore(folder).rows(1)
+    for missing in (["a", None, "b", "c"], [None] * 4):
+        pq.write_table(table.set_column(0, "filename", pa.array(missing, pa.string())), path)
+        with pytest.raises(StoreError, match=r"logits_ep1_0\.parquet is damaged: a row has no filename"):
+            ViewStore(folder).rows(1)
+    for values in (pa.array([1, 2, 3, 4]), pa.array([b"a"] * 4)):
+        pq.write_table(table.set_column(0, "filename", values), path)
+        with pytest.raises(StoreError, match=r"logits_ep1_0\.parquet is damaged"):
+            ViewStore(folder).rows(1)
 
 
 def test_one_long_name_in_many_rows_is_in_memory_once(tmp_path: Path) -> None:
