@@ -28,10 +28,9 @@ from ced.distill.dataset import (
     in_batches,
     prefetch,
 )
-from ced.distill.distributed import join
+from ced.distill.distributed import half_type, join
 from ced.distill.experiment import run_name
 from ced.distill.pack_reader import AudioPack
-from ced.distill.precision import half_type
 from ced.distill.teachers import Ensemble, is_callable_spec, load_teacher
 from ced.distill.view_store import META_NAME, Rows, StoreMeta, epoch_seeds
 from ced.distill.views import ViewRecipe, check_masks, mask, recipe_of

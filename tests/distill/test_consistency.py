@@ -70,7 +70,7 @@ def train_config(**changes: Any) -> TrainConfig:
 
 def student_views(epoch: int) -> ViewDataset:
     config = train_config()
-    return StoredViews(config, ViewStore(config.logitspath), AudioPack(config.train_data)).epoch(epoch).dataset
+    return StoredViews(ViewStore(config.logitspath), AudioPack(config.train_data)).epoch(epoch).dataset
 
 
 def student_mel(views: ViewDataset, items: Sequence[int]) -> Tensor:

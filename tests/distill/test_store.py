@@ -77,7 +77,7 @@ number = 5
 PROGRAM = """
 import os, signal, sys
 import torch
-from ced.config import StoreConfig, load
+from ced.config import StoreConfig, load_config
 from ced.distill.store import store
 
 torch.set_num_threads(1)
@@ -92,7 +92,7 @@ def fsync(fd):
 
 os.fsync = fsync
 for out, batch_size in (run.split(":") for run in sys.argv[1].split(",")):
-    store(load(StoreConfig, None, [*sys.argv[2:], "--outputpath", out, "--batch_size", batch_size]))
+    store(load_config(StoreConfig, None, [*sys.argv[2:], "--outputpath", out, "--batch_size", batch_size]))
 """
 
 
