@@ -17,8 +17,7 @@ from ced.model.metrics import accuracy, average_precision
 from ced.model.runtime import OnnxModel
 from ced.model.zoo import BOXED
 from ced.sound.audio import load
-from ced.sound.labelled import read_labelled
-from ced.sound.tables import multi_hot, read_table, write_table
+from ced.sound.tables import multi_hot, read_labelled, read_table, write_table
 
 GRAPH = BOXED["esc10"]
 CARD = Path(__file__).with_name("card.md")  # with holes for what is measured

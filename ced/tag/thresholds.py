@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from ced.errors import ConfigError, TableError
 from ced.progress import NotedProgress, silent
 from ced.sound.audio import Source
-from ced.sound.labelled import read_labelled
 from ced.sound.labels import ClassTable
-from ced.sound.tables import Table, multi_hot, read_table, write_table
+from ced.sound.tables import Table, multi_hot, read_labelled, read_table, write_table
 from ced.tag.batch import outcomes
 from ced.tag.inputs import InputSound
 from ced.tag.options import TagOptions

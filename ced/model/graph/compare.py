@@ -20,8 +20,7 @@ from ced.progress import Progress, silent
 from ced.sound import audio
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.features import PATCH
-from ced.sound.labelled import LabelledClip, read_labelled
-from ced.sound.tables import multi_hot
+from ced.sound.tables import LabelledClip, multi_hot, read_labelled
 
 BOUND = 0.3  # points of mAP
 
