@@ -199,7 +199,7 @@ def test_an_action_that_fails_does_not_change_what_is_heard() -> None:
         (["a.wav"], "a.wav is not an http(s) or rtsp address; sounds in files are for `ced tag`"),
         (["-d", "1", "http://a/"], "--device 1 and http://a/ cannot be used together; leave one out"),
         (["-f", "csv"], "unknown live format csv; allowed: text, jsonl"),
-        (["--rate", "16000"], "--rate is about samples on standard input; give - as the address"),
+        (["--rate", "16000"], "--rate applies to samples on standard input"),
         (["-", "--channels", "2"], "--channels needs --rate, the rate of raw samples in Hz"),
         (["-", "--rate", "1"], "rate is 1 Hz; it must be 1000 to 768000 Hz"),
         (["http://a/", "--exec", "no-such-command x"], "command not found: no-such-command"),
