@@ -146,7 +146,7 @@ class TagOptions:
             )
         if self.columns and self.hop is not None:
             raise ConfigError(
-                f"hop is {self.hop} s; leave it out with columns: overlapping windows would score them twice"
+                f"hop is {self.hop} s; leave it out: overlapping windows would score columns twice"
             )
         if self.silence is not None and not self.silence < 0:
             raise ConfigError(f"silence is {self.silence} dB of full scale; it must be below 0, as -60")
@@ -166,7 +166,7 @@ class TagOptions:
             if not 0 <= seconds < math.inf:
                 raise ConfigError(f"{name} is {seconds}; it must be 0 seconds or more")
         if not self.events and (self.release, self.gap, self.shortest) != (0.5, 0.0, 0.0):
-            raise ConfigError("release, gap and shortest apply to events only; set events")
+            raise ConfigError("release, gap and shortest are options of events; set events")
 
     def check(self, labels: "ClassTable") -> None:
         """Validate what depends on the classes of a model, before any sound is read.

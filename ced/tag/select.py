@@ -162,7 +162,7 @@ def _find(wanted: Iterable[str], labels: ClassTable, own: int) -> set[int]:
     found: set[int] = set()
     for word in wanted:
         if word.strip().casefold() not in places:
-            raise ConfigError(f"unknown label {word!r}; {_nearest(word, places, labels)}")
+            raise ConfigError(f"there is no label {word!r}; {_nearest(word, places, labels)}")
         found |= places[word.strip().casefold()]
     return found
 
