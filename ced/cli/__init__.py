@@ -2,7 +2,7 @@
 
 from ced.cli import distilling, exporting, listening, serving, tagging
 from ced.cli.console import app, main
-from ced.cli.keys import FinetuneCommand, PretrainCommand, StoreCommand, TrainCommand
+from ced.cli.keys import ConfigCommand
 
 __all__ = ["app", "main"]
 
@@ -18,9 +18,9 @@ app.command()(exporting.models)
 app.command()(exporting.export)
 app.command()(distilling.pack)
 app.command()(distilling.labels)
-app.command(cls=StoreCommand, context_settings=_ANY_KEY)(distilling.store)
-app.command(cls=TrainCommand, context_settings=_ANY_KEY)(distilling.train)
-app.command(cls=FinetuneCommand, context_settings=_ANY_KEY)(distilling.finetune)
-app.command(cls=PretrainCommand, context_settings=_ANY_KEY)(distilling.pretrain)
+app.command(cls=ConfigCommand, context_settings=_ANY_KEY)(distilling.store)
+app.command(cls=ConfigCommand, context_settings=_ANY_KEY)(distilling.train)
+app.command(cls=ConfigCommand, context_settings=_ANY_KEY)(distilling.finetune)
+app.command(cls=ConfigCommand, context_settings=_ANY_KEY)(distilling.pretrain)
 app.command()(distilling.evaluate)
 app.command()(distilling.demo)
