@@ -384,7 +384,7 @@ def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
     command: list[str | Path] = [sys.executable, ROOT / "run.py", "demo", "--out", tmp_path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
-        assert running.stdout.readline() == "Making sounds ...\n"
+        assert "sounds" in running.stdout.readline()
         running.send_signal(signal.SIGINT)
         _, errors = running.communicate(timeout=60)
     assert running.returncode == 130

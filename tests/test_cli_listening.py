@@ -196,7 +196,7 @@ def test_a_failing_action_does_not_change_the_events() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["a.wav"], "a.wav is not an http(s) or rtsp address; sounds in files are for `ced tag`"),
+        (["a.wav"], "a.wav is not an http(s) or rtsp address"),
         (["-d", "1", "http://a/"], "--device 1 and http://a/ cannot be used together; leave one out"),
         (["-f", "csv"], "unknown live format csv; allowed: text, jsonl"),
         (["--rate", "16000"], "--rate applies to samples on standard input"),
@@ -209,7 +209,9 @@ def test_a_failing_action_does_not_change_the_events() -> None:
 def test_invalid_options_are_one_line(words: list[str], said: str) -> None:
     command = [sys.executable, "-m", "ced", "live", "-m", "esc10", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert (done.returncode, done.stderr.partition(" and a host")[0].rstrip("\n")) == (1, f"ced: error: {said}")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert line.startswith(f"ced: error: {said}")
 
 
 def test_a_missing_channel() -> None:

@@ -145,9 +145,7 @@ class TagOptions:
                 f"hop is {self.hop} s, window {self.window} s; a hop longer than the window would skip sound"
             )
         if self.columns and self.hop is not None:
-            raise ConfigError(
-                f"hop is {self.hop} s; leave it out: overlapping windows would score columns twice"
-            )
+            raise ConfigError(f"hop is {self.hop} s; leave it out: overlapping windows would score columns twice")
         if self.silence is not None and not self.silence < 0:
             raise ConfigError(f"silence is {self.silence} dB of full scale; it must be below 0, as -60")
 

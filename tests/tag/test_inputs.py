@@ -57,7 +57,9 @@ def test_folders_are_searched_recursively(tree: Path) -> None:
     assert found("in/")[0] == ("in/a/z.mp3", "a/z.mp3")
     assert found(str(tree / "in")) == [(f"{tree}/in/{name}", name) for name in inside]
     assert found("in/a", "in/a/z.mp3") == [("in/a/z.mp3", "z.mp3")]
-    with pytest.raises(AudioError, match=r"^folder none contains no sound files: 1 \.txt; known suffixes: .*\.flac, .*\.m4a, "):
+    with pytest.raises(
+        AudioError, match=r"^folder none contains no sound files: 1 \.txt; known suffixes: .*\.flac, .*\.m4a, "
+    ):
         find_inputs(["in", "none"])
 
 

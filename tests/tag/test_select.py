@@ -127,9 +127,7 @@ def test_invalid_selections_are_refused() -> None:
     assert "no label 'speaking'; did you mean 'Male speech, man speaking'?" in refused(audioset(), only=["speaking"])
     assert "no label 'animals'; did you mean 'Domestic animals, pets'?" in refused(PETS, exclude=["animals"])
     assert refused(ABC, only=["Rain"]) == "there is no label 'Rain'; the labels are a, b, c, d"
-    assert "'xyzzy'; the 527 labels range from Speech to Field recording" in refused(
-        audioset(), only=["xyzzy"]
-    )
+    assert "'xyzzy'; the 527 labels range from Speech to Field recording" in refused(audioset(), only=["xyzzy"])
     assert "no label 'Animal'" in refused(ABC, only=["Animal"])
     assert "no label remains of a, b without b, a" in refused(ABC, only=["a", "b"], exclude=["b", "a"])
     assert "no label remains of all without a, b, c, d" in refused(ABC, exclude=["a", "b", "c", "d"])
