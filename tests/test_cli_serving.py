@@ -1,4 +1,4 @@
-"""`ced serve` as a process: start, shutdown, and a start after a kill."""
+"""`ced serve` as a process: how it begins, what a kill leaves behind, how it ends."""
 
 import io
 import json
@@ -25,8 +25,6 @@ from ced.cli.serving import _keys
 from ced.errors import ConfigError
 from ced.tag.tagger import Tagger
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[1]
 RATE = 16_000
 KEY = "0123456789abcdef"
@@ -36,7 +34,7 @@ PATH = "/v1/audio/classification"
 
 @contextmanager
 def serving(graph: Path, *words: str, command: str = "serve", **variables: str) -> Iterator[tuple[Server, str]]:
-    """Run `ced serve` or `ced app`, and yield the process and its address when it listens."""
+    """Run `ced serve` or `ced app`, and give the process and its address once it listens."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CED_OFFLINE": "1", **variables}
     line = [sys.executable, "-m", "ced", command, "-m", str(graph), *words]
     pipe = subprocess.PIPE
@@ -60,7 +58,7 @@ def free_port() -> str:
 
 
 class Clients:
-    """Clients that repeat requests, each for its own sound, also while the server is down."""
+    """Clients that ask again and again, each about a sound of its own, whatever becomes of the server."""
 
     def __init__(self, url: str, sounds: list[tuple[bytes, object]]) -> None:
         self.right, self.broken = 0, 0
@@ -84,7 +82,7 @@ class Clients:
                 self.wrong.append(answer.text)
 
     def wait_for(self, more: int) -> None:
-        """Wait for a number of further answers."""
+        """Wait until so many more answers have come."""
         goal, end = self.right + more, time.monotonic() + 120
         while self.right < goal:
             assert not self.wrong
@@ -97,7 +95,7 @@ class Clients:
             thread.join()
 
 
-def test_a_server_that_is_killed_and_restarted_under_load_gives_no_wrong_answer(graph: Path) -> None:
+def test_killed_and_begun_again_under_load_it_never_gives_a_wrong_answer(graph: Path) -> None:
     sounds: list[tuple[bytes, object]] = []
     for seed in range(4):
         wave = np.random.default_rng(seed).uniform(-0.1 * seed, 0.5, 2 * RATE).astype(np.float32)
@@ -121,7 +119,7 @@ def test_a_server_that_is_killed_and_restarted_under_load_gives_no_wrong_answer(
     assert clients.broken > 0  # the kill was noticed
 
 
-def test_the_commands_of_docs_serve_work(graph: Path, tmp_path: Path) -> None:
+def test_the_commands_of_its_page_work(graph: Path, tmp_path: Path) -> None:
     lines = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8").splitlines()
     wave = np.random.default_rng(0).uniform(-0.5, 0.5, 3 * RATE)
     for kind in ("wav", "flac"):
@@ -155,7 +153,7 @@ def test_the_commands_of_docs_serve_work(graph: Path, tmp_path: Path) -> None:
                 assert json.loads(done.stdout)["seconds"] == 3.0
 
 
-def test_the_live_client_of_docs_serve_works(graph: Path) -> None:
+def test_the_live_client_of_its_page_works(graph: Path) -> None:
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serve.md").read_text(encoding="utf-8"), re.S)
     with serving(graph, "--port", "0") as (_, url):
         program = program.replace("ws://127.0.0.1:8000", url.replace("http", "ws")).replace("sleep(0.1)", "sleep(0.01)")
@@ -168,7 +166,7 @@ def test_the_live_client_of_docs_serve_works(graph: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_shutdown_is_quick_and_prints_nothing(graph: Path, number: signal.Signals, code: int, workers: str) -> None:
+def test_a_stop_is_quiet_and_prompt(graph: Path, number: signal.Signals, code: int, workers: str) -> None:
     with serving(graph, "--port", "0", "--workers", workers) as (process, url):
         assert httpx.get(f"{url}/healthz/ready", timeout=60).status_code == 200
         form = {"content-type": "multipart/form-data; boundary=x"}
@@ -189,7 +187,7 @@ def test_shutdown_is_quick_and_prints_nothing(graph: Path, number: signal.Signal
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_signal_right_after_the_start_stops_the_server(graph: Path, workers: str) -> None:
+def test_a_stop_right_after_the_start_is_not_missed(graph: Path, workers: str) -> None:
     for _ in range(3):
         with serving(graph, "--port", "0", "--workers", workers) as (process, _):
             process.terminate()
@@ -198,7 +196,7 @@ def test_a_signal_right_after_the_start_stops_the_server(graph: Path, workers: s
             assert process.stderr.read() == ""
 
 
-def test_the_access_log_is_printed_on_standard_output(graph: Path) -> None:
+def test_each_request_is_a_line_on_standard_output(graph: Path) -> None:
     for words, count in (((), 2), (("--workers", "2"), 2), (("--no-access-log",), 0)):
         with serving(graph, "--port", "0", *words) as (process, url):
             for path in ("/healthz/ready", "/v1/model"):
@@ -239,14 +237,14 @@ def workers_of(process: Server) -> list[int]:
 
 
 def until(true: Callable[[], bool]) -> None:
-    """Wait until a condition is true."""
+    """Wait for something that happens soon."""
     end = time.monotonic() + 60
     while not true():
         assert time.monotonic() < end
         time.sleep(0.05)
 
 
-def test_a_ready_server_survives_workers_that_end_at_their_start(graph: Path) -> None:
+def test_workers_that_fail_after_the_server_was_ready_do_not_end_it(graph: Path) -> None:
     with serving(graph, "--port", "0", "--workers", "2", "--no-access-log") as (process, url):
         assert httpx.get(f"{url}/healthz/ready", timeout=60).status_code == 200
         until(lambda: len(workers_of(process)) == 2)
@@ -262,7 +260,7 @@ def test_a_ready_server_survives_workers_that_end_at_their_start(graph: Path) ->
     assert all(line.startswith("ced: warning: ") and "exit code -9" in line for line in told)
 
 
-def test_a_worker_that_ends_before_any_is_ready_ends_the_server(graph: Path) -> None:
+def test_workers_that_fail_before_the_server_was_ready_end_it(graph: Path) -> None:
     with serving(graph, "--port", "0", "--workers", "2") as (process, _):
         until(lambda: len(workers_of(process)) > 0)
         os.kill(workers_of(process)[0], signal.SIGKILL)
@@ -369,8 +367,8 @@ def test_app_is_the_server_for_this_machine_only(graph: Path, tmp_path: Path) ->
     assert not opened.exists()
 
 
-def test_a_killed_server_leaves_no_uploads(graph: Path, tmp_path: Path) -> None:
-    """A large upload is in an unnamed file."""
+def test_an_upload_leaves_nothing_behind_when_the_server_is_killed(graph: Path, tmp_path: Path) -> None:
+    """An upload that is too large for memory lies in a file without a name."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     with serving(graph, "--port", "0", TMPDIR=str(folder)) as (process, url):
@@ -388,7 +386,7 @@ def test_a_killed_server_leaves_no_uploads(graph: Path, tmp_path: Path) -> None:
     assert not list(folder.iterdir())
 
 
-def test_errors_of_serve_are_one_line(
+def test_invalid_server_options_are_one_line(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").write_text("\n")
@@ -419,7 +417,7 @@ def test_errors_of_serve_are_one_line(
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_closed_standard_output_ends_the_access_log_with_one_line(graph: Path, workers: str) -> None:
+def test_a_closed_standard_output_ends_the_access_log_with_a_line(graph: Path, workers: str) -> None:
     with serving(graph, "--port", "0", "--workers", workers) as (process, url):
         assert process.stdout is not None
         assert process.stderr is not None
@@ -436,7 +434,7 @@ def test_a_closed_standard_output_ends_the_access_log_with_one_line(graph: Path,
     assert all(line.startswith("ced: warning: the access log ends") and "Broken pipe" in line for line in told)
 
 
-def test_a_short_api_key_in_the_environment_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_key_in_the_environment_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "keys"
     file.write_text(f"{KEY}\n")
     monkeypatch.setenv("CED_API_KEY", "short")
@@ -447,7 +445,7 @@ def test_a_short_api_key_in_the_environment_is_an_error(tmp_path: Path, monkeypa
     assert _keys(file) == (KEY, KEY[::-1])
 
 
-def test_an_unread_standard_output_does_not_block_requests(graph: Path) -> None:
+def test_a_blocked_standard_output_delays_no_request(graph: Path) -> None:
     with serving(graph, "--port", "0") as (process, url), httpx.Client(base_url=url, timeout=20) as client:
         for _ in range(500):  # more lines than a pipe takes
             assert client.get("/healthz/ready", params={"x": "y" * 500}).status_code == 200

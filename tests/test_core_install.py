@@ -16,7 +16,7 @@ import torch
 
 import ced
 from ced.model import loading
-from ced.model.torch_scorer import TorchScorer
+from ced.model.loading import TorchScorer
 from ced.model.vit import CED
 from ced.sound.labels import audioset
 from tests.local_hub import LocalHub, published, random_network, running
