@@ -68,6 +68,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     for name in ("ced_tiny", "ced_mini", "audiotransformer_tiny", "audiotransformer_base_4740"):
         entry = zoo.MODELS[name]
+        assert entry.zenodo is not None
         torch.save(CED(entry.config).state_dict(), folder / entry.zenodo.file)
     return folder
 
