@@ -21,11 +21,9 @@ from ced.distill.views import check_masks, recipe_of
 from ced.errors import ConfigError, TableError
 from ced.model.vit import CED
 from ced.progress import Progress, silent
-from ced.sound.labels import ClassTable, audioset, read_classes
+from ced.sound.labels import AUDIOSET, ClassTable, audioset, class_table
 from ced.sound.tables import multi_hot, parse_labels
 from ced.text import quoted
-
-AUDIOSET = "audioset"  # as a class table: AudioSet's
 
 
 def finetune(config: FinetuneConfig, *, name: str, resume: Path | None = None, progress: Progress = silent) -> Path:
@@ -40,8 +38,7 @@ def finetune(config: FinetuneConfig, *, name: str, resume: Path | None = None, p
 
 
 def _task(config: FinetuneConfig, progress: Progress) -> Task:
-    named = config.classes if config.classes != Path(AUDIOSET) else None
-    labels = audioset() if named is None else read_classes(named)
+    labels = class_table(config.classes or Path(AUDIOSET))
     clips = LabelledClips(config, labels)
     if config.classes is None:
         refuse_numbered_classes(clips)

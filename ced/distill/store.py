@@ -11,26 +11,27 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ced.config import StoreConfig
+from ced.config import StoreConfig, TeacherEntry
 from ced.distill import view_store
 from ced.distill.dataset import Chunks, ViewDataset, chunk_samples, cut, fingerprint, in_order, prefetch
 from ced.distill.distributed import World, join
-from ced.distill.experiment import run_name
+from ced.distill.ensemble import Ensemble
 from ced.distill.pack_reader import AudioPack
 from ced.distill.precision import half_type
-from ced.distill.teachers import Ensemble, is_callable_spec, load_teacher
+from ced.distill.teachers import Teacher, load_teacher, teacher_name
 from ced.distill.view_store import META_NAME, Rows, StoreMeta, epoch_seeds
-from ced.distill.views import check_masks, mask, recipe_of
+from ced.distill.views import check_masks, recipe_of
 from ced.errors import ConfigError, StoreError
 from ced.files import claimed, remove_leftovers
-from ced.model.frontend import LogMel
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
+from ced.sound.labels import class_table
 
 _log = logging.getLogger(__name__)
 
@@ -60,13 +61,12 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
     check_masks(recipe, listed.samples)
     world = join()
     progress = progress if world.is_main else silent
-    front_end = LogMel().to(world.device)
-    silence = front_end(torch.zeros(2, listed.samples, device=world.device))
-    teachers = [load_teacher(spec, config.model_args, world.device, progress) for spec in _specs(config)]
-    ensemble = Ensemble(teachers, config.mode, silence)
-    if not config.topk <= ensemble.num_classes <= _MAX_CLASSES:
+    teachers = [load_teacher(entry, config.model_args, world.device, progress) for entry in _teachers(config)]
+    classes = class_table(config.classes) if config.classes else None
+    ensemble = Ensemble(teachers, config.mode, recipe, listed.samples, world.device, classes)
+    if not (config.topk <= ensemble.known and ensemble.num_classes <= _MAX_CLASSES):
         raise ConfigError(
-            f"topk is {config.topk} and the teachers have {ensemble.num_classes} classes; "
+            f"topk is {config.topk} and the teachers have {ensemble.known} classes; "
             f"set topk to at most the number of classes, which is at most {_MAX_CLASSES}"
         )
     meta = StoreMeta(
@@ -74,10 +74,11 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
         topk=config.topk,
         num_classes=ensemble.num_classes,
         chunk_length=config.chunk_length,
-        teachers=tuple(_name(spec) for spec in _specs(config)),
+        teachers=tuple(teacher_name(entry.name) for entry in config.model),
         labels=ensemble.labels,
         precision=_PRECISIONS[half_type(config.mode, world.device)],
-        weights=tuple(teacher.weights for teacher in ensemble.teachers),
+        weights=tuple(teacher.weights for teacher in teachers),
+        members=_members(teachers),
         model_args=config.model_args,
         seed=config.seed,
         batch_size=config.batch_size,
@@ -96,9 +97,7 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
                 seeds = epoch_seeds(config.seed, epoch, len(listed.chunks))
                 views = ViewDataset(pack, listed.chunks, recipe, seeds, listed.samples)
                 task = f"epoch {epoch} of {config.epochs}"
-                values, indexes = _score(
-                    views, mine, ensemble, front_end, config.topk, config.num_workers, world, task, progress
-                )
+                values, indexes = _score(views, mine, ensemble, config.topk, config.num_workers, world, task, progress)
                 here = slice(mine[0].start, mine[-1].stop) if mine else slice(0)
                 rows = Rows(
                     values, indexes, seeds[here], listed.filenames[here], listed.starts[here], listed.ends[here]
@@ -153,7 +152,6 @@ def _score(
     views: ViewDataset,
     batches: Sequence[range],
     ensemble: Ensemble,
-    front_end: LogMel,
     topk: int,
     num_workers: int,
     world: World,
@@ -165,7 +163,7 @@ def _score(
     values, indexes = [np.empty((0, topk), np.float16)], [np.empty((0, topk), np.int16)]
     for done, batch in enumerate(prefetch(views, batches, num_workers), start=1):
         waves, uniforms = batch.to_device(world.device)
-        top = ensemble(mask(front_end(waves), uniforms, views.recipe)).topk(topk)
+        top = ensemble(waves, uniforms).topk(topk)
         values.append(top.values.half().cpu().numpy())
         indexes.append(top.indices.short().cpu().numpy())
         progress(task, done, len(batches))
@@ -174,26 +172,26 @@ def _score(
 
 def store_folder(config: StoreConfig) -> Path:
     """Return where a store goes: `<outputpath>/<model>/<stem of train_data>/chunk_<seconds>`."""
-    names = [_file_name(spec) for spec in _specs(config)]
+    names = [re.sub(r"[^\w.-]+", "_", teacher_name(entry.name)) for entry in _teachers(config)]
     model = names[0] if len(names) == 1 else "_".join(name.replace("audiotransformer_", "") for name in names)
     return config.outputpath / model / config.train_data.stem / f"chunk_{config.chunk_length:g}"
 
 
-def _specs(config: StoreConfig) -> list[str]:
-    specs = [config.model] if isinstance(config.model, str) else config.model
-    if not specs:
+def _teachers(config: StoreConfig) -> list[TeacherEntry]:
+    if not config.model:
         raise ConfigError("model is an empty list; name at least one teacher")
-    return specs
+    return config.model
 
 
-def _name(spec: str) -> str:
-    """Return what a teacher is called: its name, the name of its experiment, the stem of its file, or the callable."""
-    path = Path(spec)
-    return spec if is_callable_spec(spec) else run_name(path) or (path.stem if path.is_file() else path.name)
-
-
-def _file_name(spec: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", _name(spec))
+def _members(teachers: Sequence[Teacher]) -> tuple[dict[str, Any], ...] | None:
+    """Return what a store records about teachers that differ from a CED network with the store's own settings."""
+    ordinary = Teacher("", teachers[0].score)
+    names = ("takes", "masks", "weight", "batch_size", "mode")
+    members = tuple(
+        {name: value for name in names if (value := getattr(teacher, name)) != getattr(ordinary, name)}
+        for teacher in teachers
+    )
+    return members if any(members) else None
 
 
 def _missing_parts(folder: Path, meta: StoreMeta, epochs: int) -> set[tuple[int, int]]:

@@ -1,69 +1,122 @@
-"""Teachers: where they come from, and what several of them say together about a mel."""
+"""Teachers: what a store's `model` may name, and how each is loaded.
+
+A teacher takes CED's mel or waves. Those that take mel get the student's own masked mel. Those that take waves make
+features of their own and mask the same seconds and hertz in them.
+"""
 
 import hashlib
 import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ced.config import Mode
-from ced.distill.precision import autocast
-from ced.errors import ConfigError, StoreError
+from ced.config import Mode, TeacherEntry
+from ced.distill.experiment import run_name
+from ced.distill.onnx_teacher import OnnxTeacher
+from ced.errors import ConfigError
 from ced.model.loading import load_model
 from ced.model.vit import CED
 from ced.progress import Progress, silent
 from ced.sound.labels import ClassTable
-from ced.text import quoted
 
-MODEL_ARGS = ("pooling", "target_length")  # what a configuration may change about a teacher
+MODEL_ARGS = ("pooling", "target_length")  # what a configuration may change about a CED network
+TAKES = ("mel", "waves")
+ONNX = "onnx:"
 
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """One member of an ensemble, on its device."""
+    """One member of an ensemble.
+
+    `score` returns probabilities (b, c). With `takes` "mel" it is called with CED's masked mel, (b, f, n); with "waves"
+    with shifted waves (b, t) in [-1, 1], their rate in Hz, and a `views.SoundView` for each, which it has to mask.
+    """
 
     name: str
-    score: Callable[[Tensor], Tensor]  # mel (b, f, n) -> probabilities (b, c)
+    score: Callable[..., Tensor]
+    takes: Literal["mel", "waves"] = "mel"
     labels: ClassTable | None = None
     weights: str = ""  # fingerprint; "" for a teacher without weights
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    weight: float = 1.0  # in the mean of the ensemble
+    batch_size: int | None = None  # chunks a call; None: all that there are
+    mode: Mode | None = None  # precision; None: that of the ensemble
+    masks: str = ""  # where a teacher that takes waves masks: features or waves; "" if it does not say
 
 
-def is_callable_spec(spec: str) -> bool:
-    """Say whether a teacher is given as `module:callable`, and not as a model name or a path."""
-    return re.fullmatch(r"[\w.]+:[\w.]+", spec) is not None and not Path(spec).exists()
+def teacher_name(spec: str) -> str:
+    """Return what a teacher is called: its name, the name of its experiment, the stem of its file, or the callable."""
+    if spec.startswith(ONNX):
+        return ONNX + Path(spec.removeprefix(ONNX)).stem
+    path = Path(spec)
+    return spec if _is_callable(spec) else run_name(path) or (path.stem if path.is_file() else path.name)
 
 
 def load_teacher(
-    spec: str, model_args: Mapping[str, Any], device: torch.device, progress: Progress = silent
+    entry: TeacherEntry, model_args: Mapping[str, Any], device: torch.device, progress: Progress = silent
 ) -> Teacher:
-    """Get one teacher: a model by name, a checkpoint by path, or any `module:callable` from mel to probabilities.
+    """Get one teacher: a CED network by name or path, an ONNX graph, or any `module:callable`.
 
-    A callable that is a torch module is moved to `device` and set to evaluation. Modules are looked for in the working
-    directory too, as `python -m` does.
+    A callable whose attribute `takes` is "waves" takes waves, any other takes mel. One that is a torch module is moved
+    to its device and set to evaluation. Modules are looked for in the working directory too, as `python -m` does.
+
+    Args:
+        entry: its name and settings.
+        model_args: changes to a CED network, of `MODEL_ARGS`.
+        device: where it computes, unless the entry names a device.
+        progress: called during a download, with bytes.
 
     Raises:
-        ConfigError: the callable is not there, the model was made for other features, or `model_args` are not
-            `MODEL_ARGS`.
+        ConfigError: the callable is not there, the network was made for other features, or a setting is not allowed.
     """
     if unknown := [name for name in model_args if name not in MODEL_ARGS]:
         raise ConfigError(f"model_args.{unknown[0]} cannot be changed in a teacher; {', '.join(MODEL_ARGS)} can")
-    found = _import(spec) if is_callable_spec(spec) else load_model(spec, progress=progress, **model_args)
+    spec = entry.name
+    device = device if entry.device is None else _device(entry.device)
+    settings: dict[str, Any] = {"weight": entry.weight, "batch_size": entry.batch_size, "mode": entry.mode}
+    if spec.startswith(ONNX):
+        if entry.device is not None and device.type != "cpu":
+            raise ConfigError(f"teacher {spec}: device is {entry.device}; ONNX graphs run on the cpu")
+        graph = OnnxTeacher(Path(spec.removeprefix(ONNX)).expanduser())
+        return Teacher(
+            teacher_name(spec), graph, "waves", graph.labels, graph.fingerprint, masks=graph.masks, **settings
+        )
+    found = _import(spec) if _is_callable(spec) else load_model(spec, progress=progress, **model_args)
     if isinstance(found, nn.Module):
         found.to(device).eval()
+    weights = _fingerprint(found)
     if not isinstance(found, CED):
         labels = getattr(found, "labels", None)
-        return Teacher(spec, found, labels if isinstance(labels, ClassTable) else None, _fingerprint(found))
+        labels = labels if isinstance(labels, ClassTable) else None
+        return Teacher(spec, found, _taken(spec, found), labels, weights, device, **settings)
     if other := found.config.unpublished_feature:
-        raise ConfigError(f"teacher {spec} takes features with {other}; all teachers of a store see one mel")
-    return Teacher(spec, lambda mel: found.as_probs(found.forward_mel(mel)), found.labels, _fingerprint(found))
+        raise ConfigError(f"teacher {spec} takes features with {other}; all CED networks of a store share one mel")
+    return Teacher(
+        spec, lambda mel: found.as_probs(found.forward_mel(mel)), "mel", found.labels, weights, device, **settings
+    )
+
+
+def _is_callable(spec: str) -> bool:
+    """Return whether a teacher is given as `module:callable`, and not as a model name or a path."""
+    return re.fullmatch(r"[\w.]+:[\w.]+", spec) is not None and not Path(spec).exists()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"the device of a teacher is {name!r}; torch cannot use it here: {reason}") from error
+    return device
 
 
 def _import(spec: str) -> Any:
@@ -80,8 +133,16 @@ def _import(spec: str) -> Any:
     return found
 
 
+def _taken(spec: str, found: object) -> Literal["mel", "waves"]:
+    """Return what a callable says that it takes."""
+    takes = getattr(found, "takes", "mel")
+    if takes not in ("mel", "waves"):
+        raise ConfigError(f"teacher {spec} has takes = {takes!r}; allowed: {' and '.join(map(repr, TAKES))}")
+    return "waves" if takes == "waves" else "mel"
+
+
 def _fingerprint(found: object) -> str:
-    """Return a digest of a module's weights; "" for what is no module."""
+    """Return a digest of a module's weights; "" for anything that is not a module."""
     if not isinstance(found, nn.Module):
         return ""
     digest = hashlib.sha256()
@@ -89,73 +150,3 @@ def _fingerprint(found: object) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-class Ensemble:
-    """Teachers that score together.
-
-    Raises:
-        ConfigError: the teachers have other classes, or one does not answer with scores (b, c).
-    """
-
-    def __init__(self, teachers: Sequence[Teacher], mode: Mode, probe: Tensor) -> None:
-        """Make an ensemble.
-
-        Args:
-            teachers: its members.
-            mode: the precision they compute in.
-            probe: any mel (b, f, n), on the teachers' device, that shows what they answer.
-        """
-        self.teachers, self.mode = teachers, mode
-        self.num_classes, self.labels = self._classes(probe)
-
-    def __call__(self, mel: Tensor) -> Tensor:
-        """Return the mean of the teachers' probabilities, (b, f, n) -> (b, c) float32.
-
-        Raises:
-            StoreError: a teacher's scores are not (b, c) probabilities.
-        """
-        expected = (len(mel), self.num_classes)
-        scores = []
-        for teacher, answer in zip(self.teachers, self._answers(mel), strict=True):
-            if answer.shape != expected:
-                raise StoreError(f"teacher {teacher.name} gave scores {tuple(answer.shape)}, expected {expected}")
-            scores.append(answer.float())
-        stacked = torch.stack(scores)  # (teachers, b, c)
-        proper = ((stacked >= 0) & (stacked <= 1)).flatten(1).all(1)  # false for NaN, too
-        if not proper.all():
-            name = self.teachers[int(proper.int().argmin())].name
-            raise StoreError(f"teacher {name} gave scores that are not probabilities in [0, 1]")
-        return stacked.mean(0)
-
-    def _answers(self, mel: Tensor) -> list[Tensor]:
-        with torch.inference_mode(), autocast(self.mode, mel.device):
-            return [_ask(teacher, mel) for teacher in self.teachers]
-
-    def _classes(self, probe: Tensor) -> tuple[int, ClassTable | None]:
-        """Return the number of classes and their table, which must be the same for all."""
-        counts: dict[str, int] = {}
-        tables: dict[str, ClassTable] = {}
-        for teacher, answer in zip(self.teachers, self._answers(probe), strict=True):
-            if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(probe):
-                came = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-                raise ConfigError(
-                    f"teacher {teacher.name} answered {len(probe)} clips with {came}; expected (b, classes)"
-                )
-            counts[teacher.name] = answer.shape[1]
-            if teacher.labels is not None:
-                tables[teacher.name] = teacher.labels
-        if len(set(counts.values())) > 1:
-            said = ", ".join(f"{quoted(name)} {count}" for name, count in counts.items())
-            raise ConfigError(f"teachers have different numbers of classes: {said}")
-        if len({table.names for table in tables.values()}) > 1:
-            raise ConfigError(f"teachers {', '.join(map(quoted, tables))} do not have the same class table")
-        return next(iter(counts.values())), next(iter(tables.values()), None)
-
-
-def _ask(teacher: Teacher, mel: Tensor) -> Tensor:
-    try:
-        return teacher.score(mel)
-    except Exception as error:  # code of others, which may fail in any way
-        reason = " ".join(str(error).split())
-        raise StoreError(f"teacher {teacher.name} failed: {type(error).__name__}: {reason}") from error

@@ -53,6 +53,8 @@ class StoreMeta:
     values: str = "probabilities"
     precision: str | None = None  # of the teachers' forward pass: fp32, fp16 or bf16
     weights: tuple[str, ...] | None = None  # fingerprint of each teacher's weights, "" where it has none
+    # What is special about each teacher: what it takes, its weight in the mean, ...; None: nothing about any.
+    members: tuple[Mapping[str, Any], ...] | None = None
     model_args: Mapping[str, Any] | None = None  # what was changed about the teachers
     seed: int | None = None
     batch_size: int | None = None
@@ -134,8 +136,8 @@ def _read_meta_json(path: Path) -> StoreMeta:
         del content["format"], content["version"]
         recipe = content.pop("recipe")
         labels = content.pop("labels")
-        for name in ("teachers", "weights"):
-            content[name] = None if content[name] is None else tuple(content[name])
+        for name in ("teachers", "weights", "members"):  # stores of earlier releases have no members
+            content[name] = None if content.get(name) is None else tuple(content[name])
         return StoreMeta(
             recipe=ViewRecipe(**{**recipe, "shift": recipe["shift"] and tuple(recipe["shift"])}),
             labels=labels and ClassTable(tuple(labels["names"]), labels["mids"] and tuple(labels["mids"])),

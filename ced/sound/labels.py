@@ -10,6 +10,8 @@ from pathlib import Path
 from ced.errors import TableError
 from ced.text import decoded
 
+AUDIOSET = "audioset"  # AudioSet's class table, where a file is expected
+
 
 @dataclass(frozen=True)
 class ClassTable:
@@ -83,6 +85,15 @@ def named_by_config(settings: object) -> ClassTable | None:
 @cache
 def _cut_audioset_names() -> tuple[str, ...]:
     return tuple(name.partition(",")[0] for name in audioset().names)
+
+
+def class_table(source: Path) -> ClassTable:
+    """Return AudioSet's table for the word `audioset`, and otherwise the one in a file.
+
+    Raises:
+        TableError: the file is not a class table.
+    """
+    return audioset() if source == Path(AUDIOSET) else read_classes(source)
 
 
 def read_classes(path: Path) -> ClassTable:
