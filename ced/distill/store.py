@@ -21,10 +21,9 @@ from ced.config import StoreConfig, TeacherEntry
 from ced.distill import view_store
 from ced.distill.dataset import Chunks, ViewDataset, chunk_samples, cut, fingerprint, in_order, prefetch
 from ced.distill.distributed import World, join
-from ced.distill.ensemble import Ensemble
 from ced.distill.pack_reader import AudioPack
 from ced.distill.precision import half_type
-from ced.distill.teachers import Teacher, load_teacher, teacher_name
+from ced.distill.teachers import Ensemble, Teacher, load_teacher, teacher_name
 from ced.distill.view_store import META_NAME, Rows, StoreMeta, epoch_seeds
 from ced.distill.views import check_masks, recipe_of
 from ced.errors import ConfigError, StoreError
