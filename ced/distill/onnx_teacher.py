@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ced.config import Section, check, dump, read_file
 from ced.distill.spectrogram import FeatureSettings, Spectrogram, resample
-from ced.distill.views import SoundView, mask_spectrogram, mask_waves
+from ced.distill.views import SoundView, mask_waves
 from ced.errors import ConfigError
 from ced.model import ort
 from ced.sound.labels import AUDIOSET, ClassTable, class_table
@@ -99,27 +99,18 @@ class OnnxTeacher:
         Raises:
             ConfigError: the waves are too short for a frame, or too long for the graph.
         """
-        waves = resample(waves, rate, self.settings.rate)
+        waves = resample(waves.cpu(), rate, self.settings.rate)
         if self.masks == "waves":
             waves = mask_waves(waves, views, self.settings.rate)
             views = [SoundView(None, None)] * len(views)
-        inputs = waves if self._spectrogram is None else self._features(self._spectrogram, waves, views)
+        inputs = waves
+        if self._spectrogram is not None:
+            self._spectrogram.check(waves.shape[1])
+            inputs = self._spectrogram.mask(self._spectrogram(waves), views, waves.shape[1])
         scores = torch.from_numpy(self._run(self._laid_out(inputs)))
         if self.settings.activation == "softmax":
             return scores.softmax(-1)
         return scores.sigmoid() if self.settings.activation == "sigmoid" else scores
-
-    def _features(self, spectrogram: Spectrogram, waves: Tensor, views: Sequence[SoundView]) -> Tensor:
-        samples, most = waves.shape[1], spectrogram.settings.frames
-        frames = spectrogram.frames_of(samples)
-        seconds = samples / self.settings.rate
-        if not frames:
-            raise ConfigError(f"a chunk of {seconds:g} s is shorter than one frame of this teacher's features")
-        if most is not None and frames > most:
-            raise ConfigError(f"a chunk of {seconds:g} s has {frames} frames; this teacher takes at most {most}")
-        features = spectrogram(waves)
-        times = spectrogram.times(features.shape[2], samples)
-        return mask_spectrogram(features, views, times, spectrogram.hertz, spectrogram.fill)
 
     def _laid_out(self, inputs: Tensor) -> NDArray[np.float32]:
         """Return inputs, (b, t) or (b, f, n), with the axes of the graph behind the batch."""

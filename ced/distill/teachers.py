@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ced.config import Mode, TeacherEntry
 from ced.distill.experiment import run_name
+from ced.distill.hf_teacher import HfTeacher
 from ced.distill.onnx_teacher import OnnxTeacher
 from ced.distill.precision import autocast
 from ced.distill.views import SoundView, ViewRecipe, mask, sound_views
@@ -35,7 +36,7 @@ from ced.text import quoted
 
 MODEL_ARGS = ("pooling", "target_length")  # what a configuration may change about a CED network
 TAKES = ("mel", "waves")
-ONNX = "onnx:"
+HF, ONNX = "hf:", "onnx:"
 _SHOWN = 20  # classes that a warning names before the rest is counted
 _log = logging.getLogger(__name__)
 
@@ -64,6 +65,9 @@ def teacher_name(spec: str) -> str:
     """Return what a teacher is called: its name, the name of its experiment, the stem of its file, or the callable."""
     if spec.startswith(ONNX):
         return ONNX + Path(spec.removeprefix(ONNX)).stem
+    if spec.startswith(HF):
+        folder = Path(spec.removeprefix(HF)).expanduser()
+        return HF + folder.resolve().name if folder.is_dir() else spec
     path = Path(spec)
     return spec if _is_callable(spec) else run_name(path) or (path.stem if path.is_file() else path.name)
 
@@ -71,7 +75,7 @@ def teacher_name(spec: str) -> str:
 def load_teacher(
     entry: TeacherEntry, model_args: Mapping[str, Any], device: torch.device, progress: Progress = silent
 ) -> Teacher:
-    """Get one teacher: a CED network by name or path, an ONNX graph, or any `module:callable`.
+    """Get one teacher: a CED network by name or path, a model of Transformers, an ONNX graph, or `module:callable`.
 
     A callable whose attribute `takes` is "waves" takes waves, any other takes mel. One that is a torch module is moved
     to its device and set to evaluation. Modules are looked for in the working directory too, as `python -m` does.
@@ -97,6 +101,10 @@ def load_teacher(
         return Teacher(
             teacher_name(spec), graph, "waves", graph.labels, graph.fingerprint, masks=graph.masks, **settings
         )
+    if spec.startswith(HF):
+        model = HfTeacher(spec.removeprefix(HF), device, progress)
+        weights = _fingerprint(model.model, model.settings)
+        return Teacher(teacher_name(spec), model, "waves", model.labels, weights, device, masks=model.masks, **settings)
     found = _import(spec) if _is_callable(spec) else load_model(spec, progress=progress, **model_args)
     if isinstance(found, nn.Module):
         found.to(device).eval()
@@ -149,11 +157,11 @@ def _taken(spec: str, found: object) -> Literal["mel", "waves"]:
     return "waves" if takes == "waves" else "mel"
 
 
-def _fingerprint(found: object) -> str:
-    """Return a digest of a module's weights; "" for anything that is not a module."""
+def _fingerprint(found: object, settings: str = "") -> str:
+    """Return a digest of settings and a module's weights; "" for anything that is not a module."""
     if not isinstance(found, nn.Module):
         return ""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(settings.encode())
     for name, tensor in sorted(found.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
@@ -252,6 +260,8 @@ class Ensemble:
                         answer = teacher.score(mel[here].to(teacher.device))
                     else:
                         answer = teacher.score(waves[here].to(teacher.device), SAMPLE_RATE, views[here])
+            except ConfigError as error:
+                raise ConfigError(f"teacher {teacher.name}: {error.message}") from error
             except CedError:
                 raise
             except Exception as error:  # code of others, which may fail in any way

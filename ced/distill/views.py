@@ -66,7 +66,7 @@ def blanked(recipe: ViewRecipe, samples: int) -> float:
     A mask has the width u P, with u uniform in [0, 1) and P the widest: it covers n frames with probability 1 - n / P.
     """
     sizes = ((recipe.time_mask, frames_of(samples)), (recipe.freq_mask, PUBLISHED.n_mels))
-    return max(0.0, *(1 - size / widest for widest, size in sizes if widest is not None))
+    return max([0.0, *(1 - size / widest for widest, size in sizes if widest is not None)])
 
 
 def blanking(recipe: ViewRecipe, samples: int) -> str | None:

@@ -180,6 +180,10 @@ def test_the_share_of_blanked_views_is_that_of_many_draws(seconds: float, share:
     assert found == pytest.approx(share, abs=0.05)
 
 
+def test_a_recipe_without_masks_blanks_nothing() -> None:
+    assert blanked(ViewRecipe(time_mask=None, freq_mask=None), 16_000) == 0
+
+
 def test_a_mask_without_a_width_follows_the_chunk() -> None:
     def width(seconds: float, given: int | None = None) -> int | None:
         masks = SpecTransforms(TimeMasking=TimeMaskingArgs(time_mask_param=given))

@@ -4,7 +4,16 @@ from pathlib import Path
 import pytest
 
 from ced.errors import TableError
-from ced.sound.labels import ClassTable, audioset, default_classes, named, named_by_config, numbered, read_classes
+from ced.sound.labels import (
+    ClassTable,
+    audioset,
+    default_classes,
+    matched,
+    named,
+    named_by_config,
+    numbered,
+    read_classes,
+)
 
 HUB_CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 
@@ -114,3 +123,41 @@ def test_classes_must_be_named_once() -> None:
         ClassTable(())
     with pytest.raises(TableError, match="2 names but 1 mids"):
         ClassTable(("dog", "cat"), ("/m/1",))
+
+
+NOT_IN_YAMNET = [
+    "Male speech, man speaking",
+    "Female speech, woman speaking",
+    "Battle cry",
+    "Male singing",
+    "Female singing",
+    "Funny music",
+]
+
+
+@pytest.mark.parametrize("known_by", ["mids", "names"])
+def test_the_classes_of_yamnet_match_all_but_six_of_audioset(known_by: str) -> None:
+    # YAMNet has AudioSet's classes and their order, without the six that its authors left out.
+    classes = audioset()
+    kept = [index for index, name in enumerate(classes.names) if name not in NOT_IN_YAMNET]
+    assert len(kept) == 521
+    assert classes.mids is not None
+    names, mids = tuple(classes.names[index] for index in kept), tuple(classes.mids[index] for index in kept)
+    table = ClassTable(tuple(f"class {index}" for index in kept), mids) if known_by == "mids" else ClassTable(names)
+    columns = matched(table, classes)
+    assert [name for name, column in zip(classes.names, columns, strict=True) if column < 0] == NOT_IN_YAMNET
+    assert [kept[column] for column in columns if column >= 0] == kept
+    assert matched(classes, table) == kept
+
+
+def test_names_match_by_their_words_and_up_to_the_first_comma() -> None:
+    target = ClassTable(
+        ("Dog", "Vehicle horn, car horn, honking", "Inside, small room", "Inside, public space", "Rain")
+    )
+    assert matched(ClassTable(("rain", "vehicle-horn", "Inside", "DOG", "Cat")), target) == [3, 1, -1, -1, 0]
+
+
+def test_one_class_matches_one_class() -> None:
+    assert matched(ClassTable(("Bark, dog", "bark")), ClassTable(("Bark", "Bark, dog"))) == [1, 0]
+    assert matched(ClassTable(("Bark, dog",)), ClassTable(("Bark", "Bark, dog"))) == [-1, 0]
+    assert matched(ClassTable(("a b", "a-b")), ClassTable(("A B", "c"))) == [-1, -1]  # ambiguous
