@@ -207,7 +207,7 @@ def test_every_command_has_help(ced: Command, command: str) -> None:
     [
         (b"", "it must be keys and values"),
         (b"- eval_data\n", "it must be keys and values"),
-        (b"eval_data: null\n", "names no eval_data"),
+        (b"eval_data: null\n", "has no eval_data"),
         (b"eval_data: [a: b: c\n", "is not YAML"),
         (b"\xff\xfe\xfa", "cannot read configuration"),
     ],
@@ -237,7 +237,10 @@ def test_help_of_a_configured_command_lists_its_keys(ced: Command) -> None:
     shown = ced("train", "--help").stdout
     assert "--resume" in shown
     assert "the view store: folder with logits_ep<e>_<rank>.h5 [required]" in shown
-    assert "scores outside the top k [zero | last_mean | last_half | last_random | 527; default zero]" in shown
+    assert (
+        "targets of the classes outside the top k [zero | last_mean | last_half | last_random | 527; default zero]"
+        in shown
+    )
 
 
 def test_a_wrong_configuration_is_told_in_full(ced: Command, tmp_path: Path) -> None:
@@ -313,8 +316,8 @@ def test_train_evaluate_and_export_from_the_command_line(ced: Command, tmp_path:
     assert trained.returncode == 0, trained.stderr
     student = trained.stdout.strip()
     assert ced("train", "--resume", student).stdout.strip() == student
-    assert f"goes on with `ced train --resume {student}`" in error_of(ced("finetune", "--resume", student))
-    for tested in ([student], [student, "--test_data", table, "--per_class"]):
+    assert f"resume it with `ced train --resume {student}`" in error_of(ced("finetune", "--resume", student))
+    for tested in ([student], [student, "--test_data", table, "--per_class"], [student, "--test-data", table]):
         scored = ced("evaluate", *tested)
         assert scored.returncode == 0, scored.stderr
         assert "(4 clips, 2 of 2 classes)" in scored.stdout
@@ -338,7 +341,7 @@ def test_pre_train_and_start_from_it_from_the_command_line(ced: Command, tmp_pat
     assert experiment.startswith("experiments/audiotransformer_tiny/")
     assert (tmp_path / experiment / "reconstruction.png").exists()
     assert ced("pretrain", "--resume", experiment).stdout.strip() == experiment
-    assert f"goes on with `ced pretrain --resume {experiment}`" in error_of(ced("train", "--resume", experiment))
+    assert f"resume it with `ced pretrain --resume {experiment}`" in error_of(ced("train", "--resume", experiment))
     rows = (tmp_path / "pack/labels/list.tsv").read_text().splitlines()
     (tmp_path / "labelled.tsv").write_text(f"labels\t{rows[0]}\n0\t{rows[1]}\n1\t{rows[2]}\n")
     (tmp_path / "classes.tsv").write_text("index\tname\n0\tbark\n1\tbell\n")

@@ -8,7 +8,7 @@ import typer
 import ced
 from ced.cli import calibrating, distilling, exporting, listening, serving, tagging
 from ced.cli.console import Commands, set_up_logging, set_up_streams, show
-from ced.cli.keys import FinetuneCommand, PretrainCommand, StoreCommand, TrainCommand
+from ced.cli.keys import ConfigCommand
 
 app = typer.Typer(
     cls=Commands,
@@ -17,7 +17,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # Options may be spelled with underscores, as in the published programs.
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
 )
 _ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -47,10 +51,10 @@ app.command()(exporting.models)
 app.command()(exporting.export)
 app.command()(distilling.pack)
 app.command()(distilling.labels)
-app.command(cls=StoreCommand, context_settings=_ANY_KEY)(distilling.store)
-app.command(cls=TrainCommand, context_settings=_ANY_KEY)(distilling.train)
-app.command(cls=FinetuneCommand, context_settings=_ANY_KEY)(distilling.finetune)
-app.command(cls=PretrainCommand, context_settings=_ANY_KEY)(distilling.pretrain)
+app.command(cls=ConfigCommand, context_settings=_ANY_KEY)(distilling.store)
+app.command(cls=ConfigCommand, context_settings=_ANY_KEY)(distilling.train)
+app.command(cls=ConfigCommand, context_settings=_ANY_KEY)(distilling.finetune)
+app.command(cls=ConfigCommand, context_settings=_ANY_KEY)(distilling.pretrain)
 app.command()(distilling.evaluate)
 app.command()(distilling.demo)
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ced.config import Mode, TeacherEntry
+from ced.distill.distributed import autocast
 from ced.distill.experiment import run_name
 from ced.distill.hf_teacher import HfTeacher
 from ced.distill.onnx_teacher import OnnxTeacher
-from ced.distill.precision import autocast
 from ced.distill.views import SoundView, ViewRecipe, mask, sound_views
 from ced.errors import CedError, ConfigError, StoreError
 from ced.model.frontend import LogMel
