@@ -20,6 +20,8 @@ from ced.progress import Progress, silent
 from ced.sound.labels import ClassTable, audioset, matched, named_by_config
 from ced.telemetry import SWITCHES
 
+os.environ.update(SWITCHES)
+
 _log = logging.getLogger(__name__)
 AST, WHISPER = "ASTFeatureExtractor", "WhisperFeatureExtractor"
 _FILES = ("preprocessor_config.json", "model.safetensors", "config.json")
@@ -66,7 +68,7 @@ class HfTeacher:
             self.labels = named_by_config({"id2label": config.id2label})
         self.activation = _activation(config.problem_type, self.labels)
         self._is_ast = type(self.extractor).__name__ == AST
-        self._spectrogram = _spectrogram(self.extractor)
+        self._spectrogram = layout_of(self.extractor)
         _log.info(
             "hf:%s: views are masked in its %s (%s); probabilities by %s (problem_type: %s)",
             *(source, self.masks, type(self.extractor).__name__, self.activation, config.problem_type),
@@ -89,10 +91,10 @@ class HfTeacher:
             ConfigError: the waves are longer than the features that the network takes.
         """
         target, spectrogram = self.extractor.sampling_rate, self._spectrogram
-        waves = resample(waves, rate, target)
         if spectrogram is None:
-            inputs = self._extracted(mask_waves(waves, views, target))
+            inputs = self._extracted(resample(mask_waves(waves, views, rate), rate, target))
         else:
+            waves = resample(waves, rate, target)
             spectrogram.check(waves.shape[1])
             # AST's extractor takes 25 ms of a core a clip; the same features are computed here on the device.
             name = self.model.main_input_name
@@ -110,12 +112,12 @@ class HfTeacher:
         return {name: value.to(self.device) for name, value in found.items()}
 
 
-def _spectrogram(extractor: Any) -> Spectrogram | None:
+def layout_of(extractor: Any) -> Spectrogram | None:
     """Return the layout of the spectrograms of extractors that are known; None for waves and all others."""
     rate, kind = extractor.sampling_rate, type(extractor).__name__
-    if kind == AST:  # Kaldi's features; AST was trained with masks where the logarithm is 0
+    if kind == AST:  # Kaldi's features
         window, hop = rate // 40, rate // 100  # 25 and 10 ms
-        settings = {
+        settings: dict[str, Any] = {
             "framing": "kaldi",
             "pre_emphasis": 0.97,
             "window": window,
@@ -128,6 +130,8 @@ def _spectrogram(extractor: Any) -> Spectrogram | None:
         }
         if extractor.do_normalize:
             settings |= {"mean": extractor.mean, "std": 2 * extractor.std}
+        # The logarithm 0, with which the extractor pads short inputs, and AST's masks in training were filled.
+        settings["fill"] = -settings.get("mean", 0.0) / settings.get("std", 1.0)
     elif kind == WHISPER:  # only the layout: its own SpecAugment fills with 0
         settings = {
             "window": extractor.n_fft,
@@ -163,7 +167,6 @@ def _load(source: str, folder: Path) -> tuple[Any, Any]:
     for file in ("config.json", "preprocessor_config.json"):
         if not (folder / file).is_file():
             raise CheckpointError(f"teacher hf:{source} has no {file}")
-    os.environ.update(SWITCHES)
     with optional_packages(f"teacher hf:{source}"):
         from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
         from transformers.utils import logging as transformers_logging

@@ -99,10 +99,10 @@ class OnnxTeacher:
         Raises:
             ConfigError: the waves are too short for a frame, or too long for the graph.
         """
-        waves = resample(waves.cpu(), rate, self.settings.rate)
+        waves = waves.cpu()
         if self.masks == "waves":
-            waves = mask_waves(waves, views, self.settings.rate)
-            views = [SoundView(None, None)] * len(views)
+            waves, views = mask_waves(waves, views, rate), [SoundView(None, None)] * len(views)
+        waves = resample(waves, rate, self.settings.rate)
         inputs = waves
         if self._spectrogram is not None:
             self._spectrogram.check(waves.shape[1])

@@ -66,7 +66,7 @@ class FeatureSettings(Section):
     mean: float = 0.0  # features are (log - mean) / std
     std: float = Field(1.0, gt=0)
     frames: Size | None = None  # shorter inputs are padded with `fill`, longer ones refused; null: any number
-    fill: float | None = None  # value of masked places, as the network gets it; null: where the log is 0, as in CED
+    fill: float | None = None  # value of masked places, as the network gets it; null: that of silence
 
     @model_validator(mode="after")
     def _window_fits(self) -> Self:
@@ -98,7 +98,7 @@ class Spectrogram:
         self.hertz = torch.from_numpy(edges[1:-1])  # (f,) centre of each band
         self.filters = torch.from_numpy(mel_bank(edges, rate, settings.fft, mel.scale, mel.area_norm))
         self.window = torch.from_numpy(_window(settings))
-        self.fill = -settings.mean / settings.std if settings.fill is None else settings.fill
+        self.fill = float(self._compressed(torch.zeros(()))) if settings.fill is None else settings.fill
         self._frame = settings.fft if settings.framing == "centred" else settings.window  # samples
 
     def frames_of(self, samples: int) -> int:
@@ -155,7 +155,11 @@ class Spectrogram:
             frames = frames - settings.pre_emphasis * before
         spectrum = torch.fft.rfft(frames * self.window, n=settings.fft)
         power = spectrum.real.square() + spectrum.imag.square()
-        mel: Tensor = self.filters @ (power if settings.power == 2 else power.sqrt()).mT
+        return self._compressed(self.filters @ (power if settings.power == 2 else power.sqrt()).mT)
+
+    def _compressed(self, mel: Tensor) -> Tensor:
+        """Return the normalised logarithm of mel energies."""
+        settings = self.settings
         log = (mel.clamp_min(settings.log.floor) + settings.log.add).log()
         if settings.log.form != "natural":
             log = log * ((10 if settings.log.form == "decibel" else 1) / np.log(10))

@@ -247,9 +247,13 @@ class Ensemble:
             takes = {teacher.takes for teacher in self.teachers}
             mel = mask(self._front_end(waves), uniforms, self.recipe) if "mel" in takes else waves
             views = sound_views(uniforms, self.recipe, self.samples) if "waves" in takes else []
-            return [self._ask(number, waves, mel, views) for number in range(len(self.teachers))]
+            # GPUs compute while this process goes on: they are started first, and those on the CPU work meanwhile.
+            order = sorted(range(len(self.teachers)), key=lambda number: self.teachers[number].device.type == "cpu")
+            answers = {number: self._ask(number, waves, mel, views) for number in order}
+            return [answers[number].to(waves.device).float() for number in range(len(self.teachers))]
 
     def _ask(self, number: int, waves: Tensor, mel: Tensor, views: Sequence[SoundView]) -> Tensor:
+        """Return the scores of one teacher, (b, its classes) on its device."""
         teacher = self.teachers[number]
         answers = []
         for at in range(0, len(waves), teacher.batch_size or len(waves)):
@@ -267,7 +271,7 @@ class Ensemble:
             except Exception as error:  # code of others, which may fail in any way
                 reason = " ".join(str(error).split())
                 raise StoreError(f"teacher {teacher.name} failed: {type(error).__name__}: {reason}") from error
-            answers.append(self._checked(number, answer, len(waves[here])).to(waves.device).float())
+            answers.append(self._checked(number, answer, len(waves[here])))
         return torch.cat(answers)
 
     def _checked(self, number: int, answer: object, clips: int) -> Tensor:

@@ -31,7 +31,8 @@ from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable, audioset
 
 FORMAT_VERSION = 2
-_READ_VERSIONS = (1, 2)  # version 1 had no digests
+MEMBERS_VERSION = 3  # has `members`: only stores that need it, so that earlier releases read all others
+_READ_VERSIONS = (1, FORMAT_VERSION, MEMBERS_VERSION)  # version 1 had no digests
 META_NAME = "meta.json"
 _DATASETS = ("topk_values", "topk_indexes", "seeds")
 _LARGEST_UNPACKED = 1 << 30  # bytes of a compressed dataset; an epoch of AudioSet has 80 MB
@@ -89,7 +90,10 @@ class Rows:
 def write_meta(folder: Path, meta: StoreMeta) -> None:
     """Write a store's meta.json; the folder is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"format": "ced view store", "version": FORMAT_VERSION, **dataclasses.asdict(meta)}
+    version = FORMAT_VERSION if meta.members is None else MEMBERS_VERSION
+    content = {"format": "ced view store", "version": version, **dataclasses.asdict(meta)}
+    if meta.members is None:
+        del content["members"]
     content["digests"] = dict(sorted((meta.digests or {}).items()))
     content["sha256"] = _digest_of_meta(content)
     with written_aside(folder / META_NAME) as path:
@@ -129,14 +133,14 @@ def _read_meta_json(path: Path) -> StoreMeta:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         kind, version = content["format"], content["version"]
         if kind != "ced view store" or version not in _READ_VERSIONS:
-            known = " and ".join(map(str, _READ_VERSIONS))
-            raise StoreError(f"{path} is {kind!r} version {version!r}; this program reads version {known}")
+            known = ", ".join(map(str, _READ_VERSIONS))
+            raise StoreError(f"{path} is {kind!r} version {version!r}; this program reads versions {known}")
         if version > 1 and content.pop("sha256") != _digest_of_meta(content):
             raise StoreError(f"{path} does not have the digest that it names: it is damaged, or was edited")
         del content["format"], content["version"]
         recipe = content.pop("recipe")
         labels = content.pop("labels")
-        for name in ("teachers", "weights", "members"):  # stores of earlier releases have no members
+        for name in ("teachers", "weights", "members"):
             content[name] = None if content.get(name) is None else tuple(content[name])
         return StoreMeta(
             recipe=ViewRecipe(**{**recipe, "shift": recipe["shift"] and tuple(recipe["shift"])}),

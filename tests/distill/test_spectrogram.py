@@ -44,6 +44,7 @@ def test_kaldi_features_are_those_of_the_extractor_of_ast() -> None:
         mean=extractor.mean,
         std=2 * extractor.std,
         frames=110,
+        fill=-extractor.mean / (2 * extractor.std),
     )
     assert ours.frames_of(16_000) == 98
     assert torch.allclose(ours(waves).mT, expected, atol=1e-4)
@@ -96,7 +97,8 @@ def test_short_inputs_are_padded_with_the_fill() -> None:
     ours = spectrogram(mean=-4.0, std=2.0, frames=20)
     features = ours(noise(1_600))
     assert features.shape == (3, 64, 20)
-    assert features[:, :, 11:].eq(2.0).all()  # a log of 0
+    assert torch.allclose(features[:, :, 11:], torch.tensor(-48.0))  # of silence, -100 dB
+    assert spectrogram(fill=0.5, frames=20)(noise(1_600))[:, :, 11:].eq(0.5).all()
     with pytest.raises(ConfigError, match=r"1 s has 101 frames; at most 20"):
         ours.check(16_000)
     with pytest.raises(ConfigError, match="shorter than one frame"):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,7 +192,7 @@ def test_the_features_of_an_onnx_graph_are_masked_in_its_own_bands() -> None:
 
     features = spectrogram(resample(waves, RATE, 32_000))
     times = torch.arange(features.shape[2]) * 320 / 32_000
-    hidden = mask_spectrogram(features, [VIEW, PLAIN, VIEW], times, spectrogram.hertz, 0.9)
+    hidden = mask_spectrogram(features, [VIEW, PLAIN, VIEW], times, spectrogram.hertz, (np.log(1e-5) + 4.5) / 5)
     matrix = numpy_helper.to_array(onnx.load("small.onnx").graph.initializer[2])
     expected = (hidden.abs().mean(2) @ torch.tensor(matrix)).sigmoid()
     assert torch.allclose(viewed, expected, atol=1e-5)
@@ -387,6 +388,7 @@ def test_kinds_weights_and_class_tables_may_be_mixed(caplog: pytest.LogCaptureFi
     meta, rows = ViewStore(folder).meta, rows_of(folder)
     assert meta.labels == ClassTable(("loud", "quiet"))  # of the first teacher
     assert meta.members == ({"takes": "waves", "weight": 3.0}, {"batch_size": 3})
+    assert json.loads((folder / "meta.json").read_text())["version"] == 3
     (alone,) = [rows_of(run(model="homemade:energy", outputpath="alone"))]
     for row in range(10):
         loud, quiet = (float(rows.values[row][rows.indexes[row].tolist().index(index)]) for index in (0, 1))
@@ -497,3 +499,14 @@ def test_recipes_without_masks_give_views_without_bands() -> None:
     run(model="homemade:energy", spectransforms=None)
     assert all(view == PLAIN for *_, views in sys.modules["homemade"].calls for view in views)
     assert ViewStore(Path("out/homemade_energy/mine/chunk_1")).meta.recipe == ViewRecipe((-0.5, 0.5), None, None)
+
+
+def test_the_callables_of_the_page_teach() -> None:
+    page = (ROOT / "docs" / "teachers.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    Path("my_teacher.py").write_text(code)
+    folder = run(model=["my_teacher:bright", "my_teacher:loudness"])
+    assert ViewStore(folder).meta.labels == ClassTable(("dull", "bright"))
+    (entries,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)
+    config = check(StoreConfig, {"train_data": "mine.tsv", **yaml.safe_load(entries)}, "the page")
+    assert [entry.weight for entry in config.model] == [1, 2, 1]
