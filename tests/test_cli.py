@@ -202,6 +202,26 @@ def test_every_command_has_help(ced: Command, command: str) -> None:
     assert f"Usage: ced {command} " in done.stdout
 
 
+@pytest.mark.parametrize("name", ["top_k", "window", "hop", "jobs", "max_megabytes", "max_seconds"])
+def test_an_option_has_one_spelling_in_all_commands(name: str) -> None:
+    """That of the function's argument, which is that of `TagOptions` where it has such a field."""
+    commands = vars(get_command(app))["commands"].values()
+    found = [parameter.opts for command in commands for parameter in command.params if parameter.name == name]
+    assert found
+    assert {options[0] for options in found} == {f"--{name.replace('_', '-')}"}
+    shown = {option for command in commands for parameter in command.params for option in parameter.opts}
+    assert not shown & {"--topk", "--chunk", "-c"}
+
+
+def test_published_spellings_of_options_are_accepted(ced: Command, model: Path, tmp_path: Path) -> None:
+    sound = noise(tmp_path / "a.wav", 1.0)
+    expected = ced("tag", sound, "-m", model, "--window", "0.5", "--top-k", "2")
+    assert expected.returncode == 0, expected.stderr
+    for words in (["-c", "0.5", "-k", "2"], ["--chunk", "0.5", "--topk=2"], ["-w0.5", "--top_k", "2"]):
+        assert ced("tag", sound, "-m", model, *words).stdout == expected.stdout
+    assert ced("tag", sound, "-m", model, "--allow_private", "-c0.5", "-k2").stdout == expected.stdout
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -375,7 +395,7 @@ def test_progress_without_a_terminal_is_sparse_lines(capsys: pytest.CaptureFixtu
     from ced.cli import console
 
     clock = iter([0.0, 1.0, LINE_SECONDS, LINE_SECONDS + 1, 2 * LINE_SECONDS])
-    lines = console.Lines(clock=lambda: next(clock))
+    lines = console.ProgressLines(clock=lambda: next(clock))
     lines("pack", 1, 3)  # too early
     lines("pack", 2, 3)
     lines("pack", 3, 3)

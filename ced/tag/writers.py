@@ -1,18 +1,28 @@
-"""Writers of records: text, JSON lines, CSV, Parquet, Audacity and Raven tables. Column names are an interface."""
+"""Writers of records (text, JSON lines, CSV, Parquet, Audacity, Raven) and of embeddings (NumPy, Parquet).
+
+Column names are an interface, described in docs/formats.md.
+"""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ced.errors import ConfigError, MissingPackageError
 from ced.files import written_aside
+from ced.sound.tables import write_table
 from ced.sound.web import is_address
 from ced.tag.records import (
     CLOCK_KEYS,
     FORMAT_VERSION,
+    Embedding,
     Tag,
     Tags,
     Timeline,
@@ -40,8 +50,10 @@ RAVEN_COLUMNS = (
 CHANNEL_KEY = "channel"  # a further column where each channel was tagged on its own
 _SIDES: Mapping[str | int, int] = {"mean": 1, "left": 1, "right": 2}  # the channel that Raven shows
 _HIGHEST = 8000.0  # Hz; the upper edge of the mel filters of all models
-_ROW_GROUP = 1 << 16  # rows of a Parquet file that are in memory at a time
+_ROW_GROUP, _VECTOR_GROUP = 1 << 16, 1024  # rows of a Parquet file that are in memory at a time: tags, vectors
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a cell begins with that spreadsheet programs take for a formula
+EMBEDDINGS_VERSION = 1
+EMBEDDING_SUFFIXES = (".npy", ".parquet")
 _MARK = "\ufeff"  # byte-order mark, without which Excel takes UTF-8 for another encoding
 
 
@@ -161,30 +173,42 @@ def _rows(records: Iterable[Timeline]) -> Iterator[tuple[Timeline, Tags, Tag]]:
 
 def _write_parquet(records: Iterable[Timeline], path: Path, *, channel: bool = False, clock: bool = False) -> None:
     import pyarrow as pa
+
+    types = {"start": pa.float64(), "end": pa.float64(), "prob": pa.float32()}
+    schema = pa.schema(
+        [(name, types.get(name, pa.string())) for name in _columns(channel, clock)],
+        {"ced.format": str(FORMAT_VERSION)},
+    )
+    rows = (
+        (
+            _as_utf8(record.file),
+            *(piece.start, piece.end, tag.label, tag.mid, tag.prob),
+            *(str(record.channel),) * channel,
+            *(clock_times(record.began, piece) if clock else ()),
+        )
+        for record, piece, tag in _rows(records)
+    )
+    _write_row_groups(path, schema, rows, _ROW_GROUP)
+
+
+def _write_row_groups(path: Path, schema: Any, rows: Iterable[tuple[Any, ...]], size: int) -> int:
+    """Write rows to a Parquet file, `size` rows at a time; return how many."""
+    import pyarrow as pa
     from pyarrow import parquet
 
-    kinds = (pa.string(), pa.float64(), pa.float64(), pa.string(), pa.string(), pa.float32())
-    names = _columns(channel, clock)
-    fields = list(zip(names, kinds + (pa.string(),) * (len(names) - len(kinds)), strict=True))
-    schema = pa.schema(fields, {"ced.format": str(FORMAT_VERSION)})
-    columns: list[list[object]] = [[] for _ in names]
+    count, rows = 0, iter(rows)
     with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
-
-        def flush() -> None:
-            arrays = [pa.array(column, kind) for column, (_, kind) in zip(columns, fields, strict=True)]
+        while group := list(islice(rows, size)):
+            count += len(group)
+            columns = zip(*group, strict=True)
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
-            for column in columns:
-                column.clear()
+    return count
 
-        for record, piece, tag in _rows(records):
-            name = record.file.encode("utf-8", "backslashreplace").decode()
-            row = (name, piece.start, piece.end, tag.label, tag.mid, tag.prob, *(str(record.channel),) * channel)
-            times = clock_times(record.began, piece) if clock else ()
-            for column, value in zip(columns, (*row, *times), strict=True):
-                column.append(value)
-            if len(columns[0]) == _ROW_GROUP:
-                flush()
-        flush()
+
+def _as_utf8(name: str) -> str:
+    """Return a file name with escapes in place of bytes that are not text, which Parquet cannot hold."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -259,7 +283,7 @@ def formats(
     return chosen
 
 
-def write(chosen: Format, records: Iterable[Timeline], path: Path) -> None:
+def write_records(chosen: Format, records: Iterable[Timeline], path: Path) -> None:
     """Write records to a file at once; of any number of records few are in memory.
 
     Text is UTF-8; bytes of a file name that are not text become escapes.
@@ -273,3 +297,87 @@ def write(chosen: Format, records: Iterable[Timeline], path: Path) -> None:
         elif chosen.text is not None:
             with aside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
                 file.writelines(chosen.text(records))
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingRow:
+    """One vector, and the piece of a sound that it stands for."""
+
+    file: str
+    start: float  # seconds
+    end: float
+    vector: NDArray[np.float32]  # (d,)
+    channel: str | int = "mean"  # of the sound
+
+
+def embedding_rows(file: str, found: Embedding, *, windows: bool = False) -> Iterator[EmbeddingRow]:
+    """Yield the rows of a sound: one for the whole of it, or one for each window."""
+    if not windows:
+        yield EmbeddingRow(file, 0.0, found.seconds, found.clip, found.channel)
+        return
+    for start, end, vector in zip(found.starts, found.ends, found.vectors, strict=True):
+        yield EmbeddingRow(file, float(start), float(end), vector, found.channel)
+
+
+def check_embeddings_path(path: Path) -> None:
+    """Make sure that a path names a format, and one that can be written here.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if path.suffix not in EMBEDDING_SUFFIXES:
+        raise ConfigError(f"embeddings go to a file named {' or '.join(EMBEDDING_SUFFIXES)}; got {path}")
+    if path.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise MissingPackageError("pyarrow", f"writing {path}")
+
+
+def write_embeddings(path: Path, rows: Iterable[EmbeddingRow]) -> int:
+    """Write vectors in order, unless there are none; return how many.
+
+    `.npy`: (rows, d) float32, and beside it `<name>.tsv` with the columns file, start, end, channel. `.parquet`: these
+    columns and `vector`. No file is left half-written.
+
+    Raises:
+        ConfigError: the suffix is neither.
+    """
+    check_embeddings_path(path)
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
+        return 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return (_write_vectors if path.suffix == ".parquet" else _write_array)(path, chain([first], rows))
+
+
+def _write_array(path: Path, rows: Iterable[EmbeddingRow]) -> int:
+    held = list(rows)
+    with written_aside(path) as aside, aside.open("wb") as file:
+        np.save(file, np.stack([row.vector for row in held]))
+    write_table(
+        path.with_name(f"{path.name}.tsv"),
+        {
+            "file": [row.file for row in held],
+            "start": [f"{row.start:.3f}" for row in held],
+            "end": [f"{row.end:.3f}" for row in held],
+            "channel": [str(row.channel) for row in held],
+        },
+    )
+    return len(held)
+
+
+def _write_vectors(path: Path, rows: Iterable[EmbeddingRow]) -> int:
+    import pyarrow as pa
+
+    schema = pa.schema(
+        [
+            ("file", pa.string()),
+            ("start", pa.float64()),
+            ("end", pa.float64()),
+            ("channel", pa.string()),
+            ("vector", pa.list_(pa.float32())),
+        ],
+        metadata={"ced_embeddings": str(EMBEDDINGS_VERSION)},
+    )
+    values = ((_as_utf8(row.file), row.start, row.end, str(row.channel), row.vector) for row in rows)
+    with written_aside(path) as aside:
+        return _write_row_groups(aside, schema, values, _VECTOR_GROUP)
