@@ -165,7 +165,7 @@ class StoreConfig(Section):
     train_data: UserPath = Field(description="table of the audio pack (labels/<stem>.tsv)")
     outputpath: UserPath = Field(Path("logits"), description="folder for view stores")
     model: Annotated[list[TeacherEntry], BeforeValidator(_teacher_entries)] = Field(
-        description="teacher or list of teachers, each a model name, checkpoint, hf:REPO, hf:FOLDER, onnx:FILE or "
+        description="teacher or list of teachers: a model name, a checkpoint, hf:REPO, hf:FOLDER, onnx:FILE, "
         "module:callable, or {name, weight, batch_size, device, mode}"
     )
     classes: UserPath | None = Field(

@@ -157,7 +157,7 @@ def _activation(problem: str | None, labels: ClassTable | None) -> str:
 def _downloaded(source: str, progress: Progress) -> Path:
     """Return the folder of a repository's files in the hub's cache."""
     repo, _, revision = source.partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
         raise ConfigError(f"hf:{source} is neither a folder nor a repository, as OWNER/NAME or OWNER/NAME@REVISION")
     return [hub.fetch(repo, file, revision or "main", progress) for file in _FILES][-1].parent
 

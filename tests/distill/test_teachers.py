@@ -25,9 +25,10 @@ from ced.distill.teachers import Ensemble, Teacher, load_teacher, teacher_name
 from ced.distill.train import train
 from ced.distill.view_store import Rows, ViewStore
 from ced.distill.views import NO_VIEW, SoundView, ViewRecipe, mask_spectrogram, mask_waves
-from ced.errors import CedError, CheckpointError, ConfigError, StoreError
+from ced.errors import CedError, CheckpointError, ConfigError, DownloadError, StoreError
 from ced.sound.labels import ClassTable, audioset
 from tests.distill.conftest import RATE, wave_of, write_pack
+from tests.local_hub import LocalHub, running
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -352,9 +353,30 @@ def test_models_that_cannot_teach_are_explained(broken: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_of_the_hub_is_downloaded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    save_ast("ast")
+    files = {("owner/small-ast", path.name): path.read_bytes() for path in Path("ast").iterdir()}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("CED_OFFLINE", raising=False)
+    with running(LocalHub(files)) as site:
+        monkeypatch.setenv("HF_ENDPOINT", site.url)
+        reports: list[tuple[str, int, int]] = []
+        entry = TeacherEntry(name="hf:owner/small-ast")
+        found = load_teacher(entry, {}, CPU, lambda *report: reports.append(report))
+        assert reports[-1][0] == "download owner/small-ast"
+        with pytest.raises(DownloadError, match="owner/small-ast"):
+            HfTeacher("owner/small-ast@nowhere", CPU)
+    monkeypatch.setenv("CED_OFFLINE", "1")
+    again = load_teacher(entry, {}, CPU)
+    assert (found.name, found.weights) == ("hf:owner/small-ast", again.weights)
+    assert found.weights == load_teacher(TeacherEntry(name="hf:ast"), {}, CPU).weights
+
+
 def test_a_name_that_is_no_repository_is_refused() -> None:
     with pytest.raises(ConfigError, match="neither a folder nor a repository"):
         run(model="hf:nowhere")
+    with pytest.raises(ConfigError, match="neither a folder nor a repository"):
+        run(model="hf:../nowhere")
 
 
 # Callables
