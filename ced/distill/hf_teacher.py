@@ -174,9 +174,10 @@ def _load(source: str, folder: Path) -> tuple[Any, Any]:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
-        extractor = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
+        local = {"local_files_only": True, "trust_remote_code": False}
+        extractor = AutoFeatureExtractor.from_pretrained(folder, **local)
         model, found = AutoModelForAudioClassification.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            folder, **local, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # damaged files, unknown kinds of models, and code of the repository fail in many ways
         reason = " ".join(str(error).split())[:200]
@@ -189,4 +190,6 @@ def _load(source: str, folder: Path) -> tuple[Any, Any]:
         raise CheckpointError(
             f"teacher hf:{source} is not a trained tagger: {len(missing)} weights are missing, {missing[0]} first"
         )
+    if not hasattr(extractor, "sampling_rate"):
+        raise CheckpointError(f"teacher hf:{source} has a {type(extractor).__name__}, which takes no audio")
     return model, extractor

@@ -26,7 +26,9 @@ Axis = Literal["batch", "mel", "time", 1]
 class GraphSettings(Section):
     """The YAML file of a graph."""
 
-    graph: str | None = None  # file of the graph, relative to the YAML file; null: the same name with .onnx
+    graph: str | None = (
+        None  # of a teacher given as its YAML file: the graph, relative to it; null: the same with .onnx
+    )
     rate: Annotated[int, Field(ge=1_000, le=384_000)]  # Hz that the graph's input is made from
     features: FeatureSettings | None = None  # null: the graph takes waves in [-1, 1]
     masks: Literal["features", "waves"] | None = None  # where views are masked; null: in the features, if there are any
@@ -46,6 +48,8 @@ class GraphSettings(Section):
             )
         if self.masks == "features" and not mel:
             raise ValueError("masks is features, but the graph takes waves")
+        if self.features is not None and self.features.mel.high > self.rate / 2:
+            raise ValueError(f"mel.high {self.features.mel.high:g} Hz is above half of rate {self.rate}")
         return self
 
 
@@ -72,7 +76,7 @@ class OnnxTeacher:
         if not path.is_file():
             raise ConfigError(f"there is no {path}, which describes the input and output of an ONNX teacher")
         self.settings = check(GraphSettings, read_file(path), str(path))
-        graph = path.with_suffix(".onnx") if self.settings.graph is None else path.parent / self.settings.graph
+        graph = path.parent / (self.settings.graph or f"{path.stem}.onnx") if file == path else file
         self._session = ort.open_session(graph, torch.get_num_threads())
         features = self.settings.features
         self._spectrogram = None if features is None else Spectrogram(features, self.settings.rate)
@@ -164,5 +168,6 @@ def _digest(graph: Path, settings: GraphSettings) -> str:
     """Return a digest of what decides about the scores: the graph, weights that it keeps beside it, the settings."""
     digest = hashlib.sha256(dump(settings).encode())
     for file in [graph, *sorted(graph.parent.glob(f"{glob.escape(graph.name)}?data"))]:
-        digest.update(file.read_bytes())
+        with file.open("rb") as opened:
+            hashlib.file_digest(opened, lambda: digest)
     return digest.hexdigest()

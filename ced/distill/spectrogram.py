@@ -1,6 +1,7 @@
 """What other taggers take: waves at other sampling rates, and log-mel spectrograms that settings describe."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -79,8 +80,10 @@ def resample(waves: Tensor, rate: int, target: int) -> Tensor:
     """Resample waves, (b, t) at `rate` -> (b, t target / rate) float32 at `target`, on their device (soxr HQ)."""
     if rate == target:
         return waves.float()
-    columns = np.ascontiguousarray(waves.float().cpu().numpy().T)
-    return torch.from_numpy(soxr.resample(columns, rate, target, "HQ")).T.contiguous().to(waves.device)
+    clips = waves.float().cpu().numpy()
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        found = list(pool.map(lambda clip: soxr.resample(clip, rate, target, "HQ"), clips))
+    return torch.from_numpy(np.stack(found)).to(waves.device)
 
 
 class Spectrogram:

@@ -236,7 +236,7 @@ def test_graphs_that_take_waves_get_masked_waves(inputs: list[Any], axes: list[i
         ({"output": "probs"}, r"no output probs; it has logits"),
         ({"classes": "few.csv"}, r"classes names 2 classes; output logits has 527"),
         ({"activation": "tanh"}, r"activation: input should be 'sigmoid', 'softmax' or 'none'"),
-        ({"graph": "other.onnx"}, r"no graph at other\.onnx"),
+        ({"rate": 16_000}, r"mel\.high 15000 Hz is above half of rate 16000"),
     ],
 )
 def test_settings_that_do_not_fit_the_graph_are_explained(changes: dict[str, Any], said: str) -> None:
@@ -249,7 +249,9 @@ def test_settings_that_do_not_fit_the_graph_are_explained(changes: dict[str, Any
 def test_graphs_without_settings_and_damaged_ones_are_explained() -> None:
     with pytest.raises(ConfigError, match=r"no absent\.yaml"):
         run(model="onnx:absent.onnx")
-    save_onnx(Path("small.onnx"))
+    save_onnx(Path("small.onnx"), graph="other.onnx")
+    with pytest.raises(CheckpointError, match=r"no graph at other\.onnx"):
+        run(model="onnx:small.yaml")
     Path("small.onnx").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="not ONNX"):
         run(model="onnx:small.onnx")
