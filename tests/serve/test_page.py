@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 STATIC = ROOT / "ced" / "serve" / "static"
 RATE = 16_000
-PATIENCE = 60_000  # ms
+PATIENCE = 120_000  # ms; generous, for machines under load
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LONG = 30  # minutes
 WINDOWS = ("--window", "2", "--hop", "1")  # which the page begins with
@@ -457,7 +457,7 @@ def test_a_long_file_shows_its_first_events_while_it_is_tagged(
     until(page, "document.querySelector('#queue progress').value > 0.05")
     first = len(rows(page))
     wait_until_done(page)
-    assert page.evaluate("window.first - window.sent") < 5_000  # 1,000 where nothing else runs
+    assert page.evaluate("(window.first - window.sent) / (performance.now() - window.sent)") < 0.5
     until(page, f"document.querySelectorAll('#events tbody tr').length > {first}")
     for _ in range(6):
         page.click("#zoom-in")
