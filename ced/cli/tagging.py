@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ced.cli import options
-from ced.cli.console import Meter, complain, reporting, show, show_data, speed
+from ced.cli.console import Meter, reporting, show, show_data, show_error, speed
 from ced.errors import AudioError, ConfigError
 from ced.progress import NotedProgress, silent
 from ced.tag.options import EACH, TagOptions
@@ -130,7 +130,7 @@ def embed(
         embedding = _Embedding(tagger, chosen, windows, Meter(progress, len(inputs), "embedding"))
         count = write_embeddings(out, embedding.rows(inputs, jobs))
     failed, cut = embedding.failed, embedding.cut_short
-    show(f"{out}: {count} vectors of {len(inputs) - failed} sounds, {failed} failed" + f", {cut} cut short" * bool(cut))
+    show(f"{out}: {count} vectors of {len(inputs) - failed} sounds, {failed} failed" + f", {cut} truncated" * bool(cut))
     if failed or cut:
         raise typer.Exit(1)
 
@@ -262,7 +262,7 @@ class _Output:
         def finished(outcome: "Outcome[Record]") -> None:
             meter.file()
             if outcome.result is None:
-                complain(outcome.error, hint=outcome.hint)
+                show_error(outcome.error, hint=outcome.hint)
 
         assert self.folder is not None
         summary = tag_to_folder(
@@ -339,7 +339,7 @@ class _Tagging:
                     raise stream.error
                 self.output.cut(item.source, stream.events, item)
             except AudioError as error:
-                complain(error)
+                show_error(error)
                 failed.append(item.name)
             else:
                 failed += [] if stream.complete else [item.name]
@@ -425,7 +425,7 @@ class _TaggingAgain:
             try:
                 record = self.record(item)
             except AudioError as error:
-                complain(error)
+                show_error(error)
                 failed.append(item.name)
             else:
                 failed += [] if record.complete else [item.name]
@@ -474,7 +474,7 @@ class _Embedding:
             found = outcome.result
             self.meter.file(0.0 if found is None else found.seconds)
             if found is None:
-                complain(outcome.error, hint=outcome.hint)
+                show_error(outcome.error, hint=outcome.hint)
                 self.failed += 1
             else:
                 self.cut_short += not found.complete

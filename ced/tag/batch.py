@@ -75,7 +75,7 @@ class Summary:
 
     files: int
     failed: int
-    incomplete: int  # tagged, but cut short
+    incomplete: int  # tagged, but truncated
     skipped: int  # done by an earlier run
     seconds: float  # of sound, tagged by this run
     elapsed: float  # seconds that it took
@@ -83,7 +83,7 @@ class Summary:
     def __str__(self) -> str:
         counts = f"{self.files - self.failed - self.skipped} tagged, {self.failed} failed"
         before = f", {self.skipped} done before" if self.skipped else ""
-        cut = f", {self.incomplete} cut short" if self.incomplete else ""
+        cut = f", {self.incomplete} truncated" if self.incomplete else ""
         return f"{self.files} files: {counts}{before}{cut}"
 
 
