@@ -20,7 +20,7 @@ from ced.tag.options import EACH, TagOptions
 if TYPE_CHECKING:
     from ced.sound.audio import Source
     from ced.sound.labels import ClassTable
-    from ced.tag.batch import EarlierRun, Outcome
+    from ced.tag.batch import EarlierRun, SoundOutcome
     from ced.tag.inputs import InputSound
     from ced.tag.records import Embedding, Record, Tags, Timeline
     from ced.tag.scores import ScoreLog
@@ -259,7 +259,7 @@ class _Output:
         """Write the records of sounds into the folder; return whether all of them could be read to the end."""
         from ced.tag.batch import tag_to_folder
 
-        def finished(outcome: "Outcome[Record]") -> None:
+        def finished(outcome: "SoundOutcome[Record]") -> None:
             meter.file()
             if outcome.result is None:
                 show_error(outcome.error, hint=outcome.hint)
