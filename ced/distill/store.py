@@ -28,7 +28,7 @@ from ced.distill.dataset import (
     in_batches,
     prefetch,
 )
-from ced.distill.distributed import half_type, join
+from ced.distill.distributed import half_type, join_processes
 from ced.distill.experiment import run_name
 from ced.distill.pack_reader import AudioPack
 from ced.distill.teachers import Ensemble, is_callable_spec, load_teacher
@@ -70,7 +70,7 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
     filenames, (starts, ends) = pack.names(chunks.clips), chunks.seconds()
     recipe = recipe_of(config.wavtransforms, config.spectransforms, samples)
     check_masks(recipe, samples)
-    world = join()
+    world = join_processes()
     progress = progress if world.is_main else silent
     front_end = LogMel().to(world.device)
     silence = front_end(torch.zeros(2, samples, device=world.device))
