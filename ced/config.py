@@ -143,13 +143,33 @@ class LossArgs(Section):
     reduction: Literal["none", "mean"] = "mean"
 
 
+class TeacherEntry(Section):
+    """One teacher of a store; a text alone is its name."""
+
+    name: str = Field(min_length=1)  # a model name, a checkpoint, hf:REPO, hf:FOLDER, onnx:FILE or module:callable
+    weight: float = Field(1.0, gt=0, le=1e6)  # in the mean of the teachers
+    batch_size: Positive | None = None  # chunks a forward pass; null: that of the store
+    device: str | None = None  # as torch names it; null: that of the process
+    mode: Mode | None = None  # precision; null: that of the store
+
+
+def _teacher_entries(value: Any) -> Any:
+    """Accept one teacher for a list of them, and a text for a teacher that is only named."""
+    entries = value if isinstance(value, list) else [value]
+    return [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
 class StoreConfig(Section):
     """Keys of `ced store`."""
 
     train_data: UserPath = Field(description="table of the audio pack (labels/<stem>.tsv)")
     outputpath: UserPath = Field(Path("logits"), description="folder for view stores")
-    model: str | list[str] = Field(
-        description="teacher, or list of teachers: a model name, a checkpoint, or module:callable"
+    model: Annotated[list[TeacherEntry], BeforeValidator(_teacher_entries)] = Field(
+        description="teacher or list of teachers: a model name, a checkpoint, hf:REPO, hf:FOLDER, onnx:FILE, "
+        "module:callable, or {name, weight, batch_size, device, mode}"
+    )
+    classes: UserPath | None = Field(
+        None, description="class table (index, name) of the store, or audioset; null: that of the teachers"
     )
     model_args: dict[str, Any] = Field({}, description="pooling, target_length of the teachers")
     epochs: Positive = Field(40, description="views stored of each chunk")
@@ -507,9 +527,9 @@ def _explain(kind: type[Section], problem: Any) -> str:
 def _section_at(kind: type[Section], place: Sequence[int | str]) -> type[Section]:
     """Return the class of the section at a place of a configuration."""
     for part in place:
+        if isinstance(part, int):  # an item of a list of sections
+            continue
         annotation = kind.model_fields[str(part)].annotation
-        inner = [
-            one for one in (annotation, *get_args(annotation)) if isinstance(one, type) and issubclass(one, Section)
-        ]
+        inner = [one for one in _kinds(annotation) if isinstance(one, type) and issubclass(one, Section)]
         kind = inner[0]
     return kind

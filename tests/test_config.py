@@ -50,7 +50,8 @@ def test_published_training_configs_load_with_the_published_values(size: str) ->
 @pytest.mark.parametrize("kind", ["balanced", "full"])
 def test_published_logit_configs_load_with_the_published_values(kind: str) -> None:
     config = load_config(StoreConfig, ROOT / f"logitconfig/{kind}_base_chunk10s_topk20.yaml")
-    assert (config.model, config.epochs, config.topk, config.batch_size) == ("audiotransformer_base_4740", 40, 20, 128)
+    (teacher,) = config.model
+    assert (teacher.name, config.epochs, config.topk, config.batch_size) == ("audiotransformer_base_4740", 40, 20, 128)
     assert config.wavtransforms.Shift is not None
     assert (config.wavtransforms.Shift.min_shift, config.wavtransforms.Shift.max_shift) == (-0.5, 0.5)
     assert config.spectransforms.TimeMasking is not None

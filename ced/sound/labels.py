@@ -1,14 +1,17 @@
 """Classes: the names of a tagger's outputs, and AudioSet's ontology of them."""
 
 import csv
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
 from ced.errors import TableError
 from ced.text import decoded
+
+AUDIOSET = "audioset"  # AudioSet's class table, where a file is expected
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,15 @@ def _cut_audioset_names() -> tuple[str, ...]:
     return tuple(name.partition(",")[0] for name in audioset().names)
 
 
+def class_table(source: Path) -> ClassTable:
+    """Return AudioSet's table for the word `audioset`, and otherwise the one in a file.
+
+    Raises:
+        TableError: the file is not a class table.
+    """
+    return audioset() if source == Path(AUDIOSET) else read_classes(source)
+
+
 def read_classes(path: Path) -> ClassTable:
     """Read a class table: tab-separated, or comma-separated when named .csv.
 
@@ -104,6 +116,37 @@ def read_classes(path: Path) -> ClassTable:
             raise TableError(f"class table {path}: row {number + 1} has index {row['index']!r}; expected {number}")
     mids = tuple(row.get("mid", "") for row in rows)
     return ClassTable(tuple(row[name_column] for row in rows), mids if any(mids) else None)
+
+
+def matched(table: ClassTable, target: ClassTable) -> list[int]:
+    """Return the index in `table` of each class of `target`, (len(target),); -1 for a class that it lacks.
+
+    Classes are the same if they have the same mid; otherwise if their names have the same words, upper and lower case
+    and punctuation aside; otherwise if the names do up to the first comma, as in published configurations. What is
+    ambiguous does not match.
+    """
+    if table.names == target.names:
+        return list(range(len(target)))
+    columns = [-1] * len(target)
+    keys: list[Callable[[ClassTable], list[str]]] = [
+        lambda one: list(one.mids or [""] * len(one)),
+        lambda one: [_words(name) for name in one.names],
+        lambda one: [_words(name.partition(",")[0]) for name in one.names],
+    ]
+    for key in keys:
+        ours, theirs = key(table), key(target)
+        once = {word for words in (ours, theirs) for word, count in Counter(words).items() if word and count == 1}
+        once -= {word for words in (ours, theirs) for word, count in Counter(words).items() if count > 1}
+        places = {word: index for index, word in enumerate(ours) if word in once}
+        taken = set(columns)
+        for index, word in enumerate(theirs):
+            if columns[index] < 0 and (place := places.get(word, -1)) not in taken:
+                columns[index] = place
+    return columns
+
+
+def _words(name: str) -> str:
+    return " ".join(re.findall(r"\w+", name.casefold()))
 
 
 def _read_rows(path: Path, what: str) -> tuple[list[str], list[dict[str, str]]]:

@@ -416,7 +416,7 @@ def test_teachers_with_other_class_tables_are_refused() -> None:
     torch.manual_seed(0)
     config = ModelConfig(embed_dim=32, num_heads=1, depth=1, outputdim=10)
     loading.save(Path("other.safetensors"), CED(config, ClassTable(tuple("klmnopqrst"))))
-    with pytest.raises(ConfigError, match=r"teachers homemade:linear, other\.safetensors do not have the same class"):
+    with pytest.raises(ConfigError, match=r"teacher other\.safetensors has no class in common"):
         run(model=["homemade:linear", "other.safetensors"])
 
 
