@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from ced import telemetry
+from ced.environment import SWITCHES
 
 ROOT = Path(__file__).parents[1]
 STRACE = [
@@ -263,5 +263,5 @@ def test_transformers_sends_nothing(machine: Machine) -> None:
 
 def test_the_container_switches_telemetry_off() -> None:
     container = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-    for name, value in telemetry.SWITCHES.items():
+    for name, value in SWITCHES.items():
         assert f"{name}={value}" in container
