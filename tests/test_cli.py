@@ -172,7 +172,7 @@ def test_the_model_in_the_package_is_there_without_network(
     ],
 )
 def test_the_model_in_the_package_has_no_weights(ced: Command, tmp_path: Path, words: tuple[str, ...]) -> None:
-    assert "esc10 comes as a graph, without the weights that this needs" in error_of(ced(*words))
+    assert "esc10 is a graph in the package, without the weights" in error_of(ced(*words))
 
 
 @pytest.mark.parametrize(

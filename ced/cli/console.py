@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 import ced
 from ced.errors import CedError, MissingPackageError, WriteError, optional_packages
 from ced.files import FULL
-from ced.progress import NotedProgress, silent
+from ced.progress import Progress, silent
 from ced.text import printable
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ def hush() -> None:
 
 
 @contextmanager
-def reporting() -> Iterator[NotedProgress]:
+def reporting() -> Iterator[Progress]:
     """Give a progress callback: bars on a terminal, plain lines elsewhere, nothing outside the first process."""
     if not is_main_process():
         yield silent
@@ -284,7 +284,7 @@ class Meter:
         task: what is done with them.
     """
 
-    def __init__(self, progress: NotedProgress, files: int, task: str) -> None:
+    def __init__(self, progress: Progress, files: int, task: str) -> None:
         self._progress, self._files, self._task = progress, files, task
         self._began, self._reported = time.monotonic(), -math.inf
         self._seconds, self._done = 0.0, 0

@@ -19,8 +19,7 @@ from ced.tag.options import EVENT_THRESHOLD
 from ced.text import json_line
 
 if TYPE_CHECKING:
-    from ced.sound.live import LiveSource
-    from ced.sound.pipe import Samples
+    from ced.sound.live_sources import LiveSource, Samples
     from ced.tag.actions import Action
     from ced.tag.live import Listener, LiveReport
 
@@ -110,17 +109,13 @@ def live(
 def _source(address: str | None, device: str | None, channel: str, samples: "Samples | None") -> "LiveSource":
     if address is not None and device is not None:
         raise ConfigError(f"--device {device} and {address} cannot be used together; leave one out")
+    from ced.sound import live_sources
+
     if address == "-":
-        from ced.sound.pipe import standard_input
-
-        return standard_input(sys.stdin.fileno(), samples, channel)
+        return live_sources.standard_input(sys.stdin.fileno(), samples, channel)
     if address is not None:
-        from ced.sound import live as streams
-
-        return streams.address(address, channel)
-    from ced.sound import device as inputs
-
-    return inputs.device(device, channel)
+        return live_sources.address(address, channel)
+    return live_sources.device(device, channel)
 
 
 def _samples(
@@ -135,7 +130,7 @@ def _samples(
         if named:
             raise ConfigError(f"{named[0]} needs --rate, the rate of raw samples in Hz")
         return None
-    from ced.sound.pipe import Samples
+    from ced.sound.live_sources import Samples
 
     return Samples(rate, 1 if channels is None else channels, sample_format or Samples.format)
 
@@ -174,7 +169,7 @@ def _line(report: "LiveReport") -> str:
 
 
 def _print_devices() -> None:
-    from ced.sound.device import devices
+    from ced.sound.live_sources import devices
 
     found = devices()
     if not found:

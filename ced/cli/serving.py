@@ -17,8 +17,8 @@ import typer
 
 from ced.cli.console import reporting, set_up_logging, set_up_streams, show_data, tell
 from ced.cli.options import CORES, Jobs, Model, Precision
+from ced.environment import allow_open_files
 from ced.errors import ConfigError, optional_packages
-from ced.machine import allow_open_files
 
 if TYPE_CHECKING:
     from ced.serve.body import Limits

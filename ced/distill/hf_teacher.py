@@ -14,11 +14,12 @@ from torch import Tensor
 from ced.config import check
 from ced.distill.spectrogram import FeatureSettings, Spectrogram, resample
 from ced.distill.views import SoundView, mask_waves
+from ced.environment import SWITCHES
 from ced.errors import CheckpointError, ConfigError, optional_packages
-from ced.model import hub
+from ced.model.config import read_config
+from ced.model.download import hub_file
 from ced.progress import Progress, silent
 from ced.sound.labels import ClassTable, audioset, matched, named_by_config
-from ced.telemetry import SWITCHES
 
 os.environ.update(SWITCHES)
 
@@ -55,7 +56,7 @@ class HfTeacher:
         folder = Path(source).expanduser()
         if not folder.is_dir():
             folder = _downloaded(source, progress)
-        kind = (hub.read_config(folder / "config.json") or {}).get("model_type")
+        kind = (read_config(folder / "config.json") or {}).get("model_type")
         if kind == "ced":
             raise ConfigError(f"hf:{source} is a CED network; name it without hf:")
         self.model, self.extractor = _load(source, folder)
@@ -159,7 +160,7 @@ def _downloaded(source: str, progress: Progress) -> Path:
     repo, _, revision = source.partition("@")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
         raise ConfigError(f"hf:{source} is neither a folder nor a repository, as OWNER/NAME or OWNER/NAME@REVISION")
-    return [hub.fetch(repo, file, revision or "main", progress) for file in _FILES][-1].parent
+    return [hub_file(repo, file, revision or "main", progress) for file in _FILES][-1].parent
 
 
 def _load(source: str, folder: Path) -> tuple[Any, Any]:

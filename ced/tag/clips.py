@@ -12,7 +12,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from ced.errors import AudioError
-from ced.files import cut, make_folders, name_with, written_aside
+from ced.files import cut_name, make_folders, name_with, written_aside
 from ced.sound.audio import Source, name_of
 from ced.sound.decode import checked, open_source
 from ced.sound.reading import Reading
@@ -99,6 +99,6 @@ class _Clip:
 
 def _name(relative: Path, event: Tags, rate: int, channels: int) -> str:
     label = re.sub(r"[^\w,.()' -]", "_", event.label)[: _LONGEST_LABEL[0]]
-    label = cut(label, _LONGEST_LABEL[1]).strip()
+    label = cut_name(label, _LONGEST_LABEL[1]).strip()
     suffix = "flac" if channels <= _FLAC_CHANNELS and rate <= _FLAC_RATE else "wav"
     return name_with(relative.name, f" {event.start:08.3f}-{event.end:08.3f} {label}.{suffix}")

@@ -14,8 +14,9 @@ from urllib.parse import quote, urlsplit
 
 from ced.errors import AudioError, ConfigError
 from ced.sound import audio
+from ced.sound.decode import is_address
 from ced.sound.ffmpeg import MEDIA_SUFFIXES
-from ced.sound.web import TrustedAddress, is_address, without_password
+from ced.sound.web import TrustedAddress, without_password
 from ced.text import decoded
 
 SUFFIXES = audio.AUDIO_SUFFIXES | MEDIA_SUFFIXES  # what is taken from folders, whether or not PyAV is there to read it

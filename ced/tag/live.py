@@ -9,7 +9,8 @@ from typing import Any, Literal
 from ced.errors import ConfigError
 from ced.sound.audio import Channel
 from ced.sound.labels import ClassTable
-from ced.sound.live import Listening, LiveSource
+from ced.sound.live import Listening
+from ced.sound.live_sources import LiveSource
 from ced.tag.events import Event, Merging
 from ced.tag.options import TagOptions
 from ced.tag.records import Record, Scored, Tags

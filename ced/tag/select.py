@@ -7,8 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import ConfigError
-from ced.sound.labels import ClassTable
-from ced.sound.ontology import audioset
+from ced.sound.labels import ClassTable, audioset_ontology
 from ced.tag.records import Scored, Tag, Tags
 
 _FEW = 20  # labels that a message has room for
@@ -106,7 +105,8 @@ class _Families:
         mids = labels.mids or ()
         index_of = {mid: index for index, mid in enumerate(mids[:own])}
         families = [
-            sorted(index_of[kind] for kind in {mid, *audioset().descendants(mid)} & index_of.keys()) for mid in mids
+            sorted(index_of[kind] for kind in {mid, *audioset_ontology().descendants(mid)} & index_of.keys())
+            for mid in mids
         ]
         self._members = np.concatenate([np.array(family, np.intp) for family in families])
         self._begins = np.cumsum([0, *map(len, families[:-1])])
@@ -137,10 +137,10 @@ def _checked(thresholds: float | tuple[float, ...] | None, count: int) -> NDArra
 
 def _with_headings(labels: ClassTable) -> ClassTable:
     """Return the classes, and behind them all nodes above any of them that are no classes, in the ontology's order."""
-    nodes = audioset().nodes
+    nodes = audioset_ontology().nodes
     if labels.mids is None or not nodes.keys() & set(labels.mids):
         raise ConfigError("roll-up needs classes with AudioSet's mids; this model's have none")
-    above = {parent for mid in labels.mids for parent in audioset().ancestors(mid)}.difference(labels.mids)
+    above = {parent for mid in labels.mids for parent in audioset_ontology().ancestors(mid)}.difference(labels.mids)
     added = [node for node in nodes.values() if node.mid in above]
     names, mids = (node.name for node in added), (node.mid for node in added)
     return ClassTable((*labels.names, *names), (*labels.mids, *mids))
@@ -154,9 +154,9 @@ def _find(wanted: Iterable[str], labels: ClassTable, own: int) -> set[int]:
             places.setdefault(word.casefold(), set()).add(index)
     if labels.mids is not None:
         index_of = {mid: index for index, mid in enumerate(labels.mids)}
-        for heading in audioset().nodes.values():
+        for heading in audioset_ontology().nodes.values():
             if index_of.get(heading.mid, own) >= own:
-                covered = {heading.mid, *audioset().descendants(heading.mid)} & index_of.keys()
+                covered = {heading.mid, *audioset_ontology().descendants(heading.mid)} & index_of.keys()
                 for word in (heading.name, heading.mid) if covered else ():
                     places.setdefault(word.casefold(), set()).update(index_of[mid] for mid in covered)
     found: set[int] = set()
@@ -176,7 +176,7 @@ def _nearest(word: str, known: Iterable[str], labels: ClassTable) -> str:
         return f"the labels are {', '.join(labels.names)}"
     if not near:
         return f"the {len(labels)} labels are {labels.names[0]}, {labels.names[-1]} and those between"
-    nodes = audioset().nodes.values() if labels.mids is not None else ()
+    nodes = audioset_ontology().nodes.values() if labels.mids is not None else ()
     spelt = {name.casefold(): name for name in (*(node.name for node in nodes), *labels.names)}
     best = min(near, key=len)
     return f"did you mean {spelt.get(best, best)!r}?"

@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import ConfigError, TableError
-from ced.progress import NotedProgress, silent
+from ced.progress import Progress, silent
 from ced.sound.audio import Source
-from ced.sound.labelled import read_labelled
 from ced.sound.labels import ClassTable
-from ced.sound.tables import Table, multi_hot, read_table, write_table
+from ced.sound.tables import Table, multi_hot, read_labelled, read_table, write_table
 from ced.tag.batch import outcomes
 from ced.tag.inputs import InputSound
 from ced.tag.options import TagOptions
@@ -81,7 +80,7 @@ def calibrate_thresholds(
     window: float = TagOptions.window,
     hop: float | None = None,
     jobs: int = 1,
-    progress: NotedProgress = silent,
+    progress: Progress = silent,
 ) -> Calibration:
     """Fit a threshold for each class to labelled clips, and write them to a file.
 

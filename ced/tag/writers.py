@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from ced.errors import ConfigError, MissingPackageError
 from ced.files import written_aside
+from ced.sound.decode import is_address
 from ced.sound.tables import write_table
-from ced.sound.web import is_address
 from ced.tag.records import (
     CLOCK_KEYS,
     FORMAT_VERSION,

@@ -335,7 +335,7 @@ def test_no_index_without_its_parts(tmp_path: Path) -> None:
     table_of(table, names[::-1])
     seen = []
 
-    def look(task: str, done: int, total: int) -> None:
+    def look(task: str, done: int, total: int, _: str = "") -> None:
         seen.append((task, done, total, index.exists()))
         if done == 3:
             raise KeyboardInterrupt

@@ -209,7 +209,7 @@ def run_elsewhere(path: Path, **environment: str) -> subprocess.Popen[bytes]:
 
 
 def test_a_run_cut_short_in_an_epoch_resumes_to_the_same_bytes(sounds: Path, tmp_path: Path) -> None:
-    def kill(task: str, done: int, total: int) -> None:
+    def kill(task: str, done: int, total: int, _: str = "") -> None:
         if (task, done) == ("epoch 3 of 4", 2):
             raise KeyboardInterrupt
 

@@ -446,6 +446,7 @@ def test_lower_precision_is_close() -> None:
 def test_progress_is_one_task_an_epoch() -> None:
     reports: list[tuple[str, int, int]] = []
     store(
-        check(StoreConfig, settings(), "test"), progress=lambda task, done, total: reports.append((task, done, total))
+        check(StoreConfig, settings(), "test"),
+        progress=lambda task, done, total, _="": reports.append((task, done, total)),
     )
     assert reports == [(f"epoch {epoch} of 2", done, 3) for epoch in (1, 2) for done in (1, 2, 3)]

@@ -46,7 +46,7 @@ print(tag_to_folder(inputs, process, out, settings=SETTINGS, output=["csv", "tex
 def loudness(item: InputSound) -> Record:
     """Tag each second with how loud it is: as much of a model as a batch needs."""
     pieces, end = [], 0.0
-    for window in audio.windows(item.source, 1.0):
+    for window in audio.cut_windows(audio.stream(item.source), 1.0, 1.0):
         level = float(np.sqrt(np.mean(window.wave**2)))
         pieces.append(Tags(window.start, window.end, (Tag("Sound", 0, None, level),)))
         end = window.end

@@ -12,10 +12,10 @@ import pytest
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError
-from ced.sound import live
+from ced.sound import live, live_sources
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable
-from ced.sound.live import LiveSource
+from ced.sound.live_sources import LiveSource
 from ced.tag.events import events
 from ced.tag.live import OPTIONS, Listener, LiveReport
 from ced.tag.options import TagOptions
@@ -54,7 +54,7 @@ def unhurried(wave: Waves, scorer: Loudness, hop: float) -> LiveSource:
             assert scorer.answered.acquire(timeout=10)
             yield wave[start : start + size, None]
 
-    return live.blocks(blocks(), SAMPLE_RATE)
+    return live_sources.blocks(blocks(), SAMPLE_RATE)
 
 
 def heard(reports: Iterator[LiveReport], label: str = "loud") -> list[tuple[str, float]]:
@@ -116,7 +116,9 @@ def test_an_event_is_reported_within_two_seconds_of_its_sound() -> None:
             yield np.full((BLOCK, 1), number >= 13, np.float32)
 
     listener = Listener(
-        Tagger(Loudness()), live.blocks(blocks(), SAMPLE_RATE), replace(OPTIONS, thresholds=0.99, only=("loud",))
+        Tagger(Loudness()),
+        live_sources.blocks(blocks(), SAMPLE_RATE),
+        replace(OPTIONS, thresholds=0.99, only=("loud",)),
     )
     report = next(listener.reports())
     assert time.time() - began < 2.0
@@ -175,15 +177,15 @@ def test_an_event_takes_as_long_by_the_clock_as_it_sounds() -> None:
             yield np.full((BLOCK, 1), number < 30, np.float32)
 
     options = replace(OPTIONS, window=0.5, hop=0.5, gap=0.0, only=("loud",))
-    begin, end = Listener(Tagger(Loudness()), live.blocks(blocks(), SAMPLE_RATE), options).reports()
+    begin, end = Listener(Tagger(Loudness()), live_sources.blocks(blocks(), SAMPLE_RATE), options).reports()
     assert (begin.state, end.state, end.piece.end - end.piece.start) == ("begin", "end", 3.0)
     assert end.time - begin.time == pytest.approx(3.0, abs=1e-3)
 
 
 def test_a_listener_listens_once() -> None:
-    listener = Listener(Tagger(Loudness()), live.blocks([], SAMPLE_RATE))
+    listener = Listener(Tagger(Loudness()), live_sources.blocks([], SAMPLE_RATE))
     assert list(listener.reports()) == []
-    with pytest.raises(ConfigError, match="was listened to before; each time needs a listener of its own"):
+    with pytest.raises(ConfigError, match="was used before; make a new one each time"):
         next(listener.reports())
 
 
@@ -213,7 +215,9 @@ def test_a_model_that_is_too_slow_hears_what_is_new(monkeypatch: pytest.MonkeyPa
             yield np.full((BLOCK, 1), number >= 60, np.float32)
 
     listener = Listener(
-        Tagger(Slow()), live.blocks(blocks(), SAMPLE_RATE), replace(OPTIONS, window=0.1, hop=0.1, only=("loud",))
+        Tagger(Slow()),
+        live_sources.blocks(blocks(), SAMPLE_RATE),
+        replace(OPTIONS, window=0.1, hop=0.1, only=("loud",)),
     )
     reports = list(listener.reports())
     assert [report.state for report in reports] == ["begin", "end"]
@@ -223,7 +227,7 @@ def test_a_model_that_is_too_slow_hears_what_is_new(monkeypatch: pytest.MonkeyPa
 
 
 def test_options_that_are_not_of_events_are_refused() -> None:
-    source = live.blocks([], SAMPLE_RATE)
+    source = live_sources.blocks([], SAMPLE_RATE)
     for options in (TagOptions(), TagOptions(events=True, columns=True)):
         with pytest.raises(ConfigError, match="events of whole windows"):
             Listener(Tagger(Loudness()), source, options)
@@ -250,7 +254,7 @@ def test_a_day_of_sound_needs_no_more_memory_than_an_hour() -> None:
             yield blocks[number % every == 0]
 
     options = replace(OPTIONS, window=10.0, hop=10.0, gap=0.0, only=("loud",))
-    listener = Listener(Tagger(scorer), live.blocks(day(), SAMPLE_RATE), options)
+    listener = Listener(Tagger(scorer), live_sources.blocks(day(), SAMPLE_RATE), options)
     begun = ended = 0
     for report in listener.reports():
         begun += report.state == "begin"

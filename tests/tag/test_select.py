@@ -5,8 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ced.errors import ConfigError
-from ced.sound.labels import ClassTable, audioset, numbered
-from ced.sound.ontology import audioset as ontology
+from ced.sound.labels import ClassTable, audioset, audioset_ontology, numbered
 from ced.tag.records import Scored, Tag, Tags
 from ced.tag.select import Selection
 
@@ -63,7 +62,7 @@ def test_a_heading_stands_for_what_is_below_it() -> None:
 
 def test_roll_up() -> None:
     selection = Selection(PETS, top_k=None, rollup=True)
-    mids = {node.name: node.mid for node in ontology().nodes.values()}
+    mids = {node.name: node.mid for node in audioset_ontology().nodes.values()}
     added = ["Human sounds", "Human voice", "Animal", "Domestic animals, pets", "Cat"]
     assert list(selection.labels.names) == [*PETS.names, *added]
     assert selection.labels.mids is not None
@@ -86,7 +85,7 @@ def test_roll_up_with_thresholds_and_labels() -> None:
     assert names(heading, probs) == ["Purr", "Animal", "Domestic animals, pets", "Cat", "Bark", "Dog"]
 
 
-def test_roll_up_of_audioset_is_the_maximum_over_the_ontology() -> None:
+def test_roll_up_of_audioset_is_the_maximum_over_the_audioset_ontology() -> None:
     classes = audioset()
     selection = Selection(classes, rollup=True)
     probs = np.random.default_rng(0).random(527, np.float32)
@@ -95,7 +94,7 @@ def test_roll_up_of_audioset_is_the_maximum_over_the_ontology() -> None:
     assert classes.mids is not None
     index_of = {mid: index for index, mid in enumerate(classes.mids)}
     for index, mid in enumerate(selection.labels.mids):
-        below = {mid, *ontology().descendants(mid)} & index_of.keys()
+        below = {mid, *audioset_ontology().descendants(mid)} & index_of.keys()
         assert rolled[index] == max(probs[index_of[kind]] for kind in below)
     assert len(selection.labels) == 527 + 30
 

@@ -16,9 +16,8 @@ from ced.errors import AudioError, CheckpointError, ClosedError, ConfigError
 from ced.model import loading
 from ced.model.config import ModelConfig
 from ced.model.graph.export import export
-from ced.model.loading import weights_of
+from ced.model.loading import TorchScorer, weights_of
 from ced.model.runtime import OnnxModel
-from ced.model.torch_scorer import TorchScorer
 from ced.model.vit import CED
 from ced.sound.audio import Source, Window, open_sound
 from ced.sound.labels import ClassTable
