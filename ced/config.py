@@ -185,7 +185,7 @@ class StoreConfig(Section):
     seed: Seed = Field(42, description="seed from which the seeds of the views are drawn")
 
 
-class LoopConfig(Section):
+class TrainerConfig(Section):
     """Keys that all training commands share."""
 
     command: str  # that trains with this configuration: an experiment is resumed by the command that began it
@@ -220,7 +220,7 @@ class LoopConfig(Section):
         return self
 
 
-class TaggerConfig(LoopConfig):
+class TaggerConfig(TrainerConfig):
     """Keys of the commands that train a tagger, which can be validated on a labelled table."""
 
     eval_data: UserPath | None = Field(None, description="labelled table to validate on; null: none")
@@ -252,7 +252,7 @@ class FinetuneConfig(TaggerConfig):
 
     command: Literal["finetune"] = "finetune"
     classes: UserPath | None = Field(None, description="class table (index, name); audioset or null: AudioSet's 527")
-    task: Literal["multi", "single"] = Field("multi", description="any number of classes a clip, or exactly one")
+    task: Literal["multi", "single"] = Field("multi", description="classes of a clip: any number, or exactly one")
     balanced: bool = Field(False, description="draw clips so that all classes are equally frequent")
     label_smoothing: float = Field(
         0.0,
@@ -294,12 +294,12 @@ class PretrainOptimizerArgs(OptimizerArgs):
     weight_decay: float = Field(5e-7, ge=0)
 
 
-class PretrainConfig(LoopConfig):
+class PretrainConfig(TrainerConfig):
     """Keys of `ced pretrain`: train a masked autoencoder on any clips; the defaults are the published values."""
 
     command: Literal["pretrain"] = "pretrain"
     refused = dict.fromkeys(
-        TaggerConfig.model_fields.keys() - LoopConfig.model_fields.keys(),
+        TaggerConfig.model_fields.keys() - TrainerConfig.model_fields.keys(),
         "pre-training uses no labels: there is no validation and no mixup, and last.safetensors is the result",
     )
 
@@ -327,12 +327,12 @@ class PretrainConfig(LoopConfig):
         return values
 
 
-CONFIGS: Mapping[str, type[Section]] = {
+CONFIGS: Mapping[str, type[Section]] = {  # by command
     "store": StoreConfig,
     "train": TrainConfig,
     "finetune": FinetuneConfig,
     "pretrain": PretrainConfig,
-}  # by command
+}
 
 C = TypeVar("C", bound=Section)
 
@@ -380,7 +380,7 @@ def command_of(path: Path) -> str:
         ConfigError: the file cannot be read, or is for no training command.
     """
     values = read_file(path)
-    kinds = {name: kind for name, kind in CONFIGS.items() if issubclass(kind, LoopConfig)}
+    kinds = {name: kind for name, kind in CONFIGS.items() if issubclass(kind, TrainerConfig)}
     if "command" in values:
         found = [name for name in kinds if name == values["command"]]
     else:

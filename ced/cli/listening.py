@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ced.cli import options
-from ced.cli.console import complain, reporting, show, show_data
+from ced.cli.console import reporting, show, show_data, show_error
 from ced.cli.tagging import thresholds
 from ced.errors import ConfigError
 from ced.tag.options import EVENT_THRESHOLD
@@ -54,9 +54,9 @@ def live(
     mqtt: options.Mqtt = None,
     on: options.On = "both",
 ) -> None:
-    """Tag live sound: print events while a microphone, a stream or a recording program is heard.
+    """Tag live sound: print events while a microphone, a stream or a recording program delivers it.
 
-    A device or stream that is lost is opened again until it is back. Ctrl-C ends the command.
+    A device or stream that is lost is reopened until it is back. Ctrl-C ends the command.
     """
     if list_devices:
         _print_devices()
@@ -74,7 +74,7 @@ def live(
     with reporting() as progress:
         graph = open_model(model, precision=precision, threads=options.CORES, progress=progress)
     with Tagger(graph, name=model) as tagger, Actions(found) as actions:
-        settings = replace(
+        chosen = replace(
             OPTIONS,
             window=window,
             hop=hop,
@@ -87,22 +87,35 @@ def live(
             gap=gap,
             shortest=shortest,
         )
-        listener = Listener(tagger, source, settings)
+        listener = Listener(tagger, source, chosen)
         with _stopping(listener) as signals:
             for report in listener.reports():
                 event = report.to_json(source.name, model, channel)
-                if format.lower() == "jsonl":
-                    show_data(json_line(event) + "\n")
-                elif report.state == "begin":
-                    show(_line(report))
+                _print(report, event, format.lower())
                 if on in ("both", report.state):
                     actions.put(event)
+        _end(listener, source, signals)
+
+
+def _print(report: "LiveReport", event: dict[str, Any], format: str) -> None:
+    """Print a report as JSON or, if the event begins, as text."""
+    if format == "jsonl":
+        show_data(json_line(event) + "\n")
+    elif report.state == "begin":
+        (tag,) = report.piece.tags
+        show(f"{datetime.fromtimestamp(report.time):%H:%M:%S} {tag.label} {tag.prob:.2f}")
+
+
+def _end(listener: "Listener", source: "LiveSource", signals: list[int]) -> None:
+    """Report why listening ended, and exit with the code for it."""
     if listener.left_out:
-        logger.warning("%d windows were left out, as sound came faster than it was scored", listener.left_out)
+        logger.warning(
+            "%d windows were skipped, because the sound arrived faster than it was scored", listener.left_out
+        )
     if signal.SIGINT in signals:
         raise KeyboardInterrupt
     if signal.SIGTERM not in signals and source.endless:
-        complain(f"{source.name} has ended")
+        show_error(f"{source.name} has ended")
         raise typer.Exit(1)
 
 
@@ -121,11 +134,11 @@ def _source(address: str | None, device: str | None, channel: str, samples: "Sam
 def _samples(
     address: str | None, rate: int | None, channels: int | None, sample_format: str | None
 ) -> "Samples | None":
-    """Return what raw samples on standard input are; None: a WAV header tells it."""
+    """Return the form of raw samples on standard input; None: it is in a WAV header."""
     given = {"--rate": rate, "--channels": channels, "--sample-format": sample_format}
     named = [option for option, value in given.items() if value is not None]
     if named and address != "-":
-        raise ConfigError(f"{named[0]} is about samples on standard input; give - as the address")
+        raise ConfigError(f"{named[0]} applies to samples on standard input; give - as the address")
     if rate is None:
         if named:
             raise ConfigError(f"{named[0]} needs --rate, the rate of raw samples in Hz")
@@ -144,28 +157,24 @@ def _actions(exec: list[str] | None, webhook: list[str] | None, mqtt: list[str] 
 
 @contextmanager
 def _stopping(listener: "Listener") -> Iterator[list[int]]:
-    """End the listener in order at the first SIGINT or SIGTERM, and the program at the second.
+    """Stop the listener at the first SIGINT or SIGTERM, and the program at the second.
 
-    Gives the signals that came, in a list that they are added to.
+    Yields:
+        the signals received so far; the list grows.
     """
-    came: list[int] = []
+    received: list[int] = []
 
     def stop(number: int, _: object) -> None:
         listener.stopped = True
-        came.append(number)
+        received.append(number)
         signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield came
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _line(report: "LiveReport") -> str:
-    (tag,) = report.piece.tags
-    return f"{datetime.fromtimestamp(report.time):%H:%M:%S} {tag.label} {tag.prob:.2f}"
 
 
 def _print_devices() -> None:
@@ -173,7 +182,7 @@ def _print_devices() -> None:
 
     found = devices()
     if not found:
-        complain("this machine has no input device")
+        show_error("this machine has no input device")
         raise typer.Exit(1)
     for each in found:
         channels = "1 channel" if each.channels == 1 else f"{each.channels} channels"

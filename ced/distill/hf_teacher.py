@@ -16,8 +16,8 @@ from ced.distill.spectrogram import FeatureSettings, Spectrogram, resample
 from ced.distill.views import SoundView, mask_waves
 from ced.environment import SWITCHES
 from ced.errors import CheckpointError, ConfigError, optional_packages
+from ced.model import download
 from ced.model.config import read_config
-from ced.model.download import hub_file
 from ced.progress import Progress, silent
 from ced.sound.labels import ClassTable, audioset, matched, named_by_config
 
@@ -160,7 +160,7 @@ def _downloaded(source: str, progress: Progress) -> Path:
     repo, _, revision = source.partition("@")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
         raise ConfigError(f"hf:{source} is neither a folder nor a repository, as OWNER/NAME or OWNER/NAME@REVISION")
-    return [hub_file(repo, file, revision or "main", progress) for file in _FILES][-1].parent
+    return [download.hub_file(repo, file, revision or "main", progress) for file in _FILES][-1].parent
 
 
 def _load(source: str, folder: Path) -> tuple[Any, Any]:

@@ -27,7 +27,7 @@ from ced.distill.dataset import (
     in_batches,
     prefetch,
 )
-from ced.distill.distributed import half_type, join
+from ced.distill.distributed import half_type, join_processes
 from ced.distill.pack_reader import AudioPack
 from ced.distill.teachers import Ensemble, Teacher, load_teacher, teacher_name
 from ced.distill.view_store import META_NAME, Rows, StoreMeta, epoch_seeds
@@ -68,7 +68,7 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
     filenames, (starts, ends) = pack.names(chunks.clips), chunks.seconds()
     recipe = recipe_of(config.wavtransforms, config.spectransforms, samples)
     check_masks(recipe, samples)
-    world = join()
+    world = join_processes()
     progress = progress if world.is_main else silent
     teachers = [load_teacher(entry, config.model_args, world.device, progress) for entry in config.model]
     classes = class_table(config.classes) if config.classes else None

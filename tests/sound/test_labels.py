@@ -128,44 +128,6 @@ def test_duplicate_class_names_are_refused() -> None:
         ClassTable(("dog", "cat"), ("/m/1",))
 
 
-NOT_IN_YAMNET = [
-    "Male speech, man speaking",
-    "Female speech, woman speaking",
-    "Battle cry",
-    "Male singing",
-    "Female singing",
-    "Funny music",
-]
-
-
-@pytest.mark.parametrize("known_by", ["mids", "names"])
-def test_the_classes_of_yamnet_match_all_but_six_of_audioset(known_by: str) -> None:
-    # YAMNet has AudioSet's classes and their order, without the six that its authors left out.
-    classes = audioset()
-    kept = [index for index, name in enumerate(classes.names) if name not in NOT_IN_YAMNET]
-    assert len(kept) == 521
-    assert classes.mids is not None
-    names, mids = tuple(classes.names[index] for index in kept), tuple(classes.mids[index] for index in kept)
-    table = ClassTable(tuple(f"class {index}" for index in kept), mids) if known_by == "mids" else ClassTable(names)
-    columns = matched(table, classes)
-    assert [name for name, column in zip(classes.names, columns, strict=True) if column < 0] == NOT_IN_YAMNET
-    assert [kept[column] for column in columns if column >= 0] == kept
-    assert matched(classes, table) == kept
-
-
-def test_names_match_by_their_words_and_up_to_the_first_comma() -> None:
-    target = ClassTable(
-        ("Dog", "Vehicle horn, car horn, honking", "Inside, small room", "Inside, public space", "Rain")
-    )
-    assert matched(ClassTable(("rain", "vehicle-horn", "Inside", "DOG", "Cat")), target) == [3, 1, -1, -1, 0]
-
-
-def test_one_class_matches_one_class() -> None:
-    assert matched(ClassTable(("Bark, dog", "bark")), ClassTable(("Bark", "Bark, dog"))) == [1, 0]
-    assert matched(ClassTable(("Bark, dog",)), ClassTable(("Bark", "Bark, dog"))) == [-1, 0]
-    assert matched(ClassTable(("a b", "a-b")), ClassTable(("A B", "c"))) == [-1, -1]  # ambiguous
-
-
 TREE = "# mine\nmid\tname\tchildren\n/a\tAnimal\t/d,/c\n/d\tDog\t/g,/b\n/c\tCat\t/g\n/g\tGrowl\t\n/b\tBark\t\n"
 
 
@@ -226,3 +188,41 @@ def test_invalid_ontologies(tmp_path: Path, text: str, said: str) -> None:
         read_ontology(path)
     assert said in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+NOT_IN_YAMNET = [
+    "Male speech, man speaking",
+    "Female speech, woman speaking",
+    "Battle cry",
+    "Male singing",
+    "Female singing",
+    "Funny music",
+]
+
+
+@pytest.mark.parametrize("known_by", ["mids", "names"])
+def test_the_classes_of_yamnet_match_all_but_six_of_audioset(known_by: str) -> None:
+    # YAMNet has AudioSet's classes and their order, without the six that its authors left out.
+    classes = audioset()
+    kept = [index for index, name in enumerate(classes.names) if name not in NOT_IN_YAMNET]
+    assert len(kept) == 521
+    assert classes.mids is not None
+    names, mids = tuple(classes.names[index] for index in kept), tuple(classes.mids[index] for index in kept)
+    table = ClassTable(tuple(f"class {index}" for index in kept), mids) if known_by == "mids" else ClassTable(names)
+    columns = matched(table, classes)
+    assert [name for name, column in zip(classes.names, columns, strict=True) if column < 0] == NOT_IN_YAMNET
+    assert [kept[column] for column in columns if column >= 0] == kept
+    assert matched(classes, table) == kept
+
+
+def test_names_match_by_their_words_and_up_to_the_first_comma() -> None:
+    target = ClassTable(
+        ("Dog", "Vehicle horn, car horn, honking", "Inside, small room", "Inside, public space", "Rain")
+    )
+    assert matched(ClassTable(("rain", "vehicle-horn", "Inside", "DOG", "Cat")), target) == [3, 1, -1, -1, 0]
+
+
+def test_one_class_matches_one_class() -> None:
+    assert matched(ClassTable(("Bark, dog", "bark")), ClassTable(("Bark", "Bark, dog"))) == [1, 0]
+    assert matched(ClassTable(("Bark, dog",)), ClassTable(("Bark", "Bark, dog"))) == [-1, 0]
+    assert matched(ClassTable(("a b", "a-b")), ClassTable(("A B", "c"))) == [-1, -1]  # ambiguous

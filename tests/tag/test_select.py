@@ -41,7 +41,7 @@ def test_thresholds() -> None:
     assert selection.thresholds.tolist() == pytest.approx([0.6, 0.2, 2.0, 0.0])
 
 
-def test_labels_are_chosen_by_name_or_mid_in_capitals_or_not() -> None:
+def test_labels_are_chosen_by_name_or_mid_ignoring_case() -> None:
     probs = scores(0.4, 0.3, 0.2, 0.1)
     assert names(Selection(PETS, only=["dog", "/m/02yds9"]), probs) == ["Purr", "Dog"]
     assert names(Selection(PETS, exclude=["BARK", "Speech"], top_k=None), probs) == ["Purr", "Dog"]
@@ -49,7 +49,7 @@ def test_labels_are_chosen_by_name_or_mid_in_capitals_or_not() -> None:
     assert Selection(PETS, only=["Dog"]).reached(probs).tolist() == [False, False, True, False]
 
 
-def test_a_heading_stands_for_what_is_below_it() -> None:
+def test_a_heading_stands_for_its_descendants() -> None:
     probs = scores(0.4, 0.3, 0.2, 0.1)
     assert names(Selection(PETS, only=["animal"]), probs) == ["Bark", "Purr", "Dog"]
     assert names(Selection(PETS, exclude=["/m/0jbk"], top_k=None), probs) == ["Speech"]
@@ -117,19 +117,17 @@ def refused(labels: ClassTable, **arguments: object) -> str:
     return str(caught.value)
 
 
-def test_what_is_refused() -> None:
+def test_invalid_selections_are_refused() -> None:
     assert "top_k is 0; it must be at least 1" in refused(ABC, top_k=0)
     assert "a threshold is -0.5; it must be 0 or more" in refused(ABC, thresholds=-0.5)
     assert "a threshold is nan" in refused(ABC, thresholds=scores(0, np.nan, 1, 1))
-    assert "shape (3,); one number or one for each of 4 classes" in refused(ABC, thresholds=scores(0, 1, 1))
+    assert "have shape (3,); allowed: one number" in refused(ABC, thresholds=scores(0, 1, 1))
     assert "no label 'Barc'; did you mean 'Bark'?" in refused(PETS, only=["Barc"])
     assert "no label 'speaking'; did you mean 'Male speech, man speaking'?" in refused(audioset(), only=["speaking"])
     assert "no label 'animals'; did you mean 'Domestic animals, pets'?" in refused(PETS, exclude=["animals"])
     assert refused(ABC, only=["Rain"]) == "there is no label 'Rain'; the labels are a, b, c, d"
-    assert "'xyzzy'; the 527 labels are Speech, Field recording and those between" in refused(
-        audioset(), only=["xyzzy"]
-    )
+    assert "'xyzzy'; the 527 labels range from Speech to Field recording" in refused(audioset(), only=["xyzzy"])
     assert "no label 'Animal'" in refused(ABC, only=["Animal"])
-    assert "no label is left of a, b without b, a" in refused(ABC, only=["a", "b"], exclude=["b", "a"])
-    assert "no label is left of all without a, b, c, d" in refused(ABC, exclude=["a", "b", "c", "d"])
+    assert "no label remains of a, b without b, a" in refused(ABC, only=["a", "b"], exclude=["b", "a"])
+    assert "no label remains of all without a, b, c, d" in refused(ABC, exclude=["a", "b", "c", "d"])
     assert "roll-up needs classes with AudioSet's mids" in refused(ABC, rollup=True)
