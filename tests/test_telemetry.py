@@ -249,7 +249,7 @@ def test_transformers_sends_nothing(machine: Machine) -> None:
         import numpy as np
         import ced
         from ced.integrations.transformers import CedFeatureExtractor, CedForAudioClassification
-        from ced.telemetry import SWITCHES
+        from ced.environment import SWITCHES
         from huggingface_hub import constants
         from transformers import pipeline
 

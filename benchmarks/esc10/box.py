@@ -10,8 +10,7 @@ from benchmarks.esc10 import plan
 from benchmarks.esc10.report import EXTRA_FOLD
 from ced.files import written_aside
 from ced.model.graph.compare import export_int8
-from ced.model.graph.export import export
-from ced.model.graph.int8 import int8_path
+from ced.model.graph.export import export, int8_path
 from ced.model.loading import load_model, weights_of
 from ced.model.metrics import accuracy, average_precision
 from ced.model.runtime import OnnxModel

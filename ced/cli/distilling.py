@@ -11,9 +11,9 @@ from ced.errors import CheckpointError, ConfigError
 from ced.text import quoted
 
 if TYPE_CHECKING:
-    from ced.config import LoopConfig
+    from ced.config import TrainerConfig
 
-    C = TypeVar("C", bound=LoopConfig)
+    C = TypeVar("C", bound=TrainerConfig)
 
 Resume = Annotated[
     Path | None,
@@ -32,7 +32,6 @@ def pack(
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, help="Threads that decode; default: one for each core.")
     ] = None,
-    n_workers: Annotated[int | None, typer.Option("--n-workers", "-n", min=1, hidden=True)] = None,
     duration: Annotated[bool, typer.Option("--duration", help="Add a column with seconds.")] = False,
     hdf5_dirname: Annotated[str, typer.Option(help="Folder of the audio in OUTDIR.")] = "hdf5",
     index_dirname: Annotated[str, typer.Option(help="Folder of the table in OUTDIR.")] = "labels",
@@ -57,7 +56,7 @@ def pack(
             table,
             outdir,
             size_per_file=size_per_file,
-            workers=jobs or n_workers,
+            workers=jobs,
             duration=duration,
             hdf5_dirname=hdf5_dirname,
             index_dirname=index_dirname,

@@ -88,13 +88,13 @@ def export(
     from ced.model import zoo
     from ced.model.graph.compare import change_on_noise, export_int8
     from ced.model.graph.export import export as write
-    from ced.model.graph.int8 import int8_path
+    from ced.model.graph.export import int8_path
 
     if check is not None and not int8:
         raise typer.BadParameter("--check compares int8 with float: it needs --int8")
     path = out or Path(f"{Path(model).stem}.onnx")
     with reporting() as progress:
-        weights = zoo.read(model, progress)
+        weights = zoo.read_weights(model, progress)
         report = write(weights, path, source)
         if report.largest_difference is None:
             show(f"{report.path}: not compared with the network, as torch is not installed")

@@ -14,7 +14,7 @@ import typer
 from ced.cli import options
 from ced.cli.console import Meter, complain, reporting, show, show_data, speed
 from ced.errors import AudioError, ConfigError
-from ced.progress import NotedProgress, silent
+from ced.progress import Progress, silent
 from ced.tag.options import EACH, TagOptions
 
 if TYPE_CHECKING:
@@ -293,7 +293,7 @@ def _tag_sounds(
     threshold: str | None,
     model: tuple[str, options.Precision, int],
     output: _Output,
-    progress: NotedProgress,
+    progress: Progress,
 ) -> bool:
     """Tag sounds; return whether all of them could be read to the end."""
     from ced.tag.tagger import Tagger, in_turn
@@ -380,9 +380,7 @@ class _Logged:
         return record
 
 
-def _tag_again(
-    folder: Path, chosen: TagOptions, threshold: str | None, output: _Output, progress: NotedProgress
-) -> bool:
+def _tag_again(folder: Path, chosen: TagOptions, threshold: str | None, output: _Output, progress: Progress) -> bool:
     """Make tags from the scores of an earlier run; return whether all of its sounds have scores and are complete."""
     from ced.tag.batch import EarlierRun
 

@@ -31,7 +31,8 @@ from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable, audioset
 
 FORMAT_VERSION = 2
-_READ_VERSIONS = (1, 2)  # version 1 had no digests
+MEMBERS_VERSION = 3  # has `members`: only stores that need it, so that earlier releases read all others
+_READ_VERSIONS = (1, FORMAT_VERSION, MEMBERS_VERSION)  # version 1 had no digests
 META_NAME = "meta.json"
 _DATASETS = ("topk_values", "topk_indexes", "seeds")
 _LARGEST_UNPACKED = 1 << 30  # bytes of a compressed dataset; an epoch of AudioSet has 80 MB
@@ -53,6 +54,8 @@ class StoreMeta:
     values: str = "probabilities"
     precision: str | None = None  # of the teachers' forward pass: fp32, fp16 or bf16
     weights: tuple[str, ...] | None = None  # fingerprint of each teacher's weights, "" where it has none
+    # What is special about each teacher: what it takes, its weight in the mean, ...; None: nothing about any.
+    members: tuple[Mapping[str, Any], ...] | None = None
     model_args: Mapping[str, Any] | None = None  # what was changed about the teachers
     seed: int | None = None
     batch_size: int | None = None
@@ -87,7 +90,10 @@ class Rows:
 def write_meta(folder: Path, meta: StoreMeta) -> None:
     """Write the meta.json of a store; the folder is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"format": "ced view store", "version": FORMAT_VERSION, **dataclasses.asdict(meta)}
+    version = FORMAT_VERSION if meta.members is None else MEMBERS_VERSION
+    content = {"format": "ced view store", "version": version, **dataclasses.asdict(meta)}
+    if meta.members is None:
+        del content["members"]
     content["digests"] = dict(sorted((meta.digests or {}).items()))
     content["sha256"] = _digest_of_meta(content)
     with written_aside(folder / META_NAME) as path:
@@ -127,15 +133,15 @@ def _read_meta_json(path: Path) -> StoreMeta:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         kind, version = content["format"], content["version"]
         if kind != "ced view store" or version not in _READ_VERSIONS:
-            known = " and ".join(map(str, _READ_VERSIONS))
-            raise StoreError(f"{path} is {kind!r} version {version!r}; this program reads version {known}")
+            known = ", ".join(map(str, _READ_VERSIONS))
+            raise StoreError(f"{path} is {kind!r} version {version!r}; this program reads versions {known}")
         if version > 1 and content.pop("sha256") != _digest_of_meta(content):
             raise StoreError(f"{path} does not match its own digest: it is damaged, or was edited")
         del content["format"], content["version"]
         recipe = content.pop("recipe")
         labels = content.pop("labels")
-        for name in ("teachers", "weights"):
-            content[name] = None if content[name] is None else tuple(content[name])
+        for name in ("teachers", "weights", "members"):
+            content[name] = None if content.get(name) is None else tuple(content[name])
         return StoreMeta(
             recipe=ViewRecipe(**{**recipe, "shift": recipe["shift"] and tuple(recipe["shift"])}),
             labels=labels and ClassTable(tuple(labels["names"]), labels["mids"] and tuple(labels["mids"])),

@@ -339,7 +339,7 @@ def test_there_is_no_index_while_files_are_written(tmp_path: Path) -> None:
     table_of(table, names[::-1])
     seen = []
 
-    def look(task: str, done: int, total: int) -> None:
+    def look(task: str, done: int, total: int, _: str = "") -> None:
         seen.append((task, done, total, index.exists()))
         if done == 3:
             raise KeyboardInterrupt

@@ -302,8 +302,8 @@ def test_missing_rows_are_detected(tmp_path: Path) -> None:
 
 
 def test_other_format_versions_are_refused(tmp_path: Path) -> None:
-    edit(make_store(tmp_path) / "meta.json", '"version": 2', '"version": 3')
-    with pytest.raises(StoreError, match=r"is 'ced view store' version 3; this program reads version 1 and 2"):
+    edit(make_store(tmp_path) / "meta.json", '"version": 2', '"version": 4')
+    with pytest.raises(StoreError, match=r"is 'ced view store' version 4; this program reads versions 1, 2, 3"):
         ViewStore(tmp_path)
 
 

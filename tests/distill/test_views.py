@@ -180,6 +180,10 @@ def test_the_share_of_blanked_views_equals_that_of_many_draws(seconds: float, sh
     assert found == pytest.approx(share, abs=0.05)
 
 
+def test_a_recipe_without_masks_blanks_nothing() -> None:
+    assert blanked(ViewRecipe(time_mask=None, freq_mask=None), 16_000) == 0
+
+
 def test_the_default_mask_width_depends_on_the_chunk_length() -> None:
     def width(seconds: float, given: int | None = None) -> int | None:
         masks = SpecTransforms(TimeMasking=TimeMaskingArgs(time_mask_param=given))
