@@ -43,9 +43,9 @@ def hints() -> None:
 
 def test_all_printed_text_is_safe(capsys: pytest.CaptureFixture[str]) -> None:
     console.show(f"a {HOSTILE}")
-    console.tell(f"b {HOSTILE}")
-    console.complain(f"c {HOSTILE}")
-    console.complain(ConfigError(f"d {HOSTILE}", details=[f"e {HOSTILE}"], hint=f"f {HOSTILE}"))
+    console.show_note(f"b {HOSTILE}")
+    console.show_error(f"c {HOSTILE}")
+    console.show_error(ConfigError(f"d {HOSTILE}", details=[f"e {HOSTILE}"], hint=f"f {HOSTILE}"))
     lines = console.ProgressLines(clock=iter([0.0, 100.0]).__next__)
     lines(f"g {HOSTILE}", 1, 2, f"h {HOSTILE}")
     out, err = capsys.readouterr()
@@ -89,8 +89,8 @@ def test_data_is_exact_in_a_file_and_safe_on_a_terminal(monkeypatch: pytest.Monk
 
 def test_a_hint_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a.wav", "b.wav"):
-        console.complain(AudioError("unknown kind", name, hint="readable are WAV"))
-    console.complain(AudioError("unknown kind", "c.wav", hint="another hint"))
+        console.show_error(AudioError("unknown kind", name, hint="readable are WAV"))
+    console.show_error(AudioError("unknown kind", "c.wav", hint="another hint"))
     assert capsys.readouterr().err.splitlines() == [
         "ced: error: a.wav: unknown kind; readable are WAV",
         "ced: error: b.wav: unknown kind",

@@ -234,7 +234,7 @@ def test_the_readable_part_of_a_truncated_file_is_tagged(tmp_path: Path) -> None
     assert (record["complete"], record["expected_seconds"]) == (False, 20.0)
     assert 9 < record["seconds"] < 10
     for _ in range(2):  # when it is done before, too
-        assert "1 cut short" in finished(tmp_path, "cut.flac", "-o", "out", code=1)
+        assert "1 truncated" in finished(tmp_path, "cut.flac", "-o", "out", code=1)
     error = run_error(tmp_path, "cut.flac", "--strict")
     assert "cut.flac: cut short" in error
 

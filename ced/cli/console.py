@@ -74,7 +74,7 @@ def _print(text: str) -> None:
         raise WriteError("standard output", error.strerror or str(error)) from error
 
 
-def tell(text: object) -> None:
+def show_note(text: object) -> None:
     """Print a line on standard error, if that can be written to."""
     with suppress(OSError):
         print(printable(str(text)), file=sys.stderr, flush=True)
@@ -83,14 +83,14 @@ def tell(text: object) -> None:
 _hints: set[str] = set()  # hints that this command has shown
 
 
-def complain(error: CedError | str, hint: str = "") -> None:
+def show_error(error: CedError | str, hint: str = "") -> None:
     """Print an error: a line, with its hint only once in a run, then lines with its details."""
     message = error.message if isinstance(error, CedError) else error
     hint = error.hint if isinstance(error, CedError) else hint
-    tell(f"ced: error: {message}; {hint}" if hint and hint not in _hints else f"ced: error: {message}")
+    show_note(f"ced: error: {message}; {hint}" if hint and hint not in _hints else f"ced: error: {message}")
     _hints.add(hint)
     for line in error.details if isinstance(error, CedError) else ():
-        tell(line)
+        show_note(line)
 
 
 class Commands(TyperGroup):
@@ -163,12 +163,12 @@ def _errors_as_lines() -> Iterator[None]:
         _drop_output()
         raise typer.Exit(1) from None
     except CedError as error:
-        complain(error)
+        show_error(error)
         _drop_unwritten_output()
         raise typer.Exit(1) from None
     except OSError as error:
         where = error.filename or ("standard output" if error.errno in FULL else "")
-        complain(f"{where}: {error.strerror}" if where and error.strerror else str(error))
+        show_error(f"{where}: {error.strerror}" if where and error.strerror else str(error))
         _drop_unwritten_output()
         raise typer.Exit(1) from None
     except ModuleNotFoundError:
@@ -176,7 +176,7 @@ def _errors_as_lines() -> Iterator[None]:
             with optional_packages():
                 raise
         except MissingPackageError as missing:
-            complain(missing)
+            show_error(missing)
             raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise _interrupted() from None
@@ -209,7 +209,7 @@ def _drop_output() -> None:
 
 
 def _interrupted() -> typer.Exit:
-    tell("ced: interrupted")
+    show_note("ced: interrupted")
     return typer.Exit(INTERRUPTED)
 
 
@@ -221,7 +221,7 @@ class _NoteHandler(logging.Handler):
         if record.name == "py.warnings":  # the line of code follows it
             message = message.partition("\n")[0]
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        tell(f"ced: {level}{message}")
+        show_note(f"ced: {level}{message}")
 
 
 class _ClosedOutput(io.TextIOWrapper):
@@ -249,7 +249,7 @@ def set_up_logging() -> None:
     library.addHandler(handler)
 
 
-def hush() -> None:
+def show_warnings_only() -> None:
     """Print only warnings, for runs of many steps."""
     for handler in logging.getLogger("ced").handlers:
         handler.setLevel(max(handler.level, logging.WARNING))
@@ -328,7 +328,7 @@ class ProgressLines:
         now = self._clock()
         if now - self._last >= LINE_SECONDS:
             self._last = now
-            tell(f"{task}: {done} of {total}{', ' if note else ''}{note}")
+            show_note(f"{task}: {done} of {total}{', ' if note else ''}{note}")
 
 
 class _Bars:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ced.cli.console import complain, reporting, show
+from ced.cli.console import reporting, show, show_error
 
 
 def models(
@@ -51,7 +51,7 @@ def _verify() -> None:
             show(f"{entry.name}: {path}: {checked} correct")
         else:
             damaged += 1
-            complain(f"{entry.name}: {path} is damaged: {wrong}; delete it to download it again")
+            show_error(f"{entry.name}: {path} is damaged: {wrong}; delete it to download it again")
     if not found:
         show("no model is cached")
     if damaged:

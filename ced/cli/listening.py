@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ced.cli import options
-from ced.cli.console import complain, reporting, show, show_data
+from ced.cli.console import reporting, show, show_data, show_error
 from ced.cli.tagging import thresholds
 from ced.errors import ConfigError
 from ced.tag.options import EVENT_THRESHOLD
@@ -110,12 +110,12 @@ def _end(listener: "Listener", source: "LiveSource", signals: list[int]) -> None
     """Report why listening ended, and exit with the code for it."""
     if listener.left_out:
         logger.warning(
-            "%d windows were left out, because the sound arrived faster than it was scored", listener.left_out
+            "%d windows were skipped, because the sound arrived faster than it was scored", listener.left_out
         )
     if signal.SIGINT in signals:
         raise KeyboardInterrupt
     if signal.SIGTERM not in signals and source.endless:
-        complain(f"{source.name} has ended")
+        show_error(f"{source.name} has ended")
         raise typer.Exit(1)
 
 
@@ -182,7 +182,7 @@ def _print_devices() -> None:
 
     found = devices()
     if not found:
-        complain("this machine has no input device")
+        show_error("this machine has no input device")
         raise typer.Exit(1)
     for each in found:
         channels = "1 channel" if each.channels == 1 else f"{each.channels} channels"

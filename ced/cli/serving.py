@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ced.cli.console import reporting, set_up_logging, set_up_streams, show_data, tell
+from ced.cli.console import reporting, set_up_logging, set_up_streams, show_data, show_note
 from ced.cli.options import CORES, Jobs, Model, Precision
 from ced.environment import allow_open_files
 from ced.errors import ConfigError, optional_packages
@@ -149,7 +149,7 @@ def _run(settings: "Settings", listener: socket.socket, workers: int, access_log
 
     def ready() -> None:
         docs = f", described at {where}/docs" if where.startswith("http") else ""
-        tell(f"ced: serving {settings.model} at {where}{docs}")
+        show_note(f"ced: serving {settings.model} at {where}{docs}")
         if browser:  # in a thread, because some browsers return only when they are closed
             import webbrowser
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ced.cli import options
-from ced.cli.console import Meter, complain, reporting, show, show_data, speed
+from ced.cli.console import Meter, reporting, show, show_data, show_error, speed
 from ced.errors import AudioError, ConfigError
 from ced.progress import Progress, silent
 from ced.tag.options import EACH, TagOptions
@@ -20,7 +20,7 @@ from ced.tag.options import EACH, TagOptions
 if TYPE_CHECKING:
     from ced.sound.audio import Source
     from ced.sound.labels import ClassTable
-    from ced.tag.batch import EarlierRun, Outcome
+    from ced.tag.batch import EarlierRun, SoundOutcome
     from ced.tag.inputs import InputSound
     from ced.tag.records import Embedding, Record, Tags, Timeline
     from ced.tag.scores import ScoreLog
@@ -130,7 +130,7 @@ def embed(
         embedding = _Embedding(tagger, chosen, windows, Meter(progress, len(inputs), "embedding"))
         count = write_embeddings(out, embedding.rows(inputs, jobs))
     failed, cut = embedding.failed, embedding.cut_short
-    show(f"{out}: {count} vectors of {len(inputs) - failed} sounds, {failed} failed" + f", {cut} cut short" * bool(cut))
+    show(f"{out}: {count} vectors of {len(inputs) - failed} sounds, {failed} failed" + f", {cut} truncated" * bool(cut))
     if failed or cut:
         raise typer.Exit(1)
 
@@ -259,10 +259,10 @@ class _Output:
         """Write the records of sounds into the folder; return whether all of them could be read to the end."""
         from ced.tag.batch import tag_to_folder
 
-        def finished(outcome: "Outcome[Record]") -> None:
+        def finished(outcome: "SoundOutcome[Record]") -> None:
             meter.file()
             if outcome.result is None:
-                complain(outcome.error, hint=outcome.hint)
+                show_error(outcome.error, hint=outcome.hint)
 
         assert self.folder is not None
         summary = tag_to_folder(
@@ -339,7 +339,7 @@ class _Tagging:
                     raise stream.error
                 self.output.cut(item.source, stream.events, item)
             except AudioError as error:
-                complain(error)
+                show_error(error)
                 failed.append(item.name)
             else:
                 failed += [] if stream.complete else [item.name]
@@ -423,7 +423,7 @@ class _TaggingAgain:
             try:
                 record = self.record(item)
             except AudioError as error:
-                complain(error)
+                show_error(error)
                 failed.append(item.name)
             else:
                 failed += [] if record.complete else [item.name]
@@ -472,7 +472,7 @@ class _Embedding:
             found = outcome.result
             self.meter.file(0.0 if found is None else found.seconds)
             if found is None:
-                complain(outcome.error, hint=outcome.hint)
+                show_error(outcome.error, hint=outcome.hint)
                 self.failed += 1
             else:
                 self.cut_short += not found.complete

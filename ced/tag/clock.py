@@ -166,12 +166,12 @@ def _bext(chunks: Mapping[bytes, bytes]) -> datetime | None:
     rate = struct.unpack_from("<I", form, 4)[0] if len(form) >= 8 else 0
     exact = midnight + timedelta(seconds=samples / rate) if rate and samples < 86_400 * rate else None
     try:
-        told = datetime.strptime(digits + _SEPARATORS.sub("", time.decode("latin-1")), "%Y%m%d%H%M%S")
+        time_of_day = datetime.strptime(digits + _SEPARATORS.sub("", time.decode("latin-1")), "%Y%m%d%H%M%S")
     except ValueError:
-        told = None
-    if exact is not None and samples and (told is None or abs((exact - told).total_seconds()) <= _AGREE):
-        told = exact
-    return told if told is not None and told.year in _YEARS else None
+        time_of_day = None
+    if exact is not None and samples and (time_of_day is None or abs((exact - time_of_day).total_seconds()) <= _AGREE):
+        time_of_day = exact
+    return time_of_day if time_of_day is not None and time_of_day.year in _YEARS else None
 
 
 def _chunks(source: object) -> dict[bytes, bytes]:

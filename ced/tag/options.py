@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 EACH = "each"  # instead of a channel: the command line tags each channel on its own
 TOP_K = 3  # tags of a window without `top_k` and thresholds
 EVENT_THRESHOLD = 0.5  # threshold of events without thresholds
-Tail = Literal["aligned", "short"]
+Tail = Literal["aligned", "short"]  # as in `ced.sound.audio`, which is not imported here
 _SHORTEST, _LONGEST = 0.001, 2.0**31  # limits of a window or hop in seconds
 
 
@@ -141,9 +141,7 @@ class TagOptions:
             if not _SHORTEST <= seconds <= _LONGEST:
                 raise ConfigError(f"{name} is {seconds} s; it must be at least {_SHORTEST} s")
         if self.step > self.window:
-            raise ConfigError(
-                f"hop is {self.hop} s, window {self.window} s; a hop longer than the window would skip sound"
-            )
+            raise ConfigError(f"hop is {self.hop} s, window {self.window} s; a longer hop would skip sound")
         if self.columns and self.hop is not None:
             raise ConfigError(f"hop is {self.hop} s; leave it out: overlapping windows would score columns twice")
         if self.silence is not None and not self.silence < 0:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import ConfigError
+from ced.sound.audio import Channel
 from ced.tag.clock import iso_time
 
 T = TypeVar("T")
@@ -80,7 +81,6 @@ class Tags:
 
 
 Kind = Literal["windows", "events"]
-Channel = str | int  # "mean", "left", "right", or a number from 1
 
 
 class Timeline(Protocol):

@@ -47,7 +47,7 @@ class Calibration:
 
     out: Path
     clips: int  # that were scored
-    unreadable: tuple[str, ...]  # the errors of the clips that were left out
+    unreadable: tuple[str, ...]  # the errors of the clips that were skipped
     classes: int  # with positives
     unseen: tuple[str, ...]  # names of classes without positives, which got the common threshold
     never: tuple[str, ...]  # names of classes that are never tagged, as no threshold is precise enough
@@ -85,7 +85,7 @@ def calibrate_thresholds(
     """Fit a threshold for each class to labelled clips, and write them to a file.
 
     The probability of a clip is the highest of its windows, so a clip has a tag exactly if one of its windows has it,
-    which is how thresholds are used. Clips that cannot be read are left out and logged.
+    which is how thresholds are used. Clips that cannot be read are skipped and logged.
 
     Args:
         tagger: scores the clips.
@@ -109,7 +109,7 @@ def calibrate_thresholds(
     for number, (clip, outcome) in enumerate(zip(clips, outcomes(inputs, score, jobs=jobs), strict=True), 1):
         if outcome.result is None:
             unreadable.append(outcome.error)
-            logger.warning("left out: %s", outcome.error)
+            logger.warning("skipped: %s", outcome.error)
         else:
             rows.append(outcome.result.probs)
             labels.append(clip.labels)

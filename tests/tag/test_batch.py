@@ -20,7 +20,7 @@ import soundfile
 
 from ced.errors import AudioError, BusyError, CheckpointError, ConfigError, StoreError, WriteError
 from ced.sound import audio
-from ced.tag.batch import Outcome, Summary, outcomes, tag_to_folder
+from ced.tag.batch import SoundOutcome, Summary, outcomes, tag_to_folder
 from ced.tag.inputs import InputSound, find_inputs
 from ced.tag.records import Record, Tag, Tags
 
@@ -140,7 +140,7 @@ def test_an_unreadable_sound_is_an_outcome_and_a_model_error_is_raised() -> None
 
 
 def test_a_run_writes_a_tree_like_the_inputs(tree: Path) -> None:
-    finished: list[Outcome[Record]] = []
+    finished: list[SoundOutcome[Record]] = []
     summary = tag_to_folder(
         find_inputs(["in"]),
         loudness,
@@ -183,7 +183,7 @@ def test_an_unreadable_file_is_reported_and_retried(tree: Path) -> None:
     Path("in/0/03.wav").write_bytes(b"RIFF")
     Path("in/0/04.wav").write_text("no sound")
     inputs = [*find_inputs(["in"]), *find_inputs(["missing.wav"])]
-    finished: list[Outcome[Record]] = []
+    finished: list[SoundOutcome[Record]] = []
     summary = tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, jobs=2, finished=finished.append)
     assert (summary.files, summary.failed) == (14, 3)
     errors = lines(Path("out/errors.jsonl"))
