@@ -120,7 +120,7 @@ def test_tag_prints_a_heading_and_each_window(model: Path, tmp_path: Path) -> No
     assert len(score) == len("0.1234")
 
 
-def test_tag_goes_on_behind_files_that_cannot_be_read(ced: Command, model: Path, tmp_path: Path) -> None:
+def test_tag_continues_after_unreadable_files(ced: Command, model: Path, tmp_path: Path) -> None:
     good = noise(tmp_path / "good.wav")
     (tmp_path / "empty.wav").write_bytes(b"")
     (tmp_path / "truncated.wav").write_bytes(good.read_bytes()[:20])
@@ -138,13 +138,13 @@ def test_tag_goes_on_behind_files_that_cannot_be_read(ced: Command, model: Path,
     assert done.stdout.startswith(f"===== {good} =====\n[0.0s]-[0.5s] Topk-1 ")
 
 
-def test_a_model_that_is_not_here_is_one_line(ced: Command, tmp_path: Path) -> None:
+def test_an_unknown_model_is_one_line(ced: Command, tmp_path: Path) -> None:
     message = error_of(ced("tag", "-m", "ced_mni", noise(tmp_path / "a.wav")))
     assert "ced_mni" in message
     assert "ced_mini" in message
 
 
-def test_without_network_a_name_says_what_is_missing(
+def test_without_network_an_uncached_model_is_one_line(
     ced: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CED_CACHE", str(tmp_path / "cache"))
@@ -154,7 +154,7 @@ def test_without_network_a_name_says_what_is_missing(
 
 
 @pytest.mark.parametrize("words", [("tag", "-k", "1"), ("embed", "-o", "out.npy")])
-def test_the_model_in_the_package_is_there_without_network(
+def test_the_model_in_the_package_needs_no_network(
     ced: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
     monkeypatch.setenv("CED_CACHE", str(tmp_path / "cache"))
@@ -172,13 +172,13 @@ def test_the_model_in_the_package_is_there_without_network(
     ],
 )
 def test_the_model_in_the_package_has_no_weights(ced: Command, tmp_path: Path, words: tuple[str, ...]) -> None:
-    assert "esc10 comes as a graph, without the weights that this needs" in error_of(ced(*words))
+    assert "esc10 is a graph in the package, without the weights" in error_of(ced(*words))
 
 
 @pytest.mark.parametrize(
     "words", [["tag"], ["tag", "-k", "0", "a.wav"], ["tag", "-k", "x", "a.wav"], ["tagg"], ["tag", "--nope"]]
 )
-def test_wrong_words_exit_with_2(ced: Command, words: list[str]) -> None:
+def test_usage_errors_exit_with_2(ced: Command, words: list[str]) -> None:
     done = ced(*words)
     assert done.returncode == 2
     assert "Usage: ced" in done.stderr
@@ -202,12 +202,32 @@ def test_every_command_has_help(ced: Command, command: str) -> None:
     assert f"Usage: ced {command} " in done.stdout
 
 
+@pytest.mark.parametrize("name", ["top_k", "window", "hop", "jobs", "max_megabytes", "max_seconds"])
+def test_an_option_has_one_spelling_in_all_commands(name: str) -> None:
+    """That of the function's argument, which is that of `TagOptions` where it has such a field."""
+    commands = vars(get_command(app))["commands"].values()
+    found = [parameter.opts for command in commands for parameter in command.params if parameter.name == name]
+    assert found
+    assert {options[0] for options in found} == {f"--{name.replace('_', '-')}"}
+    shown = {option for command in commands for parameter in command.params for option in parameter.opts}
+    assert not shown & {"--topk", "--chunk", "-c"}
+
+
+def test_published_spellings_of_options_are_accepted(ced: Command, model: Path, tmp_path: Path) -> None:
+    sound = noise(tmp_path / "a.wav", 1.0)
+    expected = ced("tag", sound, "-m", model, "--window", "0.5", "--top-k", "2")
+    assert expected.returncode == 0, expected.stderr
+    for words in (["-c", "0.5", "-k", "2"], ["--chunk", "0.5", "--topk=2"], ["-w0.5", "--top_k", "2"]):
+        assert ced("tag", sound, "-m", model, *words).stdout == expected.stdout
+    assert ced("tag", sound, "-m", model, "--allow_private", "-c0.5", "-k2").stdout == expected.stdout
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (b"", "it must be keys and values"),
         (b"- eval_data\n", "it must be keys and values"),
-        (b"eval_data: null\n", "names no eval_data"),
+        (b"eval_data: null\n", "has no eval_data"),
         (b"eval_data: [a: b: c\n", "is not YAML"),
         (b"\xff\xfe\xfa", "cannot read configuration"),
     ],
@@ -220,7 +240,7 @@ def test_an_experiment_with_a_broken_configuration_is_one_line(
     assert message in error_of(ced("evaluate", tmp_path))
 
 
-def test_a_store_needs_nothing_that_draws(tmp_path: Path) -> None:
+def test_a_store_imports_no_plotting(tmp_path: Path) -> None:
     """Nor does an evaluation."""
     code = (
         "import sys\n"
@@ -237,10 +257,13 @@ def test_help_of_a_configured_command_lists_its_keys(ced: Command) -> None:
     shown = ced("train", "--help").stdout
     assert "--resume" in shown
     assert "the view store: folder with logits_ep<e>_<rank>.h5 [required]" in shown
-    assert "scores outside the top k [zero | last_mean | last_half | last_random | 527; default zero]" in shown
+    assert (
+        "targets of the classes outside the top k [zero | last_mean | last_half | last_random | 527; default zero]"
+        in shown
+    )
 
 
-def test_a_wrong_configuration_is_told_in_full(ced: Command, tmp_path: Path) -> None:
+def test_all_errors_of_a_configuration_are_reported(ced: Command, tmp_path: Path) -> None:
     config = tmp_path / "wrong.yaml"
     config.write_text("train_data: x.tsv\nlogitspath: y\nmodel: ced_tiny\nepoch: 3\nbatch_size: many\n")
     done = ced("train", config, "--optimizer_args.lrate", "1e-4", "--mode=fp8")
@@ -266,7 +289,7 @@ def test_a_wrong_configuration_is_told_in_full(ced: Command, tmp_path: Path) -> 
         (["demo", "--data", "nowhere"], "nowhere"),
     ],
 )
-def test_what_is_not_there_is_one_line(ced: Command, words: list[str], part: str, tmp_path: Path) -> None:
+def test_missing_files_are_one_line(ced: Command, words: list[str], part: str, tmp_path: Path) -> None:
     assert part in error_of(ced(*words))
 
 
@@ -313,8 +336,8 @@ def test_train_evaluate_and_export_from_the_command_line(ced: Command, tmp_path:
     assert trained.returncode == 0, trained.stderr
     student = trained.stdout.strip()
     assert ced("train", "--resume", student).stdout.strip() == student
-    assert f"goes on with `ced train --resume {student}`" in error_of(ced("finetune", "--resume", student))
-    for tested in ([student], [student, "--test_data", table, "--per_class"]):
+    assert f"resume it with `ced train --resume {student}`" in error_of(ced("finetune", "--resume", student))
+    for tested in ([student], [student, "--test_data", table, "--per_class"], [student, "--test-data", table]):
         scored = ced("evaluate", *tested)
         assert scored.returncode == 0, scored.stderr
         assert "(4 clips, 2 of 2 classes)" in scored.stdout
@@ -338,7 +361,7 @@ def test_pre_train_and_start_from_it_from_the_command_line(ced: Command, tmp_pat
     assert experiment.startswith("experiments/audiotransformer_tiny/")
     assert (tmp_path / experiment / "reconstruction.png").exists()
     assert ced("pretrain", "--resume", experiment).stdout.strip() == experiment
-    assert f"goes on with `ced pretrain --resume {experiment}`" in error_of(ced("train", "--resume", experiment))
+    assert f"resume it with `ced pretrain --resume {experiment}`" in error_of(ced("train", "--resume", experiment))
     rows = (tmp_path / "pack/labels/list.tsv").read_text().splitlines()
     (tmp_path / "labelled.tsv").write_text(f"labels\t{rows[0]}\n0\t{rows[1]}\n1\t{rows[2]}\n")
     (tmp_path / "classes.tsv").write_text("index\tname\n0\tbark\n1\tbell\n")
@@ -348,7 +371,7 @@ def test_pre_train_and_start_from_it_from_the_command_line(ced: Command, tmp_pat
     assert "masked" not in taught.stderr
 
 
-def test_whoever_reads_only_the_beginning_sees_no_complaint(model: Path, tmp_path: Path) -> None:
+def test_a_closed_pipe_is_silent(model: Path, tmp_path: Path) -> None:
     sound = noise(tmp_path / "long.wav", 3)
     assert ced_process("tag", "-m", model, sound).returncode == 0  # the first use says that it exports
     command = f"{sys.executable} {ROOT}/run.py tag -m {model} -c 0.01 {sound} | head -n 1"
@@ -361,7 +384,7 @@ def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
     command: list[str | Path] = [sys.executable, ROOT / "run.py", "demo", "--out", tmp_path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
-        assert running.stdout.readline() == "Making sounds ...\n"
+        assert "sounds" in running.stdout.readline()
         running.send_signal(signal.SIGINT)
         _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
@@ -372,7 +395,7 @@ def test_progress_without_a_terminal_is_sparse_lines(capsys: pytest.CaptureFixtu
     from ced.cli import console
 
     clock = iter([0.0, 1.0, LINE_SECONDS, LINE_SECONDS + 1, 2 * LINE_SECONDS])
-    lines = console.Lines(clock=lambda: next(clock))
+    lines = console.ProgressLines(clock=lambda: next(clock))
     lines("pack", 1, 3)  # too early
     lines("pack", 2, 3)
     lines("pack", 3, 3)

@@ -1,6 +1,7 @@
-"""The commands that make and judge students, as a user meets them: what they print, refuse and write."""
+"""Commands that train and evaluate: their output, errors and files."""
 
 import logging
+import re
 import runpy
 import shlex
 import sys
@@ -14,6 +15,8 @@ import pytest
 import soundfile
 import torch
 
+from ced.config import FinetuneConfig, load_config
+from ced.distill.experiment import create_folder
 from ced.model import loading
 from ced.model.config import ModelConfig
 from ced.model.vit import CED
@@ -24,7 +27,7 @@ CLASSES = ClassTable(("dog", "rain, heavy", "a train"))
 
 
 class Done(NamedTuple):
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -37,7 +40,7 @@ class Command(Protocol):
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A working directory with a labelled pack, no network; logging as it was afterwards."""
+    """A working directory with a labelled pack, without network; restores the logging afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CED_OFFLINE", "1")
     rng = np.random.default_rng(0)
@@ -90,7 +93,7 @@ def experiment(folder: str, seed: int = 0, result: bool = True) -> Path:
     return path
 
 
-def test_several_models_are_averaged_with_a_word(ced: Command) -> None:
+def test_several_models_are_averaged_and_the_output_says_so(ced: Command) -> None:
     one, two = (experiment(f"experiments/tiny/2026-01-0{day}_00-00-00", day) for day in (1, 2))
     stub = experiment("experiments/tiny/2026-01-03_00-00-00", result=False)
     done = ced("evaluate", one, two, stub)
@@ -117,7 +120,7 @@ def test_a_folder_of_experiments_is_the_newest_that_has_a_result(ced: Command) -
 
 
 @pytest.mark.parametrize(("name", "separator"), [("results/found.tsv", "\t"), ("found.csv", ",")])
-def test_results_of_every_class_are_a_table(ced: Command, name: str, separator: str) -> None:
+def test_out_writes_the_results_of_every_class_as_a_table(ced: Command, name: str, separator: str) -> None:
     model = experiment("experiments/tiny/2026-01-01_00-00-00")
     done = ced("evaluate", model, "--out", name)
     assert done.code == 0, done.err
@@ -132,7 +135,7 @@ def test_results_of_every_class_are_a_table(ced: Command, name: str, separator: 
     assert f"mAP {sum(precision) / 2:.4f}" in done.out
 
 
-def test_a_table_of_another_kind_is_refused_before_anything_is_scored(ced: Command) -> None:
+def test_an_unknown_table_format_is_refused_before_scoring(ced: Command) -> None:
     done = ced("evaluate", experiment("tiny"), "--out", "found.xlsx")
     assert done.code == 2
     assert ".tsv" in done.err
@@ -144,7 +147,7 @@ FRESH = ["--pretrained", "false"]
 
 
 def test_numbered_classes_without_names_are_refused(ced: Command) -> None:
-    """As indices of AudioSet they would be speech."""
+    """As indices of AudioSet they would mean speech."""
     message = error_of(ced("finetune", *NETWORK, *FRESH, *SHORT))
     for word in ("0 to 1", "Speech", "--classes"):
         assert word in message
@@ -176,7 +179,7 @@ def test_an_error_names_the_key_to_change(ced: Command, words: list[str], parts:
         assert part in message
 
 
-def test_a_store_and_a_student_name_the_key_to_change(ced: Command) -> None:
+def test_errors_of_store_and_train_name_the_key_to_change(ced: Command) -> None:
     model = experiment("experiments/teacher/2026-01-01_00-00-00")
     store = ["store", "--model", str(model), "--train_data", "clips.tsv", "--mode", "off", "--epochs", "1"]
     assert "topk is 20" in error_of(ced(*store, "--chunk_length", "0.6"))
@@ -201,3 +204,35 @@ def test_commands_in_errors_can_be_pasted(ced: Command) -> None:
     further = ced(*shlex.split(command)[1:])
     assert further.code == 0, further.err
     assert Path(further.out.strip()).parent == Path(folder).parent
+
+
+def test_a_run_of_an_earlier_release_is_resumed_by_the_command_that_began_it(ced: Command, tmp_path: Path) -> None:
+    """Version 0.2.0 did not write the command into config.yaml."""
+    words = [*NETWORK, *FRESH, *SHORT, "--classes", "classes.tsv"]
+    folder = create_folder(load_config(FinetuneConfig, None, words), "old")
+    path = folder / "config.yaml"
+    command, _, rest = path.read_text().partition("\n")
+    assert command == "command: finetune"
+    path.write_text(rest)
+    assert f"ced finetune --resume {folder}" in error_of(ced("train", "--resume", folder))
+    done = ced("finetune", "--resume", folder)
+    assert (done.code, done.out) == (0, f"{folder}\n"), done.err
+
+
+def test_options_may_be_spelled_with_underscores_which_help_does_not_show(ced: Command) -> None:
+    model = experiment("tiny")
+    spelled = [("--test-data", "--batch-size", "--per-class"), ("--test_data", "--batch_size", "--per_class")]
+    one, two = (ced("evaluate", model, table, "clips.tsv", size, "2", each) for table, size, each in spelled)
+    assert one.code == 0, one.err
+    assert one.out == two.out
+    assert len(one.out.splitlines()) > 3
+    for command in ("evaluate", "pack"):
+        assert not re.search(r"--\w+_", ced(command, "--help").out)
+
+
+def test_pack_takes_the_published_option_for_its_threads(ced: Command) -> None:
+    soundfile.write("a.wav", np.zeros(16_000), 16_000)
+    Path("list.tsv").write_text("filename\na.wav\n")
+    for word in ("--n_workers", "-n", "--jobs", "-j"):
+        done = ced("pack", "list.tsv", f"packed{word}", word, "1", "--size_per_file", "3")
+        assert done.code == 0, done.err

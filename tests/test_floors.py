@@ -88,7 +88,7 @@ def test_the_floors_hold_every_folder() -> None:
 def test_only_one_module_imports_onnxruntime() -> None:
     for path in (*MODULES, *(path for folder in OTHERS for path in (ROOT / folder).rglob("*.py"))):
         if "onnxruntime" in libraries(path):
-            assert name_of(path) == "ced.model.ort"
+            assert name_of(path) == "ced.model.runtime"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -115,10 +115,10 @@ def run_python(program: str) -> str:
         ("ced.tag.tagger", ["torch", "onnx", "pydantic", "rich.progress", "pyarrow"]),
         ("ced.model.runtime", ["torch", "onnx", "huggingface_hub", "safetensors", "pydantic"]),
         ("ced.model.zoo", ["torch", "onnx", "onnxruntime"]),
-        ("ced.tag.results", ["torch"]),
+        ("ced.tag.writers", ["torch"]),
         ("ced.config", ["torch"]),
         ("ced.tag.live", ["torch", "onnx", "pyarrow", "pydantic", "sounddevice", "av"]),
-        ("ced.sound.device", ["torch", "sounddevice", "av"]),
+        ("ced.sound.live_sources", ["torch", "sounddevice", "av"]),
         ("ced.serve.app", ["torch", "onnx", "pyarrow"]),
         ("ced.cli", ["torch", "numpy", "pydantic", "rich.progress", "fastapi", "uvicorn"]),
     ],

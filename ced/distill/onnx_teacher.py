@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ced.config import Section, check, dump, read_file
 from ced.distill.spectrogram import FeatureSettings, Spectrogram, resample
-from ced.distill.views import SoundView, mask_spectrogram, mask_waves
+from ced.distill.views import SoundView, mask_waves
 from ced.errors import ConfigError
-from ced.model import ort
+from ced.model import runtime
 from ced.sound.labels import AUDIOSET, ClassTable, class_table
 
 Axis = Literal["batch", "mel", "time", 1]
@@ -26,7 +26,9 @@ Axis = Literal["batch", "mel", "time", 1]
 class GraphSettings(Section):
     """The YAML file of a graph."""
 
-    graph: str | None = None  # file of the graph, relative to the YAML file; null: the same name with .onnx
+    graph: str | None = (
+        None  # of a teacher given as its YAML file: the graph, relative to it; null: the same with .onnx
+    )
     rate: Annotated[int, Field(ge=1_000, le=384_000)]  # Hz that the graph's input is made from
     features: FeatureSettings | None = None  # null: the graph takes waves in [-1, 1]
     masks: Literal["features", "waves"] | None = None  # where views are masked; null: in the features, if there are any
@@ -46,6 +48,8 @@ class GraphSettings(Section):
             )
         if self.masks == "features" and not mel:
             raise ValueError("masks is features, but the graph takes waves")
+        if self.features is not None and self.features.mel.high > self.rate / 2:
+            raise ValueError(f"mel.high {self.features.mel.high:g} Hz is above half of rate {self.rate}")
         return self
 
 
@@ -72,8 +76,8 @@ class OnnxTeacher:
         if not path.is_file():
             raise ConfigError(f"there is no {path}, which describes the input and output of an ONNX teacher")
         self.settings = check(GraphSettings, read_file(path), str(path))
-        graph = path.with_suffix(".onnx") if self.settings.graph is None else path.parent / self.settings.graph
-        self._session = ort.open_session(graph, torch.get_num_threads())
+        graph = path.parent / (self.settings.graph or f"{path.stem}.onnx") if file == path else file
+        self._session = runtime.open_session(graph, torch.get_num_threads())
         features = self.settings.features
         self._spectrogram = None if features is None else Spectrogram(features, self.settings.rate)
         self._input = self._check_input(path)
@@ -99,27 +103,18 @@ class OnnxTeacher:
         Raises:
             ConfigError: the waves are too short for a frame, or too long for the graph.
         """
-        waves = resample(waves, rate, self.settings.rate)
+        waves = waves.cpu()
         if self.masks == "waves":
-            waves = mask_waves(waves, views, self.settings.rate)
-            views = [SoundView(None, None)] * len(views)
-        inputs = waves if self._spectrogram is None else self._features(self._spectrogram, waves, views)
+            waves, views = mask_waves(waves, views, rate), [SoundView(None, None)] * len(views)
+        waves = resample(waves, rate, self.settings.rate)
+        inputs = waves
+        if self._spectrogram is not None:
+            self._spectrogram.check(waves.shape[1])
+            inputs = self._spectrogram.mask(self._spectrogram(waves), views, waves.shape[1])
         scores = torch.from_numpy(self._run(self._laid_out(inputs)))
         if self.settings.activation == "softmax":
             return scores.softmax(-1)
         return scores.sigmoid() if self.settings.activation == "sigmoid" else scores
-
-    def _features(self, spectrogram: Spectrogram, waves: Tensor, views: Sequence[SoundView]) -> Tensor:
-        samples, most = waves.shape[1], spectrogram.settings.frames
-        frames = spectrogram.frames_of(samples)
-        seconds = samples / self.settings.rate
-        if not frames:
-            raise ConfigError(f"a chunk of {seconds:g} s is shorter than one frame of this teacher's features")
-        if most is not None and frames > most:
-            raise ConfigError(f"a chunk of {seconds:g} s has {frames} frames; this teacher takes at most {most}")
-        features = spectrogram(waves)
-        times = spectrogram.times(features.shape[2], samples)
-        return mask_spectrogram(features, views, times, spectrogram.hertz, spectrogram.fill)
 
     def _laid_out(self, inputs: Tensor) -> NDArray[np.float32]:
         """Return inputs, (b, t) or (b, f, n), with the axes of the graph behind the batch."""
@@ -173,5 +168,6 @@ def _digest(graph: Path, settings: GraphSettings) -> str:
     """Return a digest of what decides about the scores: the graph, weights that it keeps beside it, the settings."""
     digest = hashlib.sha256(dump(settings).encode())
     for file in [graph, *sorted(graph.parent.glob(f"{glob.escape(graph.name)}?data"))]:
-        digest.update(file.read_bytes())
+        with file.open("rb") as opened:
+            hashlib.file_digest(opened, lambda: digest)
     return digest.hexdigest()

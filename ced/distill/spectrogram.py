@@ -1,15 +1,20 @@
 """What other taggers take: waves at other sampling rates, and log-mel spectrograms that settings describe."""
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Literal, Self
 
 import numpy as np
 import soxr
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from ced.config import Section
+from ced.distill.views import SoundView, mask_spectrogram
+from ced.errors import ConfigError
 from ced.model.frontend import CLIPS_AT_ONCE
 from ced.sound.features import MelScale, mel_bank, mel_edges
 
@@ -62,7 +67,7 @@ class FeatureSettings(Section):
     mean: float = 0.0  # features are (log - mean) / std
     std: float = Field(1.0, gt=0)
     frames: Size | None = None  # shorter inputs are padded with `fill`, longer ones refused; null: any number
-    fill: float | None = None  # value of masked places, as the network gets it; null: where the log is 0, as in CED
+    fill: float | None = None  # value of masked places, as the network gets it; null: that of silence
 
     @model_validator(mode="after")
     def _window_fits(self) -> Self:
@@ -72,11 +77,13 @@ class FeatureSettings(Section):
 
 
 def resample(waves: Tensor, rate: int, target: int) -> Tensor:
-    """Resample waves, (b, t) at `rate` -> (b, t target / rate) float32 at `target`, on the CPU (soxr HQ)."""
-    waves = waves.float().cpu()
+    """Resample waves, (b, t) at `rate` -> (b, t target / rate) float32 at `target`, on their device (soxr HQ)."""
     if rate == target:
-        return waves
-    return torch.from_numpy(soxr.resample(np.ascontiguousarray(waves.numpy().T), rate, target, "HQ")).T.contiguous()
+        return waves.float()
+    clips = waves.float().cpu().numpy()
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        found = list(pool.map(lambda clip: soxr.resample(clip, rate, target, "HQ"), clips))
+    return torch.from_numpy(np.stack(found)).to(waves.device)
 
 
 class Spectrogram:
@@ -94,7 +101,7 @@ class Spectrogram:
         self.hertz = torch.from_numpy(edges[1:-1])  # (f,) centre of each band
         self.filters = torch.from_numpy(mel_bank(edges, rate, settings.fft, mel.scale, mel.area_norm))
         self.window = torch.from_numpy(_window(settings))
-        self.fill = -settings.mean / settings.std if settings.fill is None else settings.fill
+        self.fill = float(self._compressed(torch.zeros(()))) if settings.fill is None else settings.fill
         self._frame = settings.fft if settings.framing == "centred" else settings.window  # samples
 
     def frames_of(self, samples: int) -> int:
@@ -113,10 +120,29 @@ class Spectrogram:
         return (torch.arange(frames, dtype=torch.float64) * self.settings.hop + first) / samples
 
     def __call__(self, waves: Tensor) -> Tensor:
-        """Return the features of waves in [-1, 1], (b, t) -> (b, f, n) float32, on the CPU."""
-        features = torch.cat([self._features(part) for part in waves.float().cpu().split(CLIPS_AT_ONCE)])
+        """Return the features of waves in [-1, 1], (b, t) -> (b, f, n) float32, padded to `frames`."""
+        self.filters, self.window = self.filters.to(waves.device), self.window.to(waves.device)
+        with torch.autocast(waves.device.type, enabled=False):
+            features = torch.cat([self._features(part) for part in waves.float().split(CLIPS_AT_ONCE)])
         missing = (self.settings.frames or 0) - features.shape[2]
-        return torch.nn.functional.pad(features, (0, max(0, missing)), value=self.fill)
+        return F.pad(features, (0, max(0, missing)), value=self.fill)
+
+    def check(self, samples: int) -> None:
+        """Check that waves of `samples` samples can be cut into frames, and into no more than the network takes.
+
+        Raises:
+            ConfigError: they are too short or too long.
+        """
+        frames, most = self.frames_of(samples), self.settings.frames
+        chunk = f"a chunk of {samples / self.rate:g} s"
+        if not frames:
+            raise ConfigError(f"{chunk} is shorter than one frame of the features")
+        if most is not None and frames > most:
+            raise ConfigError(f"{chunk} has {frames} frames; at most {most} can be scored: set a shorter chunk_length")
+
+    def mask(self, features: Tensor, views: Sequence[SoundView], samples: int) -> Tensor:
+        """Mask features, (b, f, n), of waves of `samples` samples under views."""
+        return mask_spectrogram(features, views, self.times(features.shape[2], samples), self.hertz, self.fill)
 
     def _features(self, waves: Tensor) -> Tensor:
         settings = self.settings
@@ -124,7 +150,7 @@ class Spectrogram:
         if settings.pre_emphasis and settings.framing != "kaldi":
             waves = waves[:, 1:] - settings.pre_emphasis * waves[:, :-1]
         if settings.framing == "centred":
-            waves = torch.nn.functional.pad(waves, (settings.fft // 2, settings.fft // 2), mode="reflect")
+            waves = F.pad(waves, (settings.fft // 2, settings.fft // 2), mode="reflect")
         frames = waves.unfold(1, self._frame, settings.hop)  # (b, n, frame)
         if settings.framing == "kaldi":
             frames = frames - frames.mean(2, keepdim=True)
@@ -132,7 +158,11 @@ class Spectrogram:
             frames = frames - settings.pre_emphasis * before
         spectrum = torch.fft.rfft(frames * self.window, n=settings.fft)
         power = spectrum.real.square() + spectrum.imag.square()
-        mel: Tensor = self.filters @ (power if settings.power == 2 else power.sqrt()).mT
+        return self._compressed(self.filters @ (power if settings.power == 2 else power.sqrt()).mT)
+
+    def _compressed(self, mel: Tensor) -> Tensor:
+        """Return the normalised logarithm of mel energies."""
+        settings = self.settings
         log = (mel.clamp_min(settings.log.floor) + settings.log.add).log()
         if settings.log.form != "natural":
             log = log * ((10 if settings.log.form == "decibel" else 1) / np.log(10))

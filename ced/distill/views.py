@@ -1,7 +1,7 @@
-"""Views: one random augmentation of a chunk, drawn from one seed, so that teacher and student see the same picture.
+"""Views: a random augmentation of a chunk, drawn from one seed, so that teacher and student get the same input.
 
-The order of the draws is the published one, so that published stores replay: whether to shift, by how much, then the
-two uniforms that place both masks. Nothing else in distillation is random but mixup.
+The order of the draws is that of the published program, so that views of published stores can be reproduced: whether to
+shift, by how much, then the two uniforms that place both masks. The only other random part of distillation is mixup.
 """
 
 import logging
@@ -23,14 +23,14 @@ from ced.sound.features import HOP, PUBLISHED, frames_of, mel_edges
 logger = logging.getLogger(__name__)
 
 SHIFT_PROBABILITY = 0.5
-TIME_MASK, TIME_MASK_OF = 192, 1001  # frames: the published widest time mask, and the 10 s chunk that it is for
+TIME_MASK, TIME_MASK_OF = 192, 1001  # frames: the published widest time mask, and the length of its 10 s chunk
 FADE = 0.01  # seconds beside the silent band of a masked wave in which it fades out and in
 LARGEST_BLANKED = 0.1  # share of views that a mask may blank before the settings are refused
 
 
 @dataclass(frozen=True)
 class ViewRecipe:
-    """What a view may do to a chunk; None leaves that part out."""
+    """The augmentations of a view; None leaves one out."""
 
     shift: tuple[float, float] | None = (-0.5, 0.5)  # lowest and highest shift, as fractions of the chunk
     time_mask: int | None = 192  # widest time mask, frames
@@ -43,7 +43,7 @@ NO_VIEW = ViewRecipe(shift=None, time_mask=None, freq_mask=None)
 def recipe_of(wave: WavTransforms, spec: SpecTransforms, samples: int) -> ViewRecipe:
     """Return the recipe that a configuration describes, for chunks of `samples` samples.
 
-    A time mask without a width gets the published part of the chunk, at most the published width.
+    A time mask without a width gets the same fraction of the chunk as the published one, at most the published width.
     """
     time_mask = None
     if spec.TimeMasking:
@@ -61,16 +61,16 @@ def suited_time_mask(samples: int) -> int:
 
 
 def blanked(recipe: ViewRecipe, samples: int) -> float:
-    """Return the share of views, 0 to 1, in which a mask is as wide as the whole chunk of `samples` samples.
+    """Return the share of views, 0 to 1, whose mask covers a whole chunk of `samples` samples.
 
     A mask has the width u P, with u uniform in [0, 1) and P the widest: it covers n frames with probability 1 - n / P.
     """
     sizes = ((recipe.time_mask, frames_of(samples)), (recipe.freq_mask, PUBLISHED.n_mels))
-    return max(0.0, *(1 - size / widest for widest, size in sizes if widest is not None))
+    return max([0.0, *(1 - size / widest for widest, size in sizes if widest is not None)])
 
 
 def blanking(recipe: ViewRecipe, samples: int) -> str | None:
-    """Explain how large a share of the views the masks blank, and which widths would fit; None: no view at all."""
+    """Explain which share of the views the masks blank, and which widths fit; None if they blank no view."""
     share = blanked(recipe, samples)
     if not share:
         return None
@@ -78,7 +78,7 @@ def blanking(recipe: ViewRecipe, samples: int) -> str | None:
     if recipe.time_mask is not None and recipe.time_mask > frames:
         key, widest = "spectransforms.TimeMasking.time_mask_param", recipe.time_mask
         what = f"a chunk of {samples / SAMPLE_RATE:g} s has {frames} frames"
-        fits = f"at most {frames} fit; {suited} is as large a part of the chunk as in the published settings"
+        fits = f"at most {frames} fit; {suited} is the same fraction of the chunk as in the published settings"
     else:
         key, widest = "spectransforms.FrequencyMasking.freq_mask_param", recipe.freq_mask or 0
         what, fits = (
@@ -89,10 +89,10 @@ def blanking(recipe: ViewRecipe, samples: int) -> str | None:
 
 
 def check_masks(recipe: ViewRecipe, samples: int) -> None:
-    """Warn when a mask may blank a whole chunk of `samples` samples.
+    """Log a warning if a mask can blank a whole chunk of `samples` samples.
 
     Raises:
-        ConfigError: it would blank more than `LARGEST_BLANKED` of the views.
+        ConfigError: it blanks more than `LARGEST_BLANKED` of the views.
     """
     if (problem := blanking(recipe, samples)) is None:
         return
@@ -103,17 +103,17 @@ def check_masks(recipe: ViewRecipe, samples: int) -> None:
 
 @dataclass(frozen=True)
 class View:
-    """What one seed drew: how far the chunk is rolled and where its masks lie."""
+    """The augmentation that was drawn from one seed."""
 
-    shift: int  # samples; those that leave one end enter at the other
-    u1: float  # width of both masks, as a part of the widest
-    u2: float  # place of both masks, as a part of the room they have
+    shift: int  # samples by which the chunk is rolled to the right
+    u1: float  # width of both masks, as a fraction of the widest
+    u2: float  # start of both masks, as a fraction of the last possible one
 
 
 def draw(recipe: ViewRecipe, seed: int, samples: int, generator: torch.Generator | None = None) -> View:
     """Draw the view of a chunk of `samples` samples from `seed`.
 
-    A `generator` may be passed to save making one; it is reseeded, the global state of torch is never touched.
+    A `generator` can be passed to avoid making one; it is seeded again. The global state of torch is not used.
     """
     generator = (generator or torch.Generator()).manual_seed(seed)
     shift = 0
@@ -136,20 +136,20 @@ def shift_into(out: NDArray[Any], wave: NDArray[Any], shift: int) -> None:
 
 
 def mask_uniforms(views: Sequence[View]) -> Tensor:
-    """Return the draws that place the masks of a batch, (b, 2) float32."""
+    """Return u1 and u2 of each view of a batch, (b, 2) float32."""
     return torch.tensor([[view.u1, view.u2] for view in views], dtype=torch.float32).reshape(-1, 2)
 
 
 def mask(mel: Tensor, uniforms: Tensor, recipe: ViewRecipe) -> Tensor:
-    """Fill one band of frames and one of mel bins of each clip with 0 dB.
+    """Fill one band of frames and one band of mel bins of each clip with 0 dB.
 
-    With u1, u2 a clip's uniforms and P the widest mask: width w = u1 P, start = floor(u2 (size - w)),
+    With u1, u2 the uniforms of a clip and P the widest mask: width w = u1 P, start = floor(u2 (size - w)),
     end = start + floor(w); time first, then frequency.
 
     Args:
-        mel: (b, f, n) dB features, left as they are.
+        mel: (b, f, n) dB features; not changed.
         uniforms: (b, 2) from `mask_uniforms`, on the device of `mel`.
-        recipe: how wide masks may be.
+        recipe: the widest masks.
 
     Returns:
         (b, f, n), masked.

@@ -1,4 +1,4 @@
-"""Log-mel features: their settings, constants and filters in NumPy, the one definition for network and graph."""
+"""Log-mel features: settings, constants and filters in NumPy, shared by the torch network and the ONNX graph."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -29,7 +29,7 @@ class FrontEnd:
     """Settings of the log-mel features; the defaults are the published ones.
 
     Raises:
-        ConfigError: a value is out of its limits.
+        ConfigError: a value is out of range.
     """
 
     n_mels: int = 64
@@ -66,9 +66,9 @@ def frames_of(samples: int, hop: int = HOP) -> int:
 
 
 def column_starts(count: int, piece: int, hop: int) -> NDArray[np.float64]:
-    """Return when each of the `count` columns of patches of a wave begins, (count,) seconds.
+    """Return the start of each of the `count` columns of patches of a wave, (count,) seconds.
 
-    A piece of a long wave that is not a whole number of patches long leaves a few frames outside every column.
+    Where a piece of a long wave is not a whole number of patches long, its last few frames are in no column.
 
     Args:
         count: columns of all pieces.
@@ -149,8 +149,8 @@ def mel_filters(settings: FrontEnd) -> NDArray[np.float32]:
 def hann_window(size: int) -> NDArray[np.float32]:
     """Return the periodic Hann window, (size,).
 
-    It is computed in float32, as that of the published models was: a window rounded from float64 moves features twice
-    as far from theirs.
+    It is computed in float32, like that of the published models: with a window rounded from float64, features differ
+    twice as much from theirs.
     """
     half, angles = np.float32(0.5), np.arange(size, dtype=np.float32) * np.float32(2.0 * np.pi / size)
     window: NDArray[np.float32] = half - half * np.cos(angles)
