@@ -26,9 +26,8 @@ from ced.distill.pack_reader import AudioPack
 from ced.distill.store import store_folder
 from ced.distill.teachers import load_teacher
 from ced.distill.views import SoundView
-from ced.model.loading import load_model
+from ced.model.loading import TorchScorer, load_model
 from ced.model.metrics import average_precision
-from ced.model.torch_scorer import TorchScorer
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.decode import to_float
 from ced.sound.labels import audioset
@@ -189,7 +188,10 @@ def _verdict(arm: str, folder: Path, fold: int, seed: int, scores: NDArray[np.fl
         seed,
         accuracy=round(float(right.mean()), 4),
         map=round(float(per_class.mean()), 4),
+        divergence=None,
+        divergence_learned=None,
         per_class={name: round(float(ap), 4) for name, ap in zip(names, per_class, strict=True)},
+        parameters=None,
         right="".join(str(int(one)) for one in right),
     )
 

@@ -35,6 +35,7 @@ ARMS = {
     "own_recordings": "stored scores of the recordings alone; masks of its own, no shift",
     "ced_recordings": "stored scores of the recordings alone; the teachers' views",
 }
+DRAWN = {**ARMS, ENSEMBLE: "the teachers together"}
 CED = ("ced", "ced_recordings")  # which the claim is about
 BRIEF_STORED = {
     "short": "`ced`",
@@ -126,8 +127,9 @@ def write(results: Results, out: Path) -> None:
         path.write_bytes(results.path.read_bytes())
     with written_aside(out / PAGE) as path:
         path.write_text("\n".join(_page(results)) + "\n", encoding="utf-8")
-    with written_aside(out / PLOT) as path:
-        _draw(results, path)
+    if rows := [(arm, what) for arm, what in DRAWN.items() if results.of(arm)]:
+        with written_aside(out / PLOT) as path:
+            _draw(results, rows, path)
 
 
 def _page(results: Results) -> Iterator[str]:
@@ -221,7 +223,7 @@ def _outside(results: Results) -> Iterator[str]:
             probe = [100 * ((a.probe or 0) - (b.probe or 0)) for a, b in pairs]
             apart = [a.divergence / b.divergence - 1 for a, b in pairs if a.divergence and b.divergence]
             cells = [
-                _bootstrapped(pairs),
+                bootstrapped(pairs),
                 _signed(probe, 1),
                 f"{100 * mean(apart):+.0f} %" if apart else "",
             ]
@@ -233,7 +235,7 @@ def _pairs(results: Results, one: str, other: str) -> list[tuple[Verdict, Verdic
     return [(a, b) for a in results.of(one) for b in results.of(other, a.fold, a.seed)]
 
 
-def _bootstrapped(pairs: Sequence[tuple[Verdict, Verdict]]) -> str:
+def bootstrapped(pairs: Sequence[tuple[Verdict, Verdict]]) -> str:
     """Return the mean difference of accuracy, in points, and its 95 % interval over draws of clips."""
     by_clip: dict[tuple[int, int], list[int]] = {}
     for a, b in pairs:
@@ -327,7 +329,7 @@ def _signed(values: Sequence[float], digits: int) -> str:
     return text if text.startswith("-") or not text else f"+{text}"
 
 
-def _draw(results: Results, path: Path) -> None:
+def _draw(results: Results, rows: list[tuple[str, str]], path: Path) -> None:
     """Draw each arm as a row: folds as dots, their mean as a bar."""
     import matplotlib
 
@@ -335,7 +337,6 @@ def _draw(results: Results, path: Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "ced", "svg.fonttype": "none"})  # the same figures give the same file
     from matplotlib import pyplot
 
-    rows = [(arm, what) for arm, what in {**ARMS, ENSEMBLE: "the teachers together"}.items() if results.of(arm)]
     figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(rows) + 1), layout="constrained")
     for place, (arm, _) in enumerate(rows):
         accuracies = [100 * value for value in _by_fold(results, arm, "accuracy").values()]
