@@ -29,7 +29,7 @@ _MODULES = {
     **dict.fromkeys(("gs", "gcs"), "gcsfs"),
     **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
     "hf": "huggingface_hub",
-    "memory": "fsspec",  # of this process
+    "memory": "fsspec",  # files of this process
 }
 _ADDRESS = re.compile(rf"({'|'.join(_MODULES)}):/+(.*)", re.DOTALL | re.IGNORECASE)
 _PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]*@")
@@ -112,7 +112,7 @@ def open_file(address: str, start: int = 0, end: int | None = None) -> IO[bytes]
             stamp = address.stamp if isinstance(address, Listed) else None
             end = stamp[0] if stamp is not None else int(system.info(path)["size"])
         if end - start <= _WHOLE:
-            return io.BytesIO(system.cat_file(path, start, end) if end > start else b"")
+            return io.BytesIO(system.cat_file(path, start=start, end=end) if end > start else b"")
         return io.BufferedReader(_Blocks(system, path, start, end), 1 << 16)
 
 
@@ -258,14 +258,14 @@ def _file_system(root: str, process: int) -> Any:
         from fsspec.core import url_to_fs
     scheme = root.partition(":")[0]
     try:
-        return url_to_fs(root)[0]
+        return url_to_fs(root, use_listings_cache=False, skip_instance_cache=True)[0]  # files may change
     except ImportError as error:
         raise MissingPackageError(_MODULES[scheme], f"an address with {scheme}://") from error
 
 
 def _stamp(info: Mapping[str, Any]) -> Stamp:
     version = next((info[key] for key in _VERSIONS if info.get(key)), "")
-    text = version.isoformat() if isinstance(version, datetime) else str(version).strip('"')
+    text = str(version.timestamp() if isinstance(version, datetime) else version).strip('"')
     return int(info["size"]), int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
 
 
