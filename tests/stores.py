@@ -1,4 +1,4 @@
-"""Stores and shards for tests: a local S3 server, fsspec's memory file system, and shards of the clips in tests/data."""
+"""Stores and shards for tests: a local S3 server, fsspec's memory file system, shards of the clips in tests/data."""
 
 import io
 import tarfile

@@ -96,7 +96,7 @@ def test_a_store_that_does_not_answer_is_an_error(bucket: Any, monkeypatch: pyte
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
     remote._file_system.cache_clear()
-    with pytest.raises(AudioError, match="cannot be read: .*connect"):
+    with pytest.raises(AudioError, match=r"cannot be read: .*connect"):
         load("s3://bucket/a.flac")
     remote._file_system.cache_clear()
 

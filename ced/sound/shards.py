@@ -80,7 +80,7 @@ def open_member(shard: str, member: str, reading: Reading, stack: ExitStack) -> 
     """
     found = _searched(shard)
     if member not in found.places:
-        raise AudioError(found.fault or "the shard has no member of this name", reading.name)
+        raise AudioError(found.fault or "the shard has no member of this name", reading.name.removesuffix("!"))
     return found.open(member, reading, stack)
 
 

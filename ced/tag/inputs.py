@@ -207,20 +207,17 @@ def _in_store(address: str) -> Iterator[InputSound]:
     while remote.is_pattern(folder):
         folder = os.path.dirname(folder)
     places = {file: _safe(file[len(folder) :]) for file in found}
-    if not remote.is_pattern(address):
-        skipped: Counter[str] = Counter()
-        for file, place in list(places.items()):
-            if (kind := _skipped_in_store(place)) is not None:
-                skipped[kind] += 1
-                del places[file]
-        if skipped and places:
-            logger.info("%s: skipped%s", shown, _counted(skipped, ": "))
+    skipped: Counter[str] = Counter()
+    for file, place in list(places.items()):
+        kind = _skipped_in_store(place)
+        if kind is not None and (kind == "hidden" or not remote.is_pattern(address)):  # as in local folders
+            skipped[kind] += 1
+            del places[file]
     if not places:
-        raise AudioError(
-            f"no file matches {shown}"
-            if remote.is_pattern(address)
-            else f"folder {shown} contains no sound files{_counted(skipped, ': ')}"
-        )
+        none = "no file matches" if remote.is_pattern(address) else "no sound files in"
+        raise AudioError(f"{none} {shown}{_counted(skipped, ': ')}")
+    if skipped:
+        logger.info("%s: skipped%s", shown, _counted(skipped, ": "))
     for file, place in places.items():
         yield from _in_file(remote.without_secrets(file), file, place)
 
