@@ -121,7 +121,7 @@ def test_shards_and_a_table_of_remote_sounds_are_packed(stored: Any) -> None:
     names = [f"{shard}!{name}" for shard in ("s3://bucket/s/0.tar", "s/1.parquet") for name in NAMES]
     assert "6 packed" in done.stdout
     assert read_table("out/labels/clips.tsv").column("filename") == names
-    assert list(AudioPack("out/labels/clips.tsv").names()) == names
+    assert list(AudioPack("out/labels/clips.tsv").names()) == [os.path.basename(name) for name in names]
     with h5py.File("out/hdf5/clips_0.h5") as file:
         assert np.array_equal(file[os.path.basename(names[0])][()], np.round(load(CLIPS[NAMES[0]]) * 32768))
     before = Path("out/hdf5/clips_0.h5").stat().st_mtime_ns
