@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +15,15 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from ced.cli import app
 from ced.distill.pack_reader import AudioPack
 from ced.sound.audio import load
 from ced.sound.tables import read_table, write_table
-from tests.stores import CLIPS, KEYS, audio_table, bucket, parquet_of, s3, tar_of
+from tests.stores import CLIPS, KEYS, audio_table, bucket, memory, parquet_of, s3, tar_of
 
-__all__ = ["bucket", "s3"]  # fixtures
+__all__ = ["bucket", "memory", "s3"]  # fixtures
 ROOT = Path(__file__).parents[1]
 NAMES = list(CLIPS)
 
@@ -140,3 +145,26 @@ def test_options_that_need_local_files_are_refused_before_any_work(graph: Path, 
     assert "--clips" in ced(*words, "--events", "--clips", "s3://bucket/clips", code=1).stderr
     assert "hf upload" in ced(*words[:-1], "hf://datasets/me/tags", code=1).stderr
     assert not stored.exists("bucket/out")
+
+
+def test_the_commands_of_the_page(graph: Path, stored: Any, memory: Any) -> None:
+    page = (ROOT / "docs" / "cloud.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"^```sh\n(.*?)^```$", page, re.M | re.S) for line in block.splitlines()]
+    assert len(lines) > 10
+    shard = tar_of({"YT/abc.flac": CLIPS[NAMES[0]]})
+    files = {"station/2024/night_1.flac": CLIPS[NAMES[0]], "a.wav": CLIPS[NAMES[0]], "shards/000.tar": shard}
+    for name, data in {**files, "sounds/b.flac": CLIPS[NAMES[1]]}.items():
+        stored.pipe(f"bucket/{name}", data)
+    memory.pipe("/other/b.wav", CLIPS[NAMES[1]])  # in place of Google Cloud
+    memory.pipe("/datasets/OWNER/NAME/data/0.parquet", parquet_of(audio_table(CLIPS)))  # in place of the hub
+    Path("shards").mkdir()
+    Path("shards/000.tar").write_bytes(shard)
+    Path("list.txt").write_text("s3://bucket/sounds/b.flac\n")
+    write_table("table.tsv", {"filename": ["s3://bucket/a.wav", "shards/000.tar!YT/abc.flac"]})
+    for line in lines:
+        words = shlex.split(line.replace("gs://", "memory://").replace("hf://", "memory://"), comments=True)[1:]
+        model = [] if words[0] == "pack" else ["-m", str(graph)]
+        done = CliRunner().invoke(app, [*words, *model], catch_exceptions=False)
+        assert done.exit_code == 0, f"{line}\n{done.output}"
+        shutil.rmtree("pack", ignore_errors=True)
+    assert {"bucket/tags/b.flac.csv", "bucket/tags/tags.parquet", "bucket/vectors.npy"} <= set(stored.find("bucket"))

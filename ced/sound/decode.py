@@ -53,8 +53,8 @@ Source = str | os.PathLike[str] | bytes | BinaryIO | tuple[NDArray[Any], int]
 def name_of(source: Source) -> str:
     """Return the name of a source in messages and results: its path, or its kind."""
     if isinstance(source, str | os.PathLike):
-        name: str = os.fspath(source)
-        return name if remote.address_of(name) is None else remote.without_secrets(name)
+        path = os.fspath(source)
+        return path if remote.address_of(path) is None else remote.without_secrets(path)
     if isinstance(source, bytes | tuple):
         return "<bytes>" if isinstance(source, bytes) else "<array>"
     name = getattr(source, "name", None)
