@@ -80,7 +80,8 @@ def open_member(shard: str, member: str, reading: Reading, stack: ExitStack) -> 
     """
     found = _searched(shard)
     if member not in found.places:
-        raise AudioError(found.fault or "the shard has no member of this name", reading.name.removesuffix("!"))
+        missing = f"the shard has no member {member}" if member else "the shard has no sounds"
+        raise AudioError(found.fault or missing, remote.without_secrets(shard))
     return found.open(member, reading, stack)
 
 
@@ -177,7 +178,7 @@ class _Parquet:
             self._file = parquet.ParquetFile(_open(shard), buffer_size=_BUFFER, pre_buffer=False)
             self._column, name = _columns(self._file.schema_arrow, self._name)
             count = self._file.metadata.num_rows
-            names = [] if name is None else _values(self._file.read(columns=[name]).column(0), name)
+            names = [] if name is None else _values(self._file.read([name], use_threads=False).column(0), name)
         except pa.ArrowException as error:
             reason = " ".join(remote.without_secrets(str(error)).split())
             raise AudioError(f"not a Parquet file, or damaged: {reason}", self._name) from error
@@ -213,8 +214,7 @@ class _Parquet:
                 raise self._damaged[group][1]
             if group != self._group or row < self._next:
                 self._held, self._group, self._next = {}, group, self._firsts[group]
-                columns = {"batch_size": _ROWS, "row_groups": [group], "columns": [self._column]}
-                self._batches = self._file.iter_batches(**columns)
+                self._batches = self._file.iter_batches(_ROWS, [group], [self._column], use_threads=False)
             while row >= self._next:
                 try:
                     values = _scalars(next(self._batches).column(0), self._column)

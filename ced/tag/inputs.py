@@ -167,15 +167,15 @@ def _in_file(name: str, source: str, place: Path) -> Iterator[InputSound]:
         return
     stamp = shards.stamp_of(source)
     is_table = name.lower().endswith(".parquet")  # whose rows are sounds, with any names
-    sounds = [member for member in members if is_table or _suffix(member) in SUFFIXES]
-    skipped = Counter(_suffix(member) or "without suffix" for member in members) - Counter(map(_suffix, sounds))
-    if not sounds and fault is None:
-        raise AudioError(f"{name} contains no sounds{_counted(skipped, ': ')}")
-    if skipped:
-        logger.info("%s: skipped%s", name, _counted(skipped, ": "))
-    for member in sounds:
-        yield InputSound(f"{name}!{member}", Listed(f"{source}!{member}", stamp), place / _safe(member))
-    if fault is not None:
+    places = {member: _safe(member) for member in members}
+    skipped = Counter(kind for at in places.values() if not is_table and (kind := _skipped_by_name(at)))
+    if skipped or remote.address_of(source) is not None:  # searching a shard in a store takes time
+        count = len(places) - skipped.total()
+        logger.info("%s: %d sounds%s", name, count, _counted(skipped, ", skipped: "))
+    for member, at in places.items():
+        if is_table or _skipped_by_name(at) is None:
+            yield InputSound(f"{name}!{member}", Listed(f"{source}!{member}", stamp), place / at)
+    if fault is not None or len(places) == skipped.total():
         yield InputSound(name, f"{source}!", place.with_name(f"{place.name}!"))
 
 
@@ -209,7 +209,7 @@ def _in_store(address: str) -> Iterator[InputSound]:
     places = {file: _safe(file[len(folder) :]) for file in found}
     skipped: Counter[str] = Counter()
     for file, place in list(places.items()):
-        kind = _skipped_in_store(place)
+        kind = _skipped_by_name(place)
         if kind is not None and (kind == "hidden" or not remote.is_pattern(address)):  # as in local folders
             skipped[kind] += 1
             del places[file]
@@ -222,7 +222,8 @@ def _in_store(address: str) -> Iterator[InputSound]:
         yield from _in_file(remote.without_secrets(file), file, place)
 
 
-def _skipped_in_store(place: Path) -> str | None:
+def _skipped_by_name(place: Path) -> str | None:
+    """Return the kind of a file to skip in a folder of a store or in an archive; None: it is a sound."""
     if any(part.startswith(".") for part in place.parts):
         return "hidden"
     suffix = _suffix(place.name)
