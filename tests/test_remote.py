@@ -1,8 +1,12 @@
 """Files in stores: fsspec's memory file system, and a local S3 server."""
 
+import json
+import os
 import pickle
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from ced.sound.web import Web
 from tests.stores import CLIPS, KEYS, bucket, memory, s3, tar_of
 
 __all__ = ["bucket", "memory", "s3"]  # fixtures
+ROOT = Path(__file__).parents[1]
 NAME, SOUND = next(iter(CLIPS.items()))
 
 
@@ -117,6 +122,56 @@ def test_a_missing_package_is_named(address: str, package: str) -> None:
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"{package} pip install 'ced-audio[cloud]'"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub with one data set, which has one sound: the answers that its client needs to list and read it."""
+
+    def do_GET(self) -> None:
+        commit, path = "b" * 40, f"data/{NAME}"
+        answers = {
+            f"/datasets/me/set/resolve/main/{path}": SOUND,
+            "/api/datasets/me/set/tree/main": [
+                {"type": "directory", "oid": "c" * 40, "size": 0, "path": "data"},
+                {"type": "file", "oid": "a" * 40, "size": len(SOUND), "path": path},
+            ],
+            "/api/datasets/me/set": {"id": "me/set", "sha": commit, "private": False, "tags": []},
+        }
+        answers["/api/datasets/me/set/tree/main/data"] = answers["/api/datasets/me/set/tree/main"]
+        answer = answers.get(self.path.partition("?")[0])
+        body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        self.send_response(404 if answer is None else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Print nothing."""
+
+
+def test_data_sets_of_the_hub() -> None:
+    program = """if True:
+        from ced import remote
+        from ced.errors import AudioError
+        from ced.sound.audio import load
+        (found,) = remote.find("hf://datasets/me/set/data/*.flac")
+        print(found, found.stamp[0], len(load(found)))
+        try:
+            load("hf://datasets/me/none/a.flac")
+        except AudioError as error:
+            print(error)
+    """
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        leads_here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_secret"}
+        environment = {**os.environ, **leads_here, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=60)
+        server.shutdown()
+    found, missing = done.stdout.splitlines()
+    assert found == f"hf://datasets/me/set/data/{NAME} {len(SOUND)} {len(load(SOUND))}"
+    assert missing.startswith("hf://datasets/me/none/a.flac: cannot be read")
+    assert "hf_secret" not in done.stdout + done.stderr
 
 
 def test_the_hub_is_only_read() -> None:
