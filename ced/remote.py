@@ -245,6 +245,8 @@ class _Blocks(io.RawIOBase):
 
 def _located(address: str) -> tuple[str, Any, str]:
     """Return the scheme and host of an address, its file system, and the path there."""
+    if _PASSWORD.search(address):  # the clients would take it for a part of the name, and show it in messages
+        raise OSError(None, "user names and passwords in addresses are not used; see the credentials in docs/cloud.md")
     scheme, _, rest = address.partition("://")
     root = f"{scheme}://{rest.partition('/')[0]}"
     system = _file_system(root, os.getpid())
@@ -296,4 +298,6 @@ def _reason(error: BaseException) -> str:
     told = " ".join(without_secrets(str(getattr(error, "strerror", None) or error)).split())
     if isinstance(error, PermissionError):
         return f"no permission: {told}" if told else "no permission"
+    if type(error) is OSError and told:
+        return told
     return f"{type(error).__name__}: {told}" if told else type(error).__name__

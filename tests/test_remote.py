@@ -47,6 +47,10 @@ def test_secrets_are_removed() -> None:
     assert remote.without_secrets("s3://me:pw@b/a.wav?X-Sig=1&b=2") == "s3://me:***@b/a.wav"
     assert remote.without_secrets("cannot read s3://b/what?.wav") == "cannot read s3://b/what?.wav"
     assert name_of("s3://me:pw@b/a.wav?versionId=1") == "s3://me:***@b/a.wav"
+    with pytest.raises(AudioError, match=r"s3://me:\*\*\*@b/a\.wav: .*passwords in addresses"):
+        load("s3://me:pw@b/a.wav?versionId=1")
+    with pytest.raises(WriteError, match=r"s3://me:\*\*\*@b/out: .*passwords in addresses"):
+        remote.check_writable("s3://me:pw@b/out")
     assert "pw" not in str(WriteError("x", remote._reason(PermissionError("az://u:pw@c/x?sig=pw denied"))))
 
 
