@@ -10,7 +10,7 @@ from ced.tag.options import EVENT_THRESHOLD, TOP_K, Tail
 
 # Panels of --help
 _INPUT, _WINDOWS, _SELECTION, _EVENTS, _OUTPUT = "Input", "Windows", "Selection", "Events", "Output"
-_ACTIONS = "Actions"
+_ACTIONS, _CLUSTER = "Actions", "Cluster"
 
 _SOUNDS = "Files, folders, patterns, http(s) addresses, @LIST (a path a line; @-: on standard input), or - (a sound on "
 _SOUNDS += "standard input)."
@@ -63,6 +63,18 @@ From = Annotated[
 Jobs = Annotated[
     int | None,
     typer.Option("--jobs", "-j", min=1, help="Windows scored at a time, one thread each; default: all cores."),
+]
+
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="auto|ADDRESS",
+        rich_help_panel=_CLUSTER,
+        help="Process sounds on a Ray cluster, into Parquet parts in the folder --out: auto (the cluster that runs here or "
+        "that RAY_ADDRESS names, else one with the cores of this machine), HOST:PORT or ray://HOST:PORT. --jobs is then "
+        "the number of sounds processed at a time.",
+    ),
 ]
 
 # Windows
@@ -302,7 +314,10 @@ Combine = Annotated[
 EmbeddingsOut = Annotated[
     Path,
     typer.Option(
-        "--out", "-o", rich_help_panel=_OUTPUT, help="NAME.npy (with NAME.npy.tsv beside it) or NAME.parquet."
+        "--out",
+        "-o",
+        rich_help_panel=_OUTPUT,
+        help="NAME.npy (with NAME.npy.tsv beside it) or NAME.parquet; with --ray a folder.",
     ),
 ]
 EachWindow = Annotated[

@@ -106,6 +106,12 @@ class OnnxModel:
         """The precision of one of our graphs; None for graphs from elsewhere."""
         return self._session.get_modelmeta().custom_metadata_map.get(PRECISION) if self._ours else None
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the graph, which tells it from others that were at the same path before."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     def __call__(self, waves: Waves, /) -> NDArray[np.float32]:
         """Return the probability of each class, (b, t) 16 kHz in [-1, 1] -> (b, c).
 

@@ -1,10 +1,11 @@
 """Files of embeddings: NumPy arrays with a table of what their rows are, or Parquet."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,11 @@ from numpy.typing import NDArray
 from ced.errors import ConfigError, MissingPackageError
 from ced.files import written_aside
 from ced.sound.tables import write_table
+from ced.tag.results import arrow_text
 from ced.tag.tagger import Embedding
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FORMAT_VERSION = 1
 SUFFIXES = (".npy", ".parquet")
@@ -86,32 +91,42 @@ def _write_npy(path: Path, rows: Iterable[Row]) -> int:
 
 
 def _write_parquet(path: Path, rows: Iterable[Row]) -> int:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema(
-        [
-            ("file", pa.string()),
-            ("start", pa.float64()),
-            ("end", pa.float64()),
-            ("channel", pa.string()),
-            ("vector", pa.list_(pa.float32())),
-        ],
-        metadata={"ced_embeddings": str(FORMAT_VERSION)},
-    )
     count = 0
-    with written_aside(path) as aside, pq.ParquetWriter(aside, schema) as writer:
+    with written_aside(path) as aside, pq.ParquetWriter(aside, arrow_schema()) as writer:
         for group in _groups(rows):
             count += len(group)
-            columns = {
-                "file": [row.file.encode("utf-8", "backslashreplace").decode() for row in group],
-                "start": [row.start for row in group],
-                "end": [row.end for row in group],
-                "channel": [str(row.channel) for row in group],
-                "vector": [row.vector for row in group],
-            }
-            writer.write_table(pa.table(columns, schema=schema))
+            writer.write_table(arrow_table(group))
     return count
+
+
+def arrow_schema() -> "pa.Schema":
+    """Return the columns of a Parquet file of embeddings."""
+    import pyarrow as pa
+
+    fields = [
+        ("file", pa.string()),
+        ("start", pa.float64()),
+        ("end", pa.float64()),
+        ("channel", pa.string()),
+        ("vector", pa.list_(pa.float32())),
+    ]
+    return pa.schema(fields, metadata={"ced_embeddings": str(FORMAT_VERSION)})
+
+
+def arrow_table(rows: Sequence[Row]) -> "pa.Table":
+    """Return rows as they are in a Parquet file of embeddings."""
+    import pyarrow as pa
+
+    columns = {
+        "file": [arrow_text(row.file) for row in rows],
+        "start": [row.start for row in rows],
+        "end": [row.end for row in rows],
+        "channel": [str(row.channel) for row in rows],
+        "vector": [row.vector for row in rows],
+    }
+    return pa.table(columns, schema=arrow_schema())
 
 
 def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:

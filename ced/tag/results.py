@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ced.errors import ConfigError, MissingPackageError
 from ced.files import written_aside
@@ -22,6 +23,9 @@ from ced.tag.records import (
     json_tail,
 )
 from ced.text import cell, csv_lines, json_line, printable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 COLUMNS = ("file", "start", "end", "label", "mid", "prob")  # of CSV and Parquet; seconds, and a probability
 RAVEN_COLUMNS = (
@@ -159,32 +163,56 @@ def _rows(records: Iterable[Timeline]) -> Iterator[tuple[Timeline, Tags, Tag]]:
                 yield record, piece, tag
 
 
-def _write_parquet(records: Iterable[Timeline], path: Path, *, channel: bool = False, clock: bool = False) -> None:
+def arrow_tables(records: Iterable[Timeline], *, channel: bool = False, clock: bool = False) -> "Iterator[pa.Table]":
+    """Yield the rows of a Parquet file as Arrow tables, a row for each tag; the last table may be empty.
+
+    Args:
+        records: what to write.
+        channel, clock: as for `csv`.
+    """
     import pyarrow as pa
-    from pyarrow import parquet
+
+    schema = arrow_schema(channel=channel, clock=clock)
+    columns: list[list[object]] = [[] for _ in schema]
+
+    def table() -> pa.Table:
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+        for column in columns:
+            column.clear()
+        return pa.Table.from_arrays(arrays, schema=schema)
+
+    for record, piece, tag in _rows(records):
+        row = (arrow_text(record.file), piece.start, piece.end, tag.label, tag.mid, tag.prob)
+        times = clock_times(record.began, piece) if clock else ()
+        for column, value in zip(columns, (*row, *(str(record.channel),) * channel, *times), strict=True):
+            column.append(value)
+        if len(columns[0]) == _ROW_GROUP:
+            yield table()
+    yield table()
+
+
+def arrow_schema(*, channel: bool = False, clock: bool = False) -> "pa.Schema":
+    """Return the columns of `arrow_tables`."""
+    import pyarrow as pa
 
     kinds = (pa.string(), pa.float64(), pa.float64(), pa.string(), pa.string(), pa.float32())
     names = _columns(channel, clock)
     fields = list(zip(names, kinds + (pa.string(),) * (len(names) - len(kinds)), strict=True))
-    schema = pa.schema(fields, {"ced.format": str(FORMAT_VERSION)})
-    columns: list[list[object]] = [[] for _ in names]
+    return pa.schema(fields, {"ced.format": str(FORMAT_VERSION)})
+
+
+def arrow_text(name: str) -> str:
+    """Return a file name as Arrow can hold it: bytes that are not text become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _write_parquet(records: Iterable[Timeline], path: Path, *, channel: bool = False, clock: bool = False) -> None:
+    from pyarrow import parquet
+
+    schema = arrow_schema(channel=channel, clock=clock)
     with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
-
-        def flush() -> None:
-            arrays = [pa.array(column, kind) for column, (_, kind) in zip(columns, fields, strict=True)]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
-            for column in columns:
-                column.clear()
-
-        for record, piece, tag in _rows(records):
-            name = record.file.encode("utf-8", "backslashreplace").decode()
-            row = (name, piece.start, piece.end, tag.label, tag.mid, tag.prob, *(str(record.channel),) * channel)
-            times = clock_times(record.began, piece) if clock else ()
-            for column, value in zip(columns, (*row, *times), strict=True):
-                column.append(value)
-            if len(columns[0]) == _ROW_GROUP:
-                flush()
-        flush()
+        for table in arrow_tables(records, channel=channel, clock=clock):
+            writer.write_table(table)
 
 
 @dataclass(frozen=True)

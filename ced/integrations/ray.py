@@ -1,0 +1,621 @@
+"""Tagging and embedding on a cluster, with Ray Data: a pool of workers, each a single-threaded tagger on one core.
+
+`tag` and `embed` give a Ray data set. `run` is what `ced tag --ray` and `ced embed --ray` do: it writes Parquet parts
+into a folder that all machines see (`ced.tag.parts`), so that a run can be continued. A worker reads sounds in a
+process of its own, so a file that crashes a decoder ends that process, not the worker: the file is reported, and the
+others are done.
+"""
+
+import logging
+import multiprocessing
+import os
+import pickle
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ced.errors import AudioError, CedError, CheckpointError, ConfigError, ProcessError, optional_packages
+from ced.files import claimed
+from ced.machine import cores
+from ced.model.graph import Precision
+from ced.model.zoo import DEFAULT_MODEL
+from ced.progress import NotedProgress, silent
+from ced.sound.audio import Source
+from ced.sound.web import is_address
+from ced.tag import embeddings, parts, results
+from ced.tag.batch import Meter, Summary, one_line
+from ced.tag.inputs import Input, each_channel, find_inputs
+from ced.tag.options import EACH, TagOptions
+from ced.tag.parts import FileResult, Part, PartFolder
+from ced.tag.tagger import Tagger
+from ced.telemetry import SWITCHES
+
+os.environ.update(SWITCHES)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from ray.data import Dataset
+
+AUTO = "auto"  # in place of an address: a cluster that runs here or that RAY_ADDRESS names, else one of this machine
+_FILES_AT_ONCE = 16  # of a data set, for one call of a worker
+_SECONDS_TO_END = 10.0  # from the end of its connection to that of a process
+_ATTEMPTS = 2  # to read a file whose process is killed, as the system may kill one that did nothing wrong
+
+
+class Work(Protocol):
+    """What is done with each sound. Workers get copies of it."""
+
+    @property
+    def rows(self) -> str:
+        """What the folder of rows is called."""
+
+    def open(self) -> Tagger:
+        """Open the model, in the process that reads sounds."""
+
+    def process(self, tagger: Tagger, item: Input) -> "Rows":
+        """Return the rows of one sound.
+
+        Raises:
+            AudioError: the sound cannot be read.
+        """
+
+    def schema(self) -> "pa.Schema":
+        """Return the columns of the rows."""
+
+    def tables(self, found: "Iterable[Rows]") -> "Iterator[pa.Table]":
+        """Yield the rows of several sounds as tables."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one sound gives: records or vectors, still as Python objects."""
+
+    found: Sequence[Any]
+    seconds: float
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that each worker opens for itself.
+
+    Attributes:
+        name: a name or path, the same on all machines.
+        precision, device: as for `Tagger`.
+        digest: of its graph on the machine that began the run; None: not compared.
+    """
+
+    name: str = DEFAULT_MODEL
+    precision: Precision = "float32"
+    device: str | None = None
+    digest: str | None = None
+
+    def open(self) -> Tagger:
+        """Open the model.
+
+        Raises:
+            CheckpointError: it is not the model that the run was begun with.
+        """
+        tagger = Tagger(self.name, precision=self.precision, device=self.device)
+        if self.digest is not None and digest_of(tagger) != self.digest:
+            raise CheckpointError(
+                f"the model {self.name} on machine {platform.node()} is not the one that the run was begun with; install"
+                " the same version of ced-audio and the same model on all machines"
+            )
+        return tagger
+
+
+@dataclass(frozen=True)
+class Tagging:
+    """Tags of each sound, with the columns of the Parquet writer.
+
+    Attributes:
+        model: what scores.
+        options: how sounds are tagged.
+        each: tag each channel on its own.
+    """
+
+    model: Model = field(default_factory=Model)
+    options: TagOptions = field(default_factory=TagOptions)
+    each: bool = False
+    rows = "tags"
+
+    def open(self) -> Tagger:
+        """Open the model."""
+        return self.model.open()
+
+    def process(self, tagger: Tagger, item: Input) -> Rows:
+        """Tag one sound."""
+        records = []
+        for one in each_channel([item]) if self.each else [item]:
+            options = self.options if one.channel is None else replace(self.options, channel=one.channel)
+            records.append(tagger.tag(one.source, options, name=one.name))
+        return Rows(records, max(record.seconds for record in records), all(record.complete for record in records))
+
+    def schema(self) -> "pa.Schema":
+        """Return the columns of the Parquet writer."""
+        return results.arrow_schema(channel=self.each, clock=self.options.clock is not None)
+
+    def tables(self, found: Iterable[Rows]) -> "Iterator[pa.Table]":
+        """Yield the rows of the Parquet writer."""
+        records = (record for rows in found for record in rows.found)
+        return results.arrow_tables(records, channel=self.each, clock=self.options.clock is not None)
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Embeddings of each sound, with the columns of `ced embed --out NAME.parquet`.
+
+    Attributes:
+        model: what embeds.
+        options: its windows, tail, channel and strictness count.
+        windows: a vector for each window, not one for each sound.
+        each: embed each channel on its own.
+    """
+
+    model: Model = field(default_factory=Model)
+    options: TagOptions = field(default_factory=TagOptions)
+    windows: bool = False
+    each: bool = False
+    rows = "vectors"
+
+    def open(self) -> Tagger:
+        """Open the model."""
+        return self.model.open()
+
+    def process(self, tagger: Tagger, item: Input) -> Rows:
+        """Embed one sound."""
+        options, vectors = self.options, []
+        seconds, complete = 0.0, True
+        for one in each_channel([item]) if self.each else [item]:
+            found = tagger.embed(
+                one.source,
+                window=options.window,
+                hop=options.hop,
+                tail=options.tail,
+                channel=one.channel or options.channel,
+                strict=options.strict,
+            )
+            vectors += embeddings.rows_of(one.name, found, windows=self.windows)
+            seconds, complete = max(seconds, found.seconds), complete and found.complete
+        return Rows(vectors, seconds, complete)
+
+    def schema(self) -> "pa.Schema":
+        """Return the columns of a Parquet file of embeddings."""
+        return embeddings.arrow_schema()
+
+    def tables(self, found: Iterable[Rows]) -> "Iterator[pa.Table]":
+        """Yield the rows of a Parquet file of embeddings."""
+        yield embeddings.arrow_table([row for rows in found for row in rows.found])
+
+
+def digest_of(tagger: Tagger) -> str | None:
+    """Return the digest of the model's graph; None of a model without one."""
+    from ced.model.runtime import OnnxModel
+
+    return tagger.scorer.digest if isinstance(tagger.scorer, OnnxModel) else None
+
+
+def tag(
+    sounds: "Dataset | Sequence[str | os.PathLike[str]]",
+    model: str | os.PathLike[str] = DEFAULT_MODEL,
+    options: TagOptions | None = None,
+    *,
+    precision: Precision = "float32",
+    device: str | None = None,
+    each_channel: bool = False,
+    workers: int | None = None,
+) -> "Dataset":
+    """Tag sounds on a cluster; the data set is lazy, and tags when it is consumed.
+
+    It has the columns of the Parquet writer, a row for each tag, and `error`: a sound that cannot be read has one row,
+    with its name and the reason, and nothing in the other columns.
+
+    Args:
+        sounds: files, folders, patterns, lists or addresses, as for `ced tag`; or a data set with the column `path`, of
+            paths or addresses, and, as of `ray.data.read_binary_files(..., include_paths=True)`, perhaps `bytes`, the
+            content of the files.
+        model: a name or path, the same on all machines.
+        options: how sounds are tagged; None: the defaults.
+        precision: as for `Tagger`.
+        device: as for `Tagger`; for "cuda" each worker takes a GPU of the cluster.
+        each_channel: tag each channel on its own; a column `channel` tells which.
+        workers: sounds processed at a time, each on one core; None: all cores, less one for a data set that reads files.
+
+    Raises:
+        AudioError: a folder, a pattern or a list holds no sound.
+        ConfigError: the cluster has too few cores or GPUs.
+        MissingPackageError: Ray is not installed.
+        ProcessError: the cluster cannot be reached.
+    """
+    about = Model(_absolute(model), precision, device)
+    return _dataset(sounds, Tagging(about, options or TagOptions(), each_channel), device, workers)
+
+
+def embed(
+    sounds: "Dataset | Sequence[str | os.PathLike[str]]",
+    model: str | os.PathLike[str] = DEFAULT_MODEL,
+    options: TagOptions | None = None,
+    *,
+    windows: bool = False,
+    precision: Precision = "float32",
+    device: str | None = None,
+    each_channel: bool = False,
+    workers: int | None = None,
+) -> "Dataset":
+    """Embed sounds on a cluster; the data set is lazy.
+
+    It has the columns of a Parquet file of embeddings, and `error`, as for `tag`.
+
+    Args:
+        sounds, model, precision, device, each_channel, workers: as for `tag`.
+        options: its windows, tail, channel and strictness count; None: the defaults.
+        windows: a vector for each window, not one for each sound.
+
+    Raises:
+        AudioError, ConfigError, MissingPackageError, ProcessError: as for `tag`.
+    """
+    about = Model(_absolute(model), precision, device)
+    return _dataset(sounds, Embedding(about, options or TagOptions(), windows, each_channel), device, workers)
+
+
+def run(
+    inputs: Sequence[Input],
+    work: Tagging | Embedding,
+    out: Path,
+    *,
+    settings: Mapping[str, Any],
+    address: str = AUTO,
+    workers: int | None = None,
+    progress: NotedProgress = silent,
+    failed: Callable[[FileResult], None] = lambda result: None,
+) -> Summary:
+    """Process sounds on a cluster and write Parquet parts into a folder; what an earlier run has done is not done again.
+
+    A file is done again when its size or time of change differs, and when it failed. A machine that is lost, or a run
+    that is killed, leaves each file with its rows once or without rows.
+
+    Args:
+        inputs: files and addresses that all machines see under one path.
+        work: what is done with each.
+        out: the folder, which all machines see under one path.
+        settings: what rows depend on besides the sounds, as JSON has it; a later run must have the same.
+        address: of the cluster, HOST:PORT or ray://HOST:PORT; or `AUTO`.
+        workers: sounds processed at a time; None: all cores of the cluster.
+        progress: called for each file that is done, with the hours of sound and the speed.
+        failed: called for each file that failed.
+
+    Raises:
+        BusyError: another process writes into the folder.
+        ConfigError: the folder was begun with other settings, a machine does not see it, two inputs have one name, one
+            is no file or address, or the cluster has too few cores or GPUs.
+        ProcessError: the cluster cannot be reached, or was lost.
+        StoreError: the folder is damaged.
+        CedError: a worker raised one that is not about a single sound.
+    """
+    for item in inputs:
+        if not isinstance(item.source, str | os.PathLike):
+            raise ConfigError(f"{item.name} cannot be read by other machines; name files, folders or addresses")
+    began = time.monotonic()
+    out = Path(os.path.abspath(out))
+    folder = PartFolder(out, work.rows)
+    with claimed(out / parts.RUN_NAME):
+        begun = folder.begin(settings)
+        found = folder.settle()
+        todo = parts.to_do(inputs, found)
+        if again := found.keys() & {results.arrow_text(item.name) for item in todo}:
+            folder.settle(again)
+        seconds = 0.0
+        if todo:
+            connect(address)
+            size = _Pool.fitting(workers, work.model.device).size
+            meter = Meter(progress, len(todo), "tagging" if work.rows == "tags" else "embedding")
+            planned = _part_dataset(list(parts.plan(todo, size)))
+            for result in _written(planned, work, folder, begun, workers):
+                seconds += result.seconds
+                meter.file(result.seconds)
+                if result.error:
+                    failed(result)
+        found = folder.settle()
+        ours = [found[name] for item in inputs if (name := results.arrow_text(item.name)) in found]
+        folder.write_errors(ours)
+    if len(ours) < len(inputs):
+        raise ProcessError(f"{len(inputs) - len(ours)} sounds were not processed; run the same command again")
+    failures = sum(bool(result.error) for result in ours)
+    incomplete = sum(not result.complete and not result.error for result in ours)
+    return Summary(len(inputs), failures, incomplete, len(inputs) - len(todo), seconds, time.monotonic() - began)
+
+
+def connect(address: str = AUTO) -> None:
+    """Connect to a cluster, unless this process is connected already.
+
+    Args:
+        address: HOST:PORT or ray://HOST:PORT; or `AUTO`: the cluster that runs on this machine or that RAY_ADDRESS
+            names, else a new one that has the cores of this machine and ends with this process.
+
+    Raises:
+        MissingPackageError: Ray is not installed.
+        ProcessError: the cluster cannot be reached.
+    """
+    ray = _ray()
+    if ray.is_initialized():
+        return
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        ray.init(address, **quiet)
+    except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and some of its own
+        if address != AUTO or os.environ.get("RAY_ADDRESS"):
+            where = os.environ.get("RAY_ADDRESS", address) if address == AUTO else address
+            raise ProcessError(f"no Ray cluster answers at {where}: {one_line(str(error))}") from error
+        try:
+            ray.init("local", num_cpus=cores(), include_dashboard=False, **quiet)
+        except Exception as fault:
+            raise ProcessError(f"Ray cannot be started: {one_line(str(fault))}") from fault
+
+
+def _ray() -> Any:
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # errors come as exceptions
+    with optional_packages("tagging on a cluster"):
+        import ray
+        import ray.data
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return ray
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """How many workers there are at most, and what each takes of the cluster."""
+
+    size: int
+    gpus: int  # of each worker
+
+    @classmethod
+    def fitting(cls, workers: int | None, device: str | None, *, reads: bool = False) -> "_Pool":
+        """Return the pool that fits the cluster.
+
+        Args:
+            workers: how many are asked for; None: as many as fit.
+            device: what models run on.
+            reads: leave a core to tasks that read a data set: where actors take all cores, Ray waits for ever.
+
+        Raises:
+            ConfigError: so many workers, or a single one, cannot run.
+        """
+        resources = _ray().cluster_resources()
+        cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+        on_gpu = device is not None and device.partition(":")[0] == "cuda"
+        most = min(cpus - reads, gpus) if on_gpu else cpus - reads
+        has = f"the cluster has {cpus} CPU(s) and {gpus} GPU(s)"
+        if workers is not None and workers < 1:
+            raise ConfigError(f"workers is {workers}; it must be 1 or more")
+        if most < (workers or 1):
+            each = "one CPU and one GPU" if on_gpu else "one CPU"
+            besides = " and one CPU to read the data set" if reads else ""
+            raise ConfigError(f"{has}; {workers or 1} worker(s) need {each} each{besides}")
+        return cls(workers or most, int(on_gpu))
+
+    def map(self, dataset: "Dataset", worker: type, arguments: tuple[Any, ...], files: int) -> "Dataset":
+        """Apply a worker to batches of a data set; the pool has fewer workers as long as the cluster is busy."""
+        return dataset.map_batches(
+            worker,
+            batch_size=files,
+            batch_format="pyarrow",
+            fn_constructor_args=arguments,
+            compute=_ray().data.ActorPoolStrategy(min_size=1, max_size=self.size, initial_size=self.size),
+            num_cpus=1,
+            num_gpus=self.gpus or None,
+            max_restarts=-1,  # on another machine, if one is lost
+            max_task_retries=-1,
+        )
+
+
+def _dataset(
+    sounds: "Dataset | Sequence[str | os.PathLike[str]]", work: Work, device: str | None, workers: int | None
+) -> "Dataset":
+    connect()
+    ray = _ray()
+    if isinstance(sounds, ray.data.Dataset):
+        reads = True
+        columns = sounds.schema().names
+        if "path" not in columns:
+            raise ConfigError(f"the data set has the columns {', '.join(columns)}; it must have path, and may have bytes")
+    else:
+        import pyarrow as pa
+
+        inputs = find_inputs([os.fspath(sound) for sound in sounds])
+        pool = _Pool.fitting(workers, device)
+        table = pa.table(
+            {"path": [_source(item) for item in inputs], "name": [results.arrow_text(item.name) for item in inputs]}
+        )
+        blocks = min(len(inputs), max(8 * pool.size, len(inputs) // _FILES_AT_ONCE))
+        sounds, reads = ray.data.from_arrow(_split(table, blocks)), False
+    return _Pool.fitting(workers, device, reads=reads).map(sounds, _RowWorker, (work,), _FILES_AT_ONCE)
+
+
+def _split(table: "pa.Table", blocks: int) -> "list[pa.Table]":
+    size = -(-len(table) // blocks)
+    return [table.slice(start, size) for start in range(0, len(table), size)]
+
+
+def _part_dataset(planned: Sequence[Part]) -> "Dataset":
+    """Return a data set with a row for each part, which needs no task to be read."""
+    import pyarrow as pa
+
+    return _ray().data.from_arrow([pa.table({"part": [pickle.dumps(_shared(part))]}) for part in planned])
+
+
+def _shared(part: Part) -> Part:
+    """Return a part whose files have the paths that other machines see, too."""
+    inputs = tuple(Input(item.name, _source(item), item.relative, item.channel) for item in part.inputs)
+    return Part(inputs, part.stamps)
+
+
+def _source(item: Input) -> str:
+    """Return the address or whole path of an input."""
+    source = item.source
+    assert isinstance(source, str | os.PathLike)
+    return source if isinstance(source, str) and is_address(source) else os.path.abspath(os.fspath(source))
+
+
+def _absolute(model: str | os.PathLike[str]) -> str:
+    """Return a model's name, or its whole path, as workers have another working directory."""
+    return os.path.abspath(model) if os.path.exists(model) else os.fspath(model)
+
+
+def _written(
+    planned: "Dataset", work: Tagging | Embedding, folder: PartFolder, begun: str, workers: int | None
+) -> Iterator[FileResult]:
+    """Yield what became of each file, as parts are done."""
+    ray = _ray()
+    pool = _Pool.fitting(workers, work.model.device)
+    done = pool.map(planned, _PartWorker, (work, folder, begun), 1)
+    try:
+        for row in done.iter_rows():
+            answer = pickle.loads(row["answer"])
+            if isinstance(answer, CedError):
+                raise answer
+            yield from answer
+    except ray.exceptions.RayError as error:
+        raise ProcessError(f"the Ray cluster failed: {one_line(str(error))}") from error
+
+
+class _RowWorker:
+    """A worker of a data set: batches of sounds to rows."""
+
+    def __init__(self, work: Work) -> None:
+        self._work, self._reader = work, _Reader(work)
+
+    def __call__(self, batch: "pa.Table") -> "Iterator[pa.Table]":
+        import pyarrow as pa
+
+        schema = self._work.schema().append(pa.field("error", pa.string()))
+        for row in batch.to_pylist():
+            name = row.get("name") or row["path"]
+            source: Source = row["path"] if row.get("bytes") is None else row["bytes"]
+            answer = self._reader.read(Input(name, source, Path(name)))
+            if isinstance(answer, AudioError):
+                failure = {"file": results.arrow_text(name), "error": one_line(answer.message)}
+                yield pa.Table.from_pylist([failure], schema=schema)
+                continue
+            for table in self._work.tables([answer]):
+                errors = pa.nulls(len(table), pa.string())
+                yield pa.Table.from_arrays([*table.columns, errors], schema=schema)
+
+
+class _PartWorker:
+    """A worker of a run: parts to files in its folder, and what became of each sound."""
+
+    def __init__(self, work: Work, folder: PartFolder, begun: str) -> None:
+        self._work, self._folder, self._begun = work, folder, begun
+        self._reader = _Reader(work)
+
+    def __call__(self, batch: "pa.Table") -> "pa.Table":
+        import pyarrow as pa
+
+        (part,) = batch["part"].to_pylist()
+        answer: list[FileResult] | CedError
+        try:
+            answer = self._write(pickle.loads(part))
+        except CedError as error:
+            answer = error
+        return pa.table({"answer": [pickle.dumps(answer)]})
+
+    def _write(self, part: Part) -> list[FileResult]:
+        self._folder.check(self._begun, platform.node())
+        done = self._folder.result_of(part.name)
+        if done is not None:  # by a worker that was lost before its answer arrived
+            return done
+        rows: list[Rows] = []
+        found: list[FileResult] = []
+        for item, stamp in zip(part.inputs, part.stamps, strict=True):
+            answer = self._reader.read(item)
+            name = results.arrow_text(item.name)
+            if isinstance(answer, AudioError):
+                found.append(FileResult(name, 0.0, False, one_line(answer.message), stamp))
+            else:
+                rows.append(answer)
+                found.append(FileResult(name, answer.seconds, answer.complete, None, stamp))
+        self._folder.write_rows(part.name, self._work.schema(), self._work.tables(rows))
+        self._folder.finish(part.name, found)
+        return found
+
+
+class _Reader:
+    """Processes sounds in a process of its own, which is replaced when a sound crashes it."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._process: Any = None
+        self._connection: Connection | None = None
+
+    def read(self, item: Input) -> Rows | AudioError:
+        """Return the rows of a sound, or why it has none.
+
+        Raises:
+            CedError: the work raised one that is not about the one sound.
+        """
+        ended = ""
+        for _ in range(_ATTEMPTS):
+            connection = self._connection or self._start()
+            try:
+                connection.send(item)
+                answer = connection.recv()
+            except (EOFError, OSError):
+                ended = self._end()
+                continue
+            if isinstance(answer, CedError) and not isinstance(answer, AudioError):
+                raise answer
+            assert isinstance(answer, Rows | AudioError)
+            return answer
+        return AudioError(f"the process that read it ended {_ATTEMPTS} times: {ended}", item.name)
+
+    def _start(self) -> Connection:
+        context = multiprocessing.get_context("spawn")  # this process has threads, which a fork would break
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, self._work), daemon=True)
+        self._process.start()
+        other.close()
+        return self._connection
+
+    def _end(self) -> str:
+        """Take leave of a process that has ended, and return how it did."""
+        assert self._connection is not None
+        self._connection.close()
+        self._connection = None
+        self._process.join(_SECONDS_TO_END)
+        self._process.kill()
+        self._process.join()
+        code = self._process.exitcode
+        with suppress(ValueError):
+            return signal.Signals(-code).name
+        return f"exit code {code}"
+
+
+def _serve(connection: Connection, work: Work) -> None:
+    """Answer for one sound after the other, until the worker is gone."""
+    tagger: Tagger | None = None
+    while True:
+        try:
+            item = connection.recv()
+        except (EOFError, OSError):
+            return
+        answer: Rows | CedError
+        try:
+            tagger = tagger or work.open()
+            answer = work.process(tagger, item)
+        except CedError as error:
+            answer = error
+        except Exception as error:  # an unforeseen error of a decoder must not stop the other sounds
+            answer = AudioError(f"{type(error).__name__}: {error}", item.name)
+        with suppress(OSError):
+            connection.send(answer)
