@@ -71,9 +71,9 @@ Ray = Annotated[
         "--ray",
         metavar="auto|ADDRESS",
         rich_help_panel=_CLUSTER,
-        help="Process sounds on a Ray cluster, into Parquet parts in the folder --out: auto (the cluster that runs here or "
-        "that RAY_ADDRESS names, else one with the cores of this machine), HOST:PORT or ray://HOST:PORT. --jobs is then "
-        "the number of sounds processed at a time.",
+        help="Process sounds on a Ray cluster, into Parquet parts in the folder --out: auto (the cluster that runs "
+        "here or that RAY_ADDRESS names, else one with the cores of this machine), HOST:PORT or ray://HOST:PORT. "
+        "--jobs is then the number of sounds processed at a time.",
     ),
 ]
 

@@ -1,6 +1,5 @@
 """The commands tag and embed."""
 
-import hashlib
 import io
 import os
 import sys
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ced.cli import options
+from ced.cli import clustering, options
+from ced.cli.clustering import Cluster
 from ced.cli.console import complain, reporting, show, show_data
 from ced.errors import AudioError, ConfigError
 from ced.machine import cores
@@ -58,6 +58,7 @@ def tag(
     keep_scores: options.KeepScores = False,
     clips: options.Clips = None,
     jobs: options.Jobs = None,
+    ray: options.Ray = None,
 ) -> None:
     """Tag sounds: print the most probable classes of each window as it is known, or write them to files.
 
@@ -84,7 +85,10 @@ def tag(
     )
     if not sounds and earlier is None:
         raise typer.BadParameter("name sounds, or with --from the folder of an earlier run", param_hint="SOUND...")
-    output = _Output(format or ["text"], out, combine, keep_scores, clips)
+    others = [name for name in format or () if name.lower() != "parquet"]
+    given = {"--from": earlier, "--combine": combine, "--keep-scores": keep_scores, "--clips": clips}
+    cluster = Cluster.chosen(ray, out, jobs, {**given, f"--format {' '.join(others)}": others})
+    output = _Output(format or ["text" if cluster is None else "parquet"], out, combine, keep_scores, clips)
     output.check(chosen)
     with reporting() as progress:
         if earlier is not None:
@@ -95,13 +99,17 @@ def tag(
             from ced.tag.tagger import Tagger
 
             inputs = find_inputs(sounds or (), sys.stdin.buffer, allow_private=allow_private)
-            if channel == EACH:
+            if channel == EACH and cluster is None:
                 inputs = list(each_channel(inputs))
             output.check_inputs(inputs, chosen, channel)
             with Tagger(model, precision=precision, jobs=jobs or cores(), progress=progress) as tagger:
                 if threshold is not None:
                     chosen = replace(chosen, thresholds=thresholds(threshold, tagger.labels))
-                ok = _tag_sounds(tagger, inputs, tagger.checked(chosen), channel, output, jobs or cores(), progress)
+                chosen = tagger.checked(chosen)
+                if cluster is not None:
+                    ok = clustering.tag(cluster, tagger, (model, precision), inputs, chosen, channel, progress)
+                else:
+                    ok = _tag_sounds(tagger, inputs, chosen, channel, output, jobs or cores(), progress)
     if not ok:
         raise typer.Exit(1)
 
@@ -119,6 +127,7 @@ def embed(
     tail: options.Tails = TagOptions.tail,
     windows: options.EachWindow = False,
     jobs: options.Jobs = None,
+    ray: options.Ray = None,
 ) -> None:
     """Write an embedding of each sound, a vector for classifiers and searches of your own.
 
@@ -130,9 +139,19 @@ def embed(
     from ced.tag.inputs import Input, each_channel, find_inputs
     from ced.tag.tagger import Embedding, Tagger
 
-    check_suffix(out)
+    cluster = Cluster.chosen(ray, out, jobs, {})
+    if cluster is None:
+        check_suffix(out)
     single = _one_channel(channel)
     inputs = find_inputs(sounds, sys.stdin.buffer, allow_private=allow_private)
+    if cluster is not None:
+        chosen = TagOptions(window=window, hop=hop, tail=tail, channel=single, strict=strict)
+        with reporting() as progress, Tagger(model, precision=precision, progress=progress) as tagger:
+            chosen = tagger.checked(chosen)
+            ok = clustering.embed(cluster, tagger, (model, precision), inputs, chosen, channel, windows, progress)
+        if not ok:
+            raise typer.Exit(1)
+        return
     if channel == EACH:
         inputs = list(each_channel(inputs))
     failed, cut = 0, 0
@@ -405,5 +424,4 @@ def _fingerprint(model: "Scorer") -> str:
     from ced.model.runtime import OnnxModel
 
     assert isinstance(model, OnnxModel)  # opened by a name or path
-    with model.path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return model.digest

@@ -12,9 +12,10 @@ import os
 import pickle
 import platform
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,7 +32,7 @@ from ced.sound.web import is_address
 from ced.tag import embeddings, parts, results
 from ced.tag.batch import Meter, Summary, one_line
 from ced.tag.inputs import Input, each_channel, find_inputs
-from ced.tag.options import EACH, TagOptions
+from ced.tag.options import TagOptions
 from ced.tag.parts import FileResult, Part, PartFolder
 from ced.tag.tagger import Tagger
 from ced.telemetry import SWITCHES
@@ -105,8 +106,8 @@ class Model:
         tagger = Tagger(self.name, precision=self.precision, device=self.device)
         if self.digest is not None and digest_of(tagger) != self.digest:
             raise CheckpointError(
-                f"the model {self.name} on machine {platform.node()} is not the one that the run was begun with; install"
-                " the same version of ced-audio and the same model on all machines"
+                f"the model {self.name} on machine {platform.node()} is not the one that the run was begun with;"
+                " install the same version of ced-audio and the same model on all machines"
             )
         return tagger
 
@@ -171,7 +172,8 @@ class Embedding:
 
     def process(self, tagger: Tagger, item: Input) -> Rows:
         """Embed one sound."""
-        options, vectors = self.options, []
+        options = self.options
+        vectors: list[embeddings.Row] = []
         seconds, complete = 0.0, True
         for one in each_channel([item]) if self.each else [item]:
             found = tagger.embed(
@@ -193,6 +195,11 @@ class Embedding:
     def tables(self, found: Iterable[Rows]) -> "Iterator[pa.Table]":
         """Yield the rows of a Parquet file of embeddings."""
         yield embeddings.arrow_table([row for rows in found for row in rows.found])
+
+
+def model_of(tagger: Tagger, name: str | os.PathLike[str], precision: Precision, device: str | None = None) -> Model:
+    """Return what workers open to get the model that `tagger` has."""
+    return Model(_absolute(name), precision, device, digest_of(tagger))
 
 
 def digest_of(tagger: Tagger) -> str | None:
@@ -226,7 +233,7 @@ def tag(
         precision: as for `Tagger`.
         device: as for `Tagger`; for "cuda" each worker takes a GPU of the cluster.
         each_channel: tag each channel on its own; a column `channel` tells which.
-        workers: sounds processed at a time, each on one core; None: all cores, less one for a data set that reads files.
+        workers: sounds processed at a time, each on one core; None: all cores, for a data set less one.
 
     Raises:
         AudioError: a folder, a pattern or a list holds no sound.
@@ -276,7 +283,7 @@ def run(
     progress: NotedProgress = silent,
     failed: Callable[[FileResult], None] = lambda result: None,
 ) -> Summary:
-    """Process sounds on a cluster and write Parquet parts into a folder; what an earlier run has done is not done again.
+    """Process sounds on a cluster and write Parquet parts into a folder; what an earlier run has done is not repeated.
 
     A file is done again when its size or time of change differs, and when it failed. A machine that is lost, or a run
     that is killed, leaves each file with its rows once or without rows.
@@ -332,43 +339,57 @@ def run(
     return Summary(len(inputs), failures, incomplete, len(inputs) - len(todo), seconds, time.monotonic() - began)
 
 
-def connect(address: str = AUTO) -> None:
+def connect(address: str = AUTO, *, silent: bool = False) -> None:
     """Connect to a cluster, unless this process is connected already.
 
     Args:
         address: HOST:PORT or ray://HOST:PORT; or `AUTO`: the cluster that runs on this machine or that RAY_ADDRESS
             names, else a new one that has the cores of this machine and ends with this process.
+        silent: keep Ray's messages and bars from standard error; what fails is raised all the same.
 
     Raises:
         MissingPackageError: Ray is not installed.
         ProcessError: the cluster cannot be reached.
     """
     ray = _ray()
+    if silent:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        for name in ("ray", "ray.data"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     if ray.is_initialized():
         return
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        ray.init(address, **quiet)
-    except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and some of its own
-        if address != AUTO or os.environ.get("RAY_ADDRESS"):
-            where = os.environ.get("RAY_ADDRESS", address) if address == AUTO else address
-            raise ProcessError(f"no Ray cluster answers at {where}: {one_line(str(error))}") from error
+    where = os.environ.get("RAY_ADDRESS", AUTO) if address == AUTO else address
+    with _no_stderr() if silent else nullcontext():
         try:
-            ray.init("local", num_cpus=cores(), include_dashboard=False, **quiet)
-        except Exception as fault:
-            raise ProcessError(f"Ray cannot be started: {one_line(str(fault))}") from fault
+            ray.init(where, log_to_driver=not silent)
+        except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and some of its own
+            if where != AUTO:
+                raise ProcessError(f"no Ray cluster answers at {where}: {one_line(str(error))}") from error
+            try:
+                ray.init("local", num_cpus=cores(), include_dashboard=False, log_to_driver=not silent)
+            except Exception as fault:
+                raise ProcessError(f"Ray cannot be started: {one_line(str(fault))}") from fault
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Drop what Ray's C++ code prints while it starts, and let it print nothing later but fatal errors."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it prints that it has read this
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _ray() -> Any:
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # errors come as exceptions
     with optional_packages("tagging on a cluster"):
         import ray
         import ray.data
-
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray
 
 
@@ -413,9 +434,7 @@ class _Pool:
             fn_constructor_args=arguments,
             compute=_ray().data.ActorPoolStrategy(min_size=1, max_size=self.size, initial_size=self.size),
             num_cpus=1,
-            num_gpus=self.gpus or None,
-            max_restarts=-1,  # on another machine, if one is lost
-            max_task_retries=-1,
+            num_gpus=self.gpus or None,  # lost workers are started again, elsewhere, and their batches repeated
         )
 
 
@@ -428,7 +447,9 @@ def _dataset(
         reads = True
         columns = sounds.schema().names
         if "path" not in columns:
-            raise ConfigError(f"the data set has the columns {', '.join(columns)}; it must have path, and may have bytes")
+            raise ConfigError(
+                f"the data set has the columns {', '.join(columns)}; it must have path, and may have bytes"
+            )
     else:
         import pyarrow as pa
 
@@ -613,6 +634,8 @@ def _serve(connection: Connection, work: Work) -> None:
         try:
             tagger = tagger or work.open()
             answer = work.process(tagger, item)
+        except AudioError as error:  # of a path that is longer than the name, or of bytes, which have none
+            answer = error if error.name is None else AudioError(error.reason, item.name, hint=error.hint)
         except CedError as error:
             answer = error
         except Exception as error:  # an unforeseen error of a decoder must not stop the other sounds

@@ -1,9 +1,9 @@
 """A folder of Parquet parts that several machines write, each part the rows of some files.
 
 The folder has `run.json` (`{"format": 1, "settings": {...}}`), the rows in `tags/NAME.parquet` or
-`vectors/NAME.parquet`, the files of each part in `files/NAME.parquet` (`FILES`), and `errors.jsonl`, a line for each file
-that failed. NAME is a digest of the files of the part and of their stamps. A part counts once `files/NAME.parquet`
-is there, which is written last, so it may be written twice, or left half-written by a machine that is gone.
+`vectors/NAME.parquet`, the files of each part in `files/NAME.parquet` (`FILES`), and `errors.jsonl`, a line for each
+file that failed. NAME is a digest of the files of the part and of their stamps. A part counts once
+`files/NAME.parquet` is there, which is written last, so a part may be written twice, or left half-written.
 """
 
 import hashlib
@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 RUN_NAME, FILES_FOLDER = "run.json", "files"
-FILES = ("file", "seconds", "complete", "error", "size", "modified")  # columns; size in bytes, modified in ns since 1970
+FILES = (
+    "file",
+    "seconds",
+    "complete",
+    "error",
+    "size",
+    "modified",
+)  # columns; size in bytes, modified in ns since 1970
 _MOST_FILES, _MOST_BYTES = 256, 1 << 28  # of a part: what a machine that is lost may have to do again
 _PARTS_EACH = 8  # parts for each worker, where there are few files
 _AGAIN = "choose another folder, or remove that file to start again"

@@ -1,0 +1,104 @@
+"""What the commands tag and embed do with --ray: sounds are processed on a cluster, into a folder of Parquet parts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ced.cli.console import complain, show
+from ced.errors import ConfigError
+from ced.progress import NotedProgress
+from ced.tag.options import EACH, TagOptions
+
+if TYPE_CHECKING:
+    from ced.integrations.ray import Embedding, Tagging
+    from ced.model.graph import Precision
+    from ced.tag.inputs import Input
+    from ced.tag.tagger import Tagger
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster, and the folder that its machines write into."""
+
+    address: str
+    out: Path
+    workers: int | None
+
+    @classmethod
+    def chosen(
+        cls, address: str | None, out: Path | None, jobs: int | None, others: Mapping[str, Any]
+    ) -> "Cluster | None":
+        """Return the cluster that --ray names, if it does.
+
+        Args:
+            address, out, jobs: the options --ray, --out and --jobs.
+            others: options that do not go together with --ray, and what is given for them.
+        """
+        if address is None:
+            return None
+        for name, value in others.items():
+            if value:
+                raise ConfigError(f"{name} does not go together with --ray, which writes Parquet parts; leave it out")
+        if out is None or out.suffix in (".npy", ".parquet"):
+            got = "" if out is None else f"; got {out}"
+            raise ConfigError(f"--ray writes many files; name a folder with --out{got}")
+        return cls(address, out, jobs)
+
+
+def tag(
+    cluster: Cluster,
+    tagger: "Tagger",
+    model: tuple[str, "Precision"],
+    inputs: "Sequence[Input]",
+    chosen: TagOptions,
+    channel: str,
+    progress: NotedProgress,
+) -> bool:
+    """Tag sounds on a cluster; return whether all of them could be read to the end."""
+    from ced.integrations.ray import Tagging, model_of
+
+    work = Tagging(model_of(tagger, *model), chosen, channel == EACH)
+    return _run(cluster, work, inputs, {**chosen.settings(), "channel": channel}, progress)
+
+
+def embed(
+    cluster: Cluster,
+    tagger: "Tagger",
+    model: tuple[str, "Precision"],
+    inputs: "Sequence[Input]",
+    chosen: TagOptions,
+    channel: str,
+    windows: bool,
+    progress: NotedProgress,
+) -> bool:
+    """Embed sounds on a cluster; return whether all of them could be read to the end."""
+    from ced.integrations.ray import Embedding, model_of
+
+    work = Embedding(model_of(tagger, *model), chosen, windows, channel == EACH)
+    settings = {name: getattr(chosen, name) for name in ("window", "step", "tail", "strict")}
+    return _run(cluster, work, inputs, {**settings, "channel": channel, "windows": windows}, progress)
+
+
+def _run(
+    cluster: Cluster,
+    work: "Tagging | Embedding",
+    inputs: "Sequence[Input]",
+    settings: Mapping[str, Any],
+    progress: NotedProgress,
+) -> bool:
+    from ced.integrations import ray
+
+    ray.connect(cluster.address, silent=True)
+    summary = ray.run(
+        inputs,
+        work,
+        cluster.out,
+        settings={"model": work.model.digest, **settings},
+        address=cluster.address,
+        workers=cluster.workers,
+        progress=progress,
+        failed=lambda result: complain(result.error or ""),
+    )
+    show(summary)
+    return not summary.failed and not summary.incomplete
