@@ -1,8 +1,8 @@
 """Measure what Ray costs, and what a second worker gains: a folder of clips on one machine, plain and as a cluster.
 
-Run as `python benchmarks/cluster.py FOLDER` (some minutes on two cores). Four sides take turns, each in processes of its
-own: `ced tag` with one and with two threads, and a Ray cluster of this machine with one and with two workers. Each tags a
-few clips of the folder, then all of it. Printed are medians of
+Run as `python benchmarks/cluster.py FOLDER` (some minutes on two cores). Four sides take turns, each in processes of
+its own: `ced tag` with one and with two threads, and a Ray cluster of this machine with one and with two workers. Each
+tags a few clips of the folder, then all of it. Printed are medians of
 
     start   seconds for the few clips: of Python, of Ray, of workers and models
     rate    clips a second beyond these
@@ -40,7 +40,7 @@ def processor_seconds() -> float:
     """Return the processor time of this process and of all that it has started and that still run."""
     own = psutil.Process()
     times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
-    return sum(each.user + each.system for each in times)
+    return float(sum(each.user + each.system for each in times))
 
 
 def tag(on_ray: bool, workers: int, model: str, inputs: list[Input], out: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ced.cli.console import complain, show
 from ced.errors import ConfigError
@@ -11,7 +11,7 @@ from ced.progress import NotedProgress
 from ced.tag.options import EACH, TagOptions
 
 if TYPE_CHECKING:
-    from ced.integrations.ray import Embedding, Tagging
+    from ced.integrations.ray import Embedding, Model, Tagging
     from ced.model.graph import Precision
     from ced.tag.inputs import Input
     from ced.tag.tagger import Tagger
@@ -46,26 +46,35 @@ class Cluster:
         return cls(address, out, jobs)
 
 
+class ChosenModel(NamedTuple):
+    """The options that name a model and how it runs."""
+
+    name: str
+    precision: "Precision"
+    device: str | None
+    batch: int
+
+
 def tag(
     cluster: Cluster,
     tagger: "Tagger",
-    model: tuple[str, "Precision"],
+    model: ChosenModel,
     inputs: "Sequence[Input]",
     chosen: TagOptions,
     channel: str,
     progress: NotedProgress,
 ) -> bool:
     """Tag sounds on a cluster; return whether all of them could be read to the end."""
-    from ced.integrations.ray import Tagging, model_of
+    from ced.integrations.ray import Tagging
 
-    work = Tagging(model_of(tagger, *model), chosen, channel == EACH)
+    work = Tagging(_opened_by_workers(tagger, model), chosen, channel == EACH)
     return _run(cluster, work, inputs, {**chosen.settings(), "channel": channel}, progress)
 
 
 def embed(
     cluster: Cluster,
     tagger: "Tagger",
-    model: tuple[str, "Precision"],
+    model: ChosenModel,
     inputs: "Sequence[Input]",
     chosen: TagOptions,
     channel: str,
@@ -73,11 +82,17 @@ def embed(
     progress: NotedProgress,
 ) -> bool:
     """Embed sounds on a cluster; return whether all of them could be read to the end."""
-    from ced.integrations.ray import Embedding, model_of
+    from ced.integrations.ray import Embedding
 
-    work = Embedding(model_of(tagger, *model), chosen, windows, channel == EACH)
+    work = Embedding(_opened_by_workers(tagger, model), chosen, windows, channel == EACH)
     settings = {name: getattr(chosen, name) for name in ("window", "step", "tail", "strict")}
     return _run(cluster, work, inputs, {**settings, "channel": channel, "windows": windows}, progress)
+
+
+def _opened_by_workers(tagger: "Tagger", model: ChosenModel) -> "Model":
+    from ced.integrations.ray import Model, digest_of
+
+    return Model(model.name, model.precision, model.device, model.batch, digest_of(tagger))
 
 
 def _run(

@@ -10,7 +10,7 @@ from ced.tag.options import EVENT_THRESHOLD, TOP_K, Tail
 
 # Panels of --help
 _INPUT, _WINDOWS, _SELECTION, _EVENTS, _OUTPUT = "Input", "Windows", "Selection", "Events", "Output"
-_ACTIONS, _CLUSTER = "Actions", "Cluster"
+_ACTIONS, _DEVICE, _CLUSTER = "Actions", "Device", "Cluster"
 
 _SOUNDS = "Files, folders, patterns, http(s) addresses, @LIST (a path a line; @-: on standard input), or - (a sound on "
 _SOUNDS += "standard input)."
@@ -65,6 +65,21 @@ Jobs = Annotated[
     typer.Option("--jobs", "-j", min=1, help="Windows scored at a time, one thread each; default: all cores."),
 ]
 
+Device = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_DEVICE,
+        help="cpu, cuda, coreml, directml or another device that the installed ONNX Runtime can use; cuda:1 for the "
+        "second of several; auto: an accelerator if there is one.",
+        show_default="cpu",
+    ),
+]
+Batch = Annotated[
+    int,
+    typer.Option(
+        min=1, rich_help_panel=_DEVICE, help="Windows that share a call of the model on an accelerator; not on the CPU."
+    ),
+]
 Ray = Annotated[
     str | None,
     typer.Option(

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ced.cli import clustering, options
-from ced.cli.clustering import Cluster
+from ced.cli.clustering import ChosenModel, Cluster
 from ced.cli.console import complain, reporting, show, show_data
 from ced.errors import AudioError, ConfigError
 from ced.machine import cores
 from ced.progress import NotedProgress, silent
-from ced.tag.options import EACH, TagOptions
+from ced.tag.options import BATCH, EACH, TagOptions
 
 if TYPE_CHECKING:
     from ced.sound.labels import ClassTable
@@ -58,6 +58,8 @@ def tag(
     keep_scores: options.KeepScores = False,
     clips: options.Clips = None,
     jobs: options.Jobs = None,
+    device: options.Device = None,
+    batch: options.Batch = BATCH,
     ray: options.Ray = None,
 ) -> None:
     """Tag sounds: print the most probable classes of each window as it is known, or write them to files.
@@ -102,14 +104,18 @@ def tag(
             if channel == EACH and cluster is None:
                 inputs = list(each_channel(inputs))
             output.check_inputs(inputs, chosen, channel)
-            with Tagger(model, precision=precision, jobs=jobs or cores(), progress=progress) as tagger:
+            here = device if cluster is None else None  # the workers' machines may have devices that this one lacks
+            with Tagger(
+                model, device=here, precision=precision, jobs=jobs or cores(), batch=batch, progress=progress
+            ) as tagger:
                 if threshold is not None:
                     chosen = replace(chosen, thresholds=thresholds(threshold, tagger.labels))
                 chosen = tagger.checked(chosen)
                 if cluster is not None:
-                    ok = clustering.tag(cluster, tagger, (model, precision), inputs, chosen, channel, progress)
+                    scorer = ChosenModel(model, precision, device, batch)
+                    ok = clustering.tag(cluster, tagger, scorer, inputs, chosen, channel, progress)
                 else:
-                    ok = _tag_sounds(tagger, inputs, chosen, channel, output, jobs or cores(), progress)
+                    ok = _tag_sounds(tagger, inputs, chosen, channel, output, tagger.jobs, progress)
     if not ok:
         raise typer.Exit(1)
 
@@ -127,6 +133,8 @@ def embed(
     tail: options.Tails = TagOptions.tail,
     windows: options.EachWindow = False,
     jobs: options.Jobs = None,
+    device: options.Device = None,
+    batch: options.Batch = BATCH,
     ray: options.Ray = None,
 ) -> None:
     """Write an embedding of each sound, a vector for classifiers and searches of your own.
@@ -134,7 +142,7 @@ def embed(
     A sound that cannot be read is named and left out, one that is cut short is embedded as far as it goes; the exit
     code is then 1.
     """
-    from ced.tag import batch
+    from ced.tag.batch import results
     from ced.tag.embeddings import Row, check_suffix, rows_of, write_embeddings
     from ced.tag.inputs import Input, each_channel, find_inputs
     from ced.tag.tagger import Embedding, Tagger
@@ -148,7 +156,8 @@ def embed(
         chosen = TagOptions(window=window, hop=hop, tail=tail, channel=single, strict=strict)
         with reporting() as progress, Tagger(model, precision=precision, progress=progress) as tagger:
             chosen = tagger.checked(chosen)
-            ok = clustering.embed(cluster, tagger, (model, precision), inputs, chosen, channel, windows, progress)
+            scorer = ChosenModel(model, precision, device, batch)
+            ok = clustering.embed(cluster, tagger, scorer, inputs, chosen, channel, windows, progress)
         if not ok:
             raise typer.Exit(1)
         return
@@ -157,7 +166,9 @@ def embed(
     failed, cut = 0, 0
     with (
         reporting() as progress,
-        Tagger(model, precision=precision, jobs=jobs or cores(), progress=progress) as tagger,
+        Tagger(
+            model, device=device, precision=precision, jobs=jobs or cores(), batch=batch, progress=progress
+        ) as tagger,
     ):
 
         def process(item: Input) -> Embedding:
@@ -166,7 +177,7 @@ def embed(
 
         def rows() -> Iterator[Row]:
             nonlocal failed, cut
-            for outcome in batch.results(inputs, process, jobs=jobs or cores(), task="embedding", progress=progress):
+            for outcome in results(inputs, process, jobs=tagger.jobs, task="embedding", progress=progress):
                 if outcome.result is None:
                     complain(outcome.error, hint=outcome.hint)
                     failed += 1

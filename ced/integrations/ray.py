@@ -17,22 +17,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ced.errors import AudioError, CedError, CheckpointError, ConfigError, ProcessError, optional_packages
 from ced.files import claimed
 from ced.machine import cores
 from ced.model.graph import Precision
 from ced.model.zoo import DEFAULT_MODEL
+from ced.parallel import attempts
 from ced.progress import NotedProgress, silent
-from ced.sound.audio import Source
 from ced.sound.web import is_address
 from ced.tag import embeddings, parts, results
 from ced.tag.batch import Meter, Summary, one_line
 from ced.tag.inputs import Input, each_channel, find_inputs
-from ced.tag.options import TagOptions
+from ced.tag.options import BATCH, TagOptions
 from ced.tag.parts import FileResult, Part, PartFolder
 from ced.tag.tagger import Tagger
 from ced.telemetry import SWITCHES
@@ -46,31 +47,6 @@ if TYPE_CHECKING:
 AUTO = "auto"  # in place of an address: a cluster that runs here or that RAY_ADDRESS names, else one of this machine
 _FILES_AT_ONCE = 16  # of a data set, for one call of a worker
 _SECONDS_TO_END = 10.0  # from the end of its connection to that of a process
-_ATTEMPTS = 2  # to read a file whose process is killed, as the system may kill one that did nothing wrong
-
-
-class Work(Protocol):
-    """What is done with each sound. Workers get copies of it."""
-
-    @property
-    def rows(self) -> str:
-        """What the folder of rows is called."""
-
-    def open(self) -> Tagger:
-        """Open the model, in the process that reads sounds."""
-
-    def process(self, tagger: Tagger, item: Input) -> "Rows":
-        """Return the rows of one sound.
-
-        Raises:
-            AudioError: the sound cannot be read.
-        """
-
-    def schema(self) -> "pa.Schema":
-        """Return the columns of the rows."""
-
-    def tables(self, found: "Iterable[Rows]") -> "Iterator[pa.Table]":
-        """Yield the rows of several sounds as tables."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +64,24 @@ class Model:
 
     Attributes:
         name: a name or path, the same on all machines.
-        precision, device: as for `Tagger`.
+        precision, device, batch: as for `Tagger`.
         digest: of its graph on the machine that began the run; None: not compared.
     """
 
     name: str = DEFAULT_MODEL
     precision: Precision = "float32"
     device: str | None = None
+    batch: int = BATCH
     digest: str | None = None
+
+    def __post_init__(self) -> None:
+        if os.path.exists(self.name):  # workers have another working directory
+            object.__setattr__(self, "name", os.path.abspath(self.name))
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether each worker takes a GPU of the cluster."""
+        return self.device is not None and self.device.partition(":")[0] in ("cuda", "tensorrt", "migraphx")
 
     def open(self) -> Tagger:
         """Open the model.
@@ -103,7 +89,7 @@ class Model:
         Raises:
             CheckpointError: it is not the model that the run was begun with.
         """
-        tagger = Tagger(self.name, precision=self.precision, device=self.device)
+        tagger = Tagger(self.name, precision=self.precision, device=self.device, batch=self.batch)
         if self.digest is not None and digest_of(tagger) != self.digest:
             raise CheckpointError(
                 f"the model {self.name} on machine {platform.node()} is not the one that the run was begun with;"
@@ -126,10 +112,6 @@ class Tagging:
     options: TagOptions = field(default_factory=TagOptions)
     each: bool = False
     rows = "tags"
-
-    def open(self) -> Tagger:
-        """Open the model."""
-        return self.model.open()
 
     def process(self, tagger: Tagger, item: Input) -> Rows:
         """Tag one sound."""
@@ -166,10 +148,6 @@ class Embedding:
     each: bool = False
     rows = "vectors"
 
-    def open(self) -> Tagger:
-        """Open the model."""
-        return self.model.open()
-
     def process(self, tagger: Tagger, item: Input) -> Rows:
         """Embed one sound."""
         options = self.options
@@ -197,11 +175,6 @@ class Embedding:
         yield embeddings.arrow_table([row for rows in found for row in rows.found])
 
 
-def model_of(tagger: Tagger, name: str | os.PathLike[str], precision: Precision, device: str | None = None) -> Model:
-    """Return what workers open to get the model that `tagger` has."""
-    return Model(_absolute(name), precision, device, digest_of(tagger))
-
-
 def digest_of(tagger: Tagger) -> str | None:
     """Return the digest of the model's graph; None of a model without one."""
     from ced.model.runtime import OnnxModel
@@ -216,6 +189,7 @@ def tag(
     *,
     precision: Precision = "float32",
     device: str | None = None,
+    batch: int = BATCH,
     each_channel: bool = False,
     workers: int | None = None,
 ) -> "Dataset":
@@ -231,7 +205,7 @@ def tag(
         model: a name or path, the same on all machines.
         options: how sounds are tagged; None: the defaults.
         precision: as for `Tagger`.
-        device: as for `Tagger`; for "cuda" each worker takes a GPU of the cluster.
+        device, batch: as for `Tagger`; for "cuda" each worker takes a GPU of the cluster.
         each_channel: tag each channel on its own; a column `channel` tells which.
         workers: sounds processed at a time, each on one core; None: all cores, for a data set less one.
 
@@ -241,8 +215,8 @@ def tag(
         MissingPackageError: Ray is not installed.
         ProcessError: the cluster cannot be reached.
     """
-    about = Model(_absolute(model), precision, device)
-    return _dataset(sounds, Tagging(about, options or TagOptions(), each_channel), device, workers)
+    about = Model(os.fspath(model), precision, device, batch)
+    return _dataset(sounds, Tagging(about, options or TagOptions(), each_channel), workers)
 
 
 def embed(
@@ -253,6 +227,7 @@ def embed(
     windows: bool = False,
     precision: Precision = "float32",
     device: str | None = None,
+    batch: int = BATCH,
     each_channel: bool = False,
     workers: int | None = None,
 ) -> "Dataset":
@@ -261,15 +236,15 @@ def embed(
     It has the columns of a Parquet file of embeddings, and `error`, as for `tag`.
 
     Args:
-        sounds, model, precision, device, each_channel, workers: as for `tag`.
+        sounds, model, precision, device, batch, each_channel, workers: as for `tag`.
         options: its windows, tail, channel and strictness count; None: the defaults.
         windows: a vector for each window, not one for each sound.
 
     Raises:
         AudioError, ConfigError, MissingPackageError, ProcessError: as for `tag`.
     """
-    about = Model(_absolute(model), precision, device)
-    return _dataset(sounds, Embedding(about, options or TagOptions(), windows, each_channel), device, workers)
+    about = Model(os.fspath(model), precision, device, batch)
+    return _dataset(sounds, Embedding(about, options or TagOptions(), windows, each_channel), workers)
 
 
 def run(
@@ -321,7 +296,7 @@ def run(
         seconds = 0.0
         if todo:
             connect(address)
-            size = _Pool.fitting(workers, work.model.device).size
+            size = _Pool.fitting(workers, work.model).size
             meter = Meter(progress, len(todo), "tagging" if work.rows == "tags" else "embedding")
             planned = _part_dataset(list(parts.plan(todo, size)))
             for result in _written(planned, work, folder, begun, workers):
@@ -401,12 +376,12 @@ class _Pool:
     gpus: int  # of each worker
 
     @classmethod
-    def fitting(cls, workers: int | None, device: str | None, *, reads: bool = False) -> "_Pool":
+    def fitting(cls, workers: int | None, model: Model, *, reads: bool = False) -> "_Pool":
         """Return the pool that fits the cluster.
 
         Args:
             workers: how many are asked for; None: as many as fit.
-            device: what models run on.
+            model: what each opens.
             reads: leave a core to tasks that read a data set: where actors take all cores, Ray waits for ever.
 
         Raises:
@@ -414,16 +389,15 @@ class _Pool:
         """
         resources = _ray().cluster_resources()
         cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-        on_gpu = device is not None and device.partition(":")[0] == "cuda"
-        most = min(cpus - reads, gpus) if on_gpu else cpus - reads
+        most = min(cpus - reads, gpus) if model.on_gpu else cpus - reads
         has = f"the cluster has {cpus} CPU(s) and {gpus} GPU(s)"
         if workers is not None and workers < 1:
             raise ConfigError(f"workers is {workers}; it must be 1 or more")
         if most < (workers or 1):
-            each = "one CPU and one GPU" if on_gpu else "one CPU"
+            each = "one CPU and one GPU" if model.on_gpu else "one CPU"
             besides = " and one CPU to read the data set" if reads else ""
             raise ConfigError(f"{has}; {workers or 1} worker(s) need {each} each{besides}")
-        return cls(workers or most, int(on_gpu))
+        return cls(workers or most, int(model.on_gpu))
 
     def map(self, dataset: "Dataset", worker: type, arguments: tuple[Any, ...], files: int) -> "Dataset":
         """Apply a worker to batches of a data set; the pool has fewer workers as long as the cluster is busy."""
@@ -439,7 +413,7 @@ class _Pool:
 
 
 def _dataset(
-    sounds: "Dataset | Sequence[str | os.PathLike[str]]", work: Work, device: str | None, workers: int | None
+    sounds: "Dataset | Sequence[str | os.PathLike[str]]", work: "Tagging | Embedding", workers: int | None
 ) -> "Dataset":
     connect()
     ray = _ray()
@@ -454,13 +428,13 @@ def _dataset(
         import pyarrow as pa
 
         inputs = find_inputs([os.fspath(sound) for sound in sounds])
-        pool = _Pool.fitting(workers, device)
+        pool = _Pool.fitting(workers, work.model)
         table = pa.table(
             {"path": [_source(item) for item in inputs], "name": [results.arrow_text(item.name) for item in inputs]}
         )
         blocks = min(len(inputs), max(8 * pool.size, len(inputs) // _FILES_AT_ONCE))
         sounds, reads = ray.data.from_arrow(_split(table, blocks)), False
-    return _Pool.fitting(workers, device, reads=reads).map(sounds, _RowWorker, (work,), _FILES_AT_ONCE)
+    return _Pool.fitting(workers, work.model, reads=reads).map(sounds, _RowWorker, (work,), _FILES_AT_ONCE)
 
 
 def _split(table: "pa.Table", blocks: int) -> "list[pa.Table]":
@@ -488,17 +462,12 @@ def _source(item: Input) -> str:
     return source if isinstance(source, str) and is_address(source) else os.path.abspath(os.fspath(source))
 
 
-def _absolute(model: str | os.PathLike[str]) -> str:
-    """Return a model's name, or its whole path, as workers have another working directory."""
-    return os.path.abspath(model) if os.path.exists(model) else os.fspath(model)
-
-
 def _written(
     planned: "Dataset", work: Tagging | Embedding, folder: PartFolder, begun: str, workers: int | None
 ) -> Iterator[FileResult]:
     """Yield what became of each file, as parts are done."""
     ray = _ray()
-    pool = _Pool.fitting(workers, work.model.device)
+    pool = _Pool.fitting(workers, work.model)
     done = pool.map(planned, _PartWorker, (work, folder, begun), 1)
     try:
         for row in done.iter_rows():
@@ -513,30 +482,32 @@ def _written(
 class _RowWorker:
     """A worker of a data set: batches of sounds to rows."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: "Tagging | Embedding") -> None:
         self._work, self._reader = work, _Reader(work)
 
     def __call__(self, batch: "pa.Table") -> "Iterator[pa.Table]":
         import pyarrow as pa
 
         schema = self._work.schema().append(pa.field("error", pa.string()))
-        for row in batch.to_pylist():
-            name = row.get("name") or row["path"]
-            source: Source = row["path"] if row.get("bytes") is None else row["bytes"]
-            answer = self._reader.read(Input(name, source, Path(name)))
+        items = [_row_input(row) for row in batch.to_pylist()]
+        for item, answer in zip(items, self._reader.read(items), strict=True):
             if isinstance(answer, AudioError):
-                failure = {"file": results.arrow_text(name), "error": one_line(answer.message)}
+                failure = {"file": results.arrow_text(item.name), "error": one_line(answer.message)}
                 yield pa.Table.from_pylist([failure], schema=schema)
                 continue
             for table in self._work.tables([answer]):
-                errors = pa.nulls(len(table), pa.string())
-                yield pa.Table.from_arrays([*table.columns, errors], schema=schema)
+                yield pa.Table.from_arrays([*table.columns, pa.nulls(len(table), pa.string())], schema=schema)
+
+
+def _row_input(row: Mapping[str, Any]) -> Input:
+    name = row.get("name") or row["path"]
+    return Input(name, row["path"] if row.get("bytes") is None else row["bytes"], Path(name))
 
 
 class _PartWorker:
     """A worker of a run: parts to files in its folder, and what became of each sound."""
 
-    def __init__(self, work: Work, folder: PartFolder, begun: str) -> None:
+    def __init__(self, work: "Tagging | Embedding", folder: PartFolder, begun: str) -> None:
         self._work, self._folder, self._begun = work, folder, begun
         self._reader = _Reader(work)
 
@@ -558,8 +529,7 @@ class _PartWorker:
             return done
         rows: list[Rows] = []
         found: list[FileResult] = []
-        for item, stamp in zip(part.inputs, part.stamps, strict=True):
-            answer = self._reader.read(item)
+        for item, stamp, answer in zip(part.inputs, part.stamps, self._reader.read(part.inputs), strict=True):
             name = results.arrow_text(item.name)
             if isinstance(answer, AudioError):
                 found.append(FileResult(name, 0.0, False, one_line(answer.message), stamp))
@@ -574,31 +544,43 @@ class _PartWorker:
 class _Reader:
     """Processes sounds in a process of its own, which is replaced when a sound crashes it."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: "Tagging | Embedding") -> None:
         self._work = work
+        self._at_once = 1 if work.model.device in (None, "cpu") else 4 * work.model.batch  # sounds
         self._process: Any = None
         self._connection: Connection | None = None
 
-    def read(self, item: Input) -> Rows | AudioError:
-        """Return the rows of a sound, or why it has none.
+    def read(self, items: Sequence[Input]) -> Iterator[Rows | AudioError]:
+        """Yield the rows of each sound, or why it has none.
 
         Raises:
-            CedError: the work raised one that is not about the one sound.
+            CedError: the work raised one that is not about a single sound.
         """
-        ended = ""
-        for _ in range(_ATTEMPTS):
-            connection = self._connection or self._start()
+        for start in range(0, len(items), self._at_once):
+            group = items[start : start + self._at_once]
             try:
-                connection.send(item)
-                answer = connection.recv()
-            except (EOFError, OSError):
-                ended = self._end()
-                continue
-            if isinstance(answer, CedError) and not isinstance(answer, AudioError):
-                raise answer
-            assert isinstance(answer, Rows | AudioError)
-            return answer
-        return AudioError(f"the process that read it ended {_ATTEMPTS} times: {ended}", item.name)
+                yield from self._ask(group)
+            except _ProcessEndedError:
+                yield from map(self._alone, group)
+
+    def _alone(self, item: Input) -> Rows | AudioError:
+        """Process a sound again after it, or another of its group, has ended the process."""
+        try:
+            return self._ask([item])[0]
+        except _ProcessEndedError as error:
+            return AudioError(f"the process that read it ended, twice: {error}", item.name)
+
+    def _ask(self, group: Sequence[Input]) -> list[Rows | AudioError]:
+        connection = self._connection or self._start()
+        try:
+            connection.send(group)
+            answer = connection.recv()
+        except (EOFError, OSError):
+            raise _ProcessEndedError(self._end()) from None
+        if isinstance(answer, CedError):
+            raise answer
+        found: list[Rows | AudioError] = answer
+        return found
 
     def _start(self) -> Connection:
         context = multiprocessing.get_context("spawn")  # this process has threads, which a fork would break
@@ -622,23 +604,34 @@ class _Reader:
         return f"exit code {code}"
 
 
-def _serve(connection: Connection, work: Work) -> None:
-    """Answer for one sound after the other, until the worker is gone."""
+class _ProcessEndedError(Exception):
+    """The process that reads sounds has ended; the message is its signal or exit code."""
+
+
+def _serve(connection: Connection, work: "Tagging | Embedding") -> None:
+    """Answer for one group of sounds after the other, until the worker is gone."""
     tagger: Tagger | None = None
     while True:
         try:
-            item = connection.recv()
+            group = connection.recv()
         except (EOFError, OSError):
             return
-        answer: Rows | CedError
+        answer: list[Rows | AudioError] | CedError
         try:
-            tagger = tagger or work.open()
-            answer = work.process(tagger, item)
-        except AudioError as error:  # of a path that is longer than the name, or of bytes, which have none
-            answer = error if error.name is None else AudioError(error.reason, item.name, hint=error.hint)
+            tagger = tagger or work.model.open()
+            answer = list(attempts(partial(_process, work, tagger), group, tagger.jobs, name=_name))
         except CedError as error:
             answer = error
-        except Exception as error:  # an unforeseen error of a decoder must not stop the other sounds
-            answer = AudioError(f"{type(error).__name__}: {error}", item.name)
         with suppress(OSError):
             connection.send(answer)
+
+
+def _process(work: "Tagging | Embedding", tagger: Tagger, item: Input) -> Rows:
+    try:
+        return work.process(tagger, item)
+    except AudioError as error:  # of a path that is longer than the name, or of bytes, which have none
+        raise error if error.name is None else AudioError(error.reason, item.name, hint=error.hint) from error
+
+
+def _name(item: Input) -> str:
+    return item.name

@@ -45,6 +45,7 @@ from ced.sound.features import HOP, MIN_SAMPLES, PATCH, PUBLISHED, column_starts
 from ced.sound.labels import ClassTable, default_classes, named_by_config, read_classes
 
 AT_ONCE = 10 * SAMPLE_RATE  # samples: shorter waves are scored together up to this, longer ones gain nothing by it
+ANY_NUMBER = 1 << 62  # in place of `AT_ONCE` on an accelerator, where the caller bounds the memory of a call
 LONGEST_WINDOW = 3_600 * SAMPLE_RATE  # samples: the most that a graph from elsewhere is tried with
 UNUSED_SECONDS = 30 * 24 * 3_600.0  # after which graphs that other code made are removed from the cache
 
@@ -62,9 +63,10 @@ class OnnxModel:
     Attributes:
         labels: the classes, in the order of the scores.
         at_once: samples of several waves that are scored together; 0: each wave by itself.
+        accelerated: whether the graph runs on another device than the CPU.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int = 1) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, threads: int = 1, device: str | None = None) -> None:
         """Open a graph.
 
         Its one input is a wave (batch, time) or log-mel features (batch, 64, time).
@@ -72,12 +74,15 @@ class OnnxModel:
         Args:
             path: the .onnx file.
             threads: how many work on one call.
+            device: where it runs, as `ort.find_device` reads it: "cpu", "cuda", "auto" and others; None: the CPU.
 
         Raises:
             CheckpointError: the file is missing, damaged, not an ONNX graph, or one with other inputs or outputs.
+            ConfigError: the device cannot be used here.
         """
         self.path = Path(path)
-        self._session = ort.open_session(self.path, threads)
+        self._session = ort.open_session(self.path, threads, ort.find_device(device))
+        self.accelerated: bool = self._session.get_providers()[0] != ort.PROVIDERS["cpu"]
         self._input, self._front_end = self._find_input(threads)
         self._outputs = {output.name: output for output in self._session.get_outputs()}
         self._scores = self._find_scores()
@@ -94,7 +99,9 @@ class OnnxModel:
         if LONGEST in meta:
             self._good = _whole_number(self.path, meta, LONGEST, 0)
             self._bad = self._good + 1
-        self.at_once = AT_ONCE if meta.get(PRECISION) == "float32" else 0
+        self.at_once = 0
+        if meta.get(PRECISION) == "float32":
+            self.at_once = ANY_NUMBER if self.accelerated else AT_ONCE
         classes, self._logits = self._outputs[self._scores].shape[-1], False
         if not self._ours:
             probe = self._run(self._scores, _noise(SAMPLE_RATE))
@@ -237,6 +244,7 @@ def open_model(
     *,
     precision: Precision = "float32",
     threads: int = 1,
+    device: str | None = None,
     progress: Progress = silent,
 ) -> OnnxModel:
     """Open a tagger by name, from a checkpoint (file or folder), or from an ONNX file.
@@ -249,25 +257,27 @@ def open_model(
         precision: "int8" makes the int8 graph of the same weights; an .onnx file must be one of ours for that. What is
             int8 already stays so.
         threads: how many work on one call.
+        device: as for `OnnxModel`.
         progress: called during a download, with bytes.
 
     Raises:
         CheckpointError: neither a name nor a model, or a damaged one, or the cache cannot be written.
-        ConfigError: an unknown precision.
+        ConfigError: an unknown precision, or a device that cannot be used here.
         DownloadError: a file that is not cached and could not be downloaded.
         ExportError: a front end that cannot be written as a graph.
         MissingPackageError: a `.pt` checkpoint where torch is not installed.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; allowed: {', '.join(PRECISIONS)}")
+    ort.find_device(device)  # before anything is downloaded for it
     path = _graph_of(name_or_path, precision, progress)
     try:
-        return OnnxModel(path, threads=threads)
+        return OnnxModel(path, threads=threads, device=device)
     except CheckpointError:
         if path.parent != _graphs() or path == Path(name_or_path):
             raise
         path.unlink(missing_ok=True)  # a damaged file of the cache is made again
-        return OnnxModel(_graph_of(name_or_path, precision, progress), threads=threads)
+        return OnnxModel(_graph_of(name_or_path, precision, progress), threads=threads, device=device)
 
 
 def _graphs() -> Path:

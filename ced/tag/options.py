@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ced.tag.select import Selection
 
 EACH = "each"  # in place of a channel, where the command line tags every channel on its own
+BATCH = 32  # windows that share a call of the model on an accelerator, unless given
 TOP_K = 3  # tags of a window, where neither `top_k` nor thresholds are given
 EVENT_THRESHOLD = 0.5  # of events, where no thresholds are given
 Tail = Literal["aligned", "short"]

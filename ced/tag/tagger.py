@@ -27,15 +27,15 @@ from ced.sound import audio
 from ced.sound.audio import Sound, Source, Window, name_of, open_sound
 from ced.sound.labels import ClassTable
 from ced.tag import clock
-from ced.tag.options import TagKeywords, TagOptions, Tail
+from ced.tag.options import BATCH, TagKeywords, TagOptions, Tail
 from ced.tag.records import Kind, Record, Scored, Tags
 from ced.tag.scores import ScoreLog
+from ced.tag.shared_calls import SharedCalls
 from ced.text import printable
 
 if TYPE_CHECKING:
     from ced.model.vit import CED
 
-DEVICES = ("cpu",)  # of graphs
 _AHEAD = 2  # windows in memory for each thread that scores
 _REMEMBERED = 64  # options that are not checked again
 _ROUNDING = 1e-6  # how far a probability may lie outside [0, 1]
@@ -115,16 +115,25 @@ class Tagger:
 
     Args:
         model: a model name, an ONNX file, a checkpoint (file or experiment folder), a torch network, or any `Scorer`.
-        device: where the model runs: "cpu", or for a torch network any device of torch. None: the CPU, or where the
-            weights of the torch network are.
+        device: where the model runs: "cpu"; "cuda", "coreml", "directml" and others for which the installed ONNX
+            Runtime has a provider, or for a torch network any device of torch; "auto", an accelerator if there is one,
+            else the CPU. None: the CPU, or where the weights of the torch network are.
         precision: "float32", or "int8" for a smaller and faster graph whose scores differ a little.
         jobs: windows scored at a time, each in one thread; that is faster than several threads for one window.
+        batch: windows of one length that share a call on an accelerator, whichever sounds they are of. On the CPU each
+            window has a call of its own.
         name: the name of the model in records and errors; None: the name or path given.
         progress: called during a download, if the model needs one.
 
     Raises:
         CheckpointError, DownloadError: the model is unknown, unreadable, or could not be downloaded.
-        ConfigError: the model cannot run on the device or in the precision, or `jobs` is below 1.
+        ConfigError: the model cannot run on the device or in the precision, or `jobs` or `batch` is below 1.
+
+    Attributes:
+        scorer: the model.
+        name: its name.
+        jobs: sounds to read at a time, so that the model never waits: as given, but on an accelerator at least twice
+            `batch`.
     """
 
     def __init__(
@@ -134,14 +143,18 @@ class Tagger:
         device: str | None = None,
         precision: Precision = "float32",
         jobs: int = 1,
+        batch: int = BATCH,
         name: str | None = None,
         progress: Progress = silent,
     ) -> None:
-        if not isinstance(jobs, int) or jobs < 1:
-            raise ConfigError(f"jobs is {jobs!r}; it must be a whole number, 1 or more")
+        for what, number in (("jobs", jobs), ("batch", batch)):
+            if not isinstance(number, int) or number < 1:
+                raise ConfigError(f"{what} is {number!r}; it must be a whole number, 1 or more")
         self.scorer = _open(model, device, precision, progress)
+        accelerated: bool = getattr(self.scorer, "accelerated", False)
+        self._shared = SharedCalls(batch) if accelerated else None
+        self.jobs = jobs = max(jobs, 2 * batch) if accelerated else jobs  # threads that decode, and wait for a call
         self.name = name or (os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__)
-        self._jobs = jobs
         self._closed = False
         self._fitting: set[TagOptions] = set()  # that were checked, as checking may run the model
         self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="scorer") if jobs > 1 else None
@@ -156,6 +169,8 @@ class Tagger:
     def close(self) -> None:
         """End the threads; sounds that are being tagged end with a ClosedError after the current window."""
         self._closed = True
+        if self._shared is not None:
+            self._shared.close()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -217,7 +232,7 @@ class Tagger:
         Arguments and other errors are those of `tag`; options are checked at once.
         """
         options = self.checked(options, **changes)
-        streams = in_turn((self.stream(source, options) for source in sources), self._jobs)
+        streams = in_turn((self.stream(source, options) for source in sources), self.jobs)
         return map(_result, streams)
 
     def score(
@@ -296,10 +311,10 @@ class Tagger:
         if options.silence is not None and _level(window.wave) < options.silence:
             return [Scored(window.start, window.end, np.zeros(len(self.labels), np.float32), silent=True)]
         if not options.columns:
-            (probs,) = self._probs(self.scorer(window.wave[None]), 2)
+            (probs,) = self._probs(self._call(self.scorer, window.wave[None]), 2)
             return [Scored(window.start, window.end, probs)]
         model = self._column_scorer()
-        (rows,) = self._probs(model.columns(window.wave[None]), 3)
+        (rows,) = self._probs(self._call(model.columns, window.wave[None]), 3)
         # The samples after the last whole column belong to the last one; what earlier windows have is left out.
         times = [*(window.start + model.column_starts(len(rows))).tolist(), window.end]
         return [
@@ -318,7 +333,8 @@ class Tagger:
         """
         if len(windows) == 1 or options.columns or options.silence is not None:
             return [self.score_window(window, options) for window in windows]
-        rows = self._probs(self.scorer(np.stack([window.wave for window in windows])), 2, len(windows))
+        waves = np.stack([window.wave for window in windows])
+        rows = self._probs(self._call(self.scorer, waves), 2, len(windows))
         return [[Scored(window.start, window.end, row)] for window, row in zip(windows, rows, strict=True)]
 
     @contextmanager
@@ -359,8 +375,12 @@ class Tagger:
         """
         if not isinstance(self.scorer, Embedder):
             raise CheckpointError(f"the model {self.name} gives no embeddings; a graph written by `ced export` does")
-        vector: Array = self._answer(self.scorer.embed(window.wave[None]), 2)[0]
+        vector: Array = self._answer(self._call(self.scorer.embed, window.wave[None]), 2)[0]
         return vector
+
+    def _call(self, function: Callable[[Array], Array], waves: Array) -> Array:
+        """Call the model, on an accelerator together with what other threads ask of it."""
+        return function(waves) if self._shared is None else self._shared(function, waves)
 
     def _probs(self, answer: Array, dimensions: int, count: int = 1) -> Array:
         """Check the probabilities of `count` waves, (count, ..., c)."""
@@ -395,7 +415,7 @@ class Tagger:
                 self._check_open()
                 yield work(window)
         else:
-            yield from in_order(work, windows, self._submit, _AHEAD * self._jobs)
+            yield from in_order(work, windows, self._submit, _AHEAD * self.jobs)
 
     def _submit(self, work: Callable[[T], R], item: T, /) -> Future[R]:
         self._check_open()
@@ -581,8 +601,6 @@ def _open(
         from ced.model.torch_scorer import TorchScorer
 
         return TorchScorer(model, device)
-    if device not in (None, *DEVICES):
-        raise ConfigError(f"device is {device!r}; allowed: {', '.join(DEVICES)}, or for a torch network those of torch")
     if not isinstance(model, str | os.PathLike):
         if not callable(model) or not hasattr(model, "labels"):
             raise ConfigError(
@@ -590,10 +608,12 @@ def _open(
             )
         if precision != "float32":
             raise ConfigError(f"precision is {precision}; a model that is open already runs in its own")
+        if device not in (None, "cpu", "auto"):
+            raise ConfigError(f"device is {device!r}; a model that is open already runs where it is")
         return cast(Scorer, model)
     from ced.model.runtime import open_model
 
-    return open_model(model, precision=precision, progress=progress)
+    return open_model(model, precision=precision, device=device, progress=progress)
 
 
 def _level(wave: Array) -> float:
