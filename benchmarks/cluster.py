@@ -20,8 +20,8 @@ from pathlib import Path
 
 import psutil
 
-from ced.tag import batch
-from ced.tag.inputs import Input, find_inputs
+from ced.tag.batch import tag_to_folder
+from ced.tag.inputs import InputSound, find_inputs
 from ced.tag.options import TagOptions
 from ced.tag.records import Record
 from ced.tag.tagger import Tagger
@@ -43,7 +43,7 @@ def processor_seconds() -> float:
     return float(sum(each.user + each.system for each in times))
 
 
-def tag(on_ray: bool, workers: int, model: str, inputs: list[Input], out: Path) -> None:
+def tag(on_ray: bool, workers: int, model: str, inputs: list[InputSound], out: Path) -> None:
     if on_ray:
         from ced.integrations import ray
 
@@ -53,11 +53,10 @@ def tag(on_ray: bool, workers: int, model: str, inputs: list[Input], out: Path) 
         return
     with Tagger(model, jobs=workers) as tagger:
 
-        def process(item: Input) -> Record:
+        def process(item: InputSound) -> Record:
             return tagger.tag(item.source, OPTIONS, name=item.name)
 
-        formats = {"output": ["parquet"], "combined": True}
-        batch.run(inputs, process, out, settings={}, jobs=workers, **formats)  # type: ignore[arg-type]
+        tag_to_folder(inputs, process, out, settings={}, output=["parquet"], combined=True, jobs=workers)
 
 
 def measured(side: str, folder: Path, model: str, clips: int) -> tuple[float, float]:

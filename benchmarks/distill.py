@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
-from ced.config import StoreConfig, TrainConfig, check
+from ced.config import Mode, StoreConfig, check
 from ced.distill import targets, views
-from ced.distill.dataset import Batch, ViewDataset, in_order, prefetch, stored
+from ced.distill.dataset import Batch, ViewDataset, chunks_of_rows, in_batches, prefetch
 from ced.distill.distributed import World
 from ced.distill.pack_reader import AudioPack
 from ced.distill.pack_writer import pack
-from ced.distill.step import Stepper
+from ced.distill.step import Stepper, TargetLoss, TrainingBatch
 from ced.distill.store import store
 from ced.distill.view_store import ViewStore, part_path
 from ced.model import loading
@@ -98,7 +98,7 @@ class PlainDataset(Dataset[tuple[Tensor, Tensor, float, float]]):
 def our_items(dataset: ViewDataset, store: ViewStore, workers: int, size: int) -> Iterator[tuple[Any, Tensor]]:
     """Yield batches as the student gets them: waves, uniforms, and targets spread over the classes."""
     rows = store.rows(1)
-    for batch in prefetch(dataset, in_order(len(dataset), size), workers):
+    for batch in prefetch(dataset, in_batches(len(dataset), size), workers):
         values = torch.from_numpy(rows.values[batch.items])
         indexes = torch.from_numpy(rows.indexes[batch.items])
         yield batch, targets.spread(values, indexes, CLASSES, "zero")
@@ -112,7 +112,7 @@ def exhaust(items: Any) -> None:
 def measure_items(pack_table: Path, store_folder: Path, rounds: int) -> Iterator[Measurement]:
     audio, views_stored = AudioPack(pack_table), ViewStore(store_folder)
     rows = views_stored.rows(1)
-    chunks = stored(audio, rows, SECONDS)
+    chunks = chunks_of_rows(audio, rows, SECONDS)
     ours = ViewDataset(audio, chunks, views_stored.meta.recipe, rows.seeds, SECONDS * SAMPLE_RATE)
     h5 = next(pack_table.parent.parent.glob("hdf5/*.h5"))
     plain = PlainDataset(h5, part_path(store_folder, 1, 0), list(rows.filenames))
@@ -189,20 +189,18 @@ def measure_store(pack_table: Path, checkpoint: Path, folder: Path, rounds: int)
     yield "storing views (plain: bare forward pass)", "views/s", *alternate(rounds, forward, walk)  # type: ignore[misc]
 
 
-def training_step(mode: str, backend: SDPBackend | None = None, compiled: bool = False) -> Callable[[], float]:
+def training_step(mode: Mode, backend: SDPBackend | None = None, compiled: bool = False) -> Callable[[], float]:
     """Return a timed training step of ced_tiny on a batch of 32 clips of 10 s, from waves to new weights."""
-    values = {"train_data": "none", "logitspath": "none", "model": "ced_tiny", "optimizer": "Adam", "mode": mode}
-    config = check(TrainConfig, {**values, "compile": compiled}, "the benchmark")
     network = loading.create("ced_tiny", model_args={"pooling": "logit"}, pretrained=False, labels=audioset())
-    loss = torch.nn.functional.binary_cross_entropy_with_logits
-    stepper = Stepper(config, network, loss, World(0, 1, torch.device("cpu")))
+    objective = TargetLoss(network, torch.nn.functional.binary_cross_entropy_with_logits)
+    stepper = Stepper(network, objective, World(0, 1, torch.device("cpu")), mode=mode, compiled=compiled)
     waves = (torch.randn(32, SECONDS * SAMPLE_RATE) * 3000).to(torch.int16)
-    batch = Batch(np.arange(32), waves, torch.rand(32, 2))
-    wanted = torch.rand(32, CLASSES).pow(20)
+    chunks = Batch(np.arange(32), waves, torch.rand(32, 2))
+    batch = TrainingBatch(chunks, RECIPE, targets=torch.rand(32, CLASSES).pow(20))
 
     def step() -> None:
         with sdpa_kernel(backend) if backend else nullcontext():
-            stepper.step(batch, RECIPE, wanted, None, 1e-4)
+            stepper.step(batch, 1e-4)
 
     return lambda: rate(32, step)
 

@@ -1,6 +1,6 @@
-"""Configurations: a YAML file and `--key value` overrides become one checked object a command.
+"""Configurations: a YAML file and `--key value` overrides are validated together, with one class for each command.
 
-The keys are those of the published configurations. Everything wrong with a file is reported at once.
+The keys are those of the published configurations. All errors of a file are reported at once.
 """
 
 import difflib
@@ -24,8 +24,8 @@ from pydantic import (
 from ced.errors import ConfigError
 
 _LONGEST_FILE = 1 << 20  # characters; a configuration has about a thousand
-_MOST_VALUES = 10_000  # in a file, each counted as often as its aliases repeat it
-_DEEPEST = 20  # lists and mappings within each other
+_MOST_VALUES = 10_000  # in a file, counted with the repetitions by aliases
+_DEEPEST = 20  # levels of nested lists and mappings
 _SHOWN = 100  # characters of a value in an error
 
 Mode = Annotated[
@@ -54,15 +54,15 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
-    """A part of a configuration that knows its keys."""
+    """A configuration or a part of one: its fields are the keys that it accepts."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    refused: ClassVar[Mapping[str, str]] = {}  # keys that other commands know, and why this one does not
+    refused: ClassVar[Mapping[str, str]] = {}  # keys of other commands, and why this one has none
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_number_is_true(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false for numbers, as which they would be 1 and 0."""
+    def _refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where a number is expected: pydantic would take them as 1 and 0."""
         kinds = set(_kinds(cls.model_fields[str(info.field_name)].annotation))
         parts = value if isinstance(value, list) else [value]
         if kinds & {int, float} and bool not in kinds and any(isinstance(part, bool) for part in parts):
@@ -71,52 +71,52 @@ class Section(BaseModel):
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
-    """Yield the types that an annotation is made of."""
+    """Yield an annotation and, recursively, its type arguments."""
     yield annotation
     for inner in get_args(annotation):
         yield from _kinds(inner)
 
 
 class ShiftArgs(Section):
-    """Roll the chunk by a random part of its length, half of the time."""
+    """Roll the chunk by a random part of its length, with probability 1/2."""
 
     min_shift: float = Field(-0.5, ge=-1, le=1)
     max_shift: float = Field(0.5, ge=-1, le=1)
 
     @model_validator(mode="after")
-    def _rising(self) -> Self:
+    def _check_order(self) -> Self:
         if self.min_shift > self.max_shift:
             raise ValueError(f"min_shift {self.min_shift} is above max_shift {self.max_shift}")
         return self
 
 
 class TimeMaskingArgs(Section):
-    """Blank a random band of frames."""
+    """Mask a random band of frames."""
 
     time_mask_param: Positive | None = Field(None, description="null: 192 for 10 s, in proportion for shorter chunks")
 
 
 class FrequencyMaskingArgs(Section):
-    """Blank a random band of mel bins."""
+    """Mask a random band of mel bins."""
 
     freq_mask_param: Positive = 24
 
 
 def _merge(value: Any) -> Any:
-    """Accept transforms as a mapping or as the published list of one-key mappings; null is none of them."""
+    """Accept transforms as a mapping, as the published list of one-key mappings, or null for none."""
     if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
         return {key: arguments for item in value for key, arguments in item.items()}
     return {} if value is None else value
 
 
 class WavTransforms(Section):
-    """What a view does to the wave; what is left out is not done."""
+    """Transforms of the wave; one that is left out is not applied."""
 
     Shift: ShiftArgs | None = None
 
 
 class SpecTransforms(Section):
-    """What a view does to the mel; what is left out is not done."""
+    """Transforms of the mel; one that is left out is not applied."""
 
     TimeMasking: TimeMaskingArgs | None = None
     FrequencyMasking: FrequencyMaskingArgs | None = None
@@ -138,7 +138,7 @@ class OptimizerArgs(Section):
 
 
 class LossArgs(Section):
-    """Arguments of the loss; both ways of reducing give the same gradient here, the mean over items and classes."""
+    """Arguments of the loss; both reductions give the same gradient here, the mean over items and classes."""
 
     reduction: Literal["none", "mean"] = "mean"
 
@@ -153,34 +153,35 @@ class StoreConfig(Section):
     )
     model_args: dict[str, Any] = Field({}, description="pooling, target_length of the teachers")
     epochs: Positive = Field(40, description="views stored of each chunk")
-    topk: Positive = Field(20, description="scores kept of each view")
+    topk: Positive = Field(20, description="highest scores stored of each view")
     chunk_length: float = Field(
-        10, gt=0, le=3600, description="seconds of a chunk; a rest shorter than half of it is left out"
+        10, gt=0, le=3600, description="seconds of a chunk; a last one shorter than half of it is dropped"
     )
-    batch_size: Positive = Field(128, description="chunks a forward pass")
+    batch_size: Positive = Field(128, description="chunks of a forward pass")
     num_workers: Workers = Field(4, description="threads that read audio")
     mode: Mode = Field("amp", description="precision on a GPU: amp (fp16), amp_bf16 or off (fp32)")
     wavtransforms: Wav = Field(ALL_WAV, description="Shift: {min_shift, max_shift}")
     spectransforms: Spec = Field(ALL_SPEC, description="TimeMasking: {time_mask_param}, FrequencyMasking: {...}")
-    seed: Seed = Field(42, description="where the views' seeds come from")
+    seed: Seed = Field(42, description="seed from which the seeds of the views are drawn")
 
 
 class LoopConfig(Section):
-    """Keys that every training command has."""
+    """Keys that all training commands share."""
 
-    command: ClassVar[str]  # the command that trains with this configuration
-
+    command: str  # that trains with this configuration: an experiment is resumed by the command that began it
     train_data: UserPath = Field(description="table of the audio pack to train on")
     outputpath: UserPath = Field(Path("experiments"), description="folder for experiments")
     model: str = Field(description="the network: a model name or a checkpoint")
-    model_args: dict[str, Any] = Field({}, description="changes to the network: target_length, depth, ...")
-    pretrained: bool | str = Field(
-        True, description="first weights: true (those of the model), false (fresh), or a name or file"
+    model_args: dict[str, Any] = Field(
+        {}, description="changes to the network's configuration: target_length, depth, ..."
     )
-    batch_size: Positive = Field(32, description="items a step, all processes together")
+    pretrained: bool | str = Field(
+        True, description="first weights: true (those of the model), false (random), or a name or file"
+    )
+    batch_size: Positive = Field(32, description="items of a step, all processes together")
     epochs: Positive = Field(300, description="epochs to train")
-    epoch_length: Positive | None = Field(None, description="steps an epoch; null: all of the data once")
-    optimizer: Optimizer = Field("Adam8bit", description="Adam8bit becomes Adam without CUDA and bitsandbytes")
+    epoch_length: Positive | None = Field(None, description="steps of an epoch; null: all of the data once")
+    optimizer: Optimizer = Field("Adam8bit", description="Adam8bit is replaced by Adam without CUDA and bitsandbytes")
     optimizer_args: OptimizerArgs = Field(OptimizerArgs(), description="lr, weight_decay, betas, eps")
     warmup_iters: int | None = Field(None, ge=0, le=10**12, description="steps of linear warm-up")
     warmup_epochs: float | None = Field(None, ge=0, description="the same in epochs; give one of the two")
@@ -189,7 +190,7 @@ class LoopConfig(Section):
     mode: Mode = Field("amp", description="precision: amp (fp16, GPU only), amp_bf16 or off (fp32)")
     num_workers: Workers = Field(4, description="threads that read audio")
     compile: bool = Field(False, description="compile the network with torch.compile")
-    seed: Seed = Field(42, description="where every random choice comes from")
+    seed: Seed = Field(42, description="seed of all random numbers")
     logfile: FileName = Field("train.log", description="name of the log in the experiment folder")
 
     @model_validator(mode="after")
@@ -200,10 +201,10 @@ class LoopConfig(Section):
 
 
 class TaggerConfig(LoopConfig):
-    """Keys of the commands that train a tagger, which labels can say how good it is."""
+    """Keys of the commands that train a tagger, which can be validated on a labelled table."""
 
     eval_data: UserPath | None = Field(None, description="labelled table to validate on; null: none")
-    eval_batch_size: Positive = Field(32, description="clips an evaluation step")
+    eval_batch_size: Positive = Field(32, description="clips of a batch in validation")
     valid_every: Positive = Field(1, description="epochs from one validation to the next")
     early_stop: Positive | None = Field(
         10, description="stop after this number of validations without gain; null: never"
@@ -216,36 +217,44 @@ class TaggerConfig(LoopConfig):
 class TrainConfig(TaggerConfig):
     """Keys of `ced train`: distil a student from a view store."""
 
-    command = "train"
+    command: Literal["train"] = "train"
     logitspath: UserPath = Field(description="the view store: folder with logits_ep<e>_<rank>.h5")
     num_classes: Positive = Field(527, description="classes of the store and of the student")
-    label_type: Fill = Field("zero", description="scores outside the top k")
+    label_type: Fill = Field("zero", description="targets of the classes outside the top k")
     max_aug_epochs: Positive | None = Field(None, description="use only this number of stored epochs; null: all")
-    disable_consistency: bool = Field(False, description="the student draws its own masks, no shift (an ablation)")
+    disable_consistency: bool = Field(False, description="ablation: the student draws masks of its own, without shift")
     loss: Literal["BCEWithLogitsLoss"] = Field("BCEWithLogitsLoss", description="the only loss of CED")
     loss_args: LossArgs = Field(LossArgs(), description="reduction: none or mean")
 
 
 class FinetuneConfig(TaggerConfig):
-    """Keys of `ced finetune`: learn a labelled table."""
+    """Keys of `ced finetune`: train a tagger on a labelled table."""
 
-    command = "finetune"
+    command: Literal["finetune"] = "finetune"
     classes: UserPath | None = Field(None, description="class table (index, name); audioset or null: AudioSet's 527")
     task: Literal["multi", "single"] = Field("multi", description="any number of classes a clip, or exactly one")
-    balanced: bool = Field(False, description="draw clips so that all classes come up equally often")
+    balanced: bool = Field(False, description="draw clips so that all classes are equally frequent")
     label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="part of each target that is spread evenly: over yes and no, or over the classes"
+        0.0,
+        ge=0,
+        lt=1,
+        description="part of each target replaced by a uniform distribution, over yes and no or over the classes",
     )
-    trainable: Literal["all", "head"] = Field("all", description="what learns: the whole network or its head")
+    trainable: Literal["all", "head"] = Field(
+        "all", description="what is trained: the whole network or only its output layer"
+    )
     chunk_length: float = Field(
-        10, gt=0, le=3600, description="seconds a training item is cut or padded to: about the length of the clips"
+        10,
+        gt=0,
+        le=3600,
+        description="seconds to which training items are cut or padded; about the length of the clips",
     )
     wavtransforms: Wav = Field(ALL_WAV, description="Shift: {min_shift, max_shift}")
     spectransforms: Spec = Field(ALL_SPEC, description="TimeMasking: {time_mask_param}, FrequencyMasking: {...}")
 
 
 class DecoderArgs(Section):
-    """The network that fills in what a masked autoencoder does not see."""
+    """The decoder of a masked autoencoder, which predicts the hidden patches."""
 
     embed_dim: int = Field(512, ge=1, le=16_384)
     num_heads: int = Field(8, ge=1, le=16_384)
@@ -266,25 +275,25 @@ class PretrainOptimizerArgs(OptimizerArgs):
 
 
 class PretrainConfig(LoopConfig):
-    """Keys of `ced pretrain`: a masked autoencoder learns to fill in hidden patches; the defaults are as published."""
+    """Keys of `ced pretrain`: train a masked autoencoder on any clips; the defaults are the published values."""
 
-    command = "pretrain"
+    command: Literal["pretrain"] = "pretrain"
     refused = dict.fromkeys(
         TaggerConfig.model_fields.keys() - LoopConfig.model_fields.keys(),
-        "pre-training knows no labels: nothing is validated or mixed, and last.safetensors is the result",
+        "pre-training uses no labels: there is no validation and no mixup, and last.safetensors is the result",
     )
 
     pretrained: bool | str = Field(
-        False, description="first weights: false (fresh), true (those of the model), or a name or file"
+        False, description="first weights: false (random), true (those of the model), or a name or file"
     )
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="part of the patches that is hidden")
     decoder_args: DecoderArgs = Field(DecoderArgs(), description="embed_dim, num_heads, depth of the decoder")
     chunk_length: float = Field(
-        10, gt=0, le=3600, description="seconds of the random crop of each clip; shorter clips are filled up"
+        10, gt=0, le=3600, description="seconds of the random crop of each clip; shorter clips are padded"
     )
     picture_every: Positive = Field(5, description="epochs from one reconstruction.png to the next")
     epochs: Positive = Field(40, description="epochs to train")
-    optimizer: Optimizer = Field("Adam", description="Adam8bit becomes Adam without CUDA and bitsandbytes")
+    optimizer: Optimizer = Field("Adam", description="Adam8bit is replaced by Adam without CUDA and bitsandbytes")
     optimizer_args: PretrainOptimizerArgs = Field(PretrainOptimizerArgs(), description="lr, weight_decay, betas, eps")
     warmup_epochs: float | None = Field(3, ge=0, description="epochs of warm-up, unless warmup_iters is given")
     decay_frac: float = Field(0.01, ge=0, le=1, description="last learning rate as a part of the first")
@@ -292,26 +301,33 @@ class PretrainConfig(LoopConfig):
     @model_validator(mode="before")
     @classmethod
     def _default_warmup(cls, values: Any) -> Any:
-        """Let steps of warm-up replace the default epochs of it."""
+        """Drop the default of warmup_epochs where warmup_iters is given."""
         if isinstance(values, Mapping) and values.get("warmup_iters") is not None:
             return {"warmup_epochs": None} | dict(values)
         return values
 
 
+CONFIGS: Mapping[str, type[Section]] = {
+    "store": StoreConfig,
+    "train": TrainConfig,
+    "finetune": FinetuneConfig,
+    "pretrain": PretrainConfig,
+}  # by command
+
 C = TypeVar("C", bound=Section)
 
 
-def load(kind: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
-    """Return the configuration of a YAML file with `--key value` overrides on top.
+def load_config(kind: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
+    """Return the configuration of a YAML file, with `--key value` overrides.
 
     Args:
         kind: the class of the command's configuration.
-        path: the file, or None when the overrides say it all.
-        overrides: words of a command line: `--key value` or `--key=value`; `--key.inner value` reaches into a mapping;
-            values are read as YAML.
+        path: the file; None: overrides only.
+        overrides: words of a command line: `--key value` or `--key=value`, with hyphens or underscores in the key;
+            `--key.inner value` sets a key of a mapping; values are read as YAML.
 
     Raises:
-        ConfigError: everything that is wrong, one line each, with the nearest known key.
+        ConfigError: its details list all errors, one line each, unknown keys with the most similar known one.
     """
     values = read_file(path) if path is not None else {}
     for key, value in _parse(overrides):
@@ -320,7 +336,7 @@ def load(kind: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
 
 
 def check(kind: type[C], values: Mapping[str, Any], source: str) -> C:
-    """Return `values` as a checked configuration; `source` names their origin in errors."""
+    """Validate `values` as a configuration; `source` is their origin, for errors."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -329,13 +345,33 @@ def check(kind: type[C], values: Mapping[str, Any], source: str) -> C:
 
 
 def dump(config: Section) -> str:
-    """Return a configuration as YAML that `load` reads back."""
+    """Return a configuration as YAML, which `load_config` reads."""
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     return text
 
 
+def command_of(path: Path) -> str:
+    """Return the training command that a complete configuration, such as an experiment's config.yaml, is for.
+
+    It is the key `command`. Version 0.2.0 did not write that key, but wrote all others: its files belong to the command
+    whose class has all of their keys, since each class has keys that the others lack.
+
+    Raises:
+        ConfigError: the file cannot be read, or is for no training command.
+    """
+    values = read_file(path)
+    kinds = {name: kind for name, kind in CONFIGS.items() if issubclass(kind, LoopConfig)}
+    if "command" in values:
+        found = [name for name in kinds if name == values["command"]]
+    else:
+        found = [name for name, kind in kinds.items() if values.keys() <= kind.model_fields.keys()]
+    if len(found) != 1:
+        raise ConfigError(f"{path} does not say which command it is for: add a key command: {' | '.join(kinds)}")
+    return found[0]
+
+
 class _Loader(yaml.SafeLoader):
-    """Reads plain values, and refuses a key that stands twice: the second would silently win."""
+    """Reads plain values, and refuses repeated keys: the second would silently override the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return a mapping as a dict."""
@@ -344,7 +380,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key is a list or a mapping", key.start_mark)
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is repeated", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -353,7 +389,7 @@ def read_file(path: Path) -> dict[str, Any]:
     """Return the keys and values of a YAML file.
 
     Raises:
-        ConfigError: it cannot be read, is not YAML, holds something else than a mapping, or is absurdly large.
+        ConfigError: it cannot be read, is not YAML, is not a mapping, or exceeds the limits on size and depth.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -363,10 +399,10 @@ def read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read configuration {path}: {reason}") from error
     try:
         values = _values_of(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, a number of too many digits
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an invalid date, a number with too many digits
         raise ConfigError(f"configuration {path} is not YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"configuration {path} holds {type(values).__name__}; it must be keys and values")
+        raise ConfigError(f"configuration {path} is {type(values).__name__}; it must be keys and values")
     return values
 
 
@@ -374,20 +410,24 @@ def _values_of(text: str) -> Any:
     """Return the values of a YAML text.
 
     Raises:
-        yaml.YAMLError: it is none.
-        ValueError: a value cannot be made, or there are more or deeper ones than any configuration has.
+        yaml.YAMLError: it is not YAML.
+        ValueError: a value is invalid, or there are more or deeper ones than any configuration has.
     """
     _check_size(text)
     return yaml.load(text, _Loader)
 
 
 def _check_size(text: str) -> None:
-    """Refuse a text that would become far more than it is: aliases of aliases, lists in lists without end."""
+    """Refuse text that would expand to a huge value: aliases of aliases, deeply nested lists.
+
+    Raises:
+        ValueError: the text, the number of values or the depth exceeds its limit.
+    """
     if len(text) > _LONGEST_FILE:
         raise ValueError(f"it has more than {_LONGEST_FILE:,} characters")
     total = 0
-    sizes: dict[str, int] = {}  # of what an anchor names
-    open_ones: list[tuple[str | None, int]] = []  # anchor of each list or mapping around, and values before it
+    sizes: dict[str, int] = {}  # values below each anchor
+    open_ones: list[tuple[str | None, int]] = []  # the enclosing lists and mappings: anchor, and values before it
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.CollectionStartEvent):
             total += 1
@@ -403,7 +443,7 @@ def _check_size(text: str) -> None:
         elif isinstance(event, yaml.ScalarEvent):
             total += 1
         if len(open_ones) > _DEEPEST or total > _MOST_VALUES:
-            raise ValueError(f"it has more than {_MOST_VALUES:,} values, or more than {_DEEPEST} within each other")
+            raise ValueError(f"it has more than {_MOST_VALUES:,} values, or is nested more than {_DEEPEST} levels deep")
 
 
 def _parse(words: Sequence[str]) -> list[tuple[str, Any]]:
@@ -422,26 +462,32 @@ def _parse(words: Sequence[str]) -> list[tuple[str, Any]]:
                 raise ConfigError(f"--{key} has no value; configuration keys are given as --key value")
             text = rest.pop(0)
         try:
-            pairs.append((key, _values_of(text)))
+            value = _values_of(text)
         except (yaml.YAMLError, ValueError):
-            pairs.append((key, text))
+            value = text
+        pairs.append((key.replace("-", "_"), value))
     return pairs
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key, or with dots in it a key of a mapping.
+
+    Raises:
+        ConfigError: an outer key is not a mapping.
+    """
     *outer, last = key.split(".")
     for part in outer:
         inner = _merge(values.get(part))
         if not isinstance(inner, dict):
             raise ConfigError(f"--{key}: {part} is {inner!r}, which has no keys of its own")
-        # A copy: what a file shares through YAML anchors must not change in two places.
+        # A copy: YAML aliases share one object, which must not be changed at both places.
         values[part] = dict(inner)
         values = values[part]
     values[last] = value
 
 
 def _explain(kind: type[Section], problem: Any) -> str:
-    """Say in one line what is wrong at one place of a configuration."""
+    """Describe one of pydantic's errors in one line."""
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         *outer, key = problem["loc"]
@@ -459,7 +505,7 @@ def _explain(kind: type[Section], problem: Any) -> str:
 
 
 def _section_at(kind: type[Section], place: Sequence[int | str]) -> type[Section]:
-    """Return the section that a place of a configuration belongs to."""
+    """Return the class of the section at a place of a configuration."""
     for part in place:
         annotation = kind.model_fields[str(part)].annotation
         inner = [

@@ -19,7 +19,7 @@ from typer.main import get_command
 
 import ced
 from ced.cli import app
-from ced.cli.keys import keys_of
+from ced.cli.keys import ConfigCommand, keys_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = {  # outside docs/: where the site has them
@@ -86,10 +86,13 @@ def command_page(name: str) -> str:
             groups.setdefault(getattr(parameter, "rich_help_panel", None) or kind, []).append(record)
     for title, rows in groups.items():
         lines += [f"## {title}", "", *table(rows), ""]
-    if config := getattr(command, "config", None):
-        rows = [(f"--{key}", f"{about} [{allowed}]") for key, about, allowed in keys_of(config)]
+    if isinstance(command, ConfigCommand):
+        rows = [(key, f"{about} [{allowed}]") for key, about, allowed in keys_of(name)]
         lines += ["## Keys of the configuration", ""]
-        lines += ["Each can be in the file or follow as `--key value`; `--key.inner value` reaches into a mapping.", ""]
+        lines += [
+            "Each can be in the file or follow as `--key value`; `--key.inner value` sets a key of a mapping.",
+            "",
+        ]
         lines += [*table(rows), ""]
     return "\n".join(lines)
 

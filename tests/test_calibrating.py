@@ -49,9 +49,10 @@ def test_thresholds_are_fitted_written_and_used(folder: Path) -> None:
     assert "warning: left out: " in done.stderr
     assert "5.wav" in done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == "mine.tsv: thresholds fitted to 5 clips, in which 2 classes are heard"
-    assert lines[1].startswith("F1, mean over these classes, on the clips fitted to: ")
-    assert lines[2:] == ["not heard, so with a threshold common to all: rain"]
+    assert lines[0] == "mine.tsv: thresholds fitted to 5 clips with 2 classes"
+    assert lines[1].startswith("F1, mean over these classes")
+    (common,) = lines[2:]
+    assert common.endswith("common to all: rain")
     rows = (folder / "mine.tsv").read_text(encoding="utf-8").splitlines()
     assert rows[1] == "index\tname\tthreshold\tprecision\trecall\tf1\tpositives"
     assert [row.split("\t")[1] for row in rows[2:]] == ["bark", "bell", "rain"]

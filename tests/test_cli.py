@@ -202,12 +202,32 @@ def test_every_command_has_help(ced: Command, command: str) -> None:
     assert f"Usage: ced {command} " in done.stdout
 
 
+@pytest.mark.parametrize("name", ["top_k", "window", "hop", "jobs", "max_megabytes", "max_seconds"])
+def test_an_option_has_one_spelling_in_all_commands(name: str) -> None:
+    """That of the function's argument, which is that of `TagOptions` where it has such a field."""
+    commands = vars(get_command(app))["commands"].values()
+    found = [parameter.opts for command in commands for parameter in command.params if parameter.name == name]
+    assert found
+    assert {options[0] for options in found} == {f"--{name.replace('_', '-')}"}
+    shown = {option for command in commands for parameter in command.params for option in parameter.opts}
+    assert not shown & {"--topk", "--chunk", "-c"}
+
+
+def test_published_spellings_of_options_are_accepted(ced: Command, model: Path, tmp_path: Path) -> None:
+    sound = noise(tmp_path / "a.wav", 1.0)
+    expected = ced("tag", sound, "-m", model, "--window", "0.5", "--top-k", "2")
+    assert expected.returncode == 0, expected.stderr
+    for words in (["-c", "0.5", "-k", "2"], ["--chunk", "0.5", "--topk=2"], ["-w0.5", "--top_k", "2"]):
+        assert ced("tag", sound, "-m", model, *words).stdout == expected.stdout
+    assert ced("tag", sound, "-m", model, "--allow_private", "-c0.5", "-k2").stdout == expected.stdout
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (b"", "it must be keys and values"),
         (b"- eval_data\n", "it must be keys and values"),
-        (b"eval_data: null\n", "names no eval_data"),
+        (b"eval_data: null\n", "has no eval_data"),
         (b"eval_data: [a: b: c\n", "is not YAML"),
         (b"\xff\xfe\xfa", "cannot read configuration"),
     ],
@@ -237,7 +257,10 @@ def test_help_of_a_configured_command_lists_its_keys(ced: Command) -> None:
     shown = ced("train", "--help").stdout
     assert "--resume" in shown
     assert "the view store: folder with logits_ep<e>_<rank>.h5 [required]" in shown
-    assert "scores outside the top k [zero | last_mean | last_half | last_random | 527; default zero]" in shown
+    assert (
+        "targets of the classes outside the top k [zero | last_mean | last_half | last_random | 527; default zero]"
+        in shown
+    )
 
 
 def test_a_wrong_configuration_is_told_in_full(ced: Command, tmp_path: Path) -> None:
@@ -313,8 +336,8 @@ def test_train_evaluate_and_export_from_the_command_line(ced: Command, tmp_path:
     assert trained.returncode == 0, trained.stderr
     student = trained.stdout.strip()
     assert ced("train", "--resume", student).stdout.strip() == student
-    assert f"goes on with `ced train --resume {student}`" in error_of(ced("finetune", "--resume", student))
-    for tested in ([student], [student, "--test_data", table, "--per_class"]):
+    assert f"resume it with `ced train --resume {student}`" in error_of(ced("finetune", "--resume", student))
+    for tested in ([student], [student, "--test_data", table, "--per_class"], [student, "--test-data", table]):
         scored = ced("evaluate", *tested)
         assert scored.returncode == 0, scored.stderr
         assert "(4 clips, 2 of 2 classes)" in scored.stdout
@@ -338,7 +361,7 @@ def test_pre_train_and_start_from_it_from_the_command_line(ced: Command, tmp_pat
     assert experiment.startswith("experiments/audiotransformer_tiny/")
     assert (tmp_path / experiment / "reconstruction.png").exists()
     assert ced("pretrain", "--resume", experiment).stdout.strip() == experiment
-    assert f"goes on with `ced pretrain --resume {experiment}`" in error_of(ced("train", "--resume", experiment))
+    assert f"resume it with `ced pretrain --resume {experiment}`" in error_of(ced("train", "--resume", experiment))
     rows = (tmp_path / "pack/labels/list.tsv").read_text().splitlines()
     (tmp_path / "labelled.tsv").write_text(f"labels\t{rows[0]}\n0\t{rows[1]}\n1\t{rows[2]}\n")
     (tmp_path / "classes.tsv").write_text("index\tname\n0\tbark\n1\tbell\n")
@@ -372,7 +395,7 @@ def test_progress_without_a_terminal_is_sparse_lines(capsys: pytest.CaptureFixtu
     from ced.cli import console
 
     clock = iter([0.0, 1.0, LINE_SECONDS, LINE_SECONDS + 1, 2 * LINE_SECONDS])
-    lines = console.Lines(clock=lambda: next(clock))
+    lines = console.ProgressLines(clock=lambda: next(clock))
     lines("pack", 1, 3)  # too early
     lines("pack", 2, 3)
     lines("pack", 3, 3)

@@ -46,7 +46,7 @@ def test_everything_for_readers_is_safe(capsys: pytest.CaptureFixture[str]) -> N
     console.tell(f"b {HOSTILE}")
     console.complain(f"c {HOSTILE}")
     console.complain(ConfigError(f"d {HOSTILE}", details=[f"e {HOSTILE}"], hint=f"f {HOSTILE}"))
-    lines = console.Lines(clock=iter([0.0, 100.0]).__next__)
+    lines = console.ProgressLines(clock=iter([0.0, 100.0]).__next__)
     lines(f"g {HOSTILE}", 1, 2, f"h {HOSTILE}")
     out, err = capsys.readouterr()
     assert len((out + err).splitlines()) == 6

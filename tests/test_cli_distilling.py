@@ -1,6 +1,7 @@
 """The commands that make and judge students, as a user meets them: what they print, refuse and write."""
 
 import logging
+import re
 import runpy
 import shlex
 import sys
@@ -14,6 +15,8 @@ import pytest
 import soundfile
 import torch
 
+from ced.config import FinetuneConfig, load_config
+from ced.distill.experiment import create_folder
 from ced.model import loading
 from ced.model.config import ModelConfig
 from ced.model.vit import CED
@@ -201,3 +204,35 @@ def test_commands_in_errors_can_be_pasted(ced: Command) -> None:
     further = ced(*shlex.split(command)[1:])
     assert further.code == 0, further.err
     assert Path(further.out.strip()).parent == Path(folder).parent
+
+
+def test_a_run_of_an_earlier_release_is_resumed_by_the_command_that_began_it(ced: Command, tmp_path: Path) -> None:
+    """Version 0.2.0 did not write the command into config.yaml."""
+    words = [*NETWORK, *FRESH, *SHORT, "--classes", "classes.tsv"]
+    folder = create_folder(load_config(FinetuneConfig, None, words), "old")
+    path = folder / "config.yaml"
+    command, _, rest = path.read_text().partition("\n")
+    assert command == "command: finetune"
+    path.write_text(rest)
+    assert f"ced finetune --resume {folder}" in error_of(ced("train", "--resume", folder))
+    done = ced("finetune", "--resume", folder)
+    assert (done.code, done.out) == (0, f"{folder}\n"), done.err
+
+
+def test_options_may_be_spelled_with_underscores_which_help_does_not_show(ced: Command) -> None:
+    model = experiment("tiny")
+    spelled = [("--test-data", "--batch-size", "--per-class"), ("--test_data", "--batch_size", "--per_class")]
+    one, two = (ced("evaluate", model, table, "clips.tsv", size, "2", each) for table, size, each in spelled)
+    assert one.code == 0, one.err
+    assert one.out == two.out
+    assert len(one.out.splitlines()) > 3
+    for command in ("evaluate", "pack"):
+        assert not re.search(r"--\w+_", ced(command, "--help").out)
+
+
+def test_pack_takes_the_published_option_for_its_threads(ced: Command) -> None:
+    soundfile.write("a.wav", np.zeros(16_000), 16_000)
+    Path("list.tsv").write_text("filename\na.wav\n")
+    for word in ("--n_workers", "-n", "--jobs", "-j"):
+        done = ced("pack", "list.tsv", f"packed{word}", word, "1", "--size_per_file", "3")
+        assert done.code == 0, done.err

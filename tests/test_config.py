@@ -2,7 +2,18 @@ from pathlib import Path
 
 import pytest
 
-from ced.config import FinetuneConfig, PretrainConfig, Section, StoreConfig, TrainConfig, check, dump, load
+from ced.config import (
+    FinetuneConfig,
+    LoopConfig,
+    PretrainConfig,
+    Section,
+    StoreConfig,
+    TrainConfig,
+    check,
+    command_of,
+    dump,
+    load_config,
+)
 from ced.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -11,15 +22,15 @@ MINIMAL = ["--train_data", "a.tsv", "--model", "ced_tiny"]
 
 def errors_of(kind: type[Section], words: list[str]) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        load(kind, None, words)
+        load_config(kind, None, words)
     return str(caught.value).splitlines()
 
 
 @pytest.mark.parametrize("size", ["tiny", "mini", "small", "base"])
 def test_published_training_configs_load_with_the_published_values(size: str) -> None:
     rate = 1e-3 if size in ("tiny", "mini") else 3e-4
-    balanced = load(TrainConfig, ROOT / f"trainconfig/balanced_mixup_{size}_T_ensemble5014_chunk10.yaml")
-    full = load(TrainConfig, ROOT / f"trainconfig/full_audiotransformer_{size}_T_Ensemble5014_chunk10.yaml")
+    balanced = load_config(TrainConfig, ROOT / f"trainconfig/balanced_mixup_{size}_T_ensemble5014_chunk10.yaml")
+    full = load_config(TrainConfig, ROOT / f"trainconfig/full_audiotransformer_{size}_T_Ensemble5014_chunk10.yaml")
     for config in (balanced, full):
         assert config.model == f"audiotransformer_{size}"
         assert config.optimizer_args.lr == rate
@@ -38,7 +49,7 @@ def test_published_training_configs_load_with_the_published_values(size: str) ->
 
 @pytest.mark.parametrize("kind", ["balanced", "full"])
 def test_published_logit_configs_load_with_the_published_values(kind: str) -> None:
-    config = load(StoreConfig, ROOT / f"logitconfig/{kind}_base_chunk10s_topk20.yaml")
+    config = load_config(StoreConfig, ROOT / f"logitconfig/{kind}_base_chunk10s_topk20.yaml")
     assert (config.model, config.epochs, config.topk, config.batch_size) == ("audiotransformer_base_4740", 40, 20, 128)
     assert config.wavtransforms.Shift is not None
     assert (config.wavtransforms.Shift.min_shift, config.wavtransforms.Shift.max_shift) == (-0.5, 0.5)
@@ -50,23 +61,23 @@ def test_published_logit_configs_load_with_the_published_values(kind: str) -> No
 
 @pytest.mark.parametrize("size", ["tiny", "mini", "small", "base"])
 def test_pre_training_configs_load_with_the_published_values(size: str) -> None:
-    config = load(PretrainConfig, ROOT / f"pretrainconfig/audiotransformer_{size}.yaml")
+    config = load_config(PretrainConfig, ROOT / f"pretrainconfig/audiotransformer_{size}.yaml")
     assert (config.model, config.pretrained) == (f"audiotransformer_{size}", False)
     assert config.decoder_args.depth == (4 if size == "tiny" else 8)
     assert (config.decoder_args.embed_dim, config.decoder_args.num_heads) == (512, 8)
     assert (config.optimizer, config.optimizer_args.lr, config.optimizer_args.weight_decay) == ("Adam", 2e-4, 5e-7)
     assert (config.warmup_epochs, config.decay_frac, config.epochs, config.batch_size) == (3, 0.01, 40, 32)
     assert (config.mask_ratio, config.chunk_length, config.epoch_length) == (0.75, 10, None)
-    defaults = load(PretrainConfig, None, ["--train_data", "data/full.tsv", "--model", config.model])
+    defaults = load_config(PretrainConfig, None, ["--train_data", "data/full.tsv", "--model", config.model])
     assert config.model_copy(update={"decoder_args": defaults.decoder_args}) == defaults
 
 
 def test_steps_of_warm_up_replace_the_default_epochs(tmp_path: Path) -> None:
-    config = load(PretrainConfig, None, [*MINIMAL, "--warmup_iters", "7"])
+    config = load_config(PretrainConfig, None, [*MINIMAL, "--warmup_iters", "7"])
     assert (config.warmup_iters, config.warmup_epochs) == (7, None)
     path = tmp_path / "c.yaml"
     path.write_text(dump(config))
-    assert load(PretrainConfig, path) == config
+    assert load_config(PretrainConfig, path) == config
     lines = errors_of(PretrainConfig, [*MINIMAL, "--warmup_iters", "7", "--warmup_epochs", "1"])
     assert lines[1:] == ["  warmup_iters and warmup_epochs are both given; give one"]
 
@@ -75,7 +86,7 @@ def test_what_pre_training_has_no_use_for_is_refused_with_the_reason() -> None:
     lines = errors_of(PretrainConfig, [*MINIMAL, "--eval_data", "e.tsv", "--decoder_args.num_heads", "3"])
     assert lines[0] == "the command line: 2 error(s)"
     assert "  decoder_args: embed_dim 512 is not a multiple of num_heads 3" in lines[1] + lines[2]
-    reason = "pre-training knows no labels: nothing is validated or mixed, and last.safetensors is the result"
+    reason = "pre-training uses no labels: there is no validation and no mixup, and last.safetensors is the result"
     assert f"  eval_data: {reason}" in lines
 
 
@@ -86,7 +97,7 @@ def test_every_shipped_config_is_one_of_the_ten() -> None:
 
 def test_overrides_win_reach_into_mappings_and_read_yaml() -> None:
     words = [*MINIMAL, "--optimizer_args.lr", "1e-4", "--mixup=0.3", "--eval_data", "null", "--model_args.depth", "2"]
-    config = load(TrainConfig, None, [*words, "--logitspath", "s", "--mode", "off", "--label_type", "527"])
+    config = load_config(TrainConfig, None, [*words, "--logitspath", "s", "--mode", "off", "--label_type", "527"])
     assert config.optimizer_args.lr == 1e-4
     assert config.mixup == 0.3
     assert config.eval_data is None
@@ -98,7 +109,7 @@ def test_overrides_win_reach_into_mappings_and_read_yaml() -> None:
 def test_an_override_beside_a_file_keeps_the_rest_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("train_data: a.tsv\nmodel: ced_tiny\nlogitspath: s\nmodel_args: {depth: 3, pooling: logit}\n")
-    config = load(TrainConfig, path, ["--model_args.depth", "2"])
+    config = load_config(TrainConfig, path, ["--model_args.depth", "2"])
     assert config.model_args == {"depth": 2, "pooling": "logit"}
 
 
@@ -107,22 +118,74 @@ def test_dump_reads_back_equal(kind: type[Section], tmp_path: Path) -> None:
     words = [*MINIMAL, "--batch_size", "7"]
     extra = {TrainConfig: ["--logitspath", "s"], PretrainConfig: ["--mask_ratio", "0.5"]}
     words += extra.get(kind, ["--spectransforms", "null"])
-    config = load(kind, None, words)
+    config = load_config(kind, None, words)
     path = tmp_path / "c.yaml"
     path.write_text(dump(config))
-    assert load(kind, path) == config
+    assert load_config(kind, path) == config
+
+
+TRAINED = [
+    (TrainConfig, "train", ["--logitspath", "s"]),
+    (FinetuneConfig, "finetune", []),
+    (PretrainConfig, "pretrain", []),
+]
+
+
+@pytest.mark.parametrize(("kind", "command", "more"), TRAINED)
+def test_a_written_configuration_begins_with_its_command(
+    kind: type[LoopConfig], command: str, more: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(load_config(kind, None, [*MINIMAL, *more])))
+    assert path.read_text().splitlines()[0] == f"command: {command}"
+    assert command_of(path) == command
+
+
+@pytest.mark.parametrize(("kind", "command", "more"), TRAINED)
+def test_the_command_of_a_file_without_one_is_known_by_its_keys(
+    kind: type[LoopConfig], command: str, more: list[str], tmp_path: Path
+) -> None:
+    """Version 0.2.0 wrote all keys but that."""
+    config, path = load_config(kind, None, [*MINIMAL, *more]), tmp_path / "config.yaml"
+    path.write_text(dump(config).partition("\n")[2])
+    assert command_of(path) == command
+    assert load_config(kind, path) == config
+
+
+@pytest.mark.parametrize("text", ["command: tag\n", "command: 3\n", "command: [a]\n", "seed: 1\n", "nothing: 1\n"])
+def test_a_file_that_is_for_no_command_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"which command .* train \| finetune \| pretrain"):
+        command_of(path)
+
+
+def test_a_configuration_of_another_command_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(load_config(FinetuneConfig, None, MINIMAL)))
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, path)
+    assert "  command: input should be 'train', got 'finetune'" in caught.value.details
+
+
+def test_keys_may_have_hyphens_or_underscores() -> None:
+    words = ["--train-data", "a.tsv", "--model=ced_tiny", "--optimizer-args.weight-decay", "0.5", "--batch_size", "3"]
+    config = load_config(FinetuneConfig, None, [*words, "--outputpath", "my-folder", "--model-args.target_length=64"])
+    assert (config.train_data, config.outputpath) == (Path("a.tsv"), Path("my-folder"))
+    assert (config.optimizer_args.weight_decay, config.batch_size) == (0.5, 3)
+    assert config.model_args == {"target_length": 64}
 
 
 def test_transforms_may_be_a_list_or_a_mapping() -> None:
-    as_list = load(StoreConfig, None, [*MINIMAL, "--spectransforms", "[{TimeMasking: {time_mask_param: 9}}]"])
-    as_mapping = load(StoreConfig, None, [*MINIMAL, "--spectransforms", "{TimeMasking: {time_mask_param: 9}}"])
+    as_list = load_config(StoreConfig, None, [*MINIMAL, "--spectransforms", "[{TimeMasking: {time_mask_param: 9}}]"])
+    as_mapping = load_config(StoreConfig, None, [*MINIMAL, "--spectransforms", "{TimeMasking: {time_mask_param: 9}}"])
     assert as_list == as_mapping
     assert as_list.spectransforms.FrequencyMasking is None
 
 
 def test_an_override_reaches_into_the_published_list_and_keeps_the_rest() -> None:
     path = ROOT / "logitconfig/balanced_base_chunk10s_topk20.yaml"
-    config = load(StoreConfig, path, ["--spectransforms.TimeMasking.time_mask_param", "96"])
+    config = load_config(StoreConfig, path, ["--spectransforms.TimeMasking.time_mask_param", "96"])
     assert config.spectransforms.TimeMasking is not None
     assert config.spectransforms.TimeMasking.time_mask_param == 96
     assert config.spectransforms.FrequencyMasking is not None
@@ -157,6 +220,8 @@ def test_unknown_keys_inside_transforms_name_the_nearest() -> None:
         (["--chunk_length", "3"], "chunk_length: unknown key"),
         (["--warmup_epochs", ".inf"], "warmup_epochs: input should be a finite number"),
         (["--optimizer_args.betas", "[1.5, 0.9]"], "optimizer_args.betas.0: input should be less than 1"),
+        (["--optimizer_args.betas", "[0.9, 1.0]"], "optimizer_args.betas.1: input should be less than 1"),
+        (["--optimizer_args.betas", "[-0.1, 0.9]"], "optimizer_args.betas.0: input should be greater than or equal"),
         (["--seed", "99999999999999999999999"], "seed: "),
         (["--batch_size", "true"], "batch_size: should be a number, got True"),
         (["--epochs", "yes"], "epochs: should be a number, got True"),
@@ -176,7 +241,7 @@ def test_what_cannot_be_done_is_refused(words: list[str], message: str) -> None:
 
 
 def test_words_that_yaml_reads_as_true_are_still_switches() -> None:
-    config = load(TrainConfig, None, [*MINIMAL, "--logitspath", "s", "--compile", "yes", "--mode", "off"])
+    config = load_config(TrainConfig, None, [*MINIMAL, "--logitspath", "s", "--compile", "yes", "--mode", "off"])
     assert (config.compile, config.mode, config.pretrained) == (True, "off", True)
 
 
@@ -201,16 +266,16 @@ LAUGHS = 'l0: &l0 ["lol"]\n' + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- 1\n", "holds list"),
+        ("- 1\n", "is list"),
         ("a: [", "is not YAML"),
-        ("", "holds NoneType"),
-        ("seed: 1\nepochs: 2\nseed: 3\n", "key 'seed' stands twice"),
+        ("", "is NoneType"),
+        ("seed: 1\nepochs: 2\nseed: 3\n", "key 'seed' is repeated"),
         ("? [a]\n: b\n", "a key is a list or a mapping"),
         ("seed: 2026-13-45\n", "month must be"),
         (f"seed: {'1' * 5000}\n", "is not YAML: Exceeds the limit"),
-        ("[" * 50_000, "within each other"),
-        ("- " * 50_000, "within each other"),
-        ("a: " + "{a: " * 50_000, "within each other"),
+        ("[" * 50_000, "nested more than 20 levels"),
+        ("- " * 50_000, "nested more than 20 levels"),
+        ("a: " + "{a: " * 50_000, "nested more than 20 levels"),
         ("a: [" + "1," * 20_000 + "]", "more than 10,000 values"),
         ("a: [" + "[]," * 20_000 + "]", "more than 10,000 values"),
         ("x" * 2_000_000, "more than 1,048,576 characters"),
@@ -223,7 +288,7 @@ def test_files_that_hold_no_configuration_are_refused(tmp_path: Path, text: str,
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as caught:
-        load(TrainConfig, path)
+        load_config(TrainConfig, path)
     assert "\n" not in str(caught.value)
 
 

@@ -115,7 +115,7 @@ def run_python(program: str) -> str:
         ("ced.tag.tagger", ["torch", "onnx", "pydantic", "rich.progress", "pyarrow"]),
         ("ced.model.runtime", ["torch", "onnx", "huggingface_hub", "safetensors", "pydantic"]),
         ("ced.model.zoo", ["torch", "onnx", "onnxruntime"]),
-        ("ced.tag.results", ["torch"]),
+        ("ced.tag.writers", ["torch"]),
         ("ced.config", ["torch"]),
         ("ced.tag.live", ["torch", "onnx", "pyarrow", "pydantic", "sounddevice", "av"]),
         ("ced.sound.device", ["torch", "sounddevice", "av"]),

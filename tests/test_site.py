@@ -37,7 +37,7 @@ def test_every_command_has_a_page_with_its_options(site: Path) -> None:
         for parameter in command.params:
             if not parameter.hidden and parameter.param_type_name == "option":
                 assert parameter.opts[0] in shown, f"{name}: {parameter.opts[0]}"
-    assert "--optimizer_args" in text_of(site / "commands/train.html")
+    assert "optimizer_args" in text_of(site / "commands/train.html")
 
 
 def test_the_reference_has_every_public_name(site: Path) -> None:

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ced.config import FinetuneConfig, load
+from ced.config import FinetuneConfig, load_config
 from ced.distill.dataset import shuffled
 from ced.distill.finetune import LabelledClips
-from ced.distill.loop import MIXUP, ORDER
 from ced.distill.step import learning_rate
 from ced.distill.targets import mixup, mixup_weights
+from ced.distill.trainer import MIXUP, ORDER
 from ced.distill.views import mask
 from ced.errors import CedError
 from ced.files import written_aside
@@ -170,7 +170,7 @@ def train(name: str, config: FinetuneConfig) -> Network:
             items = next(batches)
             waves, uniforms = data.dataset.__getitems__(items).to_device(CPU)
             mel = mask(front_end(waves), uniforms, data.dataset.recipe)
-            targets = data.targets(items, torch.Generator())
+            targets = clips.targets(items, torch.Generator())
             if config.mixup is not None:
                 weights = mixup_weights(len(targets), config.mixup, rng)
                 mel, targets = mixup(mel, weights), mixup(targets, weights)
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="a configuration of `ced finetune`; its model is not looked at")
     args = parser.parse_args()
     try:
-        network = train(args.name, load(FinetuneConfig, args.config))
+        network = train(args.name, load_config(FinetuneConfig, args.config))
     except CedError as error:
         sys.exit(f"error: {error}")
     _weights(args.name).parent.mkdir(exist_ok=True)

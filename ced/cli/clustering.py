@@ -1,11 +1,12 @@
 """What the commands tag and embed do with --ray: sounds are processed on a cluster, into a folder of Parquet parts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ced.cli.console import complain, show
+from ced.cli.console import Meter, complain, show, speed
 from ced.errors import ConfigError
 from ced.progress import NotedProgress
 from ced.tag.options import EACH, TagOptions
@@ -13,7 +14,8 @@ from ced.tag.options import EACH, TagOptions
 if TYPE_CHECKING:
     from ced.integrations.ray import Embedding, Model, Tagging
     from ced.model.graph import Precision
-    from ced.tag.inputs import Input
+    from ced.tag.inputs import InputSound
+    from ced.tag.parts import FileResult
     from ced.tag.tagger import Tagger
 
 
@@ -27,15 +29,19 @@ class Cluster:
 
     @classmethod
     def chosen(
-        cls, address: str | None, out: Path | None, jobs: int | None, others: Mapping[str, Any]
+        cls, address: str | None, out: Path | None, workers: int | None, others: Mapping[str, Any]
     ) -> "Cluster | None":
         """Return the cluster that --ray names, if it does.
 
         Args:
-            address, out, jobs: the options --ray, --out and --jobs.
+            address, out, workers: the options --ray, --out and --workers.
             others: options that do not go together with --ray, and what is given for them.
         """
         if address is None:
+            if workers is not None:
+                raise ConfigError(
+                    "--workers is the number of workers of a cluster; name that with --ray, or use --jobs"
+                )
             return None
         for name, value in others.items():
             if value:
@@ -43,7 +49,7 @@ class Cluster:
         if out is None or out.suffix in (".npy", ".parquet"):
             got = "" if out is None else f"; got {out}"
             raise ConfigError(f"--ray writes many files; name a folder with --out{got}")
-        return cls(address, out, jobs)
+        return cls(address, out, workers)
 
 
 class ChosenModel(NamedTuple):
@@ -59,7 +65,7 @@ def tag(
     cluster: Cluster,
     tagger: "Tagger",
     model: ChosenModel,
-    inputs: "Sequence[Input]",
+    inputs: "Sequence[InputSound]",
     chosen: TagOptions,
     channel: str,
     progress: NotedProgress,
@@ -67,6 +73,7 @@ def tag(
     """Tag sounds on a cluster; return whether all of them could be read to the end."""
     from ced.integrations.ray import Tagging
 
+    tagger.windows.check(chosen)
     work = Tagging(_opened_by_workers(tagger, model), chosen, channel == EACH)
     return _run(cluster, work, inputs, {**chosen.settings(), "channel": channel}, progress)
 
@@ -75,7 +82,7 @@ def embed(
     cluster: Cluster,
     tagger: "Tagger",
     model: ChosenModel,
-    inputs: "Sequence[Input]",
+    inputs: "Sequence[InputSound]",
     chosen: TagOptions,
     channel: str,
     windows: bool,
@@ -84,6 +91,7 @@ def embed(
     """Embed sounds on a cluster; return whether all of them could be read to the end."""
     from ced.integrations.ray import Embedding
 
+    tagger.windows.check(chosen)
     work = Embedding(_opened_by_workers(tagger, model), chosen, windows, channel == EACH)
     settings = {name: getattr(chosen, name) for name in ("window", "step", "tail", "strict")}
     return _run(cluster, work, inputs, {**settings, "channel": channel, "windows": windows}, progress)
@@ -95,14 +103,30 @@ def _opened_by_workers(tagger: "Tagger", model: ChosenModel) -> "Model":
     return Model(model.name, model.precision, model.device, model.batch, digest_of(tagger))
 
 
+@contextmanager
+def here(model: ChosenModel, progress: NotedProgress) -> "Iterator[Tagger]":
+    """Open the model on this machine, which may lack the device of the workers, to check options against it."""
+    from ced.tag.tagger import Tagger
+
+    with Tagger(model.name, precision=model.precision, progress=progress) as tagger:
+        yield tagger
+
+
 def _run(
     cluster: Cluster,
     work: "Tagging | Embedding",
-    inputs: "Sequence[Input]",
+    inputs: "Sequence[InputSound]",
     settings: Mapping[str, Any],
     progress: NotedProgress,
 ) -> bool:
     from ced.integrations import ray
+
+    meter = Meter(progress, len(inputs), "tagging" if work.rows == "tags" else "embedding")
+
+    def finished(result: "FileResult") -> None:
+        meter.file(result.seconds)
+        if result.error:
+            complain(result.error)
 
     ray.connect(cluster.address, silent=True)
     summary = ray.run(
@@ -112,8 +136,7 @@ def _run(
         settings={"model": work.model.digest, **settings},
         address=cluster.address,
         workers=cluster.workers,
-        progress=progress,
-        failed=lambda result: complain(result.error or ""),
+        finished=finished,
     )
-    show(summary)
+    show(f"{summary}; {speed(summary.seconds, summary.elapsed)}")
     return not summary.failed and not summary.incomplete

@@ -1,20 +1,23 @@
-"""What the command line shows: results on standard output; errors, notes and progress on standard error.
+"""The command line: the program, its errors, what it prints on standard output, and progress on standard error.
 
 File names, labels and messages of other programs are made safe for a terminal here, in the functions that print.
 """
 
 import io
 import logging
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+import ced
 from ced.errors import CedError, MissingPackageError, WriteError, optional_packages
 from ced.files import FULL
 from ced.progress import NotedProgress, silent
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 LINE_SECONDS = 5.0  # between two plain lines of progress
+REPORT_SECONDS = 0.1  # between two reports within a file
+# Published spellings of options, accepted as hidden aliases.
+_PUBLISHED = {"topk": "top-k", "chunk": "window", "c": "w"}
 INTERRUPTED = 130  # exit code, as a shell gives it for SIGINT
 
 
@@ -102,6 +108,45 @@ class Commands(TyperGroup):
             result = super().invoke(ctx)
             _flush()
         return result
+
+
+def _current_spelling(name: str) -> str:
+    """Return the name of an option in its current spelling, from that or from a published one such as `top_k`."""
+    name = name.replace("_", "-")
+    return _PUBLISHED.get(name, name)
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="ced",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _current_spelling},
+)
+
+
+def main(*words: str) -> None:
+    """Run the command line, with `words` before its own, and exit."""
+    set_up_streams()
+    set_up_logging()
+    app(args=[*words, *sys.argv[1:]], prog_name="ced")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        show(f"ced {ced.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and exit.")
+    ] = False,
+) -> None:
+    """Tag sounds, and make small models that tag sounds."""
 
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # Typer's own, which it does not export
@@ -222,10 +267,57 @@ def reporting() -> Iterator[NotedProgress]:
         finally:
             bars.stop()
     else:
-        yield Lines()
+        yield ProgressLines()
 
 
-class Lines:
+def speed(seconds: float, elapsed: float) -> str:
+    """Return how much sound was processed in how many seconds, for progress and summaries."""
+    return f"{seconds / 3600:.2f} h of sound, {seconds / max(elapsed, 1e-9):.0f} x real time"
+
+
+class Meter:
+    """Reports the progress of a run over files: in files or, for a single file, in seconds of sound; thread-safe.
+
+    Args:
+        progress: called a few times a second at most, and for each file.
+        files: how many there are.
+        task: what is done with them.
+    """
+
+    def __init__(self, progress: NotedProgress, files: int, task: str) -> None:
+        self._progress, self._files, self._task = progress, files, task
+        self._began, self._reported = time.monotonic(), -math.inf
+        self._seconds, self._done = 0.0, 0
+        self._expected: float | None = None
+        self._lock = Lock()
+
+    def sound(self, seconds: float, expected: float | None = None) -> None:
+        """Add seconds of sound; `expected` is the length of the sound that they are part of."""
+        with self._lock:
+            self._seconds += seconds
+            self._expected = expected
+            if time.monotonic() - self._reported >= REPORT_SECONDS:
+                self._report()
+
+    def file(self, seconds: float = 0.0) -> None:
+        """Add a finished file, with its seconds of sound unless `sound` added them."""
+        with self._lock:
+            self._seconds += seconds
+            self._done += 1
+            self._report()
+
+    def _report(self) -> None:
+        self._reported = time.monotonic()
+        note = speed(self._seconds, self._reported - self._began)
+        if self._files > 1 or self._expected is None:
+            self._progress(self._task, self._done, self._files, note)
+            return
+        expected = max(1, math.ceil(self._expected))
+        done = expected if self._done else min(int(self._seconds), expected - 1)
+        self._progress(f"{self._task}, seconds", done, expected, note)
+
+
+class ProgressLines:
     """Progress as plain lines, one every few seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

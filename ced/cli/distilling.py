@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
@@ -10,40 +10,45 @@ from ced.cli.console import complain, hush, is_main_process, reporting, show, te
 from ced.errors import CheckpointError, ConfigError
 from ced.text import quoted
 
+if TYPE_CHECKING:
+    from ced.config import LoopConfig
+
+    C = TypeVar("C", bound=LoopConfig)
+
 Resume = Annotated[
     Path | None,
-    typer.Option(metavar="EXPERIMENT", help="Go on with an interrupted run; CONFIG is then read from its folder."),
+    typer.Option(metavar="EXPERIMENT", help="Resume an interrupted run; CONFIG is then read from its folder."),
 ]
-_KEY_OF = {"logitspath": "train", "mask_ratio": "pretrain"}  # what only one command's configuration has
-SHOWN = 5  # failures that are named before the rest is counted
+SHOWN = 5  # failures that are printed; the others are counted
 Words = Annotated[
-    list[str] | None, typer.Argument(metavar="CONFIG --key value", help="A YAML file, and keys to set over it.")
+    list[str] | None, typer.Argument(metavar="CONFIG --key value", help="A YAML file, and keys that override it.")
 ]
 
 
 def pack(
     table: Annotated[Path, typer.Argument(metavar="LIST.tsv", help="A table with a column of file names.")],
-    outdir: Annotated[Path, typer.Argument(help="Where hdf5/ and labels/ go.")],
-    size_per_file: Annotated[int, typer.Option("--size_per_file", "-s", min=1, help="Clips an HDF5 file.")] = 50_000,
-    n_workers: Annotated[
-        int | None, typer.Option("--n_workers", "-n", min=1, help="Threads that decode; default: one a processor.")
+    outdir: Annotated[Path, typer.Argument(help="Folder for hdf5/ and labels/.")],
+    size_per_file: Annotated[int, typer.Option("--size-per-file", "-s", min=1, help="Clips of an HDF5 file.")] = 50_000,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Threads that decode; default: one for each core.")
     ] = None,
+    n_workers: Annotated[int | None, typer.Option("--n-workers", "-n", min=1, hidden=True)] = None,
     duration: Annotated[bool, typer.Option("--duration", help="Add a column with seconds.")] = False,
-    hdf5_dirname: Annotated[str, typer.Option("--hdf5_dirname", help="Folder of the audio.")] = "hdf5",
-    index_dirname: Annotated[str, typer.Option("--index_dirname", help="Folder of the table.")] = "labels",
-    filename_column: Annotated[str, typer.Option("--filename_column", help="Column of file names.")] = "filename",
-    fullname: Annotated[bool, typer.Option("--fullname", help="Key clips by path, not by base name.")] = False,
+    hdf5_dirname: Annotated[str, typer.Option(help="Folder of the audio in OUTDIR.")] = "hdf5",
+    index_dirname: Annotated[str, typer.Option(help="Folder of the table in OUTDIR.")] = "labels",
+    filename_column: Annotated[str, typer.Option(help="Column of file names.")] = "filename",
+    fullname: Annotated[bool, typer.Option("--fullname", help="Identify clips by path, not by base name.")] = False,
     stereo: Annotated[bool, typer.Option("--stereo", help="Keep two channels.")] = False,
     delim: Annotated[
-        str, typer.Option("--delim", "-d", help="What separates the table's columns.", show_default="tab")
+        str, typer.Option("--delim", "-d", help="Delimiter of the table's columns.", show_default="tab")
     ] = "\t",
-    dtype: Annotated[Literal["int16", "float32"], typer.Option("--dtype", help="Type of the samples.")] = "int16",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Unreadable files do not make the exit code 1.")] = False,
+    dtype: Annotated[Literal["int16", "float32"], typer.Option(help="Type of the samples.")] = "int16",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Exit with 0 even if files are unreadable.")] = False,
 ) -> None:
-    """Pack audio files into HDF5, resampled to 16 kHz, with a table of what lies where.
+    """Pack audio files into HDF5, resampled to 16 kHz, with a table of the file that has each clip.
 
-    Unreadable files are listed in `STEM.failed.tsv` beside that table, the rest is packed. An interrupted run may be
-    repeated and finishes what is left.
+    Unreadable files are listed in `STEM.failed.tsv` beside that table, all others are packed. Repeat the command to
+    resume an interrupted run.
     """
     from ced.distill import pack_writer
 
@@ -52,7 +57,7 @@ def pack(
             table,
             outdir,
             size_per_file=size_per_file,
-            workers=n_workers,
+            workers=jobs or n_workers,
             duration=duration,
             hdf5_dirname=hdf5_dirname,
             index_dirname=index_dirname,
@@ -76,12 +81,12 @@ def pack(
 def labels(
     segments: Annotated[Path, typer.Argument(metavar="SEGMENTS.csv", help="AudioSet's list of segments.")],
     audio: Annotated[Path, typer.Argument(metavar="AUDIO", help="A folder of audio, or the table of a pack of it.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: STEM.tsv, of SEGMENTS.csv.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Table to write; default: SEGMENTS.tsv.")] = None,
     classes: Annotated[
         Path | None, typer.Option(help="Class table with index, mid and name; default: AudioSet's 527.")
     ] = None,
 ) -> None:
-    """Make a labelled table out of one of AudioSet's segment lists (YTID, start, end, "mids")."""
+    """Make a labelled table from one of AudioSet's segment lists (YTID, start, end, "mids")."""
     from ced.sound.labels import audioset, read_classes
     from ced.sound.tables import segments_to_labels
 
@@ -99,74 +104,76 @@ def labels(
 
 
 def store(words: Words = None) -> None:
-    """Store the views of one teacher or an ensemble: the scores that students learn from.
+    """Store views of one teacher or an ensemble: the scores that students are trained with.
 
-    Runs alone or under torchrun. What is complete is kept, so an interrupted run may be repeated.
+    Runs alone or under torchrun. Complete parts are kept: repeat the command to resume an interrupted run.
     """
-    from ced.config import StoreConfig, load
+    from ced.config import StoreConfig, load_config
     from ced.distill import store
 
     path, overrides = _split(words)
     with reporting() as progress:
-        folder = store.store(load(StoreConfig, path, overrides), progress=progress)
-    _result(folder)
+        folder = store.store(load_config(StoreConfig, path, overrides), progress=progress)
+    _show_folder(folder)
 
 
 def train(words: Words = None, resume: Resume = None) -> None:
     """Distil a student from stored views; no labels are needed. Runs alone or under torchrun."""
-    from ced.config import TrainConfig, load
+    from ced.config import TrainConfig
     from ced.distill import train
 
-    path, overrides = _split(words, resume, "train")
+    config, name = _training(TrainConfig, words, resume)
     with reporting() as progress:
-        config = load(TrainConfig, path, overrides)
-        _result(train.train(config, name=_name(path, config.model), resume=resume, progress=progress))
+        _show_folder(train.train(config, name=name, resume=resume, progress=progress))
 
 
 def finetune(words: Words = None, resume: Resume = None) -> None:
     """Train or fine-tune a tagger on a labelled table. Runs alone or under torchrun."""
-    from ced.config import FinetuneConfig, load
+    from ced.config import FinetuneConfig
     from ced.distill import finetune
 
-    path, overrides = _split(words, resume, "finetune")
+    config, name = _training(FinetuneConfig, words, resume)
     with reporting() as progress:
-        config = load(FinetuneConfig, path, overrides)
-        _result(finetune.finetune(config, name=_name(path, config.model), resume=resume, progress=progress))
+        _show_folder(finetune.finetune(config, name=name, resume=resume, progress=progress))
 
 
 def pretrain(words: Words = None, resume: Resume = None) -> None:
     """Pre-train a network on any audio, without labels: first weights for train and finetune.
 
-    It learns to fill in hidden patches of the spectrogram; reconstruction.png shows how well. Set `pretrained` of a
-    training to the experiment to start from it. Runs alone or under torchrun.
+    It learns to fill in hidden patches of the spectrogram; reconstruction.png shows the progress. To start a training
+    from the result, set its key `pretrained` to the experiment. Runs alone or under torchrun.
     """
-    from ced.config import PretrainConfig, load
+    from ced.config import PretrainConfig
     from ced.distill import pretrain
 
-    path, overrides = _split(words, resume, "pretrain")
+    config, name = _training(PretrainConfig, words, resume)
     with reporting() as progress:
-        config = load(PretrainConfig, path, overrides)
-        _result(pretrain.pretrain(config, name=_name(path, config.model), resume=resume, progress=progress))
+        _show_folder(pretrain.pretrain(config, name=name, resume=resume, progress=progress))
 
 
 def evaluate(
     experiments: Annotated[
         list[Path],
-        typer.Argument(metavar="EXPERIMENT...", help="An experiment, checkpoint or model name; several: an ensemble."),
+        typer.Argument(
+            metavar="EXPERIMENT...", help="An experiment, a checkpoint or a model name; several: an ensemble."
+        ),
     ],
     test_data: Annotated[
         Path | None,
-        typer.Option("--test_data", help="Labelled table; default: eval_data of the experiment's configuration."),
+        typer.Option(help="Labelled table; default: eval_data of the experiment's configuration."),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch_size", min=1, max=10_000, help="Clips scored at once.")] = 32,
-    per_class: Annotated[bool, typer.Option("--per_class", help="Print each class's average precision, too.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, max=10_000, help="Clips of a batch.")] = 32,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="Also print the average precision of each class.")
+    ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write a table of every class's results: a .tsv or .csv file.")
+        Path | None,
+        typer.Option("--out", "-o", help="Write a table with the results of each class: a .tsv or .csv file."),
     ] = None,
 ) -> None:
-    """Evaluate a tagger on a labelled table; several by the mean of their probabilities.
+    """Evaluate a tagger on a labelled table, or the mean of the probabilities of several.
 
-    A folder of experiments stands for the newest of them that has a result: `experiments/NAME`.
+    A folder of experiments, `experiments/NAME`, stands for the newest of them that has a result.
     """
     import torch
 
@@ -174,7 +181,7 @@ def evaluate(
     from ced.model.loading import load_model
 
     if out is not None and out.suffix.lower() not in evaluate.DELIMITERS:
-        raise typer.BadParameter(f"--out is the name of a table: NAME{' or NAME'.join(evaluate.DELIMITERS)}")
+        raise typer.BadParameter(f"--out is a table: a file name that ends in {' or '.join(evaluate.DELIMITERS)}")
     chosen = _members(experiments)
     table = test_data or _eval_data(chosen[0])
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -194,7 +201,7 @@ def evaluate(
 
 
 def _members(experiments: list[Path]) -> list[Path]:
-    """Return the models to evaluate: folders as the experiment that they stand for, without those that have none yet.
+    """Return the models to evaluate: for a folder, its newest experiment with a result; without those that have none.
 
     Raises:
         CheckpointError: none of the folders has a checkpoint.
@@ -223,60 +230,59 @@ def _eval_data(experiment: Path) -> Path:
     path = (experiment if experiment.is_dir() else experiment.parent) / CONFIG_NAME
     if path.is_file() and isinstance(table := read_file(path).get("eval_data"), str):
         return Path(table)
-    raise ConfigError(f"{quoted(str(experiment))} names no eval_data; give a labelled table with --test_data")
+    raise ConfigError(f"{quoted(str(experiment))} has no eval_data; give a labelled table with --test-data")
 
 
 def demo(
     data: Annotated[
         Path | None,
-        typer.Option(help="Recordings: a folder with meta.tsv (filename, fold, label, name); default: generated."),
+        typer.Option(
+            help="Recordings: a folder with meta.tsv (filename, fold, label, name); default: generated sounds."
+        ),
     ] = None,
-    fold: Annotated[int, typer.Option(help="The fold of meta.tsv that is held out.")] = 5,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything that is written.")] = Path("demo"),
+    fold: Annotated[int, typer.Option(help="Fold of meta.tsv that is held out for evaluation.")] = 5,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for all output.")] = Path("demo"),
 ) -> None:
-    """Do the whole job: pack, train two teachers, store their views, distil a student, evaluate, tag.
+    """Run the whole method: pack, train two teachers, store their views, distil a student, evaluate, tag.
 
-    Without --data it makes sounds of its own and takes minutes. All goes into one folder in --out, named by
-    data and fold. An interrupted run may be repeated and goes on.
+    Without --data it generates sounds and takes some minutes. All output is in one folder in --out, named after data
+    and fold. Repeat the command to resume an interrupted run.
     """
-    from ced.demo.job import run
+    from ced.demo.job import run_demo
 
     hush()
     with reporting() as progress:
-        report = run(out, data=data, fold=fold, say=show, progress=progress)
+        report = run_demo(out, data=data, fold=fold, say=show, progress=progress)
     for text in report.lines():
         for line in text.split("\n"):
             show(line)
 
 
-def _split(words: list[str] | None, resume: Path | None = None, command: str = "") -> tuple[Path | None, list[str]]:
-    """Tell the configuration file from the keys; without one, a run that goes on uses its own."""
+def _training(kind: "type[C]", words: list[str] | None, resume: Path | None) -> "tuple[C, str]":
+    """Return the configuration and the name of a training run; one that resumes has its own configuration."""
+    from ced.config import command_of, load_config
+    from ced.distill.experiment import config_path, run_name
+
+    path, overrides = _split(words)
+    if resume is not None and path is None:
+        path = config_path(resume)
+        command, wanted = command_of(path), kind.model_fields["command"].default
+        if command != wanted:
+            again = shlex.join(["ced", command, "--resume", str(resume)])
+            raise ConfigError(f"{quoted(str(resume))} was begun with `ced {command}`; resume it with `{again}`")
+    config = load_config(kind, path, overrides)
+    # A run has the name of its configuration, of the experiment that the configuration is from, or of its model.
+    source = Path(config.model) if path is None else path
+    return config, run_name(source) or source.stem
+
+
+def _split(words: list[str] | None) -> tuple[Path | None, list[str]]:
+    """Separate the configuration file, if there is one, from the keys."""
     if words and not words[0].startswith("--"):
         return Path(words[0]), words[1:]
-    if resume is None:
-        return None, words or []
-    from ced.distill.experiment import CONFIG_NAME
-
-    path = resume / CONFIG_NAME
-    if not path.is_file():
-        raise ConfigError(f"{quoted(str(resume))} is not an experiment: it has no {CONFIG_NAME}")
-    text = path.read_text(encoding="utf-8", errors="replace")
-    began = next((command for key, command in _KEY_OF.items() if f"{key}:" in text), "finetune")
-    if began != command:
-        again = shlex.join(["ced", began, "--resume", str(resume)])
-        raise ConfigError(f"{quoted(str(resume))} was begun with `ced {began}`, and goes on with `{again}`")
-    return path, words or []
+    return None, words or []
 
 
-def _name(path: Path | None, model: str) -> str:
-    """Name a run after its configuration, after the experiment that the configuration is of, or after its model."""
-    from ced.distill.experiment import run_name
-
-    if path is None:
-        return run_name(Path(model)) or Path(model).stem
-    return run_name(path) or path.stem
-
-
-def _result(path: Path) -> None:
+def _show_folder(path: Path) -> None:
     if is_main_process():
         show(path)

@@ -1,29 +1,21 @@
-"""Commands about models: which exist, whether the cached ones are intact, and how they are exported to ONNX."""
+"""Commands about models: list them, verify the cached files, export to ONNX."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from ced.cli.console import complain, reporting, show
 
 
-class Source(StrEnum):
-    """What an exported graph takes; the names of `ced.model.graph.Input`."""
-
-    WAVE = "wave"
-    FEATS = "feats"
-
-
 def models(
     verify: Annotated[
-        bool, typer.Option("--verify", help="Compare the cached files with their published checksums or format.")
+        bool, typer.Option("--verify", help="Verify the cached files by their published checksum or their format.")
     ] = False,
 ) -> None:
-    """List the models: their sources and licences, which are cached, and those that come with the package.
+    """List the models with sources and licences, whether they are cached, and the model in the package.
 
-    With --verify a damaged file is named, and the exit code is then 1.
+    With --verify, list the cached files; the exit code is 1 if one is damaged.
     """
     from ced.model import zoo
 
@@ -42,10 +34,10 @@ def models(
     for row in rows:
         show("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     show()
-    show("mAP is the published one on AudioSet's evaluation set, percent. Files of the hub are in the hub's cache,")
-    show(f"those of Zenodo, and the graphs made of weights, in {zoo.cache_dir()}.")
+    show("mAP: as published, in percent, on AudioSet's evaluation set. Files from the hub are in the hub's cache,")
+    show(f"files from Zenodo and graphs made from weights in {zoo.cache_dir()}.")
     for name, graph in zoo.BOXED.items():
-        show(f"{name} is in the package and needs no network; its scope is described in {graph.with_suffix('.md')}")
+        show(f"{name} is in the package and needs no download; its scope is described in {graph.with_suffix('.md')}")
 
 
 def _verify() -> None:
@@ -72,23 +64,26 @@ def export(
     ] = "ced_mini",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: MODEL.onnx.")] = None,
     source: Annotated[
-        Source,
-        typer.Option("--input", help="wave: the front end is inside; feats: log-mel features, as for sherpa-onnx."),
-    ] = Source.WAVE,
-    int8: Annotated[bool, typer.Option("--int8/--no-int8", help="Write MODEL.int8.onnx, too.")] = False,
+        Literal["wave", "feats"],
+        typer.Option(
+            "--input",
+            help="Input of the graph: wave (with the front end inside) or feats (log-mel features, for sherpa-onnx).",
+        ),
+    ] = "wave",
+    int8: Annotated[bool, typer.Option("--int8/--no-int8", help="Also write MODEL.int8.onnx.")] = False,
     check: Annotated[
         Path | None,
         typer.Option(
-            help="Labelled clips (filename and labels or label; or a folder with meta.tsv) to compare int8 on."
+            help="Labelled clips to compare int8 on: a table (filename, and labels or label) or a folder with meta.tsv."
         ),
     ] = None,
     bound: Annotated[
-        float, typer.Option(help="Points of mAP that int8 may cost there; past it no file is left.")
+        float, typer.Option(help="Points of mAP that int8 may lose there; if it loses more, its file is deleted.")
     ] = 0.3,
 ) -> None:
-    """Export a model to one ONNX graph that gives probabilities.
+    """Export a model to one ONNX graph from waves or features to probabilities.
 
-    Where torch is installed, the graph is compared with the network before it is written.
+    If torch is installed, the graph is compared with the network before it is written.
     """
     from ced.model import zoo
     from ced.model.graph.compare import change_on_noise, export_int8
@@ -100,7 +95,7 @@ def export(
     path = out or Path(f"{Path(model).stem}.onnx")
     with reporting() as progress:
         weights = zoo.read(model, progress)
-        report = write(weights, path, source.value)
+        report = write(weights, path, source)
         if report.largest_difference is None:
             show(f"{report.path}: not compared with the network, as torch is not installed")
         else:

@@ -1,65 +1,38 @@
-"""Commands that take a configuration: any of its keys may follow as `--key value`, and --help lists them."""
+"""Commands with a configuration: any of its keys may be given as `--key value`, and --help lists them."""
 
 import json
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
 
 
-class _ConfigCommand(TyperCommand):
-    """A command whose help ends with the keys of its configuration."""
-
-    config: ClassVar[str]  # name of a class in ced.config, which is imported when it is needed
+class ConfigCommand(TyperCommand):
+    """A command whose help ends with the keys of its configuration, the class of its name in `ced.config.CONFIGS`."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Show the usual help, then the keys."""
         super().format_help(ctx, formatter)
-        typer.echo(_describe(self.config))
+        keys = list(keys_of(str(self.name)))
+        width = max(len(name) for name, *_ in keys) + 2
+        typer.echo(" Keys of CONFIG. Each can be given as --key value, with hyphens or underscores; --key.inner value")
+        typer.echo(" sets a key of a mapping.\n")
+        for name, description, allowed in keys:
+            typer.echo(f"   {name:<{width}}{description} [{allowed}]")
+        typer.echo()
 
 
-class StoreCommand(_ConfigCommand):
-    """`ced store`."""
+def keys_of(command: str) -> Iterator[tuple[str, str, str]]:
+    """Yield each key of a command's configuration: its name, its description, and the values allowed and default."""
+    from ced.config import CONFIGS
 
-    config = "StoreConfig"
-
-
-class TrainCommand(_ConfigCommand):
-    """`ced train`."""
-
-    config = "TrainConfig"
-
-
-class FinetuneCommand(_ConfigCommand):
-    """`ced finetune`."""
-
-    config = "FinetuneConfig"
-
-
-class PretrainCommand(_ConfigCommand):
-    """`ced pretrain`."""
-
-    config = "PretrainConfig"
-
-
-def keys_of(config: str) -> Iterator[tuple[str, str, str]]:
-    """Yield each key of a class of `ced.config`: its name, what it is, and what is allowed and the default."""
-    import ced.config
-
-    for name, field in getattr(ced.config, config).model_fields.items():
+    for name, field in CONFIGS[command].model_fields.items():
+        if name == "command":  # written to experiments, not chosen
+            continue
         choices = " | ".join(get_args(field.annotation)) + "; " if get_origin(field.annotation) is Literal else ""
         default = "required" if field.is_required() else f"default {_plain(field.default)}"
         yield name, field.description or "", f"{choices}{default}"
-
-
-def _describe(config: str) -> str:
-    """Return a line for each key of a configuration: its name, what it is, and its default."""
-    keys = list(keys_of(config))
-    width = max(len(name) for name, *_ in keys) + 2
-    lines = [" Keys of CONFIG, and of --key value (--key.inner value reaches into a mapping):", ""]
-    lines += [f"   --{name:<{width}}{description} [{allowed}]" for name, description, allowed in keys]
-    return "\n".join([*lines, ""])
 
 
 def _plain(value: object) -> str:

@@ -15,7 +15,6 @@ from ced.cli import options
 from ced.cli.console import complain, reporting, show, show_data
 from ced.cli.tagging import thresholds
 from ced.errors import ConfigError
-from ced.machine import cores
 from ced.tag.options import EVENT_THRESHOLD
 from ced.text import json_line
 
@@ -23,11 +22,11 @@ if TYPE_CHECKING:
     from ced.sound.live import LiveSource
     from ced.sound.pipe import Samples
     from ced.tag.actions import Action
-    from ced.tag.live import Listener, Report
+    from ced.tag.live import Listener, LiveReport
 
 FORMATS = ("text", "jsonl")
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def live(
@@ -40,7 +39,7 @@ def live(
     sample_format: options.PipeFormat = None,
     model: options.Model = "ced_mini",
     precision: options.Precision = "float32",
-    window: options.LiveWindow = 1.5,
+    window: options.Window = 1.5,
     hop: options.LiveHop = 0.25,
     silence: options.Silence = None,
     threshold: options.LiveThreshold = str(EVENT_THRESHOLD),
@@ -74,7 +73,7 @@ def live(
     from ced.tag.tagger import Tagger
 
     with reporting() as progress:
-        graph = open_model(model, precision=precision, threads=cores(), progress=progress)
+        graph = open_model(model, precision=precision, threads=options.CORES, progress=progress)
     with Tagger(graph, name=model) as tagger, Actions(found) as actions:
         settings = replace(
             OPTIONS,
@@ -100,7 +99,7 @@ def live(
                 if on in ("both", report.state):
                     actions.put(event)
     if listener.left_out:
-        _log.warning("%d windows were left out, as sound came faster than it was scored", listener.left_out)
+        logger.warning("%d windows were left out, as sound came faster than it was scored", listener.left_out)
     if signal.SIGINT in signals:
         raise KeyboardInterrupt
     if signal.SIGTERM not in signals and source.endless:
@@ -169,7 +168,7 @@ def _stopping(listener: "Listener") -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _line(report: "Report") -> str:
+def _line(report: "LiveReport") -> str:
     (tag,) = report.piece.tags
     return f"{datetime.fromtimestamp(report.time):%H:%M:%S} {tag.label} {tag.prob:.2f}"
 

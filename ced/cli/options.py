@@ -5,15 +5,19 @@ from typing import Annotated, Literal
 
 import typer
 
+from ced.machine import cores
 from ced.model.graph import Precision as GraphPrecision
 from ced.tag.options import EVENT_THRESHOLD, TOP_K, Tail
 
 # Panels of --help
-_INPUT, _WINDOWS, _SELECTION, _EVENTS, _OUTPUT = "Input", "Windows", "Selection", "Events", "Output"
-_ACTIONS, _DEVICE, _CLUSTER = "Actions", "Device", "Cluster"
-
-_SOUNDS = "Files, folders, patterns, http(s) addresses, @LIST (a path a line; @-: on standard input), or - (a sound on "
-_SOUNDS += "standard input)."
+_INPUT, _MODEL, _WINDOWS, _SELECTION, _EVENTS, _OUTPUT, _ACTIONS, _CLUSTER = (
+    *("Input", "Model", "Windows", "Selection"),
+    *("Events", "Output", "Actions", "Cluster"),
+)
+_SOUNDS = (
+    "Files, folders, patterns, http(s) addresses, @LIST (a file with a path on each line; @-: standard input), or - (a"
+    " sound on standard input)."
+)
 Sounds = Annotated[list[str], typer.Argument(metavar="SOUND...", help=_SOUNDS)]
 SoundsUnlessFrom = Annotated[list[str] | None, typer.Argument(metavar="SOUND...", help=_SOUNDS)]
 Model = Annotated[
@@ -21,14 +25,14 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        rich_help_panel=_INPUT,
+        rich_help_panel=_MODEL,
         help="A model name (see `ced models`), an ONNX file, a checkpoint or an experiment.",
     ),
 ]
 Precision = Annotated[
     GraphPrecision,
     typer.Option(
-        rich_help_panel=_INPUT, help="float32, or int8: a smaller and faster model whose scores differ a little."
+        rich_help_panel=_MODEL, help="float32, or int8: a smaller and faster model whose scores differ slightly."
     ),
 ]
 AllowPrivate = Annotated[
@@ -36,7 +40,7 @@ AllowPrivate = Annotated[
     typer.Option(
         "--allow-private",
         rich_help_panel=_INPUT,
-        help="Let redirects and playlists of addresses lead to this machine and to local networks, too.",
+        help="Allow redirects and playlists of addresses to lead to this machine and to local networks.",
     ),
 ]
 Channel = Annotated[
@@ -49,7 +53,7 @@ Channel = Annotated[
 ]
 Strict = Annotated[
     bool,
-    typer.Option("--strict", rich_help_panel=_INPUT, help="Refuse files that are cut short."),
+    typer.Option("--strict", rich_help_panel=_INPUT, help="Refuse truncated files."),
 ]
 From = Annotated[
     Path | None,
@@ -57,18 +61,26 @@ From = Annotated[
         "--from",
         rich_help_panel=_INPUT,
         metavar="DIR",
-        help="Instead of sounds: the folder of a run with --keep-scores, for other thresholds, labels or events.",
+        help="Instead of sounds: the folder of a run with --keep-scores, to apply other thresholds, labels or events.",
     ),
 ]
+CORES = cores()
 Jobs = Annotated[
-    int | None,
-    typer.Option("--jobs", "-j", min=1, help="Windows scored at a time, one thread each; default: all cores."),
+    int,
+    typer.Option(
+        "--jobs",
+        "-j",
+        min=1,
+        rich_help_panel=_MODEL,
+        show_default="all cores",
+        help="Windows scored at the same time, one thread each.",
+    ),
 ]
 
 Device = Annotated[
     str | None,
     typer.Option(
-        rich_help_panel=_DEVICE,
+        rich_help_panel=_MODEL,
         help="cpu, cuda, coreml, directml or another device that the installed ONNX Runtime can use; cuda:1 for the "
         "second of several; auto: an accelerator if there is one.",
         show_default="cpu",
@@ -77,7 +89,7 @@ Device = Annotated[
 Batch = Annotated[
     int,
     typer.Option(
-        min=1, rich_help_panel=_DEVICE, help="Windows that share a call of the model on an accelerator; not on the CPU."
+        min=1, rich_help_panel=_MODEL, help="Windows that share a call of the model on an accelerator; not on the CPU."
     ),
 ]
 Ray = Annotated[
@@ -87,19 +99,30 @@ Ray = Annotated[
         metavar="auto|ADDRESS",
         rich_help_panel=_CLUSTER,
         help="Process sounds on a Ray cluster, into Parquet parts in the folder --out: auto (the cluster that runs "
-        "here or that RAY_ADDRESS names, else one with the cores of this machine), HOST:PORT or ray://HOST:PORT. "
-        "--jobs is then the number of sounds processed at a time.",
+        "here or that RAY_ADDRESS names, else one with the cores of this machine), HOST:PORT or ray://HOST:PORT.",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        rich_help_panel=_CLUSTER,
+        show_default="all cores of the cluster",
+        help="With --ray: sounds processed at a time, each on one core, or on one GPU.",
     ),
 ]
 
 # Windows
 Window = Annotated[
-    float, typer.Option("--chunk", "-c", "--window", rich_help_panel=_WINDOWS, help="Seconds of a window, above 0.")
+    float, typer.Option("--window", "-w", rich_help_panel=_WINDOWS, help="Length of a window in seconds, above 0.")
 ]
 Hop = Annotated[
     float | None,
     typer.Option(
-        rich_help_panel=_WINDOWS, help="Seconds from one window to the next; default: windows lie end to end."
+        rich_help_panel=_WINDOWS,
+        help="Seconds from one window's start to the next, at most the window length.",
+        show_default="the window length",
     ),
 ]
 Columns = Annotated[
@@ -109,21 +132,23 @@ Tails = Annotated[
     Tail,
     typer.Option(
         rich_help_panel=_WINDOWS,
-        help="Length of the last window: aligned, full length and ending with the sound; short, as the published "
-        "program has it, often tagged wrongly.",
+        help="The last window: aligned, of full length and ending with the sound; short, as short as the rest, as in "
+        "the published program, but often tagged wrongly.",
     ),
 ]
-LiveWindow = Annotated[
-    float, typer.Option("--window", "-c", rich_help_panel=_WINDOWS, help="Seconds of a window, above 0.")
-]
 LiveHop = Annotated[
-    float, typer.Option(rich_help_panel=_WINDOWS, help="Seconds from one window to the next, at most a window.")
+    float,
+    typer.Option(
+        "--hop",
+        rich_help_panel=_WINDOWS,
+        help="Seconds from one window's start to the next, at most the window length.",
+    ),
 ]
 Silence = Annotated[
     float | None,
     typer.Option(
         rich_help_panel=_WINDOWS,
-        help="Windows below this level are not scored, in dB of full scale, as -60.",
+        help="Do not score windows below this level, in dB of full scale, as -60.",
     ),
 ]
 
@@ -131,11 +156,12 @@ Silence = Annotated[
 TopK = Annotated[
     int | None,
     typer.Option(
-        "--topk",
+        "--top-k",
         "-k",
         min=1,
         rich_help_panel=_SELECTION,
-        help=f"Most tags of a window; default: {TOP_K}, with --threshold all.",
+        help="Most tags of a window.",
+        show_default=f"{TOP_K}, with --threshold all",
     ),
 ]
 Threshold = Annotated[
@@ -148,18 +174,18 @@ Threshold = Annotated[
 Labels = Annotated[
     list[str] | None,
     typer.Option(
-        rich_help_panel=_SELECTION, help="Only this class, or all classes below this heading; may be repeated."
+        rich_help_panel=_SELECTION, help="Keep only this class, or all classes below this heading; may be repeated."
     ),
 ]
 Exclude = Annotated[
-    list[str] | None, typer.Option(rich_help_panel=_SELECTION, help="Not this class or heading; may be repeated.")
+    list[str] | None, typer.Option(rich_help_panel=_SELECTION, help="Leave out this class or heading; may be repeated.")
 ]
 Rollup = Annotated[
     bool,
     typer.Option(
         "--rollup",
         rich_help_panel=_SELECTION,
-        help="Give classes the highest probability of the kinds of them, and add headings.",
+        help="Raise each class to the highest probability of its descendants, and add the headings.",
     ),
 ]
 
@@ -169,12 +195,14 @@ Events = Annotated[
     typer.Option(
         "--events",
         rich_help_panel=_EVENTS,
-        help=f"Merge windows into events; threshold {EVENT_THRESHOLD} unless given.",
+        help=f"Merge windows into events; --threshold is then {EVENT_THRESHOLD} by default.",
     ),
 ]
 Release = Annotated[
     float,
-    typer.Option(rich_help_panel=_EVENTS, help="With --events: part of the threshold that keeps an event going."),
+    typer.Option(
+        rich_help_panel=_EVENTS, help="With --events: an event continues above this fraction of its threshold."
+    ),
 ]
 Gap = Annotated[
     float,
@@ -183,7 +211,7 @@ Gap = Annotated[
     ),
 ]
 Shortest = Annotated[
-    float, typer.Option(rich_help_panel=_EVENTS, help="With --events: drop events of fewer seconds than this.")
+    float, typer.Option(rich_help_panel=_EVENTS, help="With --events: drop events shorter than this many seconds.")
 ]
 
 # Live sound
@@ -200,25 +228,29 @@ InputDevice = Annotated[
         "--device",
         "-d",
         rich_help_panel=_INPUT,
-        help="Number or part of the name of an input; default: the system's own choice.",
+        help="Number or part of the name of an input device.",
+        show_default="the default input of the system",
     ),
 ]
 ListDevices = Annotated[
-    bool, typer.Option("--list-devices", rich_help_panel=_INPUT, help="List the inputs of this machine, and exit.")
+    bool,
+    typer.Option("--list-devices", rich_help_panel=_INPUT, help="List the input devices of this machine, and exit."),
 ]
 LiveChannel = Annotated[
     str | None,
     typer.Option(
         "--channel",
         rich_help_panel=_INPUT,
-        help="mean, left, right, or the number of a channel; default: 1 of a device, else the mean.",
+        help="mean, left, right, or the number of a channel.",
+        show_default="1 of a device, else mean",
     ),
 ]
 PipeRate = Annotated[
     int | None, typer.Option("--rate", rich_help_panel=_INPUT, help="With -: sampling rate of raw samples, in Hz.")
 ]
 PipeChannels = Annotated[
-    int | None, typer.Option("--channels", rich_help_panel=_INPUT, help="With --rate: number of channels; default: 1.")
+    int | None,
+    typer.Option("--channels", rich_help_panel=_INPUT, help="With --rate: number of channels.", show_default="1"),
 ]
 PipeFormat = Annotated[
     str | None,
@@ -237,7 +269,8 @@ LiveThreshold = Annotated[
     ),
 ]
 LiveRelease = Annotated[
-    float, typer.Option("--release", rich_help_panel=_EVENTS, help="Part of the threshold that keeps an event going.")
+    float,
+    typer.Option("--release", rich_help_panel=_EVENTS, help="An event continues above this fraction of its threshold."),
 ]
 LiveGap = Annotated[
     float,
@@ -245,7 +278,7 @@ LiveGap = Annotated[
 ]
 LiveShortest = Annotated[
     float,
-    typer.Option("--shortest", rich_help_panel=_EVENTS, help="Drop events of fewer seconds than this."),
+    typer.Option("--shortest", rich_help_panel=_EVENTS, help="Do not report events shorter than this many seconds."),
 ]
 LiveFormat = Annotated[
     str,
@@ -253,7 +286,7 @@ LiveFormat = Annotated[
         "--format",
         "-f",
         rich_help_panel=_OUTPUT,
-        help="text: a line when an event begins; jsonl: one then, and one when it has ended.",
+        help="text: a line when an event begins; jsonl: a line when it begins and one when it ends.",
     ),
 ]
 Exec = Annotated[
@@ -262,8 +295,8 @@ Exec = Annotated[
         "--exec",
         metavar="COMMAND",
         rich_help_panel=_ACTIONS,
-        help="Run a command for each event, which it gets as JSON on standard input and as $CED_LABEL and others; no "
-        "shell is involved. May be repeated.",
+        help="Run a command for each event, without a shell, with the event as JSON on standard input and in the "
+        "environment ($CED_LABEL and others). May be repeated.",
     ),
 ]
 Webhook = Annotated[
@@ -283,7 +316,9 @@ Mqtt = Annotated[
 ]
 On = Annotated[
     Literal["begin", "end", "both"],
-    typer.Option("--on", rich_help_panel=_ACTIONS, help="Which events go to --exec, --webhook and --mqtt."),
+    typer.Option(
+        "--on", rich_help_panel=_ACTIONS, help="Which reports of an event go to --exec, --webhook and --mqtt."
+    ),
 ]
 
 # Outputs
@@ -293,7 +328,9 @@ Formats = Annotated[
         "--format",
         "-f",
         rich_help_panel=_OUTPUT,
-        help="text, jsonl, csv, spreadsheet (CSV without formulas), audacity, raven, parquet; with --out several.",
+        help="text, jsonl, csv, spreadsheet (CSV without formulas), audacity, raven or parquet; with --out, may be "
+        "repeated.",
+        show_default="text",
     ),
 ]
 Clock = Annotated[
@@ -306,9 +343,7 @@ Clock = Annotated[
 ]
 Out = Annotated[
     Path | None,
-    typer.Option(
-        "--out", "-o", rich_help_panel=_OUTPUT, help="Folder for outputs; an interrupted run is continued there."
-    ),
+    typer.Option("--out", "-o", rich_help_panel=_OUTPUT, help="Folder for outputs; an interrupted run resumes there."),
 ]
 KeepScores = Annotated[
     bool,
@@ -317,7 +352,7 @@ KeepScores = Annotated[
 Clips = Annotated[
     Path | None,
     typer.Option(
-        rich_help_panel=_OUTPUT, metavar="DIR", help="With --events: cut each event out as a file in this folder."
+        rich_help_panel=_OUTPUT, metavar="DIR", help="With --events: cut out each event as a file in this folder."
     ),
 ]
 Combine = Annotated[
@@ -336,5 +371,8 @@ EmbeddingsOut = Annotated[
     ),
 ]
 EachWindow = Annotated[
-    bool, typer.Option("--windows", rich_help_panel=_OUTPUT, help="A vector for each window, not one for each sound.")
+    bool,
+    typer.Option(
+        "--windows", rich_help_panel=_OUTPUT, help="Write a vector for each window instead of one for each sound."
+    ),
 ]

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ced.cli.console import reporting, set_up_logging, set_up_streams, show_data, tell
-from ced.cli.options import Jobs, Model, Precision
+from ced.cli.options import CORES, Jobs, Model, Precision
 from ced.errors import ConfigError, optional_packages
-from ced.machine import allow_open_files, cores
+from ced.machine import allow_open_files
 
 if TYPE_CHECKING:
     from ced.serve.body import Limits
@@ -28,7 +28,7 @@ KEY_VARIABLE = "CED_API_KEY"
 _SHORTEST_KEY = 16  # characters
 _LOG_LINES = 10_000  # that wait to be printed
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _MaxMegabytes = Annotated[float, typer.Option(help="Largest body of a request.")]
 _MaxSeconds = Annotated[float, typer.Option(help="Most sound in a request; overlapping windows count in full.")]
@@ -47,7 +47,16 @@ def serve(
     unix_socket: Annotated[
         Path | None, typer.Option(help="Listen on a Unix socket at this path instead of a port.")
     ] = None,
-    jobs: Jobs = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs",
+            "-j",
+            min=1,
+            show_default="all cores, divided by --workers",
+            help="Windows scored at the same time, one thread each.",
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the port, each with its own model.")] = 1,
     max_megabytes: _MaxMegabytes = 50.0,
     max_seconds: _MaxSeconds = 600.0,
@@ -86,14 +95,14 @@ def serve(
         settings = server.Settings(
             model,
             Path(model).name,
-            jobs or max(1, cores() // workers),
+            jobs or max(1, CORES // workers),
             _limits(max_megabytes, max_seconds, queue, max_live),
             Access(keys, _hosts(listener, host, allowed_host), _prefix(root_path), allow_addresses),
             precision,
             ("*",) if unix_socket is not None else tuple(map(_network, proxy or ())),
         )
         if not is_local and not keys:
-            _log.warning("%s can be reached from other machines, without an API key", server.address(listener))
+            logger.warning("%s can be reached from other machines, without an API key", server.address(listener))
         _run(settings, listener, workers, access_log)
     finally:
         listener.close()
@@ -101,11 +110,11 @@ def serve(
             unix_socket.unlink(missing_ok=True)
 
 
-def show(
+def open_app(
     model: Model = "ced_mini",
     precision: Precision = "float32",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: any free one.")] = 0,
-    jobs: Jobs = None,
+    jobs: Jobs = CORES,
     max_megabytes: _MaxMegabytes = 2000.0,
     max_seconds: _MaxSeconds = 86_400.0,
     allow_addresses: _AllowAddresses = False,
@@ -121,7 +130,7 @@ def show(
     with server.listen("127.0.0.1", port) as listener:
         limits = _limits(max_megabytes, max_seconds, queue=16, live=4)
         access = Access(hosts=_hosts(listener, "127.0.0.1", None), addresses=allow_addresses)
-        settings = server.Settings(model, Path(model).name, jobs or cores(), limits, access, precision, grace=1)
+        settings = server.Settings(model, Path(model).name, jobs, limits, access, precision, grace=1)
         _run(settings, listener, 1, False, browser)
 
 
@@ -163,10 +172,10 @@ def _set_up_logs(access_log: bool) -> None:
     requests.propagate = False
     requests.setLevel(logging.INFO if access_log else logging.CRITICAL)
     if access_log:
-        requests.addHandler(_Lines())
+        requests.addHandler(_AccessLog())
 
 
-class _Lines(logging.Handler):
+class _AccessLog(logging.Handler):
     """Prints lines of a log in a thread of its own; lines that standard output does not take are dropped.
 
     So a pipe that nobody reads holds up no request. Once standard output is closed or cannot be written to, that is
@@ -198,7 +207,7 @@ class _Lines(logging.Handler):
             except (OSError, ValueError) as error:  # of a pipe without a reader, a full disk, a closed stream
                 logging.getLogger("ced.access").setLevel(logging.CRITICAL)
                 reason = getattr(error, "strerror", None) or error
-                _log.warning("the access log ends, as standard output cannot be written to: %s", reason)
+                logger.warning("the access log ends, as standard output cannot be written to: %s", reason)
                 return
 
 

@@ -1,4 +1,4 @@
-"""The commands tag and embed."""
+"""The commands tag, embed and calibrate."""
 
 import io
 import os
@@ -6,27 +6,29 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ced.cli import clustering, options
 from ced.cli.clustering import ChosenModel, Cluster
-from ced.cli.console import complain, reporting, show, show_data
+from ced.cli.console import Meter, complain, reporting, show, show_data, speed
 from ced.errors import AudioError, ConfigError
-from ced.machine import cores
 from ced.progress import NotedProgress, silent
 from ced.tag.options import BATCH, EACH, TagOptions
 
 if TYPE_CHECKING:
+    from ced.sound.audio import Source
     from ced.sound.labels import ClassTable
-    from ced.tag.batch import Meter
-    from ced.tag.inputs import Input
-    from ced.tag.records import Record, Tags, Timeline
-    from ced.tag.results import Format
+    from ced.tag.batch import EarlierRun, Outcome
+    from ced.tag.inputs import InputSound
+    from ced.tag.records import Embedding, Record, Tags, Timeline
+    from ced.tag.scores import ScoreLog
     from ced.tag.tagger import Scorer, Tagger, TagStream
+    from ced.tag.writers import EmbeddingRow, Format
 
-_SCORED = ("window", "hop", "columns", "tail", "silence", "channel", "strict", "clock")  # what scores depend on
+_SCORED = ("window", "hop", "columns", "tail", "silence", "channel", "strict", "clock")  # options that scores depend on
+_NAMES_SHOWN = 5  # classes that are named before the rest is counted
 
 
 def tag(
@@ -42,7 +44,7 @@ def tag(
     columns: options.Columns = False,
     tail: options.Tails = TagOptions.tail,
     silence: options.Silence = None,
-    topk: options.TopK = None,
+    top_k: options.TopK = None,
     threshold: options.Threshold = None,
     labels: options.Labels = None,
     exclude: options.Exclude = None,
@@ -57,15 +59,16 @@ def tag(
     combine: options.Combine = False,
     keep_scores: options.KeepScores = False,
     clips: options.Clips = None,
-    jobs: options.Jobs = None,
+    jobs: options.Jobs = options.CORES,
     device: options.Device = None,
     batch: options.Batch = BATCH,
     ray: options.Ray = None,
+    workers: options.Workers = None,
 ) -> None:
-    """Tag sounds: print the most probable classes of each window as it is known, or write them to files.
+    """Tag sounds: print the most probable classes of each window as it is scored, or write them to files.
 
-    A sound that cannot be read is named and left out, one that is cut short is tagged as far as it goes; the exit code
-    is then 1.
+    Sounds that cannot be read are reported and skipped, and of a truncated sound the readable part is tagged; the exit
+    code is then 1.
     """
     chosen = TagOptions(
         window=window,
@@ -75,7 +78,7 @@ def tag(
         silence=silence,
         channel=_one_channel(channel),
         strict=strict,
-        top_k=topk,
+        top_k=top_k,
         only=tuple(labels or ()),
         exclude=tuple(exclude or ()),
         rollup=rollup,
@@ -89,33 +92,27 @@ def tag(
         raise typer.BadParameter("name sounds, or with --from the folder of an earlier run", param_hint="SOUND...")
     others = [name for name in format or () if name.lower() != "parquet"]
     given = {"--from": earlier, "--combine": combine, "--keep-scores": keep_scores, "--clips": clips}
-    cluster = Cluster.chosen(ray, out, jobs, {**given, f"--format {' '.join(others)}": others})
-    output = _Output(format or ["text" if cluster is None else "parquet"], out, combine, keep_scores, clips)
+    cluster = Cluster.chosen(ray, out, workers, {**given, f"--format {' '.join(others)}": others})
+    formats = format or ["text" if cluster is None else "parquet"]
+    output = _Output(formats, out, combine, keep_scores, clips, channel == EACH, clock is not None)
     output.check(chosen)
-    with reporting() as progress:
-        if earlier is not None:
-            _check_from(sounds, chosen, channel, (model, precision), output, earlier)
+    scorer = ChosenModel(model, precision, device, batch)
+    if cluster is not None:
+        with reporting() as progress:
+            inputs = _find(sounds or (), "mean", allow_private)  # workers open sounds to find their channels
+            output.check_inputs(inputs, chosen)
+            with clustering.here(scorer, progress) as tagger:
+                chosen = _with_thresholds(chosen, threshold, tagger.labels)
+                ok = clustering.tag(cluster, tagger, scorer, inputs, chosen, channel, progress)
+    elif earlier is not None:
+        _check_from(earlier, sounds, chosen, output, other_model=(model, precision) != ("ced_mini", "float32"))
+        with reporting() as progress:
             ok = _tag_again(earlier, chosen, threshold, output, progress)
-        else:
-            from ced.tag.inputs import each_channel, find_inputs
-            from ced.tag.tagger import Tagger
-
-            inputs = find_inputs(sounds or (), sys.stdin.buffer, allow_private=allow_private)
-            if channel == EACH and cluster is None:
-                inputs = list(each_channel(inputs))
-            output.check_inputs(inputs, chosen, channel)
-            here = device if cluster is None else None  # the workers' machines may have devices that this one lacks
-            with Tagger(
-                model, device=here, precision=precision, jobs=jobs or cores(), batch=batch, progress=progress
-            ) as tagger:
-                if threshold is not None:
-                    chosen = replace(chosen, thresholds=thresholds(threshold, tagger.labels))
-                chosen = tagger.checked(chosen)
-                if cluster is not None:
-                    scorer = ChosenModel(model, precision, device, batch)
-                    ok = clustering.tag(cluster, tagger, scorer, inputs, chosen, channel, progress)
-                else:
-                    ok = _tag_sounds(tagger, inputs, chosen, channel, output, tagger.jobs, progress)
+    else:
+        with reporting() as progress:
+            inputs = _find(sounds or (), channel, allow_private)
+            output.check_inputs(inputs, chosen)
+            ok = _tag_sounds(inputs, chosen, threshold, scorer, jobs, output, progress)
     if not ok:
         raise typer.Exit(1)
 
@@ -132,73 +129,112 @@ def embed(
     hop: options.Hop = None,
     tail: options.Tails = TagOptions.tail,
     windows: options.EachWindow = False,
-    jobs: options.Jobs = None,
+    jobs: options.Jobs = options.CORES,
     device: options.Device = None,
     batch: options.Batch = BATCH,
     ray: options.Ray = None,
+    workers: options.Workers = None,
 ) -> None:
-    """Write an embedding of each sound, a vector for classifiers and searches of your own.
+    """Write an embedding of each sound: a vector for classifiers and searches of your own.
 
-    A sound that cannot be read is named and left out, one that is cut short is embedded as far as it goes; the exit
-    code is then 1.
+    Sounds that cannot be read are reported and skipped, and of a truncated sound the readable part is embedded; the
+    exit code is then 1.
     """
-    from ced.tag.batch import results
-    from ced.tag.embeddings import Row, check_suffix, rows_of, write_embeddings
-    from ced.tag.inputs import Input, each_channel, find_inputs
-    from ced.tag.tagger import Embedding, Tagger
+    from ced.tag.tagger import Tagger
+    from ced.tag.writers import check_embeddings_path, write_embeddings
 
-    cluster = Cluster.chosen(ray, out, jobs, {})
-    if cluster is None:
-        check_suffix(out)
-    single = _one_channel(channel)
-    inputs = find_inputs(sounds, sys.stdin.buffer, allow_private=allow_private)
+    chosen = TagOptions(window=window, hop=hop, tail=tail, channel=_one_channel(channel), strict=strict)
+    cluster = Cluster.chosen(ray, out, workers, {})
     if cluster is not None:
-        chosen = TagOptions(window=window, hop=hop, tail=tail, channel=single, strict=strict)
-        with reporting() as progress, Tagger(model, precision=precision, progress=progress) as tagger:
-            chosen = tagger.checked(chosen)
-            scorer = ChosenModel(model, precision, device, batch)
-            ok = clustering.embed(cluster, tagger, scorer, inputs, chosen, channel, windows, progress)
-        if not ok:
-            raise typer.Exit(1)
+        scorer, inputs = ChosenModel(model, precision, device, batch), _find(sounds, "mean", allow_private)
+        with reporting() as progress, clustering.here(scorer, progress) as tagger:
+            if not clustering.embed(cluster, tagger, scorer, inputs, chosen, channel, windows, progress):
+                raise typer.Exit(1)
         return
-    if channel == EACH:
-        inputs = list(each_channel(inputs))
-    failed, cut = 0, 0
+    check_embeddings_path(out)
+    inputs = _find(sounds, channel, allow_private)
     with (
         reporting() as progress,
-        Tagger(
-            model, device=device, precision=precision, jobs=jobs or cores(), batch=batch, progress=progress
-        ) as tagger,
+        Tagger(model, device=device, precision=precision, jobs=jobs, batch=batch, progress=progress) as tagger,
     ):
-
-        def process(item: Input) -> Embedding:
-            one = item.channel or single
-            return tagger.embed(item.source, window=window, hop=hop, tail=tail, channel=one, strict=strict)
-
-        def rows() -> Iterator[Row]:
-            nonlocal failed, cut
-            for outcome in results(inputs, process, jobs=tagger.jobs, task="embedding", progress=progress):
-                if outcome.result is None:
-                    complain(outcome.error, hint=outcome.hint)
-                    failed += 1
-                    continue
-                cut += not outcome.result.complete
-                yield from rows_of(outcome.input.name, outcome.result, windows=windows)
-
-        count = write_embeddings(out, rows())
+        embedding = _Embedding(tagger, chosen, windows, Meter(progress, len(inputs), "embedding"))
+        count = write_embeddings(out, embedding.rows(inputs, tagger.jobs))
+    failed, cut = embedding.failed, embedding.cut_short
     show(f"{out}: {count} vectors of {len(inputs) - failed} sounds, {failed} failed" + f", {cut} cut short" * bool(cut))
     if failed or cut:
         raise typer.Exit(1)
 
 
+def calibrate(
+    table: Annotated[
+        Path, typer.Argument(help="Labelled clips: a table with filename and labels, or a folder with a meta.tsv.")
+    ],
+    model: options.Model = "ced_mini",
+    out: Annotated[
+        Path, typer.Option("--out", "-o", rich_help_panel="Output", help="The file of thresholds to write.")
+    ] = Path("thresholds.tsv"),
+    precision: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel="Selection",
+            help="The least precision of each class, above 0, at most 1.",
+            show_default="the best F1",
+        ),
+    ] = None,
+    window: options.Window = TagOptions.window,
+    hop: options.Hop = None,
+    jobs: options.Jobs = options.CORES,
+    device: options.Device = None,
+    batch: options.Batch = BATCH,
+) -> None:
+    """Fit a threshold for each class to labelled clips, for `ced tag --threshold FILE`.
+
+    Clips that cannot be read are reported and skipped; the exit code is then 1.
+    """
+    from ced.tag.tagger import Tagger
+    from ced.tag.thresholds import USUAL_THRESHOLD, calibrate_thresholds
+
+    with (
+        reporting() as progress,
+        Tagger(model, device=device, jobs=jobs, batch=batch, progress=progress) as tagger,
+    ):
+        found = calibrate_thresholds(
+            tagger, table, out, precision=precision, window=window, hop=hop, jobs=tagger.jobs, progress=progress
+        )
+    show(f"{found.out}: thresholds fitted to {found.clips} clips with {found.classes} classes")
+    show(
+        f"F1, mean over these classes, on the clips fitted to: {found.f1_after:.3f}"
+        f" ({found.f1_before:.3f} with {USUAL_THRESHOLD} for all); expect less on others"
+    )
+    if found.unseen:
+        show(f"without clips, so with a threshold common to all: {_some(found.unseen)}")
+    if found.never:
+        show(f"never precise enough, so never a tag: {_some(found.never)}")
+    if found.unreadable:
+        raise typer.Exit(1)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return "; ".join(names[:_NAMES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
 def _one_channel(channel: str) -> str:
-    """Check the option, and return the channel to tag of sounds that are not tagged channel by channel."""
+    """Check the option, and return the channel to tag of sounds whose channels are not tagged one by one."""
     from ced.sound.audio import check_channel
 
     if channel == EACH:
         return "mean"
     check_channel(channel, others=(EACH,))
     return channel
+
+
+def _find(sounds: Sequence[str], channel: str, allow_private: bool) -> "list[InputSound]":
+    """Find the sounds that the arguments name, or with the channel "each" the channels of these sounds."""
+    from ced.tag.inputs import each_channel, find_inputs
+
+    inputs = find_inputs(sounds, sys.stdin.buffer, allow_private=allow_private)
+    return list(each_channel(inputs)) if channel == EACH else inputs
 
 
 @dataclass(frozen=True)
@@ -210,215 +246,287 @@ class _Output:
     combine: bool
     keep_scores: bool
     clips: Path | None
+    channel: bool  # whether tables name the channel
+    clock: bool  # whether tables have clock times
 
     def check(self, chosen: TagOptions) -> None:
-        """Refuse impossible outputs before any work is done for them."""
+        """Validate the options before any work is done for them."""
         if self.combine and self.folder is None:
-            raise ConfigError("--combine says how files are written; name their folder with --out")
+            raise ConfigError("--combine applies to files; name their folder with --out")
         if self.keep_scores and self.folder is None:
-            raise ConfigError("--keep-scores keeps the scores of a run in its folder; name that with --out")
+            raise ConfigError("--keep-scores writes into the folder of a run; name it with --out")
         if self.folder is None and len(self.formats) > 1:
             raise ConfigError(f"{' and '.join(self.formats)} cannot be printed at once; name a folder with --out")
         if self.clips is not None and not chosen.events:
-            raise ConfigError("--clips cuts out events; ask for them with --events")
+            raise ConfigError("--clips cuts out events; add --events")
 
-    def check_inputs(self, inputs: "Sequence[Input]", chosen: TagOptions, channel: str) -> None:
-        """Refuse what these sounds do not allow, and formats that are unknown or cannot be written."""
+    def check_inputs(self, inputs: "Sequence[InputSound]", chosen: TagOptions) -> None:
+        """Check the options against the sounds, and that the formats are known and can be written."""
         if chosen.clock not in (None, "auto") and len(inputs) > 1:
             raise ConfigError(f"--clock {chosen.clock} is the start of one sound; {len(inputs)} are named")
         if self.clips is not None and any(isinstance(item.source, io.IOBase) for item in inputs):
             raise ConfigError("--clips reads sounds twice, which standard input does not allow; name a file")
-        self.found(len(inputs), channel=channel == EACH, clock=chosen.clock is not None)
+        self.found(len(inputs))
 
-    def found(self, sounds: int, *, channel: bool, clock: bool) -> "Sequence[Format]":
+    def found(self, sounds: int) -> "Sequence[Format]":
         """Return the formats."""
-        from ced.tag.results import formats
+        from ced.tag.writers import formats
 
         shared = self.combine or (self.folder is None and sounds > 1)
-        return formats(self.formats, shared=shared, printed=self.folder is None, channel=channel, clock=clock)
+        printed = self.folder is None
+        return formats(self.formats, shared=shared, printed=printed, channel=self.channel, clock=self.clock)
+
+    def print(self, timelines: "Iterable[Timeline]", sounds: int) -> None:
+        """Print timelines in the one format, each piece as soon as it is known."""
+        (kind,) = self.found(sounds)
+        assert kind.text is not None
+        for text in kind.text(timelines):
+            show_data(text)
+
+    def write(
+        self,
+        inputs: "Sequence[InputSound]",
+        process: "Callable[[InputSound], Record]",
+        settings: dict[str, Any],
+        jobs: int,
+        meter: Meter,
+    ) -> bool:
+        """Write the records of sounds into the folder; return whether all of them could be read to the end."""
+        from ced.tag.batch import tag_to_folder
+
+        def finished(outcome: "Outcome[Record]") -> None:
+            meter.file()
+            if outcome.result is None:
+                complain(outcome.error, hint=outcome.hint)
+
+        assert self.folder is not None
+        summary = tag_to_folder(
+            inputs,
+            process,
+            self.folder,
+            settings=settings,
+            output=self.formats,
+            combined=self.combine,
+            keep_scores=self.keep_scores,
+            jobs=jobs,
+            finished=finished,
+        )
+        show(f"{summary}; {speed(summary.seconds, summary.elapsed)}")
+        return not summary.failed and not summary.incomplete
+
+    def cut(self, source: "Source", events: "Sequence[Tags]", item: "InputSound") -> None:
+        """Cut the events of a sound out, if clips are asked for."""
+        if self.clips is not None:
+            from ced.tag.clips import write_clips
+
+            write_clips(source, events, self.clips, item.relative)
 
 
 def _tag_sounds(
-    tagger: "Tagger",
-    inputs: "Sequence[Input]",
+    inputs: "Sequence[InputSound]",
     chosen: TagOptions,
-    channel: str,
-    output: _Output,
+    threshold: str | None,
+    model: ChosenModel,
     jobs: int,
+    output: _Output,
     progress: NotedProgress,
 ) -> bool:
     """Tag sounds; return whether all of them could be read to the end."""
-    from ced.tag.batch import Meter, unfinished_scores
-    from ced.tag.journal import stamp_of
-    from ced.tag.scores import Kind, ScoreLog
-    from ced.tag.tagger import in_turn
+    from ced.tag.tagger import Tagger, in_turn
 
-    def options_of(item: "Input") -> TagOptions:
-        return chosen if item.channel is None else replace(chosen, channel=item.channel)
-
-    if output.folder is None:
+    with Tagger(
+        model.name,
+        device=model.device,
+        precision=model.precision,
+        jobs=jobs,
+        batch=model.batch,
+        progress=progress,
+    ) as tagger:
+        chosen = _with_thresholds(chosen, threshold, tagger.labels)
+        tagger.windows.check(chosen)
         # On a terminal, results are progress enough.
-        meter = Meter(silent if sys.stdout.isatty() else progress, len(inputs), "tagging")
-        streams = in_turn(
-            (tagger.stream(item.source, options_of(item), name=item.name, progress=meter.sound) for item in inputs),
-            jobs,
-        )
-        bad: list[str] = []
-        (kind,) = output.found(len(inputs), channel=channel == EACH, clock=chosen.clock is not None)
-        _print(_whole(zip(inputs, streams, strict=True), output, meter, bad), kind)
-        return not bad
+        is_shown = output.folder is None and sys.stdout.isatty()
+        meter = Meter(silent if is_shown else progress, len(inputs), "tagging")
+        tagging = _Tagging(tagger, chosen, output, meter)
+        if output.folder is not None:
+            return tagging.to_folder(inputs, output.folder, tagger.jobs)
+        failed: list[str] = []
+        streams = in_turn(map(tagging.stream, inputs), tagger.jobs)
+        output.print(tagging.readable(zip(inputs, streams, strict=True), failed), len(inputs))
+        return not failed
 
-    folder, meter = output.folder, Meter(progress, len(inputs), "tagging")
-    settings = {"model": _fingerprint(tagger.scorer), **chosen.settings(), "channel": channel}
 
-    def process(item: "Input") -> "Record":
-        # What comes through a pipe is never the same again.
-        stamp = stamp_of(item) or os.urandom(8).hex()
-        about = {"sound": item.key, "stamp": stamp, "settings": settings}
-        kind: Kind = "float16" if output.keep_scores else "float32"
-        with ScoreLog(folder, unfinished_scores(item), len(tagger.labels), about, kind) as scores:
-            stream = tagger.stream(item.source, options_of(item), name=item.name, scores=scores, progress=meter.sound)
-            record = stream.record()
-            scores.close(finish=output.keep_scores)
-        _cut(item.source, record.pieces, output, item)
+@dataclass(frozen=True)
+class _Tagging:
+    """The tagging of many sounds with the same options."""
+
+    tagger: "Tagger"
+    options: TagOptions
+    output: _Output
+    meter: Meter
+
+    def stream(self, item: "InputSound", scores: "ScoreLog | None" = None) -> "TagStream":
+        """Return the tags of a sound as they are known; `scores` has those that an earlier run left."""
+        chosen = self.options if item.channel is None else replace(self.options, channel=item.channel)
+        return self.tagger.stream(item.source, chosen, name=item.name, scores=scores, progress=self.meter.sound)
+
+    def readable(self, pairs: "Iterable[tuple[InputSound, TagStream]]", failed: list[str]) -> "Iterator[Timeline]":
+        """Yield the streams that can be read; add the names of unreadable and truncated sounds to `failed`."""
+        for item, stream in pairs:
+            if stream.wait():
+                yield stream  # it is written before the next one is asked for
+            try:
+                if stream.error is not None:
+                    raise stream.error
+                self.output.cut(item.source, stream.events, item)
+            except AudioError as error:
+                complain(error)
+                failed.append(item.name)
+            else:
+                failed += [] if stream.complete else [item.name]
+            self.meter.file()
+
+    def to_folder(self, inputs: "Sequence[InputSound]", folder: Path, jobs: int) -> bool:
+        """Write the tags of sounds into a folder; return whether all of them could be read to the end."""
+        from ced.tag.batch import write_classes
+
+        channel = EACH if self.output.channel else self.options.channel
+        settings = {"model": _fingerprint(self.tagger.windows.model), **self.options.settings(), "channel": channel}
+        if self.output.keep_scores:
+            write_classes(folder, self.tagger.labels)
+        return self.output.write(inputs, _Logged(self, folder, settings), settings, jobs, self.meter)
+
+
+@dataclass(frozen=True)
+class _Logged:
+    """Tags a sound while its scores are logged in the folder of the run, so that an interrupted run can resume."""
+
+    tagging: _Tagging
+    folder: Path
+    settings: dict[str, Any]
+
+    def __call__(self, item: "InputSound") -> "Record":
+        from ced.tag.batch import unfinished_scores
+        from ced.tag.journal import stamp_of
+        from ced.tag.scores import ScoreLog
+
+        tagging, keep = self.tagging, self.tagging.output.keep_scores
+        # A stream has no stamp: what it delivers next time is another sound.
+        about = {"sound": item.key, "stamp": stamp_of(item) or os.urandom(8).hex(), "settings": self.settings}
+        classes, path = len(tagging.tagger.labels), unfinished_scores(item)
+        with ScoreLog(self.folder, path, classes, about, "float16" if keep else "float32") as scores:
+            record = tagging.stream(item, scores).record()
+            scores.close(finish=keep)
+        tagging.output.cut(item.source, record.pieces, item)
         return record
-
-    if output.keep_scores:
-        from ced.tag.rerun import write_classes
-
-        write_classes(folder, tagger.labels)
-    return _write(inputs, process, settings, output, jobs, meter)
 
 
 def _tag_again(
     folder: Path, chosen: TagOptions, threshold: str | None, output: _Output, progress: NotedProgress
 ) -> bool:
-    """Make tags from the scores of an earlier run; return whether all of its sounds have them and are whole."""
-    from ced.tag.batch import Meter
-    from ced.tag.rerun import EarlierRun
+    """Make tags from the scores of an earlier run; return whether all of its sounds have scores and are complete."""
+    from ced.tag.batch import EarlierRun
 
     run = EarlierRun(folder)
-    if threshold is not None:
-        chosen = replace(chosen, thresholds=thresholds(threshold, run.labels))
+    chosen = _with_thresholds(chosen, threshold, run.labels)
     chosen.check(run.labels)
-    each, clock = run.settings.get("channel") == EACH, run.settings.get("clock") is not None
-    found = output.found(len(run.inputs), channel=each, clock=clock)
-    meter = Meter(progress, len(run.inputs), "tagging")
+    output = replace(output, channel=run.settings.get("channel") == EACH, clock=run.settings.get("clock") is not None)
+    output.found(len(run.inputs))
+    tagging = _TaggingAgain(run, chosen, output, Meter(progress, len(run.inputs), "tagging"))
+    if output.folder is None:
+        failed: list[str] = []
+        output.print(tagging.readable(failed), len(run.inputs))
+        return not failed
+    settings = {**chosen.settings(), **{name: run.settings.get(name) for name in ("model", *_SCORED)}}
+    return output.write(run.inputs, tagging.record, settings, 1, tagging.meter)
 
-    def process(item: "Input") -> "Record":
-        record = run.record(item, chosen)
-        meter.sound(record.seconds)
-        if output.clips is not None:
-            run.check_unchanged(item)
-        _cut(item.name, record.pieces, output, item)
+
+@dataclass(frozen=True)
+class _TaggingAgain:
+    """The tagging of sounds from the scores of an earlier run."""
+
+    run: "EarlierRun"
+    options: TagOptions
+    output: _Output
+    meter: Meter
+
+    def record(self, item: "InputSound") -> "Record":
+        """Return the record of a sound."""
+        record = self.run.record(item, self.options)
+        self.meter.sound(record.seconds)
+        if self.output.clips is not None:
+            self.run.check_unchanged(item)
+        self.output.cut(item.name, record.pieces, item)
         return record
 
-    if output.folder is None:
-        bad: list[str] = []
-        _print(_records(run.inputs, process, meter, bad), found[0])
-        return not bad
-    settings = {**chosen.settings(), **{name: run.settings.get(name) for name in ("model", *_SCORED)}}
-    return _write(run.inputs, process, settings, output, 1, meter)
+    def readable(self, failed: list[str]) -> "Iterator[Timeline]":
+        """Yield the records; add the names of truncated sounds and of those without scores to `failed`."""
+        for item in self.run.inputs:
+            try:
+                record = self.record(item)
+            except AudioError as error:
+                complain(error)
+                failed.append(item.name)
+            else:
+                failed += [] if record.complete else [item.name]
+                yield record
+            self.meter.file()
 
 
 def _check_from(
-    sounds: Sequence[str] | None,
-    chosen: TagOptions,
-    channel: str,
-    model: tuple[str, str],
-    output: _Output,
-    folder: Path,
+    folder: Path, sounds: Sequence[str] | None, chosen: TagOptions, output: _Output, *, other_model: bool
 ) -> None:
-    """Refuse what cannot be asked of the scores of an earlier run."""
+    """Check that options can be applied to the scores of an earlier run."""
     if sounds:
         raise ConfigError(f"--from tags the sounds of an earlier run; leave out {', '.join(sounds)}")
     given = [name for name in _SCORED if getattr(chosen, name) != getattr(TagOptions, name)]
-    given += ["channel"] * (channel == EACH) + ["model or precision"] * (model != ("ced_mini", "float32"))
+    given += ["channel"] * output.channel + ["model or precision"] * other_model
     if given:
         raise ConfigError(f"{given[0]} is fixed in the scores of an earlier run; leave it out with --from {folder}")
     if output.keep_scores:
-        raise ConfigError("--keep-scores is of no use with --from; the scores stay where they are")
+        raise ConfigError("--keep-scores cannot be used with --from; the scores stay in the folder of the earlier run")
     if output.folder is not None and output.folder.resolve() == folder.resolve():
         raise ConfigError(f"--out and --from are both {folder}; choose another folder for the new tags")
 
 
-def _whole(
-    pairs: "Iterable[tuple[Input, TagStream]]", output: _Output, meter: "Meter", bad: list[str]
-) -> "Iterator[Timeline]":
-    """Yield the streams that can be read, and add the names of those that could not, or not to the end, to `bad`."""
-    for item, stream in pairs:
-        if stream.wait():
-            yield stream  # which is written before the next is asked for
-        try:
-            if stream.error is not None:
-                raise stream.error
-            _cut(item.source, stream.events, output, item)
-        except AudioError as error:
-            complain(error)
-            bad.append(item.name)
-        else:
-            bad += [] if stream.complete else [item.name]
-        meter.file()
+@dataclass
+class _Embedding:
+    """The embedding of many sounds with the same options."""
+
+    tagger: "Tagger"
+    options: TagOptions
+    windows: bool  # a vector for each window, not for each sound
+    meter: Meter
+    failed: int = 0
+    cut_short: int = 0
+
+    def embed(self, item: "InputSound") -> "Embedding":
+        """Return the embedding of a sound."""
+        chosen = self.options if item.channel is None else replace(self.options, channel=item.channel)
+        return self.tagger.embed(item.source, chosen)
+
+    def rows(self, inputs: "Sequence[InputSound]", jobs: int) -> "Iterator[EmbeddingRow]":
+        """Yield the vectors of sounds; report and count those that cannot be read."""
+        from ced.tag.batch import outcomes
+        from ced.tag.writers import embedding_rows
+
+        for outcome in outcomes(inputs, self.embed, jobs=jobs):
+            found = outcome.result
+            self.meter.file(0.0 if found is None else found.seconds)
+            if found is None:
+                complain(outcome.error, hint=outcome.hint)
+                self.failed += 1
+            else:
+                self.cut_short += not found.complete
+                yield from embedding_rows(outcome.input.name, found, windows=self.windows)
 
 
-def _records(
-    inputs: "Sequence[Input]", process: "Callable[[Input], Record]", meter: "Meter", bad: list[str]
-) -> "Iterator[Timeline]":
-    for item in inputs:
-        try:
-            record = process(item)
-        except AudioError as error:
-            complain(error)
-            bad.append(item.name)
-        else:
-            bad += [] if record.complete else [item.name]
-            yield record
-        meter.file()
-
-
-def _print(timelines: "Iterable[Timeline]", kind: "Format") -> None:
-    assert kind.text is not None
-    for text in kind.text(timelines):
-        show_data(text)
-
-
-def _write(
-    inputs: "Sequence[Input]",
-    process: "Callable[[Input], Record]",
-    settings: dict[str, Any],
-    output: _Output,
-    jobs: int,
-    meter: "Meter",
-) -> bool:
-    from ced.tag import batch
-
-    assert output.folder is not None
-    summary = batch.run(
-        inputs,
-        process,
-        output.folder,
-        settings=settings,
-        output=output.formats,
-        combined=output.combine,
-        keep_scores=output.keep_scores,
-        jobs=jobs,
-        meter=meter,
-        failed=lambda outcome: complain(outcome.error, hint=outcome.hint),
-    )
-    show(summary)
-    return not summary.failed and not summary.incomplete
-
-
-def _cut(source: Any, events: "Sequence[Tags]", output: _Output, item: "Input") -> None:
-    """Cut the events of a sound out, if clips are asked for."""
-    if output.clips is not None:
-        from ced.tag.clips import write_clips
-
-        write_clips(source, events, output.clips, item.relative)
+def _with_thresholds(chosen: TagOptions, threshold: str | None, labels: "ClassTable") -> TagOptions:
+    return chosen if threshold is None else replace(chosen, thresholds=thresholds(threshold, labels))
 
 
 def thresholds(text: str, labels: "ClassTable") -> float | tuple[float, ...]:
-    """Return the threshold of all classes that an option gives, or those of its file, one for each class."""
+    """Return the threshold of all classes that an option names, or those of its file, one for each class."""
     try:
         threshold = float(text)
     except ValueError:
@@ -431,7 +539,7 @@ def thresholds(text: str, labels: "ClassTable") -> float | tuple[float, ...]:
 
 
 def _fingerprint(model: "Scorer") -> str:
-    """Return the digest of a model's graph, which tells it from others that were at the same path before."""
+    """Return the digest of a model's graph, which distinguishes it from earlier graphs at the same path."""
     from ced.model.runtime import OnnxModel
 
     assert isinstance(model, OnnxModel)  # opened by a name or path

@@ -1,1 +1,1 @@
-"""The whole job at a small scale: from recordings to a student."""
+"""The whole method at a small scale: from recordings to a student."""

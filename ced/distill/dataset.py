@@ -1,15 +1,13 @@
-"""Chunks of packed clips under views, read a batch at a time: what teacher, student and evaluation are fed with.
+"""Chunks of packed clips under views, read a batch at a time: the input of teachers, student and evaluation.
 
-One data set serves all walks. The teacher cuts clips into chunks and draws new seeds, the student takes both from the
-store, and evaluation takes whole clips without a view.
+All walks use this data set. Storing cuts clips into chunks and draws new seeds, training takes both from the store, and
+evaluation takes whole clips without a view.
 """
 
 import hashlib
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -21,60 +19,66 @@ from ced.distill.pack_reader import AudioPack
 from ced.distill.view_store import Rows
 from ced.distill.views import NO_VIEW, View, ViewRecipe, draw, mask_uniforms, shift_into
 from ced.errors import ConfigError, PackError
+from ced.parallel import in_order
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.decode import FULL_SCALE
 from ced.sound.features import MIN_SAMPLES
 from ced.text import quoted
 
 _INT16_STEP = 1 / FULL_SCALE
-_FINGERPRINTED = 256  # chunks whose samples tell audio that was packed again from the audio before
+_FINGERPRINTED = 256  # chunks whose samples are part of a fingerprint
 
-Items = Sequence[int] | NDArray[np.int64]  # which chunks of a data set, (b,)
+Items = Sequence[int] | NDArray[np.int64]  # indices of chunks of a data set, (b,)
 
 
 @dataclass(frozen=True, eq=False)
 class Chunks:
-    """Pieces of clips: rows of a pack, first sample, and sample behind the last; (n,) each."""
+    """Pieces of clips, n of them."""
 
-    clips: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    stops: NDArray[np.int64]
+    clips: NDArray[np.int64]  # (n,) rows of the pack
+    starts: NDArray[np.int64]  # (n,) first sample
+    stops: NDArray[np.int64]  # (n,) sample after the last one
 
     def __len__(self) -> int:
         return len(self.clips)
 
-    def place(self, item: int) -> tuple[int, int, int]:
-        """Return the row in the pack, first sample and sample behind the last of one chunk."""
+    def span(self, item: int) -> tuple[int, int, int]:
+        """Return the row in the pack, the first sample, and the sample after the last one of one chunk."""
         return int(self.clips[item]), int(self.starts[item]), int(self.stops[item])
+
+    def seconds(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the start and the end of each chunk in seconds, (n,) each."""
+        starts, ends = ((samples / SAMPLE_RATE).astype(np.float32) for samples in (self.starts, self.stops))
+        return starts, ends
 
 
 def chunk_samples(chunk_length: float) -> int:
-    """Return the samples of a chunk of `chunk_length` seconds.
+    """Return the number of samples of a chunk of `chunk_length` seconds.
 
     Raises:
-        ConfigError: it is shorter than what a model can hear.
+        ConfigError: it is shorter than the shortest input of a model.
     """
     samples = round(chunk_length * SAMPLE_RATE)
     if samples < MIN_SAMPLES:
         raise ConfigError(
-            f"chunk_length is {chunk_length} s; the shortest a model can hear is {MIN_SAMPLES / SAMPLE_RATE} s"
+            f"chunk_length is {chunk_length} s; the shortest input of a model is {MIN_SAMPLES / SAMPLE_RATE} s"
         )
     return samples
 
 
-def cut(pack: AudioPack, chunk_length: float) -> Chunks:
-    """Cut the clips of a pack into chunks of `chunk_length` seconds; a rest shorter than half of that is dropped."""
+def cut_chunks(lengths: NDArray[np.int64], chunk_length: float) -> Chunks:
+    """Cut clips into chunks; the rest of a clip is dropped if it is shorter than half a chunk.
+
+    Args:
+        lengths: (clips,) samples.
+        chunk_length: seconds.
+    """
     samples = chunk_samples(chunk_length)
-    clips, starts, stops = [], [], []
-    for clip in range(len(pack)):
-        total = pack.samples(clip)
-        for start in range(0, total, samples):
-            stop = min(start + samples, total)
-            if 2 * (stop - start) >= samples:
-                clips.append(clip)
-                starts.append(start)
-                stops.append(stop)
-    return Chunks(np.array(clips, np.int64), np.array(starts, np.int64), np.array(stops, np.int64))
+    counts = lengths // samples + (2 * (lengths % samples) >= samples)
+    clips = np.repeat(np.arange(len(lengths)), counts)
+    first = np.repeat(np.cumsum(counts) - counts, counts)  # of each chunk: the first chunk of its clip
+    starts = (np.arange(len(clips)) - first) * samples
+    return Chunks(clips, starts, np.minimum(starts + samples, lengths[clips]))
 
 
 def fingerprint(
@@ -84,10 +88,10 @@ def fingerprint(
     starts: NDArray[np.float32],
     ends: NDArray[np.float32],
 ) -> str:
-    """Return a digest of the names and times of chunks, and of the samples of some: all of them would take long.
+    """Return a digest of the names and times of chunks, and of the samples of 256 of them; all would take too long.
 
     Args:
-        pack: where the chunks are.
+        pack: has the clips.
         chunks: n pieces of its clips.
         filenames: (n,) str, the name of each chunk's clip.
         starts: (n,) seconds.
@@ -97,28 +101,26 @@ def fingerprint(
     digest.update(starts.tobytes() + ends.tobytes())
     some = np.linspace(0, len(chunks) - 1, min(len(chunks), _FINGERPRINTED)).astype(int)
     for item in some.tolist():
-        digest.update(pack.read(*chunks.place(item)).tobytes())
+        digest.update(pack.read(*chunks.span(item)).tobytes())
     return digest.hexdigest()
 
 
-def stored(pack: AudioPack, rows: Rows, chunk_length: float) -> Chunks:
-    """Return the chunks that the rows of a store speak of.
+def chunks_of_rows(pack: AudioPack, rows: Rows, chunk_length: float) -> Chunks:
+    """Return the chunks of the rows of a view store.
 
-    A store holds seconds in float32, too coarse in a long clip to tell samples apart, and one sample more or less is
-    another shift. So places are counted in chunks, as `cut` made them.
+    A store has seconds in float32, which in a long clip are too coarse to tell samples apart, and a chunk that is one
+    sample longer draws another shift. So each row is mapped to one of the chunks that `cut_chunks` made.
 
     Raises:
-        PackError: a clip is missing from the pack, or does not have the length it had when its views were stored.
+        PackError: a clip is missing from the pack, or its length differs from that when its views were stored.
     """
     samples = chunk_samples(chunk_length)
-    row_of = {name: pack.find(name) for name in dict.fromkeys(rows.filenames)}
-    clips = np.array([row_of[name] for name in rows.filenames], np.int64)
-    totals = {clip: pack.samples(clip) for clip in row_of.values()}
+    clips = pack.find(rows.filenames)
     starts = np.rint(rows.starts / chunk_length).astype(np.int64) * samples
-    stops = np.minimum(starts + samples, [totals[clip] for clip in clips.tolist()])
+    stops = np.minimum(starts + samples, pack.lengths(clips))
     for stored_seconds, found in ((rows.starts, starts), (rows.ends, stops)):
         seconds = found / SAMPLE_RATE
-        # Half a sample, and what float32 leaves out.
+        # Half a sample, plus the rounding error of float32.
         off = np.abs(stored_seconds - seconds) > 0.5 / SAMPLE_RATE + 1e-7 * seconds
         if off.any():
             item = int(off.argmax())
@@ -131,24 +133,24 @@ def stored(pack: AudioPack, rows: Rows, chunk_length: float) -> Chunks:
 
 def whole(pack: AudioPack, clips: Sequence[int]) -> Chunks:
     """Return whole clips as chunks."""
-    stops = np.array([pack.samples(clip) for clip in clips], np.int64)
-    return Chunks(np.array(clips, np.int64), np.zeros_like(stops), stops)
+    rows = np.array(clips, np.int64)
+    return Chunks(rows, np.zeros_like(rows), pack.lengths(rows))
 
 
 def crop(pack: AudioPack, samples: int, rng: np.random.Generator) -> Chunks:
     """Return one random crop of at most `samples` samples of every clip."""
-    totals = np.array([pack.samples(clip) for clip in range(len(pack))], np.int64)
-    room = np.maximum(totals - samples, 0)
+    lengths = pack.lengths()
+    room = np.maximum(lengths - samples, 0)
     starts = rng.integers(0, room, endpoint=True)
-    return Chunks(np.arange(len(pack)), starts, np.minimum(starts + samples, totals))
+    return Chunks(np.arange(len(pack)), starts, np.minimum(starts + samples, lengths))
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some chunks, ready for the device."""
+    """Some chunks, to be moved to the device."""
 
-    items: NDArray[np.int64]  # (b,) which chunks they are
-    waves: Tensor  # (b, t) int16 or float32, shifted, padded with zeros
+    items: NDArray[np.int64]  # (b,) indices of the chunks
+    waves: Tensor  # (b, t) int16 or float32, shifted and padded with zeros
     uniforms: Tensor  # (b, 2) float32, for `views.mask`
 
     def to_device(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -159,7 +161,7 @@ class Batch:
 
 
 class ViewDataset(Dataset[Batch]):
-    """Chunks under the views of given seeds; a batch is read at once (`__getitems__`), an item is a batch of one."""
+    """Chunks under the views of given seeds, read in batches (`__getitems__`); a single item is a batch of one."""
 
     def __init__(
         self,
@@ -169,14 +171,17 @@ class ViewDataset(Dataset[Batch]):
         seeds: NDArray[np.int32] | None = None,
         samples: int | None = None,
     ) -> None:
-        """Join chunks with their seeds.
+        """Set up the data set.
 
         Args:
-            pack: where the chunks are.
+            pack: has the clips.
             chunks: n pieces of its clips.
-            recipe: what a view does.
-            seeds: (n,), one a view; needed unless the recipe is empty.
+            recipe: the augmentation of the views.
+            seeds: (n,), one for each view; needed unless the recipe is empty.
             samples: length of every item, shorter chunks are padded with zeros; None: the longest of the batch.
+
+        Raises:
+            ValueError: there are no seeds for a recipe that needs them.
         """
         if seeds is None and recipe != NO_VIEW:
             raise ValueError("views need a seed for each chunk")
@@ -191,13 +196,13 @@ class ViewDataset(Dataset[Batch]):
     def __getitems__(self, items: Items) -> Batch:
         """Read the chunks `items`, each rolled by the shift of its view."""
         generator = torch.Generator()
-        waves = [self.pack.read(*self.chunks.place(item)) for item in items]
+        waves = [self.pack.read(*self.chunks.span(item)) for item in items]
         views = [self._view(item, len(wave), generator) for item, wave in zip(items, waves, strict=True)]
         if len({wave.dtype for wave in waves}) > 1:
             waves = [wave * np.float32(_INT16_STEP) if wave.dtype == np.int16 else wave for wave in waves]
         samples = self.samples or max(map(len, waves))
         kind = torch.int16 if waves[0].dtype == np.int16 else torch.float32
-        # Pinned memory is what a GPU copies from while it computes.
+        # A GPU can copy from pinned memory while it computes.
         out = torch.zeros((len(waves), samples), dtype=kind, pin_memory=torch.cuda.is_available())
         for row, wave, view in zip(out.numpy(), waves, views, strict=True):
             shift_into(row, wave, view.shift)
@@ -209,14 +214,14 @@ class ViewDataset(Dataset[Batch]):
         return draw(self.recipe, int(self.seeds[item]), samples, generator)
 
 
-def in_order(count: int, batch_size: int) -> Iterator[range]:
-    """Yield 0 ... count - 1 in batches; the last may be shorter."""
+def in_batches(count: int, batch_size: int) -> Iterator[range]:
+    """Yield 0 ... count - 1 in batches, in order; the last one may be shorter."""
     for start in range(0, count, batch_size):
         yield range(start, min(start + batch_size, count))
 
 
 def shuffled(count: int, batch_size: int, seed: Sequence[int]) -> Iterator[NDArray[np.int64]]:
-    """Yield batches for ever: 0 ... count - 1 in a random order, then in another; a rest opens the next round."""
+    """Yield batches without end: 0 ... count - 1 in random order, then in another; a rest starts the next round."""
     rng = np.random.default_rng(seed)
     pool = np.empty(0, np.int64)
     while True:
@@ -244,21 +249,16 @@ def drawn(
 
 
 def prefetch(dataset: ViewDataset, batches: Iterable[Items], workers: int) -> Generator[Batch, None, None]:
-    """Yield the batches in their order, read ahead by `workers` threads (0: in this one).
+    """Yield the batches in their order, read ahead by `workers` threads (0: by this one).
 
-    Threads and not processes: reading is copying, which frees the interpreter, and no batch is sent anywhere.
+    Threads are faster than processes here: reading is copying, which releases Python's lock, and no batch has to be
+    sent to another process.
     """
     if workers == 0:
         yield from map(dataset.__getitems__, batches)
         return
-    waiting: deque[Future[Batch]] = deque()
-    rest = iter(batches)
-    with ThreadPoolExecutor(workers, thread_name_prefix="reader") as pool:
-        try:
-            waiting.extend(pool.submit(dataset.__getitems__, batch) for batch in islice(rest, 2 * workers))
-            while waiting:
-                ready = waiting.popleft().result()
-                waiting.extend(pool.submit(dataset.__getitems__, batch) for batch in islice(rest, 1))
-                yield ready
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="reader")
+    try:
+        yield from in_order(dataset.__getitems__, batches, pool.submit, 2 * workers + 1)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

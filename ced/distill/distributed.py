@@ -1,4 +1,4 @@
-"""The processes of one run: alone, or as many as torchrun starts."""
+"""Where a run computes: its processes (one, or those that torchrun starts), their devices and number formats."""
 
 import atexit
 import os
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ced.config import Mode
 from ced.errors import ProcessError
 
 _SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -26,13 +27,13 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process reports and writes what is shared."""
+        """Whether this process reports progress and writes the shared files."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every process has come here."""
+        """Wait until every process has called this."""
         if self.size > 1:
-            with _meeting():
+            with _lost_process_explained():
                 dist.barrier()
 
     def broadcast(self, value: Any) -> Any:
@@ -40,7 +41,7 @@ class World:
         if self.size == 1:
             return value
         values = [value]
-        with _meeting():
+        with _lost_process_explained():
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
@@ -49,25 +50,25 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _meeting():
+        with _lost_process_explained():
             dist.all_gather_object(values, value)
         return values
 
 
 @contextmanager
-def _meeting() -> Iterator[None]:
-    """Say plainly that a process that the others wait for is gone; why, it says itself."""
+def _lost_process_explained() -> Iterator[None]:
+    """Turn the error of a lost connection into one that points to the process that failed."""
     try:
         yield
     except RuntimeError as error:
-        raise ProcessError("another process of this run has stopped; its own message says why") from error
+        raise ProcessError("another process of this run has stopped; its own message explains why") from error
 
 
 def join() -> World:
-    """Join the run: under torchrun all its processes (NCCL with GPUs, gloo without), else this process alone.
+    """Join the run: all processes under torchrun (NCCL with GPUs, gloo without), otherwise this process alone.
 
     Raises:
-        ProcessError: a launcher other than torchrun left out what it sets, or there are more processes than GPUs.
+        ProcessError: a launcher other than torchrun left out a variable, or there are more processes than GPUs.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1 and (missing := [name for name in _SET_BY_TORCHRUN if name not in os.environ]):
@@ -80,8 +81,21 @@ def join() -> World:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        # Processes meet as seldom as once a run, and one of them may have far more to do. They stay joined until they
-        # end: a second group of the same processes could find the addresses of the first.
+        # Processes may synchronise as rarely as once a run, and one may have far more work than another. They stay
+        # joined until they exit: a second group of the same processes could find the addresses of the first.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
         atexit.register(dist.destroy_process_group)
     return World(rank, size, device)
+
+
+def half_type(mode: Mode, device: torch.device) -> torch.dtype | None:
+    """Return the 16-bit type that a mode computes in on a device; None: fp32, as for fp16 on a CPU, which is slow."""
+    if mode == "amp" and device.type == "cpu":
+        return None
+    return {"amp": torch.float16, "amp_bf16": torch.bfloat16, "off": None}[mode]
+
+
+def autocast(mode: Mode, device: torch.device) -> torch.autocast:
+    """Return the context in which a network computes in the precision of `mode`."""
+    half = half_type(mode, device)
+    return torch.autocast(device.type, dtype=half, enabled=half is not None)

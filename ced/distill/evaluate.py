@@ -1,11 +1,12 @@
-"""How good a tagger is: mean average precision over the clips of a labelled table.
+"""Evaluate a tagger: mean average precision over the clips of a labelled table.
 
-Clips are scored whole, those of equal length together, so that a clip's scores do not depend on its neighbours. A clip
-of many forward passes is read and scored in blocks, so that memory does not grow with its length.
+Clips are scored whole, in batches of equal length, so that a clip's scores do not depend on the others. A clip that
+needs many forward passes is read and scored in blocks, so that memory does not grow with its length.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,10 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ced.config import Mode, TaggerConfig
-from ced.distill.dataset import Batch, ViewDataset, in_order, prefetch, whole
-from ced.distill.distributed import World
+from ced.distill.dataset import Batch, ViewDataset, in_batches, prefetch, whole
+from ced.distill.distributed import World, autocast
 from ced.distill.pack_reader import AudioPack
-from ced.distill.precision import autocast
 from ced.errors import ConfigError, PackError, TableError
 from ced.files import writing, written_aside
 from ced.model.config import ModelConfig
@@ -28,39 +28,39 @@ from ced.model.vit import CED
 from ced.progress import Progress, silent
 from ced.sound.features import PATCH, TOP_DB, frames_of
 from ced.sound.labels import ClassTable
-from ced.sound.tables import multi_hot, parse_labels
+from ced.sound.tables import multi_hot
 from ced.text import csv_lines
 
-DELIMITERS = {".tsv": "\t", ".csv": ","}  # of tables of results, by the suffixes that they may have
-PIECES_AT_ONCE = 32  # forward passes that a clip may need to be scored whole; 5 minutes with published networks
+DELIMITERS = {".tsv": "\t", ".csv": ","}  # of tables of results, by suffix
+PIECES_AT_ONCE = 32  # clips of more forward passes are scored in blocks; this is 5 minutes with published networks
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The figures of a tagger on a labelled table."""
+    """The results of a tagger on a labelled table."""
 
     map: float  # mean of the classes' average precision
     per_class: NDArray[np.float64]  # (c,) average precision; NaN for the missing classes
-    positives: NDArray[np.int64]  # (c,) clips that have the class
+    positives: NDArray[np.int64]  # (c,) number of clips with the class
     recall: NDArray[np.float64] | None  # (c,) part of a class's clips in which it scores highest; None as `accuracy`
-    missing: tuple[str, ...]  # classes without a positive clip, left out of the mean
-    clips: int  # how many clips the figures are about
+    missing: tuple[str, ...]  # classes without a positive clip, which are left out of the mean
+    clips: int  # number of clips
     labels: ClassTable
     accuracy: float | None  # part of the clips whose label scores highest; None unless each has exactly one
 
     @property
     def summary(self) -> str:
-        """The figures in one line."""
+        """The results in one line."""
         covered = len(self.labels) - len(self.missing)
         accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.4f}"
         return f"mAP {self.map:.4f}{accuracy} ({self.clips} clips, {covered} of {len(self.labels)} classes)"
 
 
 class Evaluator:
-    """A labelled table, opened to evaluate any number of taggers on it.
+    """A labelled table on which taggers are evaluated.
 
-    Every process of a run must take part; each scores its share of the clips and gets the whole result. Memory grows
-    neither with the length of the clips nor, but for their scores, with their number.
+    Every process of a run must take part; each scores its share of the clips and gets the whole result. Memory does
+    not grow with the length of the clips, and only by their scores with their number.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Evaluator:
         Args:
             table: a labelled table with the columns filename, labels and hdf5path.
             labels: the classes that its indices mean.
-            batch_size: clips scored at once; fewer of those that are longer than one forward pass.
+            batch_size: clips of a batch; fewer if they are longer than one forward pass.
             num_workers: threads that read audio.
             mode: precision of the network.
 
@@ -79,9 +79,10 @@ class Evaluator:
             TableError: a column is missing, an index is out of range, or no clip has any class.
             PackError: a clip of the table is not in its pack.
         """
-        self.labels, self.batch_size, self.num_workers, self.mode = labels, batch_size, num_workers, mode
+        self.table, self.labels = table, labels
+        self.batch_size, self.num_workers, self.mode = batch_size, num_workers, mode
         pack = AudioPack(table)
-        self.targets = multi_hot(parse_labels(pack.table, len(labels)), len(labels))
+        self.targets = multi_hot(pack.labels(len(labels)), len(labels))
         if not self.targets.any():
             raise TableError(f"no clip of {table} has a class: there is nothing to evaluate ({len(pack)} clips)")
         self.dataset = ViewDataset(pack, whole(pack, range(len(pack))))
@@ -94,10 +95,10 @@ class Evaluator:
     def __call__(
         self, models: CED | Sequence[CED], *, world: World | None = None, progress: Progress = silent
     ) -> Evaluation:
-        """Evaluate a tagger, or several by the mean of their probabilities.
+        """Evaluate a tagger, or the mean of the probabilities of several.
 
         Raises:
-            ConfigError: a tagger has other classes than the table.
+            ConfigError: the classes of a tagger are not those of the table.
             TrainingError: a score is NaN.
         """
         members = [models] if isinstance(models, CED) else list(models)
@@ -154,35 +155,34 @@ class Evaluator:
 
     def _long_probs(self, member: CED, clip: int, world: World) -> Tensor:
         """Return the probabilities of a clip that is read in blocks, (c,)."""
-        pack = self.dataset.pack
+        return probs_in_blocks(member, partial(self._read, clip, world.device), self.dataset.pack.samples(clip))
 
-        def read(start: int, stop: int) -> Tensor:
-            wave = torch.from_numpy(pack.read(clip, start, stop).copy())
-            return Batch(np.array([clip]), wave[None], torch.zeros(1, 2)).to_device(world.device)[0]
-
-        return probs_in_blocks(member, read, pack.samples(clip))
+    def _read(self, clip: int, device: torch.device, start: int, stop: int) -> Tensor:
+        """Return samples of a clip, (1, t) float32 on a device."""
+        wave = torch.from_numpy(self.dataset.pack.read(clip, start, stop).copy())
+        return Batch(np.array([clip]), wave[None], torch.zeros(1, 2)).to_device(device)[0]
 
     def _batches(self, longest: int) -> Iterator[NDArray[np.int64]]:
-        """Group clips of equal length; clips longer than `longest` samples weigh as many as they are long.
+        """Yield batches of clips of equal length; those that are scored in blocks are left out.
 
-        Those that are scored in blocks are left out.
+        Clips longer than `longest` samples, one forward pass, are put into proportionally smaller batches.
         """
         lengths = self.dataset.chunks.stops
         for length in np.unique(lengths[lengths <= PIECES_AT_ONCE * longest]):
             clips = np.flatnonzero(lengths == length)
             size = max(1, self.batch_size * longest // max(int(length), longest))
-            for batch in in_order(len(clips), size):
+            for batch in in_batches(len(clips), size):
                 yield clips[batch]
 
 
 def probs_in_blocks(model: CED, read: Callable[[int, int], Tensor], samples: int) -> Tensor:
-    """Score a long clip as `CED.probs` does, but never hold more than some pieces of it.
+    """Score a long clip as `CED.probs` does, with at most `PIECES_AT_ONCE` + 1 pieces of it in memory.
 
-    Features are clamped at a level below the maximum of the whole clip, so it is read twice.
+    Features are clamped at a level relative to the maximum of the whole clip, so the clip is read twice.
 
     Args:
         model: in eval mode.
-        read: returns the samples from a first to before a last one, (1, t) float in [-1, 1], on the model's device.
+        read: returns samples [start, stop) of the clip, (1, t) float in [-1, 1], on the model's device.
         samples: of the clip; more than two forward passes.
 
     Returns:
@@ -190,8 +190,8 @@ def probs_in_blocks(model: CED, read: Callable[[int, int], Tensor], samples: int
     """
     config = model.config
     frames = frames_of(samples, config.hop_size) if config.center else 1 + (samples - config.n_fft) // config.hop_size
-    # Each block has whole pieces, but for the last. That one is longer than a piece, so that its own last piece is
-    # padded, as in a clip that is scored whole.
+    # Every block but the last consists of whole pieces. The last one is longer than a piece, so that its own last piece
+    # is padded as in a clip that is scored whole.
     ends = list(range(PIECES_AT_ONCE * config.target_length, frames, PIECES_AT_ONCE * config.target_length))
     if ends and frames - ends[-1] <= config.target_length:
         ends.pop()
@@ -210,15 +210,15 @@ def probs_in_blocks(model: CED, read: Callable[[int, int], Tensor], samples: int
 
 
 def _pieces(frames: int, config: ModelConfig) -> int:
-    """Return the pieces of a mel that are scored: a short last one is padded or, below a patch, left out."""
+    """Return how many pieces of a mel are scored: a short last one is padded or, if shorter than a patch, left out."""
     whole, rest = divmod(frames, config.target_length)
     return whole + (rest > 0 if config.pad_last else rest >= PATCH)
 
 
 def _decibels(model: CED, read: Callable[[int, int], Tensor], samples: int, first: int, last: int) -> Tensor:
-    """Return the features of the frames from `first` to before `last` of a clip, not clamped, (1, f, n)."""
+    """Return the features of frames [first, last) of a clip, not clamped, (1, f, n)."""
     config = model.config
-    margin = config.n_fft // 2 if config.center else 0  # samples by which the clip is padded on both sides
+    margin = config.n_fft // 2 if config.center else 0  # samples of padding on both sides of the clip
     start, stop = first * config.hop_size - margin, (last - 1) * config.hop_size + config.n_fft - margin
     wave = read(max(start, 0), min(stop, samples))
     wave = F.pad(wave, (max(-start, 0), max(stop - samples, 0)), mode="reflect")
@@ -235,17 +235,17 @@ def evaluate(
     world: World | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Evaluate a tagger on a labelled table, or several by the mean of their probabilities; see `Evaluator`."""
+    """Evaluate a tagger on a labelled table, or the mean of the probabilities of several; see `Evaluator`."""
     first = models if isinstance(models, CED) else models[0]
     evaluator = Evaluator(table, first.labels, batch_size=batch_size, num_workers=num_workers, mode=mode)
     return evaluator(models, world=world, progress=progress)
 
 
 def write_results(path: Path, found: Evaluation) -> None:
-    """Write a table with a row a class, separated by tabs or, in a .csv file, by commas.
+    """Write a table with one row for each class, separated by tabs or, in a .csv file, by commas.
 
-    Its columns are index, mid (if the classes have any), name, positives, average_precision, and recall if every clip
-    has exactly one class. A figure of a class without a positive clip is empty.
+    Its columns are index, mid (if the classes have mids), name, positives, average_precision, and recall if every clip
+    has exactly one class. The results of a class without a positive clip are empty.
 
     Raises:
         WriteError: it cannot be written.
@@ -268,14 +268,21 @@ def write_results(path: Path, found: Evaluation) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Validation:
-    """The table that a training run is validated on, and the keys of its configuration that concern it."""
+    """How a training run is validated."""
 
     evaluator: Evaluator
-    config: TaggerConfig
+    every: int  # epochs from one validation to the next
+    early_stop: int | None  # stop after this number of validations without gain
+    n_saved: int  # number of best networks to keep
+    average: bool  # the result is the mean of the kept networks; False: the best of them
 
 
-def validation(config: TaggerConfig, labels: ClassTable) -> Validation | None:
-    """Open the table that a training run is validated on, if it has one."""
+def open_validation(config: TaggerConfig, labels: ClassTable) -> Validation | None:
+    """Open the table that a training run is validated on; None if there is none.
+
+    Raises:
+        TableError, PackError: as `Evaluator`, with the key to change as hint.
+    """
     if config.eval_data is None:
         return None
     try:
@@ -289,4 +296,4 @@ def validation(config: TaggerConfig, labels: ClassTable) -> Validation | None:
     except (TableError, PackError) as error:
         error.hint = error.hint or "eval_data is the table to validate on; --eval_data null trains without one"
         raise
-    return Validation(evaluator, config)
+    return Validation(evaluator, config.valid_every, config.early_stop, config.n_saved, config.average)

@@ -1,16 +1,16 @@
 """The folder of one training run: its configuration, measurements and best networks, and the state to resume from.
 
-    config.yaml            the whole configuration
+    config.yaml            the whole configuration, and the command that it is for
     train.log              the log
-    metrics.jsonl          a line an epoch
+    metrics.jsonl          one line for each epoch
     events.out.tfevents.*  the same for TensorBoard
     curves.png             loss, learning rate and mAP
     best_ep012_mAP_0.4312.safetensors   the best networks
     last.safetensors       the newest network
     averaged.safetensors   the result: the mean of the best; without validation the result is last.safetensors
-    resume.pt              everything needed to go on from the end of the last whole epoch
+    resume.pt              the state at the end of the last complete epoch, from which a run resumes
 
-resume.pt decides: whatever else an interrupted epoch left is brought back to the state in it.
+On resuming, the other files are brought back to the state in resume.pt.
 """
 
 import copy
@@ -32,48 +32,51 @@ from typing import IO, Any, TypeVar, cast
 
 import torch
 
-from ced.config import LoopConfig, dump, load
+from ced.config import LoopConfig, dump, load_config
 from ced.errors import ConfigError, TrainingError
 from ced.files import errors_held, writing, written_aside
 from ced.model import loading, weights
 from ced.model.vit import CED
+from ced.text import quoted
 
 CONFIG_NAME = "config.yaml"
 STATE_NAME = "resume.pt"
 METRICS_NAME = "metrics.jsonl"
 LAST_NAME = "last.safetensors"
 RESULT_NAME = "averaged.safetensors"
-_FREE_KEYS = {"num_workers"}  # may differ on resuming, as they do not change the result
-_STAMP = re.compile(r"\d{4}(-\d\d){2}_\d\d(-\d\d){2}(_\d+)?")  # the name of an experiment's folder, see `create`
+_FREE_KEYS = {"num_workers"}  # may differ on resuming: they do not affect the result
+_STAMP = re.compile(r"\d{4}(-\d\d){2}_\d\d(-\d\d){2}(_\d+)?")  # the name of an experiment's folder, see `create_folder`
 
 C = TypeVar("C", bound=LoopConfig)
 
 
 @dataclass
 class State:
-    """Where a run stands at the end of an epoch, in tensors and plain values only."""
+    """The state of a run at the end of an epoch, in tensors and plain values only."""
 
-    epoch: int = 0  # epochs done
+    epoch: int = 0  # epochs trained
     history: list[dict[str, float]] = field(default_factory=list)  # the lines of metrics.jsonl
-    kept: list[tuple[float, int, str]] = field(default_factory=list)  # (mAP, epoch, file) of the best, best first
+    kept: list[tuple[float, int, str]] = field(
+        default_factory=list
+    )  # (mAP, epoch, file) of the best networks, best first
     stale: int = 0  # validations since the last gain
     world_size: int = 1  # processes that began it
-    finished: bool = False  # nothing is left to do, the result and all records are written
-    stepper: dict[str, Any] = field(default_factory=dict)  # weights, and what their next step depends on
-    config: str = ""  # SHA-256 of config.yaml; "" where an earlier release began the run
+    finished: bool = False  # the result and all records are written
+    stepper: dict[str, Any] = field(default_factory=dict)  # weights, and all that the next step depends on
+    config: str = ""  # SHA-256 of config.yaml; "" if an earlier release began the run
 
-    def rank(self, map: float, epoch: int, n_saved: int) -> str | None:
-        """Take up the mAP of an epoch; return the file for its network if it is among the best `n_saved`."""
+    def add_validation(self, map: float, epoch: int, n_saved: int) -> str | None:
+        """Record the mAP of an epoch; return a file name for its network if it is among the best `n_saved`."""
         self.stale = self.stale + 1 if self.kept and map <= self.kept[0][0] else 0
         entry = (map, epoch, f"best_ep{epoch:03d}_mAP_{map:.4f}.safetensors")
         self.kept = sorted([*self.kept, entry], key=lambda one: (-one[0], one[1]))[:n_saved]
         return entry[2] if entry in self.kept else None
 
 
-def create(config: LoopConfig, name: str) -> Path:
+def create_folder(config: LoopConfig, name: str) -> Path:
     """Make the folder of a new run, `<outputpath>/<name>/<time stamp>`, with its configuration in it.
 
-    It gets its name once the configuration is in it: there are no experiments without.
+    The folder is renamed to that once the configuration is written, so that every experiment has one.
     """
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     parent = config.outputpath / name
@@ -97,7 +100,7 @@ def create(config: LoopConfig, name: str) -> Path:
 
 
 def run_name(path: Path) -> str | None:
-    """Return the name of the run whose experiment `path` is, or is a file of; None if it is neither."""
+    """Return the name of a run, given its experiment or a file in it; None for any other path."""
     path = path.absolute()
     for place in (path, path.parent):
         if _STAMP.fullmatch(place.name):
@@ -105,28 +108,33 @@ def run_name(path: Path) -> str | None:
     return None
 
 
-def check_resumable(config: C, folder: Path, command: str) -> None:
-    """Make sure that a run was started with this configuration.
-
-    Args:
-        config: of the run that goes on.
-        folder: the experiment.
-        command: the command that trains so, for messages.
+def config_path(folder: Path) -> Path:
+    """Return the path of an experiment's configuration.
 
     Raises:
         TrainingError: the folder is no experiment.
-        ConfigError: a key that changes the run has another value than in the experiment's config.yaml.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise TrainingError(f"{folder} is not an experiment: it has no {CONFIG_NAME}")
-    before = load(type(config), path)
+        raise TrainingError(f"{quoted(str(folder))} is not an experiment: it has no {CONFIG_NAME}")
+    return path
+
+
+def check_resumable(config: C, folder: Path) -> None:
+    """Check that the run of an experiment was begun with a configuration.
+
+    Raises:
+        TrainingError: the folder is no experiment.
+        ConfigError: a key that affects the result has another value than in the experiment's config.yaml.
+    """
+    path = config_path(folder)
+    before = load_config(type(config), path)
     for key in type(config).model_fields:
         was, now = getattr(before, key), getattr(config, key)
         if was != now and key not in _FREE_KEYS:
             value = config.model_dump(mode="json")[key]
             text = value if isinstance(value, str) else json.dumps(value)
-            words = ["ced", command, str(path), "--pretrained", str(folder), f"--{key}", text]
+            words = ["ced", config.command, str(path), "--pretrained", str(folder), f"--{key}", text]
             raise ConfigError(
                 f"{key} is {now}, but {folder} was begun with {was}; a run is resumed with the settings that it was "
                 f"begun with. To train its result further, begin a new experiment: {shlex.join(words)}"
@@ -134,7 +142,7 @@ def check_resumable(config: C, folder: Path, command: str) -> None:
 
 
 def load_state(folder: Path) -> State | None:
-    """Read where a run stands; None when it has not finished an epoch.
+    """Read the state of a run; None if it has not finished an epoch.
 
     Raises:
         TrainingError: the file is damaged, or missing although the experiment has results; or config.yaml was changed.
@@ -143,14 +151,14 @@ def load_state(folder: Path) -> State | None:
     if not path.exists():
         if results := _results(folder):
             raise TrainingError(
-                f"{folder} has no {STATE_NAME}, so that it cannot be resumed, but it has results ({results}); to train "
+                f"{folder} cannot be resumed: it has no {STATE_NAME}, but it has results ({results}); to train "
                 f"further, begin a new experiment with --pretrained {shlex.quote(str(folder))}"
             )
         return None
     try:
         _check_archive(path)
         state = State(**torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch.load raises whatever the damage leads to
+    except Exception as error:  # torch.load raises errors of many kinds for damaged files
         raise TrainingError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
     if state.config and state.config != config_digest(folder):
         raise TrainingError(f"{folder / CONFIG_NAME} is not the one that the run was begun with: damaged, or edited")
@@ -158,7 +166,7 @@ def load_state(folder: Path) -> State | None:
 
 
 def _results(folder: Path) -> str | None:
-    """Name a file that shows that an experiment has finished an epoch; None if there is none."""
+    """Return the name of a file that proves that an experiment has finished an epoch; None if there is none."""
     metrics = folder / METRICS_NAME
     if metrics.is_file() and metrics.stat().st_size:
         return METRICS_NAME
@@ -166,17 +174,17 @@ def _results(folder: Path) -> str | None:
 
 
 def _check_archive(path: Path) -> None:
-    """Compare every entry of a file of torch.save with its checksum, which torch.load does not look at.
+    """Verify the checksum of every entry of a file written by torch.save, which torch.load does not.
 
     Raises:
-        ValueError: an entry is damaged, or claims to be larger than the file.
+        ValueError: an entry is damaged, or its stated size exceeds that of the file.
     """
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
-                raise ValueError(f"{entry.filename} is not stored as it is")
+                raise ValueError(f"{entry.filename} is compressed, or larger than the file")
         if (name := archive.testzip()) is not None:
-            raise ValueError(f"{name} does not have its checksum")
+            raise ValueError(f"the checksum of {name} is wrong")
 
 
 def config_digest(folder: Path) -> str:
@@ -185,14 +193,14 @@ def config_digest(folder: Path) -> str:
 
 
 def save_state(folder: Path, state: State) -> None:
-    """Write where a run stands; a kill leaves the former state or this one."""
+    """Write the state of a run; if the process is killed, either the previous or the new state remains."""
     values = {one.name: getattr(state, one.name) for one in dataclasses.fields(State)}
     with written_aside(folder / STATE_NAME) as path, errors_held(path) as file:
         torch.save(values, cast("IO[bytes]", file))
 
 
 def remove_unkept(folder: Path, state: State) -> None:
-    """Remove the networks that are no longer among the best, and what an interrupted epoch left."""
+    """Remove networks that are not among the best, and the leftovers of an interrupted epoch."""
     names = {name for _, _, name in state.kept}
     for path in [*folder.glob("best_ep*_mAP_*"), *folder.glob("*.partial")]:
         if path.name not in names:
@@ -200,19 +208,19 @@ def remove_unkept(folder: Path, state: State) -> None:
 
 
 def save_network(path: Path, network: CED) -> None:
-    """Save a network as a tagger: one that answers with probabilities, whatever it was trained with."""
+    """Save a network as a tagger, which returns probabilities."""
     loading.save(path, as_tagger(network))
 
 
 def as_tagger(network: CED) -> CED:
-    """Return a network of the same weights whose answers are probabilities."""
+    """Return a network that shares the weights of another and returns probabilities, whatever that one returns."""
     tagger = copy.copy(network)
     tagger.config = dataclasses.replace(network.config, pooling="mean")
     return tagger
 
 
 def make_result(folder: Path, state: State, average: bool) -> None:
-    """Write the result of a validated run: the mean of its best networks, or the very best."""
+    """Write the result of a validated run: the mean of its kept networks, or the best of them."""
     paths = [folder / name for _, _, name in state.kept]
     result = weights.average(paths if average else paths[:1])
     loading.save(folder / RESULT_NAME, loading.build(result))
@@ -220,7 +228,7 @@ def make_result(folder: Path, state: State, average: bool) -> None:
 
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """Append what the package logs to a file, from INFO on, for as long as the context lasts."""
+    """Append the package's log messages of level INFO and above to a file, within the context."""
     logger = logging.getLogger("ced")
     handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
@@ -237,9 +245,9 @@ def logging_to(path: Path) -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """A log whose lines are either written or an error; logging itself would print a traceback and go on."""
+    """A log file that raises when it cannot be written; `logging` would print a traceback and continue."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is logging's)
-        """Raise what failed."""
+        """Raise the current exception, as a `WriteError` if it is one of the operating system."""
         with writing(Path(self.baseFilename)):
             raise

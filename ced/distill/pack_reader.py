@@ -5,23 +5,36 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from ced.distill.pack_format import Clips, Layout, Place, Wave, checksum_in, checksum_of, key_of
-from ced.distill.pack_writer import digest_path
+from ced.distill.pack_format import (
+    ClipIndex,
+    ClipLocation,
+    SampleLayout,
+    Wave,
+    checksum_in,
+    checksum_of,
+    digest_path,
+    key_of,
+)
 from ced.errors import PackError, TableError
-from ced.sound.tables import Table, read_table
+from ced.sound.tables import Table, parse_labels, read_batches
 from ced.text import quoted
 
 logger = logging.getLogger(__name__)
 
+_TEXT = pa.large_string()
 
-class _Open:
+
+class _OpenFiles:
     """The files of a pack that a process has open; they are not part of a pickle."""
 
     def __init__(self) -> None:
@@ -29,19 +42,20 @@ class _Open:
         self.maps: dict[int, mmap.mmap] = {}  # by the number of the file
         self.handles: dict[tuple[int, int], h5py.File] = {}  # by process and file: a handle does not survive a fork
 
-    def __reduce__(self) -> tuple[type["_Open"], tuple[()]]:
-        return _Open, ()
+    def __reduce__(self) -> tuple[type["_OpenFiles"], tuple[()]]:
+        return _OpenFiles, ()
 
 
 class AudioPack:
     """The clips of a pack, by the rows of its table.
 
-    Several threads may read at once; training does. Forks and pickles can be read too, as the workers of torch's
-    DataLoader do: what is known about the files goes along, and each process opens them when it reads.
+    Several threads may read at once; training does. Forks and copies by pickle can read too, as the workers of torch's
+    DataLoader do: they share what is known about the files, and each process opens them when it reads.
+
+    What is kept of each row are a few bytes in arrays; Python objects for millions of clips would take gigabytes.
     """
 
-    table: Table
-    names: list[str]  # of each row: the clip's base name, or its whole filename if base names are not unique
+    path: Path  # of the table
 
     def __init__(self, table: str | os.PathLike[str]) -> None:
         """Read the table of a pack; its files are opened when the first of their clips is needed.
@@ -54,55 +68,146 @@ class AudioPack:
                 from the table's folder or one above it, else its file is in the folder `hdf5` beside the table's.
 
         Raises:
-            TableError: the table cannot be read, lacks a column, or has no rows.
+            TableError: the table cannot be read, lacks a column, has no rows, or has a name that is not UTF-8.
             PackError: a file of the pack is missing.
         """
-        self.table = read_table(table, required=("filename",))
-        if "hdf5path" not in self.table.columns:
-            raise TableError(f"table {table} has no column 'hdf5path'", hint="`ced pack` makes a pack, and its table")
-        _check_table(self.table.path)
-        paths = self.table.column("hdf5path")
-        numbers = {path: number for number, path in enumerate(dict.fromkeys(paths))}
-        self._paths = [_resolve(path, self.table.path) for path in numbers]
-        self._file = np.array([numbers[path] for path in paths], np.int32)  # of each row
-        # Of each row, once its file was looked into; arrays, as objects for millions of clips would take gigabytes.
-        self._samples = np.full(len(paths), -1)
-        self._offsets = np.zeros(len(paths), np.int64)  # of the first byte; -1: read through HDF5
-        self._layouts = np.zeros(len(paths), np.int16)  # which of `_kinds`
-        self._kinds: list[Layout] = []
-        self._checked = np.zeros(len(paths), np.bool_)  # whose samples were compared with their checksum
+        self.path = Path(table)
+        self._read_table()
+        self._check_digest()
+        rows = len(self._file)
+        # Of each row, known once its file was indexed.
+        self._samples = np.full(rows, -1)
+        self._offsets = np.zeros(rows, np.int64)  # of the first byte; -1: read by HDF5
+        self._layouts = np.zeros(rows, np.int16)  # index into `_kinds`
+        self._kinds: list[SampleLayout] = []
+        self._checked = np.zeros(rows, np.bool_)  # whose samples were compared with their checksum
         self._whole: dict[int, bool] = {}  # file: whether it names clips by whole filenames
-        self._open = _Open()
-        self._name_rows()
+        self._open = _OpenFiles()
 
-    def _name_rows(self) -> None:
-        filenames, files = self.table.column("filename"), self._file
-        bases = [os.path.basename(filename) for filename in filenames]
-        self._rows: dict[str, int] = {}
-        self._ambiguous: dict[str, int] = {}  # name: another row that has it
-        for names in (filenames, bases):
-            for row, name in enumerate(names):
-                first = self._rows.setdefault(name, row)
-                if first != row and (filenames[first], files[first]) != (filenames[row], files[row]):
-                    self._ambiguous[name] = row
-        self.names = bases if self._ambiguous.keys().isdisjoint(bases) else filenames
+    def _read_table(self) -> None:
+        """Read the columns of the table that are needed, in a compact form."""
+        numbers: dict[str, int] = {}  # of the files, by their paths
+        files: list[NDArray[np.int32]] = []
+        hashes: list[NDArray[np.int64]] = []  # of the base names
+        texts: dict[str, list[pa.LargeStringArray]] = {"filename": [], "labels": []}
+        for batch in read_batches(self.path, required=("filename",)):
+            if "hdf5path" not in batch.columns:
+                raise TableError(
+                    f"table {self.path} has no column 'hdf5path'", hint="`ced pack` makes a pack, and its table"
+                )
+            paths, rows_before = batch.column("hdf5path"), sum(map(len, files))
+            for path in dict.fromkeys(paths):
+                numbers.setdefault(path, len(numbers))
+            files.append(np.fromiter(map(numbers.__getitem__, paths), np.int32, len(paths)))
+            hashes.append(np.array([hash(name.rpartition("/")[2]) for name in batch.column("filename")], np.int64))
+            for name in texts.keys() & batch.columns.keys():
+                texts[name].append(self._strings(name, batch.column(name), rows_before))
+            self._columns = tuple(batch.columns)
+        self._file = np.concatenate(files)  # number of the file of each row
+        self._paths = [_resolve(path, self.path) for path in numbers]
+        self._filenames, self._labels = (pa.chunked_array(texts[name], _TEXT) for name in ("filename", "labels"))
+        # Whole filenames are unique if base names are.
+        self._ambiguous = self._ambiguous_names() if _repeated(np.concatenate(hashes)) else frozenset[str]()
+
+    def _strings(self, column: str, values: list[str], rows_before: int) -> pa.LargeStringArray:
+        """Return a column of a batch as an array.
+
+        Raises:
+            TableError: a value is not UTF-8.
+        """
+        try:
+            return pa.array(values, _TEXT)
+        except UnicodeEncodeError as error:
+            number = next(number for number, value in enumerate(values) if not _is_utf8(value))
+            raise TableError(
+                f"table {self.path}, row {rows_before + number + 1}: {column} {values[number]!r} is not UTF-8, which "
+                "names in HDF5 files must be"
+            ) from error
+
+    def _base_names(self) -> pa.ChunkedArray:
+        return pc.replace_substring_regex(self._filenames, pattern="(?s)^.*/", replacement="")
+
+    def _ambiguous_names(self) -> frozenset[str]:
+        """Return the base names and whole filenames that rows of different clips have in common."""
+        columns = self._filenames, self._base_names()
+        codes = [names.combine_chunks().dictionary_encode().indices.to_numpy() for names in columns]
+        found: set[str] = set()
+        for names, code in zip(columns, codes, strict=True):
+            first = np.unique(code, return_index=True)[1][code]  # of each row: the first row with its name
+            other = np.flatnonzero((codes[0] != codes[0][first]) | (self._file != self._file[first]))
+            found.update(names.take(pa.array(other)).to_pylist())
+        return frozenset(found)
+
+    def _check_digest(self) -> None:
+        """Warn if the table is not the one that packing wrote, whose digest is beside it."""
+        beside = digest_path(self.path)
+        if not beside.is_file():
+            return
+        expected = beside.read_text(encoding="utf-8", errors="replace").partition(" ")[0]
+        with self.path.open("rb") as file:
+            if expected == hashlib.file_digest(file, "sha256").hexdigest():
+                return
+        logger.warning(
+            "%s is not as `ced pack` wrote it: if nobody edited it, it is damaged (remove %s to accept it)",
+            *(self.path, beside),
+        )
 
     def __len__(self) -> int:
         return len(self._file)
 
-    def find(self, name: str) -> int:
-        """Return the row of the clip with a base name or whole filename.
+    def filename(self, row: int) -> str:
+        """Return the filename of a clip, as it is in the table."""
+        return str(self._filenames[row])
+
+    def names(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.object_]:
+        """Return the names of clips, (n,) str: base names, or whole filenames where base names are not unique.
+
+        Args:
+            rows: (n,); None: all.
+        """
+        names = self._base_names()
+        if self._ambiguous and pc.any(pc.is_in(names, pa.array(self._ambiguous, _TEXT))).as_py():
+            names = self._filenames
+        # All of them, so that a row that occurs often has one object.
+        found: NDArray[np.object_] = names.to_numpy()
+        return found if rows is None else found[rows]
+
+    def find(self, names: Sequence[str] | NDArray[np.object_]) -> NDArray[np.int64]:
+        """Return the rows of n clips by their base names or whole filenames, (n,).
 
         Raises:
-            PackError: there is none, or more than one.
+            PackError: there is no clip of that name, or more than one.
         """
-        row = self._rows.get(name)
-        if row is None:
-            raise PackError(f"pack {self.table.path} has no clip {quoted(name)}")
-        if name in self._ambiguous:
-            both = f"rows {row + 1} and {self._ambiguous[name] + 1}"
-            raise PackError(f"pack {self.table.path} has more than one clip {quoted(name)}: {both}")
-        return row
+        try:
+            wanted = pa.array(names, _TEXT)
+        except UnicodeEncodeError as error:
+            missing = next(str(name) for name in names if not _is_utf8(name))
+            raise PackError(f"pack {self.path} has no clip {quoted(missing)}") from error
+        base_names = self._base_names()
+        rows = pc.index_in(wanted, base_names, skip_nulls=True)
+        if rows.null_count:
+            rows = pc.coalesce(rows, pc.index_in(wanted, self._filenames, skip_nulls=True))
+        if rows.null_count:
+            missing = str(names[int(rows.is_null().to_numpy(zero_copy_only=False).argmax())])
+            raise PackError(f"pack {self.path} has no clip {quoted(missing)}")
+        for name in names if self._ambiguous else ():
+            if name in self._ambiguous:
+                same = pc.or_(pc.equal(base_names, name), pc.equal(self._filenames, name))
+                both = " and ".join(str(row + 1) for row in np.flatnonzero(same)[[0, -1]])
+                raise PackError(f"pack {self.path} has more than one clip {quoted(name)}: rows {both}")
+        found: NDArray[np.int64] = rows.to_numpy().astype(np.int64)
+        return found
+
+    def labels(self, num_classes: int) -> list[tuple[int, ...]]:
+        """Return the class indices of each clip, from the column `labels`; see `tables.parse_labels`.
+
+        Raises:
+            TableError: there is no such column, or a label is not one of 0 ... num_classes - 1.
+        """
+        columns: dict[str, list[str]] = {name: [] for name in self._columns}
+        if "labels" in columns:
+            columns["labels"] = self._labels.to_numpy().tolist()
+        return parse_labels(Table(columns, self.path), num_classes)
 
     def samples(self, row: int) -> int:
         """Return the length of a clip.
@@ -111,8 +216,21 @@ class AudioPack:
             PackError: the file of the clip cannot be read, or lacks one of its clips.
         """
         if self._samples[row] < 0:
-            self._look_up(int(self._file[row]))
+            self._index(int(self._file[row]))
         return int(self._samples[row])
+
+    def lengths(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Return the number of samples of clips, (n,).
+
+        Args:
+            rows: (n,); None: all.
+
+        Raises:
+            PackError: as for `samples`.
+        """
+        for number in np.unique(self._file if rows is None else self._file[rows]).tolist():
+            self._index(number)
+        return self._samples.copy() if rows is None else self._samples[rows]
 
     def read(self, row: int, start: int, stop: int) -> Wave:
         """Return the samples from `start` to before `stop` of a clip, its channels averaged.
@@ -120,32 +238,32 @@ class AudioPack:
         The first time, the whole clip is compared with its checksum, if it has one.
 
         Returns:
-            (stop - start,) int16 (full scale 32768) or float32, as packed; read-only where it is a view of the file.
+            (stop - start,) int16 (full scale 32768) or float32, as packed; read-only if it is a view of the file.
 
         Raises:
             PackError: the clip is shorter, it is damaged, or as for `samples`.
         """
         samples = self.samples(row)
         if not 0 <= start <= stop <= samples:
-            raise PackError(f"clip {quoted(self.names[row])} has {samples} samples, not {start} to {stop}")
+            raise PackError(f"clip {quoted(self.filename(row))} has {samples} samples, not {start} to {stop}")
         number, layout, offset = int(self._file[row]), self._kinds[self._layouts[row]], int(self._offsets[row])
         if not self._checked[row]:
             self._check(row, number, layout, offset, samples)
         if offset < 0:
             wave = self._slice(row, layout, start, stop)
         else:
-            # A view of the mapped file: half the time of copying it, and nothing of HDF5 on the way.
+            # A view of the mapped file takes half the time of a copy, and does not involve HDF5.
             data = self._open.maps.get(number) or self._map(number)
             wave = np.frombuffer(data, layout.dtype, (stop - start) * layout.channels, offset + start * layout.frame)
         return wave if layout.channels == 1 else _average(wave.reshape(-1, layout.channels))
 
-    def _check(self, row: int, number: int, layout: Layout, offset: int, samples: int) -> None:
+    def _check(self, row: int, number: int, layout: SampleLayout, offset: int, samples: int) -> None:
         """Compare the samples of a clip with their checksum, if it has one.
 
         Raises:
-            PackError: they do not have it.
+            PackError: they differ.
         """
-        key = key_of(self.table.column("filename")[row], self._whole[number])
+        key = key_of(self.filename(row), self._whole[number])
         with self._open.lock, _damage_of(self._paths[number]):
             expected = checksum_in(self._handle(number), key)
         if expected is not None:
@@ -156,46 +274,46 @@ class AudioPack:
                 found = checksum_of(np.frombuffer(data, np.uint8, samples * layout.frame, offset))
             if found != expected:
                 raise PackError(
-                    f"{self._paths[number]} is damaged: clip {quoted(self.names[row])} does not have its checksum;"
+                    f"{self._paths[number]} is damaged: clip {quoted(self.filename(row))} does not have its checksum;"
                     " remove the file and run `ced pack` again"
                 )
         self._checked[row] = True
 
-    def _look_up(self, number: int) -> None:
-        """Find all clips of a file that the table names."""
+    def _index(self, number: int) -> None:
+        """Find all clips of a file that the table names, unless this was done before."""
         path = self._paths[number]
         with self._open.lock:
             rows = np.flatnonzero(self._file == number)
-            if self._samples[rows[0]] >= 0:  # by another thread, meanwhile
+            if self._samples[rows[0]] >= 0:
                 return
-            filenames, names = self.table.column("filename"), self.names
-            places: list[Place] = []
+            filenames: list[str] = self._filenames.take(pa.array(rows)).to_pylist()
+            locations: list[ClipLocation] = []
             size = path.stat().st_size
             with _opened(path) as file, _damage_of(path):
-                clips = Clips(file)
-                self._whole[number] = clips.named_whole([filenames[row] for row in rows])
-                for row in rows.tolist():
-                    place = clips.place(key_of(filenames[row], self._whole[number]))
-                    if place is None:
-                        raise PackError(f"{path} lacks clip {quoted(names[row])}, row {row + 1} of {self.table.path}")
-                    if place.offset is not None and place.offset + place.samples * place.layout.frame > size:
-                        raise PackError(f"{path} is cut short: clip {quoted(names[row])} lies beyond its end")
-                    places.append(place)
-            kinds, samples, offsets = zip(*places, strict=True)
-            self._kinds += set(kinds) - set(self._kinds)
-            self._layouts[rows] = [self._kinds.index(kind) for kind in kinds]
+                index = ClipIndex(file)
+                self._whole[number] = index.named_whole(filenames)
+                for row, filename in zip(rows.tolist(), filenames, strict=True):
+                    found = index.locate(key_of(filename, self._whole[number]))
+                    if found is None:
+                        raise PackError(f"{path} lacks clip {quoted(filename)}, row {row + 1} of {self.path}")
+                    if found.offset is not None and found.offset + found.samples * found.layout.frame > size:
+                        raise PackError(f"{path} is cut short: clip {quoted(filename)} is beyond its end")
+                    locations.append(found)
+            layouts, samples, offsets = zip(*locations, strict=True)
+            self._kinds += set(layouts) - set(self._kinds)
+            self._layouts[rows] = [self._kinds.index(layout) for layout in layouts]
             self._offsets[rows] = [-1 if offset is None else offset for offset in offsets]
-            self._samples[rows] = samples  # the last, as it says that the others are there
+            self._samples[rows] = samples  # last, as other threads take it to mean that the file is indexed
 
     def _map(self, number: int) -> mmap.mmap:
         with self._open.lock, open(self._paths[number], "rb") as file:
             data = self._open.maps[number] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return data
 
-    def _slice(self, row: int, layout: Layout, start: int, stop: int) -> Wave:
-        """Read samples that do not lie in the file as they are: (t,) or (t, channels), int16 or float32."""
+    def _slice(self, row: int, layout: SampleLayout, start: int, stop: int) -> Wave:
+        """Read samples by HDF5, if their bytes cannot be used as they are: (t,) or (t, channels), int16 or float32."""
         number = int(self._file[row])
-        key = key_of(self.table.column("filename")[row], self._whole[number])
+        key = key_of(self.filename(row), self._whole[number])
         with self._open.lock, _damage_of(self._paths[number]):
             dataset = self._handle(number)[key]
             samples = dataset[:, start:stop].T if layout.channels_first else dataset[start:stop]
@@ -203,11 +321,21 @@ class AudioPack:
         return wave
 
     def _handle(self, number: int) -> h5py.File:
-        """Return a file of the pack, open in this process; the lock is held."""
+        """Return a file of the pack, open in this process; the caller holds the lock."""
         place = os.getpid(), number
         if place not in self._open.handles:
             self._open.handles[place] = _opened(self._paths[number])
         return self._open.handles[place]
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _repeated(hashes: NDArray[np.int64]) -> bool:
+    """Return whether a value occurs more than once."""
+    hashes.sort()
+    return bool((hashes[1:] == hashes[:-1]).any())
 
 
 def _opened(path: Path) -> h5py.File:
@@ -220,26 +348,13 @@ def _opened(path: Path) -> h5py.File:
 
 @contextmanager
 def _damage_of(path: Path) -> Iterator[None]:
-    """Turn whatever HDF5 raises on a damaged file into an error that names it."""
+    """Turn any error of HDF5 on a damaged file into one that names the file."""
     try:
         yield
     except PackError:
         raise
     except Exception as error:
         raise PackError(f"{path} is damaged: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
-
-
-def _check_table(table: Path) -> None:
-    """Warn if a table is not the one that packing wrote, whose digest lies beside it."""
-    beside = digest_path(table)
-    if not beside.is_file():
-        return
-    written = beside.read_text(encoding="utf-8", errors="replace").partition(" ")[0]
-    if written != hashlib.sha256(table.read_bytes()).hexdigest():
-        logger.warning(
-            "%s is not as `ced pack` wrote it: if nobody edited it, it is damaged (remove %s to accept it)",
-            *(table, beside),
-        )
 
 
 def _average(frames: Wave) -> Wave:
@@ -252,7 +367,11 @@ def _average(frames: Wave) -> Wave:
 
 
 def _resolve(path: str, table: Path) -> Path:
-    """Find a file of a pack from what its table says."""
+    """Return where a file of a pack is, by its path in the table.
+
+    Raises:
+        PackError: it is in none of the places.
+    """
     folders = [Path.cwd(), *table.absolute().parents]
     beside = folders[1].parent / "hdf5" / Path(path).name
     for candidate in (*(folder / path for folder in folders), beside):

@@ -1,4 +1,4 @@
-"""The measurements of a training run, for people to look at: metrics.jsonl, TensorBoard events, curves and pictures."""
+"""The records of a training run: metrics.jsonl, TensorBoard events, curves, and pictures of features."""
 
 import io
 import json
@@ -22,15 +22,15 @@ from ced.errors import WriteError
 from ced.files import writing, written_aside
 
 CURVES_NAME = "curves.png"
-DRAW_EVERY = 60  # seconds between drawings of the curves, each of which takes a third of a second
+DRAW_EVERY = 60  # seconds between two drawings of the curves, each of which takes a third of a second
 
 
 class Recorder:
-    """Writes the history of a run to its folder, from the first epoch on, whatever an interrupted run left there."""
+    """Writes the history of a run to its folder; records left by an interrupted run are replaced."""
 
     def __init__(self, folder: Path, state: State) -> None:
         self.folder, self.state = folder, state
-        for old in folder.glob("events.out.tfevents.*"):  # of an interrupted run: its names may sort after ours
+        for old in folder.glob("events.out.tfevents.*"):  # of an interrupted run: its name may sort after the new one
             old.unlink()
         self._board = _Board(folder)
         self._board.add(state.history)
@@ -50,20 +50,20 @@ class Recorder:
         draw_curves(self.state.history, self.folder / CURVES_NAME)
 
     def _write_metrics(self) -> None:
-        """Write metrics.jsonl as a whole, so that it has each epoch once, whatever happened before."""
+        """Rewrite metrics.jsonl completely, so that it has each epoch once, even after an interruption."""
         with written_aside(self.folder / METRICS_NAME) as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in self.state.history), encoding="utf-8")
 
 
 class _Board:
-    """A file of TensorBoard events, written in this thread: TensorBoard's own writer dies in another on a full disk."""
+    """A file of TensorBoard events, written in this thread: TensorBoard's own writer thread dies on a full disk."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
         self._append([Event(wall_time=time.time(), file_version="brain.Event:2")])
 
     def add(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Append the numbers of epochs."""
+        """Append the measurements of epochs."""
         self._append(
             [
                 Event(
@@ -89,13 +89,13 @@ class _Board:
             with writing(self._path), self._path.open("ab") as file:
                 file.write(records.getvalue())
         except WriteError:
-            with suppress(OSError):  # half a record would be taken for damage
+            with suppress(OSError):  # readers would take half a record for damage
                 os.truncate(self._path, size)
             raise
 
 
 def draw_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw loss, learning rate and, if it was measured, mAP over the epochs, one above the other."""
+    """Draw loss, learning rate and, if it was measured, mAP against the epochs, one above the other."""
     keys = ("loss", "lr", "mAP") if any("mAP" in line for line in history) else ("loss", "lr")
     figure = Figure(figsize=(7, 1 + 2 * len(keys)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -111,9 +111,9 @@ def draw_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
 
 
 def draw_pictures(columns: Mapping[str, NDArray[np.floating]], path: Path) -> None:
-    """Draw log-mel pictures side by side: each column, (rows, f, n), under its title; NaN is white.
+    """Draw log-mel features side by side: each column, (rows, f, n), under its title; NaN is white.
 
-    The colours of a row are those of its first picture.
+    The colour range of a row is that of its first picture.
     """
     first = next(iter(columns.values()))
     figure = Figure(figsize=(4 * len(columns), 1.6 * len(first) + 0.4), layout="constrained")

@@ -1,8 +1,9 @@
-"""One step of training: waves in, better weights out. Its learning rate and its optimiser."""
+"""One optimiser step: waves to masked mel, loss, gradients, new weights; the learning rate and the optimiser."""
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,23 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ced.config import LoopConfig
+from ced.config import Mode, Optimizer, OptimizerArgs
 from ced.distill.dataset import Batch
-from ced.distill.distributed import World
-from ced.distill.precision import autocast, half_type
+from ced.distill.distributed import World, autocast, half_type
 from ced.distill.targets import mixup
 from ced.distill.views import ViewRecipe, mask
 from ced.errors import TrainingError
+from ced.model.mae import MaskedAutoencoder, error_of_hidden
 from ced.model.vit import CED
-
-Loss = Callable[[Tensor, Tensor], Tensor]  # what the learner answers, targets -> scalar
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int, decay_frac: float, cosine: bool) -> float:
     """Return the learning rate of a step (0, 1, ..., total - 1).
 
-    It rises in a line from 0 to `peak` in `warmup` steps, then falls as half a cosine, to `decay_frac` * `peak` at the
-    end of the last step; without `cosine` it stays. So the warm-up is a part of the `total` steps, not one before them.
+    It rises linearly from 0 to `peak` in `warmup` steps, then falls as half a cosine, to `decay_frac` * `peak` at the
+    end of the last step; without `cosine` it stays at `peak`. The warm-up is included in the `total` steps.
     """
     if step < warmup:
         return peak * step / warmup
@@ -38,11 +37,12 @@ def learning_rate(step: int, *, peak: float, warmup: int, total: int, decay_frac
     return peak * (decay_frac + (1 - decay_frac) * (1 + math.cos(math.pi * part)) / 2)
 
 
-def make_optimizer(config: LoopConfig, parameters: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    """Make the optimiser that a configuration asks for; 8-bit Adam needs CUDA and bitsandbytes, else it is Adam."""
-    args = config.optimizer_args
-    kind: type[torch.optim.Optimizer] = torch.optim.AdamW if config.optimizer == "AdamW" else torch.optim.Adam
-    if config.optimizer == "Adam8bit" and device.type == "cuda" and find_spec("bitsandbytes"):
+def make_optimizer(
+    name: Optimizer, args: OptimizerArgs, parameters: list[nn.Parameter], device: torch.device
+) -> torch.optim.Optimizer:
+    """Make an optimiser; 8-bit Adam needs CUDA and bitsandbytes and is replaced by Adam without them."""
+    kind: type[torch.optim.Optimizer] = torch.optim.AdamW if name == "AdamW" else torch.optim.Adam
+    if name == "Adam8bit" and device.type == "cuda" and find_spec("bitsandbytes"):
         from bitsandbytes.optim import Adam8bit
 
         kind = Adam8bit
@@ -52,11 +52,14 @@ def make_optimizer(config: LoopConfig, parameters: list[nn.Parameter], device: t
     return kind(parameters, **options)
 
 
-def calibrate(network: CED, mel: Tensor) -> None:
-    """Give a BatchNorm without statistics those of its first batch, mel (b, f, n), of all processes together.
+# BatchNorm ------------------------------------------------------------------------------------------------------------
 
-    Its momentum is low: starting from mean 0 and variance 1 it would take hundreds of steps to be near those of any
-    sound, and until then validation would see another network than training.
+
+def initialize_batchnorm(network: CED, mel: Tensor) -> None:
+    """Set the statistics of a BatchNorm that has none to those of its first batch, mel (b, f, n), of all processes.
+
+    Its momentum is low: from mean 0 and variance 1, the running statistics would need hundreds of steps to approach
+    those of any audio, and validation, which uses them, would measure another network than the one being trained.
     """
     for layer in network.init_bn:
         if isinstance(layer, nn.BatchNorm1d) and layer.num_batches_tracked == 0:
@@ -76,7 +79,7 @@ def shared_statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
         x: (b, f, n), this process's share; it needs no gradient.
 
     Returns:
-        (f,), (f,), and the number of values that each is about.
+        (f,), (f,), and the number of values of each channel.
     """
     sums = torch.cat([x.sum((0, 2)), x.new_tensor([x.shape[0] * x.shape[2]])])
     dist.all_reduce(sums)
@@ -87,14 +90,14 @@ def shared_statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 class SharedBatchNorm(nn.BatchNorm1d):
-    """A BatchNorm that takes the statistics of a batch over all processes; torch's own is for GPUs alone.
+    """A BatchNorm with the statistics of a batch over all processes, on CPUs as well, unlike `nn.SyncBatchNorm`.
 
-    It is a network's first layer, so its input needs no gradient, and neither do the statistics.
+    It is a network's first layer, so neither its input nor the statistics need gradients.
     """
 
     @classmethod
     def of(cls, layer: nn.BatchNorm1d) -> "SharedBatchNorm":
-        """Return one with the parameters and statistics of another, which it shares."""
+        """Return a layer that shares the parameters and statistics of another."""
         made = cls(layer.num_features, layer.eps, layer.momentum)
         made.weight, made.bias = layer.weight, layer.bias
         for name, buffer in layer.named_buffers():
@@ -110,7 +113,7 @@ class SharedBatchNorm(nn.BatchNorm1d):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _update(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the statistics of a batch, and move the running ones towards them."""
+        """Return the statistics of a batch, and update the running ones."""
         with torch.no_grad():
             mean, variance, count = shared_statistics(x)
             momentum = self.momentum or 0.0
@@ -120,56 +123,102 @@ class SharedBatchNorm(nn.BatchNorm1d):
         return mean, variance
 
 
-class Stepper:
-    """A network with what it takes to train it, in one process of a run.
+# Losses ---------------------------------------------------------------------------------------------------------------
 
-    What learns is a module of mel (b, f, n) and targets (b, ...) whose outputs the loss compares with the targets: the
-    network itself, or a larger one around it, whose targets may say what to leave out.
-    Parameters that do not require gradients stay as they are; if there are any, so do the statistics of the BatchNorm.
-    Several processes take these statistics together, so that they train as one process would.
+
+class TargetLoss(nn.Module):
+    """The loss of a network's logits against targets."""
+
+    def __init__(self, network: CED, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Take a network of pooling "logit", and a loss of logits and targets (b, c) that is linear in the targets."""
+        super().__init__()
+        self.learner, self.loss = network, loss
+
+    def forward(self, mel: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss, a scalar: mel (b, f, n), targets (b, c)."""
+        return self.loss(self.learner.forward_mel(mel).float(), targets)
+
+
+class ReconstructionLoss(nn.Module):
+    """The error of a masked autoencoder on the patches that are hidden from it."""
+
+    def __init__(self, autoencoder: MaskedAutoencoder) -> None:
+        super().__init__()
+        self.learner = autoencoder
+
+    def forward(self, mel: Tensor, hidden: Tensor) -> Tensor:
+        """Return the loss, a scalar: mel (b, f, n), hidden bool (b, tokens)."""
+        return error_of_hidden(self.learner(mel, hidden).float(), hidden)
+
+
+Objective = TargetLoss | ReconstructionLoss  # its `learner` is trained and saved
+
+
+# A step ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingBatch:
+    """The items of a step in one process: with targets, or in masked pre-training with patches to hide."""
+
+    chunks: Batch  # shifted already
+    recipe: ViewRecipe  # how wide their masks may be
+    targets: Tensor | None = None  # (b, c)
+    hidden: Tensor | None = None  # bool (b, tokens)
+    mixup: Tensor | None = None  # (b,) weights; None: no mixup
+
+
+class Stepper:
+    """A network, its loss and its optimiser, in one process of a run.
+
+    Parameters that do not require gradients are not changed; if there are any, neither are the statistics of the
+    BatchNorm. Several processes share these statistics, so that they train as one process would.
     """
 
     def __init__(
-        self, config: LoopConfig, network: CED, loss: Loss, world: World, learner: nn.Module | None = None
+        self,
+        network: CED,
+        objective: Objective,
+        world: World,
+        *,
+        optimizer: Optimizer = "Adam",
+        optimizer_args: OptimizerArgs | None = None,
+        mode: Mode = "off",
+        compiled: bool = False,
     ) -> None:
         """Set up training.
 
         Args:
-            config: optimiser, precision, and whether to compile.
-            network: makes the mel; as its own learner it is of pooling "logit". It is moved to the device.
-            loss: linear in its targets, if they are mixed.
-            world: processes that average their gradients.
-            learner: the module around the network that learns; None: the network.
+            network: computes the mel; the learner of the objective, or a part of it. It is moved to the device.
+            objective: the loss to minimise.
+            world: processes that average their gradients, and the device.
+            optimizer: its name.
+            optimizer_args: its arguments; None: the defaults.
+            mode: precision of the forward pass.
+            compiled: compile the objective with torch.compile.
         """
-        self.network, self.loss, self.mode, self.device = network, loss, config.mode, world.device
-        self._whole = (learner or network).to(world.device)  # all that is saved to go on from
-        learning = [parameter for parameter in self._whole.parameters() if parameter.requires_grad]
-        self._whole.train(len(learning) == len(list(self._whole.parameters())))
-        self._learner: nn.Module = learner or _Scores(network)
+        self.network, self.mode, self.device = network, mode, world.device
+        self._learner = objective.learner.to(world.device)  # its weights are saved in the state
+        trained = [parameter for parameter in self._learner.parameters() if parameter.requires_grad]
+        self._learner.train(len(trained) == len(list(self._learner.parameters())))
+        self._initialize_batchnorm = network.training  # before the first step, if its BatchNorm has no statistics
+        self._objective: nn.Module = objective
         if world.size > 1:
             for name, layer in network.init_bn.named_children():
                 if isinstance(layer, nn.BatchNorm1d):
                     setattr(network.init_bn, name, SharedBatchNorm.of(layer))
             devices = [self.device] if self.device.type == "cuda" else None
-            self._learner = DistributedDataParallel(self._learner, device_ids=devices)
-        if config.compile:
-            self._learner.compile()
-        self.optimizer = make_optimizer(config, learning, self.device)
+            self._objective = DistributedDataParallel(objective, device_ids=devices)
+        if compiled:
+            self._objective.compile()
+        self.optimizer = make_optimizer(optimizer, optimizer_args or OptimizerArgs(), trained, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half_type(self.mode, self.device) is torch.float16)
-        self._fresh = self.network.training  # its BatchNorm may not have any statistics yet
 
-    def step(self, batch: Batch, recipe: ViewRecipe, targets: Tensor, weights: Tensor | None, rate: float) -> Tensor:
-        """Take one step.
-
-        Args:
-            batch: chunks, shifted already.
-            recipe: how wide their masks may be.
-            targets: (b, c), or whatever the learner takes.
-            weights: (b,) for mixup; None: none.
-            rate: the learning rate.
+    def step(self, batch: TrainingBatch, rate: float) -> Tensor:
+        """Take one step at a learning rate: front end and masks, mixup, loss, gradients, new weights.
 
         Returns:
-            The loss before the step, a scalar on the device. With fp16 a step of gradients that are not finite changes
+            The loss before the step, a scalar on the device. With fp16, a step whose gradients are not finite changes
             nothing.
 
         Raises:
@@ -178,77 +227,66 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        with _memory_for(len(targets)):
-            mel, targets = self._inputs(batch, recipe, targets.to(self.device), weights)
-            with autocast(self.mode, self.device):
-                answers = self._learner(mel, targets)
-            loss = self.loss(answers.float(), targets)
+        with _out_of_memory_explained(len(batch.chunks.items)):
+            waves, uniforms = batch.chunks.to_device(self.device)
+            with torch.no_grad():
+                mel = mask(self.network.front_end(waves), uniforms, batch.recipe)
+                if self._initialize_batchnorm:
+                    initialize_batchnorm(self.network, mel)
+                    self._initialize_batchnorm = False
+            loss = self._loss(mel, batch)
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()
 
-    def _inputs(
-        self, batch: Batch, recipe: ViewRecipe, targets: Tensor, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the masked and mixed mel (b, f, n), and the targets, mixed as well."""
-        waves, uniforms = batch.to_device(self.device)
-        with torch.no_grad():
-            mel = mask(self.network.front_end(waves), uniforms, recipe)
-            if self._fresh:
-                calibrate(self.network, mel)
-                self._fresh = False
-            if weights is not None:
-                weights = weights.to(self.device)
-                mel, targets = mixup(mel, weights), mixup(targets, weights)
-        return mel, targets
+    def _loss(self, mel: Tensor, batch: TrainingBatch) -> Tensor:
+        """Return the loss of mel (b, f, n), mixed where the batch has weights for mixup."""
+        targets = None if batch.targets is None else batch.targets.to(self.device)
+        if batch.mixup is not None and targets is not None:
+            weights = batch.mixup.to(self.device)
+            mel, targets = mixup(mel, weights), mixup(targets, weights)
+        with autocast(self.mode, self.device):
+            if batch.hidden is not None:
+                loss: Tensor = self._objective(mel, hidden=batch.hidden.to(self.device))
+            else:
+                loss = self._objective(mel, targets=targets)
+        return loss
 
     @property
     def _kind(self) -> dict[str, str]:
-        """What the hardware and the installed packages have a say in, and a saved state depends on."""
+        """The optimiser and precision in use, which hardware and installed packages decide with the settings."""
         half = half_type(self.mode, self.device)
         return {"optimizer": type(self.optimizer).__name__, "precision": str(half or torch.float32)[len("torch.") :]}
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Return all that the next step depends on; the next step changes it in place."""
+        """Return everything that the next step depends on; that step changes it in place."""
         return {
             "kind": self._kind,
-            "network": self._whole.state_dict(),
+            "network": self._learner.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """Go on from a former `state_dict`.
+        """Restore what `state_dict` returned.
 
         Raises:
-            TrainingError: it is of another optimiser or precision, as when the hardware is another.
+            TrainingError: the optimiser or the precision differs, as it does on other hardware.
         """
         if (before := state["kind"]) != self._kind:
             was, now = (f"{kind['optimizer']} in {kind['precision']}" for kind in (before, self._kind))
             raise TrainingError(f"begun with {was}, but here it would be {now}; resume on hardware like the first")
-        self._whole.load_state_dict(state["network"])
+        self._learner.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
 
 @contextmanager
-def _memory_for(items: int) -> Iterator[None]:
+def _out_of_memory_explained(items: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"the GPU's memory is too small for the {items} items of a step; a smaller batch_size needs less"
         ) from error
-
-
-class _Scores(nn.Module):
-    """A tagger as a learner, whose forward is what is distributed and compiled: it answers mel without its targets."""
-
-    def __init__(self, network: CED) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, mel: Tensor, targets: Tensor) -> Tensor:
-        """Score (b, f, n) -> (b, c)."""
-        return self.network.forward_mel(mel)

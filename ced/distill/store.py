@@ -1,7 +1,7 @@
-"""Store views: teachers score every chunk under newly drawn views in each epoch, and their top scores go to disk.
+"""Store views: teachers score every chunk under a new view in each epoch, and their highest scores go to disk.
 
-The walk is: chunks of the pack, new seeds -> waves, shifted -> front end and masks -> each teacher -> mean of
-probabilities -> top k -> view store. A student later makes the same mel from the same seeds.
+The steps are: chunks of the pack and new seeds -> waves, shifted -> front end and masks -> each teacher -> mean of
+probabilities -> top k -> view store. Training later makes the same mel from the same seeds.
 """
 
 import logging
@@ -9,61 +9,74 @@ import math
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from ced.config import StoreConfig
 from ced.distill import view_store
-from ced.distill.dataset import Chunks, ViewDataset, chunk_samples, cut, fingerprint, in_order, prefetch
-from ced.distill.distributed import World, join
+from ced.distill.dataset import (
+    Batch,
+    Chunks,
+    ViewDataset,
+    chunk_samples,
+    cut_chunks,
+    fingerprint,
+    in_batches,
+    prefetch,
+)
+from ced.distill.distributed import half_type, join
 from ced.distill.experiment import run_name
 from ced.distill.pack_reader import AudioPack
-from ced.distill.precision import half_type
 from ced.distill.teachers import Ensemble, is_callable_spec, load_teacher
 from ced.distill.view_store import META_NAME, Rows, StoreMeta, epoch_seeds
-from ced.distill.views import check_masks, mask, recipe_of
+from ced.distill.views import ViewRecipe, check_masks, mask, recipe_of
 from ced.errors import ConfigError, StoreError
 from ced.files import claimed, remove_leftovers
 from ced.model.frontend import LogMel
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _MAX_CLASSES = 2**15  # class indices are stored as int16
 _PRECISIONS = {None: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+Part = tuple[int, int]  # epoch from 1, and rank of the process that stores it
 
 
 def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
     """Store the teachers' scores of `config.epochs` views of every chunk of `config.train_data`.
 
     Runs alone or as one of the processes of torchrun. Parts that are complete and undamaged are kept, so an interrupted
-    run may be repeated and ends with the same bytes as an unbroken one.
+    run can be repeated and then gives the same bytes as an uninterrupted one.
 
     Returns:
         The store's folder.
 
     Raises:
         StoreError: the folder has a store made with other settings, a teacher's scores are not probabilities, or there
-            is nothing to score.
+            is no chunk to score.
         ConfigError: a teacher cannot be loaded, the masks blank whole chunks, or the settings contradict the teachers.
         PackError: the pack lacks a clip.
         ProcessError: another process of the run has stopped.
     """
-    pack = AudioPack(config.train_data)
-    listed = _list_chunks(config, pack)
-    recipe = recipe_of(config.wavtransforms, config.spectransforms, listed.samples)
-    check_masks(recipe, listed.samples)
+    specs, folder = _specs(config), store_folder(config)
+    pack, samples = AudioPack(config.train_data), chunk_samples(config.chunk_length)
+    chunks = _list_chunks(pack, config.chunk_length)
+    filenames, (starts, ends) = pack.names(chunks.clips), chunks.seconds()
+    recipe = recipe_of(config.wavtransforms, config.spectransforms, samples)
+    check_masks(recipe, samples)
     world = join()
     progress = progress if world.is_main else silent
     front_end = LogMel().to(world.device)
-    silence = front_end(torch.zeros(2, listed.samples, device=world.device))
-    teachers = [load_teacher(spec, config.model_args, world.device, progress) for spec in _specs(config)]
-    ensemble = Ensemble(teachers, config.mode, silence)
+    silence = front_end(torch.zeros(2, samples, device=world.device))
+    ensemble = Ensemble(
+        [load_teacher(spec, config.model_args, world.device, progress) for spec in specs], config.mode, silence
+    )
     if not config.topk <= ensemble.num_classes <= _MAX_CLASSES:
         raise ConfigError(
             f"topk is {config.topk} and the teachers have {ensemble.num_classes} classes; "
@@ -74,7 +87,7 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
         topk=config.topk,
         num_classes=ensemble.num_classes,
         chunk_length=config.chunk_length,
-        teachers=tuple(_name(spec) for spec in _specs(config)),
+        teachers=tuple(teacher_name(spec) for spec in specs),
         labels=ensemble.labels,
         precision=_PRECISIONS[half_type(config.mode, world.device)],
         weights=tuple(teacher.weights for teacher in ensemble.teachers),
@@ -82,99 +95,75 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
         seed=config.seed,
         batch_size=config.batch_size,
         world_size=world.size,
-        rows=len(listed.chunks),
-        chunks=fingerprint(pack, listed.chunks, listed.filenames, listed.starts, listed.ends),
+        rows=len(chunks),
+        chunks=fingerprint(pack, chunks, filenames, starts, ends),
     )
-    # Runs of whole batches: what a chunk is scored together with does not depend on the number of processes.
-    mine = _share(len(listed.chunks), config.batch_size, world.rank, world.size)
-    folder = store_folder(config)
+    batches = _share(len(chunks), config.batch_size, world.rank, world.size)
+    mine = _span(batches)  # the rows of this process
     with claimed(folder / META_NAME) if world.is_main else nullcontext():
-        missing = world.broadcast(_missing_parts(folder, meta, config.epochs) if world.is_main else None)
-        for epoch in range(1, config.epochs + 1):
+        missing: set[Part] = world.broadcast(_missing_parts(folder, meta, config.epochs) if world.is_main else None)
+        for epoch in sorted({epoch for epoch, _ in missing}):
             written: dict[str, str] = {}
             if (epoch, world.rank) in missing:
-                seeds = epoch_seeds(config.seed, epoch, len(listed.chunks))
-                views = ViewDataset(pack, listed.chunks, recipe, seeds, listed.samples)
-                task = f"epoch {epoch} of {config.epochs}"
-                values, indexes = _score(
-                    views, mine, ensemble, front_end, config.topk, config.num_workers, world, task, progress
-                )
-                here = slice(mine[0].start, mine[-1].stop) if mine else slice(0)
-                rows = Rows(
-                    values, indexes, seeds[here], listed.filenames[here], listed.starts[here], listed.ends[here]
-                )
+                seeds = epoch_seeds(config.seed, epoch, len(chunks))
+                views = ViewDataset(pack, chunks, recipe, seeds, samples)
+                values, indexes = [np.empty((0, config.topk), np.float16)], [np.empty((0, config.topk), np.int16)]
+                for done, batch in enumerate(prefetch(views, batches, config.num_workers), start=1):
+                    top = _score(batch, ensemble, front_end, recipe).topk(config.topk)
+                    values.append(top.values.half().cpu().numpy())
+                    indexes.append(top.indices.short().cpu().numpy())
+                    progress(f"epoch {epoch} of {config.epochs}", done, len(batches))
+                scores = np.concatenate(values), np.concatenate(indexes)
+                rows = Rows(*scores, seeds[mine], filenames[mine], starts[mine], ends[mine])
                 written = view_store.write_part(folder, epoch, world.rank, rows)
-            if any(part[0] == epoch for part in missing):
-                digests = {name: one for each in world.gather(written) for name, one in each.items()}
-                if world.is_main:
-                    view_store.add_digests(folder, digests)
+            digests = {name: digest for each in world.gather(written) for name, digest in each.items()}
+            if world.is_main:
+                view_store.add_digests(folder, digests)
         world.barrier()
     return folder
 
 
-@dataclass(frozen=True, eq=False)
-class _Listed:
-    """The chunks of a pack, as the rows of a store name them."""
+def _list_chunks(pack: AudioPack, chunk_length: float) -> Chunks:
+    """Cut the clips of a pack into chunks; clips shorter than half a chunk have none, with a warning.
 
-    samples: int  # of a whole chunk
-    chunks: Chunks
-    filenames: NDArray[np.object_]  # (n,) str
-    starts: NDArray[np.float32]  # (n,) seconds
-    ends: NDArray[np.float32]  # (n,) seconds
-
-
-def _list_chunks(config: StoreConfig, pack: AudioPack) -> _Listed:
-    chunks = cut(pack, config.chunk_length)
-    half = config.chunk_length / 2
+    Raises:
+        StoreError: no clip is long enough.
+    """
+    lengths = pack.lengths()
+    chunks = cut_chunks(lengths, chunk_length)
+    half = chunk_length / 2
     if not len(chunks):
-        longest = max(pack.samples(clip) for clip in range(len(pack))) / SAMPLE_RATE
         raise StoreError(
-            f"{config.train_data} has no clip of half a chunk ({half:g} s) or more: its longest has {longest:.2f} s; "
-            "set chunk_length to the length of the clips"
+            f"{pack.path} has no clip of half a chunk ({half:g} s) or more: its longest has "
+            f"{lengths.max() / SAMPLE_RATE:.2f} s; set chunk_length to the length of the clips"
         )
-    if without := len(pack) - len(np.unique(chunks.clips)):
-        _log.warning(
+    if short := len(pack) - len(np.unique(chunks.clips)):
+        logger.warning(
             "%d of %d clips are shorter than half a chunk (%g s) and are left out; a shorter chunk_length keeps them",
-            *(without, len(pack), half),
+            *(short, len(pack), half),
         )
-    filenames = np.array(pack.names, dtype=object)[chunks.clips]
-    starts, ends = ((at / SAMPLE_RATE).astype(np.float32) for at in (chunks.starts, chunks.stops))
-    return _Listed(chunk_samples(config.chunk_length), chunks, filenames, starts, ends)
+    return chunks
 
 
 def _share(chunks: int, batch_size: int, rank: int, size: int) -> list[range]:
-    """Return the batches of one of `size` processes."""
-    batches = list(in_order(chunks, batch_size))
+    """Return the batches of one of `size` processes: whole ones, so which chunks are scored together does not vary."""
+    batches = list(in_batches(chunks, batch_size))
     first, last = (math.ceil(part * len(batches) / size) for part in (rank, rank + 1))
     return batches[first:last]
 
 
-def _score(
-    views: ViewDataset,
-    batches: Sequence[range],
-    ensemble: Ensemble,
-    front_end: LogMel,
-    topk: int,
-    num_workers: int,
-    world: World,
-    task: str,
-    progress: Progress,
-) -> tuple[NDArray[np.float16], NDArray[np.int16]]:
-    """Return the ensemble's highest scores of views, (n, k), and their classes, (n, k)."""
-    # A first part of no rows, for a process without batches.
-    values, indexes = [np.empty((0, topk), np.float16)], [np.empty((0, topk), np.int16)]
-    for done, batch in enumerate(prefetch(views, batches, num_workers), start=1):
-        waves, uniforms = batch.to_device(world.device)
-        top = ensemble(mask(front_end(waves), uniforms, views.recipe)).topk(topk)
-        values.append(top.values.half().cpu().numpy())
-        indexes.append(top.indices.short().cpu().numpy())
-        progress(task, done, len(batches))
-    return np.concatenate(values), np.concatenate(indexes)
+def _score(batch: Batch, ensemble: Ensemble, front_end: LogMel, recipe: ViewRecipe) -> Tensor:
+    """Return the ensemble's probabilities of a batch of views, (b, c) on the device of `front_end`."""
+    waves, uniforms = batch.to_device(front_end.window.device)
+    return ensemble(mask(front_end(waves), uniforms, recipe))
 
 
 def store_folder(config: StoreConfig) -> Path:
-    """Return where a store goes: `<outputpath>/<model>/<stem of train_data>/chunk_<seconds>`."""
-    names = [_file_name(spec) for spec in _specs(config)]
+    """Return the folder of a store: `<outputpath>/<model>/<stem of train_data>/chunk_<seconds>`.
+
+    `<model>` is the name of the teacher; of several, their names without `audiotransformer_`, joined by `_`.
+    """
+    names = [re.sub(r"[^\w.-]+", "_", teacher_name(spec)) for spec in _specs(config)]
     model = names[0] if len(names) == 1 else "_".join(name.replace("audiotransformer_", "") for name in names)
     return config.outputpath / model / config.train_data.stem / f"chunk_{config.chunk_length:g}"
 
@@ -186,21 +175,14 @@ def _specs(config: StoreConfig) -> list[str]:
     return specs
 
 
-def _name(spec: str) -> str:
-    """Return what a teacher is called: its name, the name of its experiment, the stem of its file, or the callable."""
+def teacher_name(spec: str) -> str:
+    """Return the name of a teacher: the callable, or of a model its name, its experiment's, or the stem of its file."""
     path = Path(spec)
     return spec if is_callable_spec(spec) else run_name(path) or (path.stem if path.is_file() else path.name)
 
 
-def _file_name(spec: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", _name(spec))
-
-
-def _missing_parts(folder: Path, meta: StoreMeta, epochs: int) -> set[tuple[int, int]]:
-    """Begin a store, or compare the one that is there with the settings; return which parts have to be written.
-
-    Returns:
-        Epoch and rank of each part.
+def _missing_parts(folder: Path, meta: StoreMeta, epochs: int) -> set[Part]:
+    """Begin a store, or compare an existing one with the settings; return the parts that have to be written.
 
     Raises:
         StoreError: there are views without a meta.json, or the settings differ.
@@ -210,39 +192,52 @@ def _missing_parts(folder: Path, meta: StoreMeta, epochs: int) -> set[tuple[int,
         if any(folder.glob("logits_ep*.h5")):
             raise StoreError(f"{folder} has views but no {META_NAME}; choose another outputpath")
         view_store.write_meta(folder, meta)
-        return {(epoch, rank) for epoch in range(1, epochs + 1) for rank in range(meta.world_size or 1)}
+        return _parts(epochs, meta)
     stored = view_store.read_meta(folder)
-    # As many processes as before only matter when something is left to do.
+    # Another number of processes is a difference only if parts have to be written.
     if changed := view_store.difference(replace(stored, world_size=meta.world_size), meta):
-        raise StoreError(_other_settings(folder, changed))
-    parts = {(epoch, rank) for epoch in range(1, epochs + 1) for rank in range(stored.world_size or 1)}
+        raise _other_settings(folder, changed)
+    parts = _parts(epochs, stored)
     missing = {part for part in parts if not _is_stored(folder, *part, stored)}
     if missing and (changed := view_store.difference(stored, meta)):
-        raise StoreError(_other_settings(folder, changed))
-    digests = {name: one for part in parts - missing for name, one in view_store.digests_of(folder, *part).items()}
-    if digests.items() - (stored.digests or {}).items():  # written just before a kill, or by a release without digests
+        raise _other_settings(folder, changed)
+    digests = {
+        name: digest for part in parts - missing for name, digest in view_store.digests_of(folder, *part).items()
+    }
+    # Files have no digest in meta.json if the run was killed after writing them, or in stores of format version 1.
+    if digests.items() - (stored.digests or {}).items():
         view_store.add_digests(folder, digests)
     if complete := epochs - len({epoch for epoch, _ in missing}):
-        _log.info("%d of %d epochs are already stored in %s", complete, epochs, folder)
+        logger.info("%d of %d epochs are already stored in %s", complete, epochs, folder)
     return missing
 
 
-def _other_settings(folder: Path, changed: str) -> str:
-    return f"{folder} was stored with other settings: {changed}; use those, or another outputpath"
+def _parts(epochs: int, meta: StoreMeta) -> set[Part]:
+    """Return all parts of a store of this many epochs."""
+    return {(epoch, rank) for epoch in range(1, epochs + 1) for rank in range(meta.world_size or 1)}
+
+
+def _other_settings(folder: Path, changed: str) -> StoreError:
+    return StoreError(f"{folder} was stored with other settings: {changed}; use those, or another outputpath")
 
 
 def _is_stored(folder: Path, epoch: int, rank: int, meta: StoreMeta) -> bool:
-    """Return whether a part is there and undamaged, with the seeds of its epoch."""
+    """Return whether a part exists, is undamaged, and has the seeds of its epoch."""
     if not view_store.part_complete(folder, epoch, rank):
         return False
     try:
         rows = view_store.read_part(folder, epoch, rank, meta)
     except StoreError as error:
-        _log.warning("%s; it is stored again", error)
+        logger.warning("%s; it is stored again", error)
         return False
     share = _share(meta.rows or 0, meta.batch_size or 1, rank, meta.world_size or 1)
     expected = epoch_seeds(meta.seed or 0, epoch, meta.rows or 0)
-    if not np.array_equal(rows.seeds, np.concatenate([expected[:0], *(expected[batch] for batch in share)])):
-        _log.warning("%s has other seeds; it is stored again", view_store.part_path(folder, epoch, rank))
+    if not np.array_equal(rows.seeds, expected[_span(share)]):
+        logger.warning("%s has other seeds; it is stored again", view_store.part_path(folder, epoch, rank))
         return False
     return True
+
+
+def _span(batches: Sequence[range]) -> slice:
+    """Return the slice of all items of successive batches."""
+    return slice(batches[0].start, batches[-1].stop) if batches else slice(0)

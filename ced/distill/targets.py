@@ -1,4 +1,4 @@
-"""Training vectors: stored top-k scores spread over all classes, labels as vectors, and mixup."""
+"""Targets: stored top-k scores spread over all classes; and mixup of features and targets."""
 
 import numpy as np
 import torch
@@ -12,15 +12,15 @@ def spread(
 ) -> Tensor:
     """Spread the stored scores of a batch over all classes.
 
-    With m the lowest stored score of a row, C classes and k stored ones, every other class gets: `zero` 0,
+    With m the lowest stored score of a row, C classes and k stored scores, every other class gets: `zero` 0,
     `last_mean` m / (C - k), `last_half` m / 2, `last_random` U(0, 1) m (drawn for each class), `527` 1 / C.
 
     Args:
         values: (b, k) probabilities of any float type.
         indexes: (b, k) their classes, of any integer type.
         num_classes: C.
-        fill: what classes outside the top k get.
-        generator: draws for `last_random`; on the device of `values`.
+        fill: the value of classes outside the top k.
+        generator: for `last_random`; on the device of `values`.
 
     Returns:
         (b, c) float32.
@@ -42,7 +42,7 @@ def spread(
 
 
 def mixup_weights(count: int, alpha: float, rng: np.random.Generator) -> Tensor:
-    """Draw how much of itself each item of a batch keeps, (b,) float32 from Beta(alpha, alpha)."""
+    """Draw the weight of each item of a batch in its mixture, (b,) float32 from Beta(alpha, alpha)."""
     return torch.from_numpy(rng.beta(alpha, alpha, size=count).astype(np.float32))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ced.config import Mode
-from ced.distill.precision import autocast
+from ced.distill.distributed import autocast
 from ced.errors import ConfigError, StoreError
 from ced.model.loading import load_model
 from ced.model.vit import CED

@@ -12,6 +12,7 @@ import os
 import pickle
 import platform
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,14 +29,14 @@ from ced.machine import cores
 from ced.model.graph import Precision
 from ced.model.zoo import DEFAULT_MODEL
 from ced.parallel import attempts
-from ced.progress import NotedProgress, silent
 from ced.sound.web import is_address
-from ced.tag import embeddings, parts, results
-from ced.tag.batch import Meter, Summary, one_line
-from ced.tag.inputs import Input, each_channel, find_inputs
+from ced.tag import parts, writers
+from ced.tag.batch import Summary
+from ced.tag.inputs import InputSound, each_channel, find_inputs
 from ced.tag.options import BATCH, TagOptions
 from ced.tag.parts import FileResult, Part, PartFolder
 from ced.tag.tagger import Tagger
+from ced.tag.writers import as_utf8
 from ced.telemetry import SWITCHES
 
 os.environ.update(SWITCHES)
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"  # in place of an address: a cluster that runs here or that RAY_ADDRESS names, else one of this machine
 _FILES_AT_ONCE = 16  # of a data set, for one call of a worker
+_SECONDS_TO_CONNECT = 10.0
 _SECONDS_TO_END = 10.0  # from the end of its connection to that of a process
 
 
@@ -113,7 +115,7 @@ class Tagging:
     each: bool = False
     rows = "tags"
 
-    def process(self, tagger: Tagger, item: Input) -> Rows:
+    def process(self, tagger: Tagger, item: InputSound) -> Rows:
         """Tag one sound."""
         records = []
         for one in each_channel([item]) if self.each else [item]:
@@ -123,12 +125,12 @@ class Tagging:
 
     def schema(self) -> "pa.Schema":
         """Return the columns of the Parquet writer."""
-        return results.arrow_schema(channel=self.each, clock=self.options.clock is not None)
+        return writers.tag_schema(channel=self.each, clock=self.options.clock is not None)
 
     def tables(self, found: Iterable[Rows]) -> "Iterator[pa.Table]":
         """Yield the rows of the Parquet writer."""
         records = (record for rows in found for record in rows.found)
-        return results.arrow_tables(records, channel=self.each, clock=self.options.clock is not None)
+        return writers.tag_tables(records, channel=self.each, clock=self.options.clock is not None)
 
 
 @dataclass(frozen=True)
@@ -148,38 +150,31 @@ class Embedding:
     each: bool = False
     rows = "vectors"
 
-    def process(self, tagger: Tagger, item: Input) -> Rows:
+    def process(self, tagger: Tagger, item: InputSound) -> Rows:
         """Embed one sound."""
-        options = self.options
-        vectors: list[embeddings.Row] = []
+        vectors: list[writers.EmbeddingRow] = []
         seconds, complete = 0.0, True
         for one in each_channel([item]) if self.each else [item]:
-            found = tagger.embed(
-                one.source,
-                window=options.window,
-                hop=options.hop,
-                tail=options.tail,
-                channel=one.channel or options.channel,
-                strict=options.strict,
-            )
-            vectors += embeddings.rows_of(one.name, found, windows=self.windows)
+            options = self.options if one.channel is None else replace(self.options, channel=one.channel)
+            found = tagger.embed(one.source, options)
+            vectors += writers.embedding_rows(one.name, found, windows=self.windows)
             seconds, complete = max(seconds, found.seconds), complete and found.complete
         return Rows(vectors, seconds, complete)
 
     def schema(self) -> "pa.Schema":
         """Return the columns of a Parquet file of embeddings."""
-        return embeddings.arrow_schema()
+        return writers.embedding_schema()
 
     def tables(self, found: Iterable[Rows]) -> "Iterator[pa.Table]":
         """Yield the rows of a Parquet file of embeddings."""
-        yield embeddings.arrow_table([row for rows in found for row in rows.found])
+        return writers.embedding_tables(row for rows in found for row in rows.found)
 
 
 def digest_of(tagger: Tagger) -> str | None:
     """Return the digest of the model's graph; None of a model without one."""
     from ced.model.runtime import OnnxModel
 
-    return tagger.scorer.digest if isinstance(tagger.scorer, OnnxModel) else None
+    return tagger.windows.model.digest if isinstance(tagger.windows.model, OnnxModel) else None
 
 
 def tag(
@@ -248,15 +243,14 @@ def embed(
 
 
 def run(
-    inputs: Sequence[Input],
+    inputs: Sequence[InputSound],
     work: Tagging | Embedding,
     out: Path,
     *,
     settings: Mapping[str, Any],
     address: str = AUTO,
     workers: int | None = None,
-    progress: NotedProgress = silent,
-    failed: Callable[[FileResult], None] = lambda result: None,
+    finished: Callable[[FileResult], None] = lambda result: None,
 ) -> Summary:
     """Process sounds on a cluster and write Parquet parts into a folder; what an earlier run has done is not repeated.
 
@@ -270,8 +264,7 @@ def run(
         settings: what rows depend on besides the sounds, as JSON has it; a later run must have the same.
         address: of the cluster, HOST:PORT or ray://HOST:PORT; or `AUTO`.
         workers: sounds processed at a time; None: all cores of the cluster.
-        progress: called for each file that is done, with the hours of sound and the speed.
-        failed: called for each file that failed.
+        finished: called for each file that this run has processed.
 
     Raises:
         BusyError: another process writes into the folder.
@@ -291,21 +284,18 @@ def run(
         begun = folder.begin(settings)
         found = folder.settle()
         todo = parts.to_do(inputs, found)
-        if again := found.keys() & {results.arrow_text(item.name) for item in todo}:
+        if again := found.keys() & {as_utf8(item.name) for item in todo}:
             folder.settle(again)
         seconds = 0.0
         if todo:
             connect(address)
             size = _Pool.fitting(workers, work.model).size
-            meter = Meter(progress, len(todo), "tagging" if work.rows == "tags" else "embedding")
             planned = _part_dataset(list(parts.plan(todo, size)))
             for result in _written(planned, work, folder, begun, workers):
                 seconds += result.seconds
-                meter.file(result.seconds)
-                if result.error:
-                    failed(result)
+                finished(result)
         found = folder.settle()
-        ours = [found[name] for item in inputs if (name := results.arrow_text(item.name)) in found]
+        ours = [found[name] for item in inputs if (name := as_utf8(item.name)) in found]
         folder.write_errors(ours)
     if len(ours) < len(inputs):
         raise ProcessError(f"{len(inputs) - len(ours)} sounds were not processed; run the same command again")
@@ -334,16 +324,35 @@ def connect(address: str = AUTO, *, silent: bool = False) -> None:
     if ray.is_initialized():
         return
     where = os.environ.get("RAY_ADDRESS", AUTO) if address == AUTO else address
+    if where not in (AUTO, "local"):
+        _check_answers(where)
     with _no_stderr() if silent else nullcontext():
         try:
             ray.init(where, log_to_driver=not silent)
         except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and some of its own
             if where != AUTO:
-                raise ProcessError(f"no Ray cluster answers at {where}: {one_line(str(error))}") from error
+                raise ProcessError(f"no Ray cluster answers at {where}: {_one_line(str(error))}") from error
             try:
                 ray.init("local", num_cpus=cores(), include_dashboard=False, log_to_driver=not silent)
             except Exception as fault:
-                raise ProcessError(f"Ray cannot be started: {one_line(str(fault))}") from fault
+                raise ProcessError(f"Ray cannot be started: {_one_line(str(fault))}") from fault
+
+
+def _check_answers(address: str) -> None:
+    """Make sure that something answers at an address, where Ray would wait for many minutes.
+
+    Raises:
+        ProcessError: nothing does.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and port.isascii() and port.isdigit()):
+        raise ProcessError(
+            f"the address of the Ray cluster is {address}; it must be {AUTO}, HOST:PORT or ray://HOST:PORT"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise ProcessError(f"no Ray cluster answers at {address}: {error}") from error
 
 
 @contextmanager
@@ -429,9 +438,7 @@ def _dataset(
 
         inputs = find_inputs([os.fspath(sound) for sound in sounds])
         pool = _Pool.fitting(workers, work.model)
-        table = pa.table(
-            {"path": [_source(item) for item in inputs], "name": [results.arrow_text(item.name) for item in inputs]}
-        )
+        table = pa.table({"path": [_source(item) for item in inputs], "name": [as_utf8(item.name) for item in inputs]})
         blocks = min(len(inputs), max(8 * pool.size, len(inputs) // _FILES_AT_ONCE))
         sounds, reads = ray.data.from_arrow(_split(table, blocks)), False
     return _Pool.fitting(workers, work.model, reads=reads).map(sounds, _RowWorker, (work,), _FILES_AT_ONCE)
@@ -451,11 +458,11 @@ def _part_dataset(planned: Sequence[Part]) -> "Dataset":
 
 def _shared(part: Part) -> Part:
     """Return a part whose files have the paths that other machines see, too."""
-    inputs = tuple(Input(item.name, _source(item), item.relative, item.channel) for item in part.inputs)
+    inputs = tuple(InputSound(item.name, _source(item), item.relative, item.channel) for item in part.inputs)
     return Part(inputs, part.stamps)
 
 
-def _source(item: Input) -> str:
+def _source(item: InputSound) -> str:
     """Return the address or whole path of an input."""
     source = item.source
     assert isinstance(source, str | os.PathLike)
@@ -476,7 +483,7 @@ def _written(
                 raise answer
             yield from answer
     except ray.exceptions.RayError as error:
-        raise ProcessError(f"the Ray cluster failed: {one_line(str(error))}") from error
+        raise ProcessError(f"the Ray cluster failed: {_one_line(str(error))}") from error
 
 
 class _RowWorker:
@@ -492,16 +499,16 @@ class _RowWorker:
         items = [_row_input(row) for row in batch.to_pylist()]
         for item, answer in zip(items, self._reader.read(items), strict=True):
             if isinstance(answer, AudioError):
-                failure = {"file": results.arrow_text(item.name), "error": one_line(answer.message)}
+                failure = {"file": as_utf8(item.name), "error": _one_line(answer.message)}
                 yield pa.Table.from_pylist([failure], schema=schema)
                 continue
             for table in self._work.tables([answer]):
                 yield pa.Table.from_arrays([*table.columns, pa.nulls(len(table), pa.string())], schema=schema)
 
 
-def _row_input(row: Mapping[str, Any]) -> Input:
+def _row_input(row: Mapping[str, Any]) -> InputSound:
     name = row.get("name") or row["path"]
-    return Input(name, row["path"] if row.get("bytes") is None else row["bytes"], Path(name))
+    return InputSound(name, row["path"] if row.get("bytes") is None else row["bytes"], Path(name))
 
 
 class _PartWorker:
@@ -530,9 +537,9 @@ class _PartWorker:
         rows: list[Rows] = []
         found: list[FileResult] = []
         for item, stamp, answer in zip(part.inputs, part.stamps, self._reader.read(part.inputs), strict=True):
-            name = results.arrow_text(item.name)
+            name = as_utf8(item.name)
             if isinstance(answer, AudioError):
-                found.append(FileResult(name, 0.0, False, one_line(answer.message), stamp))
+                found.append(FileResult(name, 0.0, False, _one_line(answer.message), stamp))
             else:
                 rows.append(answer)
                 found.append(FileResult(name, answer.seconds, answer.complete, None, stamp))
@@ -550,7 +557,7 @@ class _Reader:
         self._process: Any = None
         self._connection: Connection | None = None
 
-    def read(self, items: Sequence[Input]) -> Iterator[Rows | AudioError]:
+    def read(self, items: Sequence[InputSound]) -> Iterator[Rows | AudioError]:
         """Yield the rows of each sound, or why it has none.
 
         Raises:
@@ -563,14 +570,14 @@ class _Reader:
             except _ProcessEndedError:
                 yield from map(self._alone, group)
 
-    def _alone(self, item: Input) -> Rows | AudioError:
+    def _alone(self, item: InputSound) -> Rows | AudioError:
         """Process a sound again after it, or another of its group, has ended the process."""
         try:
             return self._ask([item])[0]
         except _ProcessEndedError as error:
             return AudioError(f"the process that read it ended, twice: {error}", item.name)
 
-    def _ask(self, group: Sequence[Input]) -> list[Rows | AudioError]:
+    def _ask(self, group: Sequence[InputSound]) -> list[Rows | AudioError]:
         connection = self._connection or self._start()
         try:
             connection.send(group)
@@ -626,12 +633,16 @@ def _serve(connection: Connection, work: "Tagging | Embedding") -> None:
             connection.send(answer)
 
 
-def _process(work: "Tagging | Embedding", tagger: Tagger, item: Input) -> Rows:
+def _process(work: "Tagging | Embedding", tagger: Tagger, item: InputSound) -> Rows:
     try:
         return work.process(tagger, item)
     except AudioError as error:  # of a path that is longer than the name, or of bytes, which have none
         raise error if error.name is None else AudioError(error.reason, item.name, hint=error.hint) from error
 
 
-def _name(item: Input) -> str:
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _name(item: InputSound) -> str:
     return item.name

@@ -21,7 +21,7 @@ from ced.errors import CedError, ConfigError
 from ced.serve.schema import LIVE_PROTOCOL, LiveOptions, check_repeated, faults
 from ced.serve.service import Service, encode_scores
 from ced.sound.audio import SAMPLE_RATE, Window
-from ced.tag.live import LULL, LiveEvents, Report
+from ced.tag.live import LULL, LiveEvents, LiveReport
 from ced.tag.records import Scored
 
 LARGEST_FRAME = 1 << 16  # bytes: two seconds
@@ -117,15 +117,16 @@ class LiveSession:
             pass
 
     async def _converse(self) -> None:
-        options, tagger = parse_options(self._socket.query_params), self._service.tagger
-        tagging = tagger.checked(options.tag_options())
-        events = LiveEvents(tagger.labels, tagging)
+        options, scorer = parse_options(self._socket.query_params), self._service.scorer
+        tagging = options.tag_options()
+        scorer.check(tagging)
+        events = LiveEvents(scorer.labels, tagging)
         cutter = _Cutter(options.window, options.hop)
         await self._send(
             type="begin",
             version=ced.__version__,
             model=self._service.name,
-            classes=len(tagger.labels),
+            classes=len(scorer.labels),
             rate=SAMPLE_RATE,
             window=options.window,
             hop=options.hop,
@@ -137,7 +138,7 @@ class LiveSession:
                 if cutter.waiting:
                     arrival = cutter.waiting.popleft()
                     last, seen = arrival.window.end, time.monotonic()
-                    (scored,) = await self._service.run_step(tagger.score_window, arrival.window, tagging)
+                    (scored,) = await self._service.run_step(scorer.score, arrival.window, tagging)
                     await self._send_window(arrival, scored, options.scores)
                     await self._report(events.add(scored, arrival.clock))
                     if cutter.dropped > dropped:
@@ -184,7 +185,7 @@ class LiveSession:
             line["scores"] = encode_scores([scored])
         await self._send(**line)
 
-    async def _report(self, reports: Iterable[Report]) -> None:
+    async def _report(self, reports: Iterable[LiveReport]) -> None:
         for report in reports:
             await self._send(type="event", **report.to_json(NAME, self._service.name))
 

@@ -34,10 +34,10 @@ from ced.serve.overview import Overview
 from ced.serve.schema import RequestOptions, StreamOptions
 from ced.sound.audio import SAMPLE_RATE, Sound, Window, cut, open_sound
 from ced.sound.labels import ClassTable
-from ced.tag.events import OrderedEvents
+from ced.tag.events import Merging, OrderedEvents
 from ced.tag.options import TagOptions
 from ced.tag.records import Kind, Record, Scored, Tags, json_head, json_tail
-from ced.tag.tagger import Scorer, Tagger
+from ced.tag.tagger import Scorer, WindowScorer
 
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # environment variable that makes prometheus_client share its values
 LEAST_COST = 1.0  # seconds that a window counts at least
@@ -105,7 +105,7 @@ class Plan:
         """Return a new merger of windows into events, if events are asked for."""
         if not self.options.events:
             return None
-        return OrderedEvents(self.options.selection(self.labels), self.options.merging(self.labels))
+        return OrderedEvents(Merging.of(self.options, self.labels))
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,15 +160,15 @@ class Service:
         self.meters = Meters(name)
         self.places = jobs + limits.waiting
         self.bodies = Bodies(limits, self.places, addresses=addresses)
-        self.tagger = Tagger(model, name=name)
+        self.scorer = WindowScorer(model, name)
         self.stopping = False
         self._jobs = jobs
         self._taken = 0
         self._lock = Lock()
         self._pool = ThreadPoolExecutor(jobs, "ced-worker")
-        self._steps = _Steps(self.tagger, self._pool, jobs, self.meters)
+        self._steps = _Steps(self.scorer, self._pool, jobs, self.meters)
         self._first_steps: set[Future[Any]] = set()  # of sounds that nothing was done with yet
-        self.has_columns, self.has_embeddings = _warm_up(self.tagger)
+        self.has_columns, self.has_embeddings = _warm_up(self.scorer)
 
     @property
     def full(self) -> bool:
@@ -199,7 +199,8 @@ class Service:
         options = request.tag_options()
         if options.columns and not self.has_columns:
             raise RefusedError(422, f"the model {self.name} cannot score columns")
-        return Plan(request, self.tagger.checked(options), self.tagger.labels)
+        self.scorer.check(options)
+        return Plan(request, options, self.scorer.labels)
 
     def run_step(self, work: Callable[..., T], *given: Any) -> "asyncio.Future[T]":
         """Run a step in the pool, in order of arrival."""
@@ -395,9 +396,9 @@ class _Steps:
     it (`OnnxModel.at_once`), and as many as leave work for the other threads.
     """
 
-    def __init__(self, tagger: Tagger, pool: ThreadPoolExecutor, jobs: int, meters: Meters) -> None:
-        self._tagger, self._pool, self._jobs, self._meters = tagger, pool, jobs, meters
-        self._at_once: int = getattr(tagger.scorer, "at_once", 0)  # samples
+    def __init__(self, scorer: WindowScorer, pool: ThreadPoolExecutor, jobs: int, meters: Meters) -> None:
+        self._scorer, self._pool, self._jobs, self._meters = scorer, pool, jobs, meters
+        self._at_once: int = getattr(scorer.model, "at_once", 0)  # samples
         self._waiting: deque[_Step] = deque()
 
     def submit(self, decoding: "_Decoding", plan: Plan) -> "Future[Found | None]":
@@ -444,7 +445,7 @@ class _Steps:
         """Score windows that go together, and set the results of their steps."""
         windows = [taken.window for _, taken in group]
         try:
-            scores = self._tagger.score_together(windows, group[0][0].plan.options)
+            scores = self._scorer.score_together(windows, group[0][0].plan.options)
             results = [
                 self._found(step.plan, taken, scored) for (step, taken), scored in zip(group, scores, strict=True)
             ]
@@ -458,7 +459,7 @@ class _Steps:
 
     def _found(self, plan: Plan, taken: Taken, scored: list[Scored]) -> Found:
         options, window = plan.options, taken.window
-        vector = None if plan.request.embeddings == "none" else self._tagger.embed_window(window)
+        vector = None if plan.request.embeddings == "none" else self._scorer.embed(window)
         selection = options.selection(plan.labels)
         pieces = [] if options.events or options.columns else [selection.tags(each) for each in scored]
         self._meters.sound.inc(window.end - window.start)
@@ -675,16 +676,16 @@ def encode_line(**values: Any) -> bytes:
     return _json(values) + b"\n"
 
 
-def _warm_up(tagger: Tagger) -> tuple[bool, bool]:
+def _warm_up(scorer: WindowScorer) -> tuple[bool, bool]:
     """Run a model once, so that the first request does not wait for it; return whether it has columns and embeddings.
 
     Raises:
         CheckpointError: the model does not answer.
     """
     window = Window(0.0, 1.0, np.zeros(SAMPLE_RATE, np.float32))
-    tagger.score_window(window, TagOptions())
+    scorer.score(window, TagOptions())
     able = []
-    for attempt in (lambda: tagger.score_window(window, TagOptions(columns=True)), lambda: tagger.embed_window(window)):
+    for attempt in (lambda: scorer.score(window, TagOptions(columns=True)), lambda: scorer.embed(window)):
         try:
             attempt()
             able.append(True)

@@ -16,6 +16,8 @@ from ced.sound.labels import ClassTable
 from ced.text import csv_lines, open_text
 
 LABEL_SEPARATOR = ";"
+_BATCH = 16_384  # rows
+_AT_ONCE = 256  # rows that become columns together: more of them do not fit into a processor's cache
 
 
 @dataclass(frozen=True)
@@ -42,35 +44,64 @@ class Table:
 def read_table(
     path: str | os.PathLike[str], delimiter: str = "\t", required: Sequence[str] = (), comments: bool = False
 ) -> Table:
-    """Read a table: a header line, then a row a line; blank lines are skipped.
+    """Read a table: a header line, then one row on each line; blank lines are skipped.
 
     Args:
-        path: a UTF-8 file.
+        path: a text file in UTF-8, or in UTF-16 with its byte-order mark.
         delimiter: one character.
-        required: columns that must be there.
+        required: columns that the table must have.
         comments: lines that begin with "#" are skipped as well.
 
     Raises:
         TableError: it cannot be read, has no rows, lacks a column, or a row has more or fewer fields than the header.
     """
-    rows = _lines(Path(path), delimiter, comments)
-    _, header = next(rows, (0, []))
+    columns: dict[str, list[str]] = {}
+    for batch in read_batches(path, delimiter, required, comments):
+        for name, values in batch.columns.items():
+            columns.setdefault(name, []).extend(values)
+    return Table(columns, Path(path))
+
+
+def read_batches(
+    path: str | os.PathLike[str], delimiter: str = "\t", required: Sequence[str] = (), comments: bool = False
+) -> Iterator[Table]:
+    """Yield a table in batches of rows, for tables that are too large for `read_table`, whose arguments these are.
+
+    Raises:
+        TableError: as for `read_table`.
+    """
+    lines = _lines(Path(path), delimiter, comments)
+    _, header = next(lines, (0, []))
     if not header:
         raise TableError(f"table {path} is empty; it needs a line of column names, then rows")
     if twice := {name for name in header if header.count(name) > 1}:
         raise TableError(f"table {path} has more than one column {min(twice)!r}")
-    records = []
-    for number, record in rows:
-        if len(record) != len(header):
-            raise TableError(f"table {path}, line {number}: {len(record)} fields; the header has {len(header)}")
-        records.append(record)
-    columns = {name: [record[place] for record in records] for place, name in enumerate(header)}
-    table = Table(columns, Path(path))
     for name in required:
-        table.column(name)
-    if not records:
+        Table({column: [] for column in header}, Path(path)).column(name)
+    columns: dict[str, list[str]] = {name: [] for name in header}
+    records: list[list[str]] = []
+    last = 0
+    for last, record in lines:
+        if len(record) != len(header):
+            raise TableError(f"table {path}, line {last}: {len(record)} fields; the header has {len(header)}")
+        records.append(record)
+        if len(records) == _AT_ONCE:
+            _move(records, columns)
+            if len(columns[header[0]]) >= _BATCH:
+                yield Table(columns, Path(path))
+                columns = {name: [] for name in header}
+    _move(records, columns)
+    if columns[header[0]]:
+        yield Table(columns, Path(path))
+    elif not last:
         raise TableError(f"table {path} has a header ({', '.join(header)}) but no rows")
-    return table
+
+
+def _move(records: list[list[str]], columns: Mapping[str, list[str]]) -> None:
+    """Move the fields of records to the ends of their columns."""
+    for column, fields in zip(columns.values(), zip(*records, strict=True), strict=bool(records)):
+        column.extend(fields)
+    records.clear()
 
 
 def write_table(path: str | os.PathLike[str], columns: Mapping[str, Sequence[str]], comment: str = "") -> None:

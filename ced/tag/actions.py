@@ -26,7 +26,7 @@ from ced.errors import ConfigError, optional_packages
 from ced.sound.web import without_password
 from ced.text import json_line
 
-Event = Mapping[str, Any]  # what `Report.to_json` returns
+EventJson = Mapping[str, Any]  # the value of `LiveReport.to_json`
 
 WAITING = 1000  # events that may wait for an action; the oldest make room for new ones
 COMMAND_SECONDS = 60.0  # that a command may take before it is killed
@@ -42,7 +42,7 @@ _MQTT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 _MQTT_TOPIC = "ced/events"
 _QOS = 1  # the broker confirms each message
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Action(Protocol):
@@ -54,7 +54,7 @@ class Action(Protocol):
 
     name: str
 
-    def run(self, event: Event, closing: threading.Event) -> None:
+    def run(self, event: EventJson, closing: threading.Event) -> None:
         """Deal with one event; called by one thread. `closing` is set when little time is left.
 
         Raises:
@@ -85,7 +85,7 @@ class Actions:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def put(self, event: Event) -> None:
+    def put(self, event: EventJson) -> None:
         """Give an event to all actions; returns at once."""
         for worker in self._workers:
             worker.put(event)
@@ -102,7 +102,7 @@ class Actions:
 class _Worker:
     def __init__(self, action: Action) -> None:
         self._action = action
-        self._waiting: queue.Queue[Event | None] = queue.Queue(WAITING)
+        self._waiting: queue.Queue[EventJson | None] = queue.Queue(WAITING)
         self._closing = threading.Event()
         self._given = 0  # events, counted by the thread that gives them
         self._delivered = 0  # events, counted by the worker's own thread
@@ -110,7 +110,7 @@ class _Worker:
         self._thread = threading.Thread(target=self._work, name=action.name, daemon=True)
         self._thread.start()
 
-    def put(self, event: Event) -> None:
+    def put(self, event: EventJson) -> None:
         self._given += 1
         while True:
             try:
@@ -129,7 +129,7 @@ class _Worker:
     def join(self, deadline: float) -> None:
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if missing := self._given - self._delivered:
-            _log.warning("%s: %d of %d events were not delivered", self._action.name, missing, self._given)
+            logger.warning("%s: %d of %d events were not delivered", self._action.name, missing, self._given)
 
     def _work(self) -> None:
         while True:
@@ -155,7 +155,7 @@ class _Worker:
         now = time.monotonic()
         if now - self._warned.get(reason, -_QUIET_SECONDS) >= _QUIET_SECONDS:
             self._warned = {reason: now} if len(self._warned) > _MOST_REASONS else {**self._warned, reason: now}
-            _log.warning("%s: %s", self._action.name, reason)
+            logger.warning("%s: %s", self._action.name, reason)
 
 
 class Command:
@@ -180,7 +180,7 @@ class Command:
             raise ConfigError(f"command not found: {self._words[0] if self._words else repr(line)}")
         self.name = f"command {self._words[0]}"
 
-    def run(self, event: Event, closing: threading.Event) -> None:
+    def run(self, event: EventJson, closing: threading.Event) -> None:
         """Run the command, and wait for its end."""
         try:
             process = subprocess.Popen(
@@ -222,7 +222,7 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def variables(event: Event) -> dict[str, str]:
+def variables(event: EventJson) -> dict[str, str]:
     """Return an event as variables of an environment: CED_STATE, CED_EVENT, CED_LABEL, CED_PROB, CED_TIME, ..."""
     (piece,) = event["pieces"]
     (tag,) = piece["tags"]
@@ -263,7 +263,7 @@ class Webhook:
             self._headers["Authorization"] = f"Basic {base64.b64encode(pair).decode()}"
         self._opener = urllib.request.build_opener(_NoRedirects)
 
-    def run(self, event: Event, closing: threading.Event) -> None:
+    def run(self, event: EventJson, closing: threading.Event) -> None:
         """Send the event."""
         data = json_line(event).encode()
         for delay in (*RETRIES, None):
@@ -346,10 +346,10 @@ class Mqtt:
 
     def _lost(self, why: str) -> None:
         if why != self._told:
-            _log.warning("%s: %s; trying again until it is there", self.name, why)
+            logger.warning("%s: %s; trying again until it is there", self.name, why)
         self._told = why
 
-    def run(self, event: Event, closing: threading.Event) -> None:
+    def run(self, event: EventJson, closing: threading.Event) -> None:
         """Publish the event, and wait until the broker has confirmed it."""
         number = self._client.publish(self._topic, json_line(event).encode(), _QOS).mid
         while number not in self._confirmed:  # without a connection, the client keeps it until there is one

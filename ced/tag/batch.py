@@ -1,51 +1,72 @@
-"""Many files: tagged side by side, with outputs, a report of failures, and a journal that a broken run goes on from."""
+"""Runs over many files: the folder of their outputs, which an interrupted run resumes and a later run reads again.
+
+A folder holds the journal (`ced.tag.journal`), the outputs in a tree like that of the inputs or combined, the list of
+failures, and with kept scores their files (`ced.tag.scores`) and class table.
+"""
 
 import hashlib
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-from ced.errors import AudioError, ConfigError
+from ced.errors import AudioError, ConfigError, StoreError
 from ced.files import claimed, make_folders, name_with, open_to_append, remove_leftovers, writing
 from ced.parallel import attempts
-from ced.progress import NotedProgress, silent
-from ced.tag.inputs import Input
-from ced.tag.journal import Journal, stamp_of
-from ced.tag.options import EACH
+from ced.sound.labels import ClassTable, read_classes
+from ced.sound.tables import write_table
+from ced.tag.inputs import InputSound
+from ced.tag.journal import Journal, Stamp, stamp_of
+from ced.tag.options import EACH, TagOptions
 from ced.tag.records import Record
-from ced.tag.results import FORMATS, Format, formats, write
-from ced.tag.scores import KEPT, UNFINISHED
+from ced.tag.scores import KEPT, UNFINISHED, read_scores
+from ced.tag.tagger import pieces
+from ced.tag.writers import FORMATS, Format, formats, write_records
 from ced.text import json_line
 
-_REPORT_SECONDS = 0.1  # between two reports of progress
 JOURNAL_NAME, ERRORS_NAME, COMBINED_STEM = "journal.jsonl", "errors.jsonl", "tags"
+CLASSES_NAME = "classes.tsv"  # the class table of kept scores
 
-
-class Timed(Protocol):
-    """What is made of a sound, and knows how long that was."""
-
-    @property
-    def seconds(self) -> float:
-        """The length of the sound."""
-
-
-T = TypeVar("T", bound=Timed)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """What became of an input."""
+    """The result of an input, or the reason why there is none."""
 
-    input: Input
+    input: InputSound
     result: T | None
     error: str = ""  # why there is no result, in one line
     hint: str = ""  # what would help, the same for all sounds with such an error
+
+
+def outcomes(
+    inputs: Sequence[InputSound], process: Callable[[InputSound], T], *, jobs: int = 1
+) -> Iterator[Outcome[T]]:
+    """Process several inputs at a time and yield the outcome of each, in the order of the inputs.
+
+    An AudioError is an outcome, too. Memory is bounded: only a few inputs are processed ahead of the next outcome.
+
+    Args:
+        inputs: what to process.
+        process: called for each input, by `jobs` threads.
+        jobs: inputs that are processed at the same time.
+
+    Raises:
+        ConfigError: `jobs` is below 1.
+        CedError: `process` raised one that is not about a single sound, that is, no AudioError.
+    """
+    if jobs < 1:
+        raise ConfigError(f"jobs is {jobs}; it must be 1 or more")
+    found = attempts(process, inputs, jobs, name=lambda item: item.name)
+    for item, result in zip(inputs, found, strict=True):
+        if isinstance(result, AudioError):
+            yield Outcome(item, None, " ".join(result.message.splitlines()), result.hint)
+        else:
+            yield Outcome(item, result)
 
 
 @dataclass(frozen=True)
@@ -63,101 +84,12 @@ class Summary:
         counts = f"{self.files - self.failed - self.skipped} tagged, {self.failed} failed"
         before = f", {self.skipped} done before" if self.skipped else ""
         cut = f", {self.incomplete} cut short" if self.incomplete else ""
-        return f"{self.files} files: {counts}{before}{cut}; {_speed(self.seconds, self.elapsed)}"
+        return f"{self.files} files: {counts}{before}{cut}"
 
 
-def _speed(seconds: float, elapsed: float) -> str:
-    return f"{seconds / 3600:.2f} h of sound, {seconds / max(elapsed, 1e-9):.0f} x real time"
-
-
-class Meter:
-    """Reports how far a run is: in files or, of a single file, in seconds of sound. Any thread may call it.
-
-    Args:
-        progress: called a few times a second at most, and for each file.
-        files: how many there are.
-        task: what is done with them.
-    """
-
-    def __init__(self, progress: NotedProgress, files: int, task: str) -> None:
-        self._progress, self._files, self._task = progress, files, task
-        self._began, self._reported = time.monotonic(), -math.inf
-        self._seconds, self._done = 0.0, 0
-        self._expected: float | None = None
-        self._lock = Lock()
-
-    def sound(self, seconds: float, expected: float | None = None) -> None:
-        """Take note of further seconds of sound; `expected` is the length of the sound that they are of."""
-        with self._lock:
-            self._seconds += seconds
-            self._expected = expected
-            if time.monotonic() - self._reported >= _REPORT_SECONDS:
-                self._report()
-
-    def file(self, seconds: float = 0.0) -> None:
-        """Take note of a file that is done, with its seconds of sound where `sound` was not called."""
-        with self._lock:
-            self._seconds += seconds
-            self._done += 1
-            self._report()
-
-    def _report(self) -> None:
-        self._reported = time.monotonic()
-        note = _speed(self._seconds, self._reported - self._began)
-        if self._files > 1 or self._expected is None:
-            self._progress(self._task, self._done, self._files, note)
-            return
-        expected = max(1, math.ceil(self._expected))
-        done = expected if self._done else min(int(self._seconds), expected - 1)
-        self._progress(f"{self._task}, seconds", done, expected, note)
-
-
-def results(
-    inputs: Sequence[Input],
-    process: Callable[[Input], T],
-    *,
-    jobs: int = 1,
-    meter: Meter | None = None,
-    task: str = "tagging",
-    progress: NotedProgress = silent,
-) -> Iterator[Outcome[T]]:
-    """Process inputs side by side and yield the outcome of each, in the order of the inputs.
-
-    An AudioError is an outcome, too. Memory is bounded: few inputs are ahead of the one whose turn it is.
-
-    Args:
-        inputs: what to do.
-        process: what to do with each; it is called by `jobs` threads.
-        jobs: inputs that are worked on at once.
-        meter: is told of each file that is done, where `process` tells it of the sound; None: one is made.
-        task: what progress calls the work.
-        progress: called for each input that is done, with the hours of sound and the speed.
-
-    Raises:
-        ConfigError: `jobs` is below 1.
-        CedError: `process` raised one that is not about the one sound, that is, no AudioError.
-    """
-    if jobs < 1:
-        raise ConfigError(f"jobs is {jobs}; it must be 1 or more")
-    shown = meter or Meter(progress, len(inputs), task)
-    found = attempts(process, inputs, jobs, name=lambda item: item.name)
-    for item, result in zip(inputs, found, strict=True):
-        if isinstance(result, AudioError):
-            outcome: Outcome[T] = Outcome(item, None, one_line(result.message), result.hint)
-        else:
-            outcome = Outcome(item, result)
-        shown.file(result.seconds if meter is None and not isinstance(result, AudioError) else 0.0)
-        yield outcome
-
-
-def one_line(message: str) -> str:
-    """Return a message without line breaks."""
-    return " ".join(message.splitlines())
-
-
-def run(
-    inputs: Sequence[Input],
-    process: Callable[[Input], Record],
+def tag_to_folder(
+    inputs: Sequence[InputSound],
+    process: Callable[[InputSound], Record],
     out: Path,
     *,
     settings: Mapping[str, Any],
@@ -165,88 +97,157 @@ def run(
     combined: bool = False,
     keep_scores: bool = False,
     jobs: int = 1,
-    meter: Meter | None = None,
-    progress: NotedProgress = silent,
-    failed: Callable[[Outcome[Record]], None] = lambda outcome: None,
+    finished: Callable[[Outcome[Record]], None] = lambda outcome: None,
 ) -> Summary:
-    """Process inputs and write their records into a folder; what an earlier run has done there is not done again.
+    """Process inputs and write their records into a folder; inputs that an earlier run finished there are skipped.
 
-    A file is done again when its size or time of change differs, and when it failed. Failures are listed in
-    `errors.jsonl` of the folder. A run may be killed at any time: the next one goes on from `journal.jsonl`, and within
+    A file is processed again if its size or time of change differs, or if it failed. Failures are listed in
+    `errors.jsonl` of the folder. A run may be killed at any time: the next one resumes from `journal.jsonl`, and within
     a sound from the scores that `process` left in its unfinished `ScoreLog`.
 
     Args:
-        inputs: what to do.
-        process: what to do with each; it is called by `jobs` threads.
-        out: the folder, which is made if need be.
-        settings: what records depend on besides the sounds, as JSON has it; a later run must have the same. With a
+        inputs: what to process.
+        process: called for each input, by `jobs` threads.
+        out: the folder, created if missing.
+        settings: what records depend on besides the sounds, as JSON values; a later run must have the same. With a
             `clock` that is not None, tables have clock times; with the `channel` "each", channels.
-        output: formats (`results.FORMATS`); they may differ from an earlier run's.
+        output: formats (`writers.FORMATS`); they may differ from those of an earlier run.
         combined: write one output for all of these inputs, `tags` with the format's suffix, at the end, instead of one
-            for each in a tree like the inputs' (`Input.relative` with the format's suffix behind it).
+            for each in a tree like that of the inputs (`InputSound.relative` followed by the format's suffix).
         keep_scores: keep the score logs, which `process` has finished.
-        jobs: inputs that are worked on at once.
-        meter, progress: as for `results`.
-        failed: called for each input that failed.
+        jobs: inputs that are processed at the same time.
+        finished: called after each input, once it is in the journal or in the list of failures.
 
     Raises:
         BusyError: another process writes into the folder.
-        ConfigError: the folder was begun under other settings, two inputs would have one output, or a format or
-            `jobs` is impossible.
+        ConfigError: the folder was begun with other settings, two inputs would have one output, or a format or
+            `jobs` is not possible.
         StoreError: the folder's journal is damaged or not a journal.
-        CedError: as for `results`.
+        CedError: as for `outcomes`.
     """
     each, clock = settings.get("channel") == EACH, settings.get("clock") is not None
     chosen = formats(output, shared=combined, channel=each, clock=clock)
-    targets = _targets(inputs, () if combined else chosen, out, keep_scores)
-    errors = out / ERRORS_NAME
+    folder = _Folder(out, inputs, () if combined else chosen, combined, keep_scores)
     began = time.monotonic()
-    failures, seconds = 0, 0.0
+    failed, seconds = 0, 0.0
     with claimed(out / JOURNAL_NAME), Journal(out / JOURNAL_NAME, settings) as journal:
         remove_leftovers(out)
-        if not combined or keep_scores:
-            _check_owners(inputs, journal, out)
+        folder.check_owners(journal)
         stamps = {item.key: stamp_of(item) for item in inputs}
-        todo = [
-            item
-            for item in inputs
-            if not journal.holds(item, stamps[item.key])
-            or (keep_scores and not (out / kept_scores(item.relative)).exists())
-        ]
+        todo = [item for item in inputs if not folder.has(item, journal, stamps[item.key])]
         done = {item.key for item in inputs} - {item.key for item in todo}
-        errors.unlink(missing_ok=True)
+        folder.errors.unlink(missing_ok=True)
         for item in inputs:
-            if item.key in done and not all(path.exists() for _, path in targets[item.key]):
-                _write_outputs(journal.record(item), targets[item.key], out)
-        for outcome in results(todo, process, jobs=jobs, meter=meter, progress=progress):
-            item = outcome.input
-            unfinished = out / unfinished_scores(item)
-            if (not combined or keep_scores) and journal.owner(item) == item.key:
-                _remove_outputs(item, out)  # of what the file held before, in whatever format
-            if outcome.result is None:
-                failures += 1
-                unfinished.unlink(missing_ok=True)
-                _note_error(errors, outcome)
-                failed(outcome)
-                continue
-            seconds += outcome.result.seconds
-            # Outputs first: what the journal holds has its outputs, even after a kill between the two.
-            _write_outputs(outcome.result, targets[item.key], out)
-            if keep_scores:
-                make_folders(out, item.relative.parent)
-                unfinished.replace(out / kept_scores(item.relative))
-            journal.add(item, stamps[item.key], outcome.result)
-            unfinished.unlink(missing_ok=True)
-            done.add(item.key)
+            if item.key in done:
+                folder.write_missing(item, journal)
+        for outcome in outcomes(todo, process, jobs=jobs):
+            item, record = outcome.input, outcome.result
+            folder.remove_outdated(item, journal)
+            if record is None:
+                failed += 1
+                folder.note_failure(outcome)
+            else:
+                seconds += record.seconds
+                # Outputs first: what is in the journal has its outputs, even after a kill between the two.
+                folder.write_outputs(item, record)
+                journal.add(item, stamps[item.key], record)
+                done.add(item.key)
+            (out / unfinished_scores(item)).unlink(missing_ok=True)
+            finished(outcome)
         if combined:
             for kind in chosen:
                 records = (journal.record(item) for item in inputs if item.key in done)
-                write(kind, records, out / f"{COMBINED_STEM}{kind.suffix}")
-        with suppress(OSError):  # it is not there, or has scores of sounds that are not among these
+                write_records(kind, records, out / f"{COMBINED_STEM}{kind.suffix}")
+        with suppress(OSError):  # it is missing, or has scores of sounds that are not among these inputs
             (out / UNFINISHED).rmdir()
         incomplete = sum(item.key in done and not journal.is_complete(item) for item in inputs)
     skipped = len(inputs) - len(todo)
-    return Summary(len(inputs), failures, incomplete, skipped, seconds, time.monotonic() - began)
+    return Summary(len(inputs), failed, incomplete, skipped, seconds, time.monotonic() - began)
+
+
+class _Folder:
+    """The outputs of a run: where each is, and what is written and removed there.
+
+    Args:
+        out: the folder.
+        inputs: the sounds of the run.
+        chosen: the formats that each sound has a file of its own in.
+        combined: whether there is one output for all sounds.
+        keep_scores: whether the scores of sounds are kept.
+
+    Raises:
+        ConfigError: two outputs would have one path.
+    """
+
+    def __init__(
+        self, out: Path, inputs: Sequence[InputSound], chosen: Sequence[Format], combined: bool, keep_scores: bool
+    ) -> None:
+        self.errors = out / ERRORS_NAME
+        self._out, self._inputs, self._keep_scores = out, inputs, keep_scores
+        self._shares_paths = not combined or keep_scores  # whether sounds have outputs at paths of their own
+        self._targets: dict[str, list[tuple[Format, Path]]] = {}  # by the key of an input
+        owners = {out / JOURNAL_NAME: "the journal", self.errors: "the list of failures"}
+        for item in inputs:
+            place = out / item.relative
+            self._targets[item.key] = [(kind, place.with_name(name_with(place.name, kind.suffix))) for kind in chosen]
+            paths = [path for _, path in self._targets[item.key]]
+            for path in [*paths, self._kept(item)] if keep_scores else paths:
+                if owners.setdefault(path, item.key) != item.key:
+                    raise ConfigError(
+                        f"{owners[path]} and {item.key} would both be written to {path}; name the folder that holds"
+                        " both, or write one combined output"
+                    )
+
+    def _kept(self, item: InputSound) -> Path:
+        return self._out / kept_scores(item.relative)
+
+    def check_owners(self, journal: Journal) -> None:
+        """Make sure that no output belongs to another sound of an earlier run.
+
+        Raises:
+            ConfigError: one does.
+        """
+        for item in self._inputs if self._shares_paths else ():
+            if (owner := journal.owner(item) or item.key) != item.key:
+                raise ConfigError(
+                    f"{item.key} would be written to {self._out / item.relative}, where an earlier run wrote {owner};"
+                    " choose another folder"
+                )
+
+    def has(self, item: InputSound, journal: Journal, stamp: Stamp | None) -> bool:
+        """Return whether an earlier run finished a sound that has not changed since."""
+        return journal.holds(item, stamp) and (not self._keep_scores or self._kept(item).exists())
+
+    def write_missing(self, item: InputSound, journal: Journal) -> None:
+        """Write the outputs of a finished sound from the journal, unless all of them exist."""
+        if not all(path.exists() for _, path in self._targets[item.key]):
+            self._write(item, journal.record(item))
+
+    def remove_outdated(self, item: InputSound, journal: Journal) -> None:
+        """Remove the outputs of what a changed file held before, in any format."""
+        if not self._shares_paths or journal.owner(item) != item.key:
+            return
+        make_folders(self._out, item.relative.parent)  # nothing is removed through a link, either
+        for suffix in (*(kind.suffix for kind in FORMATS.values()), KEPT):
+            (self._out / item.relative.with_name(name_with(item.relative.name, suffix))).unlink(missing_ok=True)
+
+    def write_outputs(self, item: InputSound, record: Record) -> None:
+        """Write the outputs of a sound, and keep its scores."""
+        self._write(item, record)
+        if self._keep_scores:
+            make_folders(self._out, item.relative.parent)
+            (self._out / unfinished_scores(item)).replace(self._kept(item))
+
+    def _write(self, item: InputSound, record: Record) -> None:
+        for kind, path in self._targets[item.key]:
+            make_folders(self._out, path.parent.relative_to(self._out))
+            write_records(kind, [record], path)
+
+    def note_failure(self, outcome: Outcome[Record]) -> None:
+        """Add a sound to the list of failures."""
+        line = json_line({"file": outcome.input.name, "error": outcome.error})
+        with writing(self.errors), open_to_append(self.errors) as file:
+            file.write(f"{line}\n".encode())
 
 
 def kept_scores(place: Path) -> Path:
@@ -254,53 +255,72 @@ def kept_scores(place: Path) -> Path:
     return place.with_name(name_with(place.name, KEPT))
 
 
-def unfinished_scores(item: Input) -> Path:
-    """Return where the scores of an input are while it is tagged, in the folder of a run."""
+def unfinished_scores(item: InputSound) -> Path:
+    """Return where the scores of an input are in the folder of a run while it is tagged."""
     return Path(UNFINISHED, f"{hashlib.sha256(os.fsencode(item.key)).hexdigest()[:32]}{KEPT}")
 
 
-_Targets = Sequence[tuple[Format, Path]]
+def write_classes(folder: Path, labels: ClassTable) -> None:
+    """Write the class table of the scores that a run keeps into its folder."""
+    columns = {"index": [str(index) for index in range(len(labels))], "name": list(labels.names)}
+    if labels.mids is not None:
+        columns["mid"] = list(labels.mids)
+    write_table(folder / CLASSES_NAME, columns)
 
 
-def _targets(inputs: Sequence[Input], chosen: Sequence[Format], out: Path, keep_scores: bool) -> dict[str, _Targets]:
-    """Return where each input's outputs go, by name."""
-    targets: dict[str, _Targets] = {}
-    owners = {out / JOURNAL_NAME: "the journal", out / ERRORS_NAME: "the list of failures"}
-    for item in inputs:
-        place = out / item.relative
-        targets[item.key] = [(kind, place.with_name(name_with(place.name, kind.suffix))) for kind in chosen]
-        others = [out / kept_scores(item.relative)] if keep_scores else []
-        for path in (*(path for _, path in targets[item.key]), *others):
-            if owners.setdefault(path, item.key) != item.key:
-                raise ConfigError(
-                    f"{owners[path]} and {item.key} would both be written to {path}; name the folder that holds both,"
-                    " or write one combined output"
-                )
-    return targets
+class EarlierRun:
+    """A folder of `ced tag --out --keep-scores`: tags again with other options, without reading the sounds.
 
+    Attributes:
+        labels: the classes of the scores.
+        settings: the settings of the run, as JSON values.
+        inputs: its sounds, whose sources are the files of their scores.
 
-def _check_owners(inputs: Sequence[Input], journal: Journal, out: Path) -> None:
-    for item in inputs:
-        if (owner := journal.owner(item) or item.key) != item.key:
-            raise ConfigError(
-                f"{item.key} would be written to {out / item.relative}, where an earlier run wrote {owner}; choose"
-                " another folder"
+    Raises:
+        StoreError: the folder has no journal, or a damaged one, or no scores were kept.
+        TableError: the class table is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        with Journal(folder / JOURNAL_NAME, None) as journal:
+            self.settings: Mapping[str, Any] = journal.settings
+            records = {place: journal.record_at(place) for place in journal.places()}
+            self._stamps = {place: journal.stamp_at(place) for place in records}
+        if not (folder / CLASSES_NAME).is_file():
+            raise StoreError(f"the run in {folder} kept no scores; repeat it with --keep-scores")
+        self.labels: ClassTable = read_classes(folder / CLASSES_NAME)
+        self._records = {place: replace(record, pieces=()) for place, record in records.items()}
+        self.inputs = [
+            InputSound(
+                record.file,
+                folder / kept_scores(place),
+                place,
+                record.channel if isinstance(record.channel, int) else None,
             )
+            for place, record in self._records.items()
+        ]
 
+    def check_unchanged(self, item: InputSound) -> None:
+        """Make sure that the file of a sound has not changed since it was tagged, before it is read again.
 
-def _remove_outputs(item: Input, out: Path) -> None:
-    make_folders(out, item.relative.parent)  # nothing is removed through a link, either
-    for suffix in (*(kind.suffix for kind in FORMATS.values()), KEPT):
-        (out / item.relative.with_name(name_with(item.relative.name, suffix))).unlink(missing_ok=True)
+        Raises:
+            AudioError: it has changed.
+        """
+        stamp = stamp_of(replace(item, source=item.name))
+        if stamp is not None and stamp != self._stamps[item.relative]:
+            raise AudioError("it has changed since it was tagged; tag it again", item.name)
 
+    def record(self, item: InputSound, options: TagOptions) -> Record:
+        """Return the record of a sound with other options; windows, channels and the clock stay as they were.
 
-def _write_outputs(record: Record, targets: _Targets, out: Path) -> None:
-    for kind, path in targets:
-        make_folders(out, path.parent.relative_to(out))
-        write(kind, [record], path)
-
-
-def _note_error(errors: Path, outcome: Outcome[Record]) -> None:
-    line = json_line({"file": outcome.input.name, "error": outcome.error})
-    with writing(errors), open_to_append(errors) as file:
-        file.write(f"{line}\n".encode())
+        Raises:
+            AudioError: its scores are missing or damaged.
+        """
+        earlier = self._records[item.relative]
+        assert isinstance(item.source, Path)
+        try:
+            windows = read_scores(item.source, len(self.labels))
+            found = tuple(pieces((row for window in windows for row in window), options, self.labels))
+        except StoreError as error:
+            raise AudioError(error.message, item.name) from error
+        return replace(earlier, pieces=found, kind="events" if options.events else "windows")

@@ -45,7 +45,7 @@ _MOST_CHUNKS = 200
 _LONGEST_CHUNK = 1 << 16  # bytes that are read of one
 _WANTED = (b"fmt ", b"ds64", b"bext", b"guan", b"LIST")
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def parse(text: str) -> datetime | None:
@@ -83,7 +83,7 @@ def begin(source: object, name: str, setting: str) -> datetime | None:
     """
     time = parse(setting) or beginning(source, name)
     if time is None:
-        _log.warning("%s: neither its metadata nor its name tells when it began; its tags have no clock time", name)
+        logger.warning("%s: neither its metadata nor its name tells when it began; its tags have no clock time", name)
     return time
 
 

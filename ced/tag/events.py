@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import ConfigError
+from ced.sound.labels import ClassTable
+from ced.tag.options import TagOptions
 from ced.tag.records import Scored, Tags
 from ced.tag.select import Selection
 
@@ -40,11 +42,10 @@ def events(
         ConfigError: the selection has no thresholds, an argument is out of range, or a window begins or ends before the
             one ahead of it (when the iteration comes to it).
     """
-    return _events(scored, selection, Merging(selection, release=release, gap=gap, shortest=shortest))
+    return _events(scored, OrderedEvents(Merging(selection, release=release, gap=gap, shortest=shortest)))
 
 
-def _events(scored: Iterable[Scored], selection: Selection, merging: "Merging") -> Iterator[Tags]:
-    ordered = OrderedEvents(selection, merging)
+def _events(scored: Iterable[Scored], ordered: "OrderedEvents") -> Iterator[Tags]:
     for window in scored:
         yield from ordered.add(window)
     yield from ordered.finish()
@@ -56,8 +57,8 @@ class OrderedEvents:
     An event comes out as soon as no earlier one can follow.
     """
 
-    def __init__(self, selection: Selection, merging: "Merging") -> None:
-        self._selection, self._merging = selection, merging
+    def __init__(self, merging: "Merging") -> None:
+        self._selection, self._merging = merging.selection, merging
         self._waiting: list[Event] = []  # a heap: events that ended, but that one with an earlier onset may precede
 
     def add(self, window: Scored) -> list[Tags]:
@@ -112,7 +113,7 @@ class Merging:
         for name, seconds in (("gap", gap), ("shortest", shortest)):
             if not seconds >= 0:
                 raise ConfigError(f"{name} is {seconds}; it must be 0 seconds or more")
-        self._selection, self._release, self._gap, self._shortest = selection, release, gap, shortest
+        self.selection, self._release, self._gap, self._shortest = selection, release, gap, shortest
         self._last: Scored | None = None
         count = len(selection.labels)  # c'
         self._there = np.zeros(count, np.bool_)  # whether the class is in an event, until that has ended for good
@@ -121,6 +122,15 @@ class Merging:
         self._onset = np.zeros(count)
         self._offset = np.zeros(count)  # of those that go on: where the last window ends
         self._peak = np.zeros(count, np.float32)
+
+    @classmethod
+    def of(cls, options: TagOptions, labels: ClassTable) -> "Merging":
+        """Return what merges the windows of a model with these classes, as the options say.
+
+        Raises:
+            ConfigError: the options do not fit the classes.
+        """
+        return cls(options.selection(labels), release=options.release, gap=options.gap, shortest=options.shortest)
 
     def add(self, window: Scored) -> list[Event]:
         """Let a window begin events, join those that are close enough to be still there, or carry them on.
@@ -136,9 +146,9 @@ class Merging:
         if window.silent:
             self._going[:] = False
             return over
-        reached = self._selection.reached(window.probs)
+        reached = self.selection.reached(window.probs)
         if follows:
-            reached |= self._going & self._selection.reached(window.probs, self._release)
+            reached |= self._going & self.selection.reached(window.probs, self._release)
         self._going = reached
         fresh = self._going & ~self._there
         self._onset[fresh] = start
@@ -146,7 +156,7 @@ class Merging:
         self._told[fresh] = False
         self._there |= fresh
         self._offset[self._going] = window.end
-        np.maximum(self._peak, self._selection.probs(window.probs), out=self._peak, where=self._going)
+        np.maximum(self._peak, self.selection.probs(window.probs), out=self._peak, where=self._going)
         return over
 
     def _meet(self, window: Scored) -> tuple[float, bool]:

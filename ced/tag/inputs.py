@@ -22,11 +22,11 @@ SUFFIXES = audio.AUDIO_SUFFIXES | MEDIA_SUFFIXES  # what is taken from folders, 
 _PACKETS, _SYNC = (".ts", ".mts"), b"\x47"  # of MPEG-TS and of TypeScript; first byte of a packet (ISO 13818-1)
 _KINDS_NAMED = 5  # of files that were left out, before the rest is counted
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Input:
+class InputSound:
     """A sound to be tagged, or one of its channels."""
 
     name: str  # what records call it
@@ -40,7 +40,7 @@ class Input:
         return self.name if self.channel is None else f"{self.name} [channel {self.channel}]"
 
 
-def each_channel(inputs: Iterable[Input]) -> Iterator[Input]:
+def each_channel(inputs: Iterable[InputSound]) -> Iterator[InputSound]:
     """Yield an input for each channel of each sound; one that cannot be opened stays as it is, and fails later."""
     for item in inputs:
         if isinstance(item.source, io.IOBase):  # every channel reads it
@@ -56,7 +56,9 @@ def each_channel(inputs: Iterable[Input]) -> Iterator[Input]:
             yield replace(item, relative=place, channel=number)
 
 
-def find_inputs(words: Sequence[str], stdin: BinaryIO | None = None, *, allow_private: bool = False) -> list[Input]:
+def find_inputs(
+    words: Sequence[str], stdin: BinaryIO | None = None, *, allow_private: bool = False
+) -> list[InputSound]:
     """Find the sounds that words stand for, in the order of the words, each sound once.
 
     A word is a file; a folder (its sounds of known kinds, with those of its folders, sorted; what is left out of it,
@@ -86,16 +88,16 @@ def find_inputs(words: Sequence[str], stdin: BinaryIO | None = None, *, allow_pr
     words = _without_documents(words)
     named = [word for word in words if _is_named(word)]
     places = _places(named)
-    found: list[Input] = []
+    found: list[InputSound] = []
     for word in words:
         if word == "-":
             assert stdin is not None
-            found.append(Input("<stdin>", stdin, Path("stdin")))
+            found.append(InputSound("<stdin>", stdin, Path("stdin")))
         elif word.startswith("@"):
             found += _listed(word, stdin)
         else:
             found += _meant(word, places)
-    unique: dict[str, Input] = {}
+    unique: dict[str, InputSound] = {}
     for item in found:
         unique.setdefault(str(item.source), item)
     if allow_private:
@@ -108,7 +110,7 @@ def _without_documents(words: Sequence[str]) -> Sequence[str]:
     kept = [word for word in words if not (_is_named(word) and _is_document(word))]
     if not kept or len(kept) == len(words):
         return words
-    _log.info("left out%s", _counted(Counter(_suffix(word) for word in words if word not in kept), ": "))
+    logger.info("left out%s", _counted(Counter(_suffix(word) for word in words if word not in kept), ": "))
     return kept
 
 
@@ -135,19 +137,19 @@ def _is_pattern(word: str) -> bool:
     return glob.has_magic(word) and not os.path.lexists(word)
 
 
-def _meant(word: str, places: dict[str, Path]) -> Iterator[Input]:
+def _meant(word: str, places: dict[str, Path]) -> Iterator[InputSound]:
     """Yield the inputs of a word that needs no standard input; `places` are those of files that are named."""
     if is_address(word):
-        yield Input(without_password(word), word, _place_of_address(word))
+        yield InputSound(without_password(word), word, _place_of_address(word))
     elif os.path.isdir(word):
         yield from _in_folder(word)
     elif _is_pattern(word):
         yield from _matching(word)
     else:
-        yield Input(word, word, places[word])
+        yield InputSound(word, word, places[word])
 
 
-def _in_folder(folder: str) -> Iterator[Input]:
+def _in_folder(folder: str) -> Iterator[InputSound]:
     files: list[str] = []
     left_out: Counter[str] = Counter()
     _search(folder, files, left_out)
@@ -155,9 +157,9 @@ def _in_folder(folder: str) -> Iterator[Input]:
         kinds = ", ".join(sorted(SUFFIXES))
         raise AudioError(f"folder {folder} holds no sound files{_counted(left_out, ': ')}", hint=f"known are {kinds}")
     if left_out:
-        _log.info("%s: left out%s", folder, _counted(left_out, ": "))
+        logger.info("%s: left out%s", folder, _counted(left_out, ": "))
     for file in sorted(files, key=lambda file: file.split(os.sep)):
-        yield Input(file, file, Path(os.path.relpath(file, folder)))
+        yield InputSound(file, file, Path(os.path.relpath(file, folder)))
 
 
 def _search(folder: str, files: list[str], left_out: Counter[str]) -> None:
@@ -176,7 +178,7 @@ def _search(folder: str, files: list[str], left_out: Counter[str]) -> None:
                     else:
                         files.append(os.path.join(place, entry.name))
         except OSError as error:
-            _log.warning("folder %s cannot be searched: %s", place, error.strerror)
+            logger.warning("folder %s cannot be searched: %s", place, error.strerror)
 
 
 def _left_out_as(entry: "os.DirEntry[str]") -> str | None:
@@ -217,7 +219,7 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _matching(pattern: str) -> Iterator[Input]:
+def _matching(pattern: str) -> Iterator[InputSound]:
     fixed = pattern
     while glob.has_magic(fixed):
         fixed = os.path.dirname(fixed)
@@ -226,10 +228,10 @@ def _matching(pattern: str) -> Iterator[Input]:
         raise AudioError(f"no file matches {pattern}")
     places = _places(files, fixed)
     for file in files:
-        yield Input(file, file, places[file])
+        yield InputSound(file, file, places[file])
 
 
-def _listed(word: str, stdin: BinaryIO | None) -> Iterator[Input]:
+def _listed(word: str, stdin: BinaryIO | None) -> Iterator[InputSound]:
     name = "standard input" if word == "@-" else word[1:]
     try:
         if word == "@-":
@@ -249,7 +251,7 @@ def _listed(word: str, stdin: BinaryIO | None) -> Iterator[Input]:
     places = _places(files)
     for line in words:
         if line in places:  # whatever characters it has: a list holds no patterns
-            yield Input(line, line, places[line])
+            yield InputSound(line, line, places[line])
         else:
             yield from _meant(line, places)
 

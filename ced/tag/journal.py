@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from ced.errors import ConfigError, StoreError
 from ced.files import open_to_append, writing
-from ced.tag.inputs import Input
+from ced.tag.inputs import InputSound
 from ced.tag.records import FORMAT_VERSION as RECORD_FORMAT
 from ced.tag.records import Record
 
@@ -25,7 +25,7 @@ _AGAIN = "choose another folder, or remove that file to start again"
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns since 1970
 
 
-def stamp_of(item: Input) -> Stamp | None:
+def stamp_of(item: InputSound) -> Stamp | None:
     """Return what tells whether a file has changed; None for streams, addresses and missing files."""
     if not isinstance(item.source, str | os.PathLike):
         return None
@@ -123,13 +123,13 @@ class Journal:
             self._file.flush()
         return place
 
-    def holds(self, item: Input, stamp: Stamp | None) -> bool:
+    def holds(self, item: InputSound, stamp: Stamp | None) -> bool:
         """Return whether a file is done and has not changed since; what is read from a stream never is."""
         if not isinstance(item.source, str | os.PathLike) or item.key not in self._lines:
             return False
         return self._lines[item.key][1] == stamp
 
-    def add(self, item: Input, stamp: Stamp | None, record: Record) -> None:
+    def add(self, item: InputSound, stamp: Stamp | None, record: Record) -> None:
         """Write down that a file is done."""
         outputs = str(item.relative)
         place = self._append({"name": item.key, "place": outputs, "stamp": stamp, "record": record.to_json()})
@@ -140,7 +140,7 @@ class Journal:
     def _note(self, key: str, complete: object) -> None:
         (self._incomplete.add if complete is False else self._incomplete.discard)(key)
 
-    def is_complete(self, item: Input) -> bool:
+    def is_complete(self, item: InputSound) -> bool:
         """Return whether the whole of a file was tagged, that is, whether it is not cut short."""
         return item.key not in self._incomplete
 
@@ -160,11 +160,11 @@ class Journal:
         """Return the stamp that the file whose outputs lie at a place had when it was tagged."""
         return self._lines[self._owners[str(place)]][1]
 
-    def owner(self, item: Input) -> str | None:
+    def owner(self, item: InputSound) -> str | None:
         """Return the name of the input whose outputs lie where those of `item` would; None if there is none."""
         return self._owners.get(str(item.relative))
 
-    def record(self, item: Input) -> Record:
+    def record(self, item: InputSound) -> Record:
         """Read the record of a file that is done.
 
         Raises:

@@ -10,7 +10,7 @@ from ced.errors import ConfigError
 from ced.sound.audio import Channel
 from ced.sound.labels import ClassTable
 from ced.sound.live import Listening, LiveSource
-from ced.tag.events import Event
+from ced.tag.events import Event, Merging
 from ced.tag.options import TagOptions
 from ced.tag.records import Record, Scored, Tags
 from ced.tag.tagger import Tagger
@@ -23,7 +23,7 @@ OPTIONS = TagOptions(window=1.5, hop=0.25, thresholds=0.5, events=True, gap=2.0)
 
 
 @dataclass(frozen=True)
-class Report:
+class LiveReport:
     """News of one event; each begins once and ends once."""
 
     state: Literal["begin", "end"]
@@ -53,38 +53,37 @@ class LiveEvents:
     """
 
     def __init__(self, labels: ClassTable, options: TagOptions) -> None:
-        self._selection = options.selection(labels)
-        self._merging = options.merging(labels)
+        self._merging = Merging.of(options, labels)
         self._told: dict[int, tuple[int, float]] = {}  # events in progress, by class: number, when they began
         self._count = 0
         self._zero = 0.0  # clock time of second 0 for the last window; a stream that stalls moves it
 
-    def add(self, scored: Scored, clock: float) -> Iterator[Report]:
+    def add(self, scored: Scored, clock: float) -> Iterator[LiveReport]:
         """Add a window whose last sample came at `clock` (seconds as of time.time()); yield what is new."""
         yield from self._over(self._merging.add(scored))  # these are events of the windows before
         self._zero = clock - scored.end
         for event in self._merging.begun():
             yield self._begin(event)
 
-    def pass_to(self, time: float) -> Iterator[Report]:
+    def pass_to(self, time: float) -> Iterator[LiveReport]:
         """Yield the end of events that nothing from `time` on (seconds of sound) can belong to."""
         yield from self._over(self._merging.pass_to(time))
 
-    def finish(self) -> Iterator[Report]:
+    def finish(self) -> Iterator[LiveReport]:
         """Yield the end of all events."""
         yield from self._over(self._merging.finish())
 
-    def _begin(self, event: Event) -> Report:
+    def _begin(self, event: Event) -> LiveReport:
         self._count += 1
         self._told[event.index] = self._count, self._zero + event.onset
-        return Report("begin", *self._told[event.index], event.piece(self._selection))
+        return LiveReport("begin", *self._told[event.index], event.piece(self._merging.selection))
 
-    def _over(self, events: list[Event]) -> Iterator[Report]:
+    def _over(self, events: list[Event]) -> Iterator[LiveReport]:
         for event in sorted(events):
             if event.index not in self._told:  # only now it is sure to be long enough
                 yield self._begin(event)
             number, began = self._told.pop(event.index)
-            yield Report("end", number, began + event.offset - event.onset, event.piece(self._selection))
+            yield LiveReport("end", number, began + event.offset - event.onset, event.piece(self._merging.selection))
 
 
 class Listener:
@@ -105,7 +104,8 @@ class Listener:
     def __init__(self, tagger: Tagger, source: LiveSource, options: TagOptions = OPTIONS) -> None:
         if not options.events or options.columns:
             raise ConfigError("live tagging reports events of whole windows; set events, and leave out columns")
-        self._tagger, self._options = tagger, tagger.checked(options)
+        tagger.windows.check(options)
+        self._windows, self._options = tagger.windows, options
         self._events = LiveEvents(tagger.labels, options)
         self._listening = Listening(source, options.window, options.step)
         self.stopped = False
@@ -115,7 +115,7 @@ class Listener:
         """How many windows were not scored, because others had come by then."""
         return self._listening.left_out
 
-    def reports(self) -> Iterator[Report]:
+    def reports(self) -> Iterator[LiveReport]:
         """Listen, and yield what is heard, until the source ends or `stopped` is set; what goes on then ends there.
 
         Raises:
@@ -128,7 +128,7 @@ class Listener:
                 arrival = listening.take()
                 if arrival is not None:
                     last, seen = arrival.window.end, time.monotonic()
-                    for scored in self._tagger.score_window(arrival.window, self._options):
+                    for scored in self._windows.score(arrival.window, self._options):
                         yield from self._events.add(scored, arrival.clock)
                 else:
                     yield from self._events.pass_to(last + time.monotonic() - seen - LULL)

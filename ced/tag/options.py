@@ -4,7 +4,7 @@ The command line shows their defaults, so importing this module imports neither 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from numbers import Integral, Real
@@ -15,8 +15,6 @@ from ced.tag.clock import parse as parse_clock
 
 if TYPE_CHECKING:
     from ced.sound.labels import ClassTable
-    from ced.tag.events import Merging
-    from ced.tag.records import Scored, Tags
     from ced.tag.select import Selection
 
 EACH = "each"  # in place of a channel, where the command line tags every channel on its own
@@ -188,29 +186,6 @@ class TagOptions:
             ConfigError: as for `check`.
         """
         return _selection(self, labels)
-
-    def merging(self, labels: "ClassTable") -> "Merging":
-        """Return what merges windows that were scored for these classes into events.
-
-        Raises:
-            ConfigError: as for `check`.
-        """
-        from ced.tag.events import Merging
-
-        return Merging(self.selection(labels), release=self.release, gap=self.gap, shortest=self.shortest)
-
-    def pieces(self, scored: "Iterable[Scored]", labels: "ClassTable") -> "Iterator[Tags]":
-        """Yield the windows, or events, that scored windows become.
-
-        Raises:
-            ConfigError: as for `check`.
-        """
-        selection = self.selection(labels)
-        if not self.events:
-            return map(selection.tags, scored)
-        from ced.tag.events import events
-
-        return events(scored, selection, release=self.release, gap=self.gap, shortest=self.shortest)
 
     def settings(self) -> dict[str, Any]:
         """Return the options as JSON has them, with the values that stand for None."""

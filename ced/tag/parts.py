@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from ced.errors import ConfigError, StoreError, optional_packages
 from ced.files import make_folders, remove_leftovers, writing, written_aside
 from ced.tag.batch import ERRORS_NAME, JOURNAL_NAME
-from ced.tag.inputs import Input
+from ced.tag.inputs import InputSound
 from ced.tag.journal import Stamp, stamp_of
-from ced.tag.results import arrow_text
+from ced.tag.writers import as_utf8, write_tables
 from ced.text import json_line
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ _AGAIN = "choose another folder, or remove that file to start again"
 class FileResult:
     """What became of a file: a row of `files/NAME.parquet`."""
 
-    file: str  # as `arrow_text` has it
+    file: str  # as `as_utf8` has it
     seconds: float  # of sound that were processed
     complete: bool  # False: the file is cut short, or failed
     error: str | None  # why there are no rows of it
@@ -54,13 +54,13 @@ class FileResult:
 class Part:
     """Some files that are processed together, and their stamps."""
 
-    inputs: tuple[Input, ...]
+    inputs: tuple[InputSound, ...]
     stamps: tuple[Stamp | None, ...]
 
     @property
     def name(self) -> str:
         """A digest of the names and stamps."""
-        about = [[arrow_text(item.name), stamp] for item, stamp in zip(self.inputs, self.stamps, strict=True)]
+        about = [[as_utf8(item.name), stamp] for item, stamp in zip(self.inputs, self.stamps, strict=True)]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
 
 
@@ -149,14 +149,8 @@ class PartFolder:
         Raises:
             WriteError: they cannot be written.
         """
-        from pyarrow import parquet
-
-        with (
-            written_aside(self.rows_path(name)) as aside,
-            parquet.ParquetWriter(aside, schema, compression="zstd") as writer,
-        ):
-            for table in tables:
-                writer.write_table(table)
+        with written_aside(self.rows_path(name)) as aside:
+            write_tables(aside, schema, tables)
 
     def finish(self, name: str, results: Sequence[FileResult]) -> None:
         """Write the files of a part whose rows are written.
@@ -225,16 +219,16 @@ class PartFolder:
             aside.write_text("".join(lines), encoding="utf-8")
 
 
-def plan(inputs: Sequence[Input], workers: int) -> Iterator[Part]:
+def plan(inputs: Sequence[InputSound], workers: int) -> Iterator[Part]:
     """Yield the parts that files are processed in: in order, none too large to be done again.
 
     Raises:
         ConfigError: two files have one name.
     """
-    if len({arrow_text(item.name) for item in inputs}) < len(inputs):
+    if len({as_utf8(item.name) for item in inputs}) < len(inputs):
         raise ConfigError("two sounds have one name, which tells their rows apart; rename one of them")
     most = min(_MOST_FILES, max(1, -(-len(inputs) // (_PARTS_EACH * workers))))
-    some: list[tuple[Input, Stamp | None]] = []
+    some: list[tuple[InputSound, Stamp | None]] = []
     size = 0
     for item in inputs:
         stamp = stamp_of(item)
@@ -248,17 +242,17 @@ def plan(inputs: Sequence[Input], workers: int) -> Iterator[Part]:
         yield _part(some)
 
 
-def to_do(inputs: Iterable[Input], found: Mapping[str, FileResult]) -> list[Input]:
+def to_do(inputs: Iterable[InputSound], found: Mapping[str, FileResult]) -> list[InputSound]:
     """Return the inputs that are not done, have failed, or have changed since."""
 
-    def is_done(item: Input) -> bool:
-        result = found.get(arrow_text(item.name))
+    def is_done(item: InputSound) -> bool:
+        result = found.get(as_utf8(item.name))
         return result is not None and not result.error and result.stamp == stamp_of(item)
 
     return [item for item in inputs if not is_done(item)]
 
 
-def _part(some: Sequence[tuple[Input, Stamp | None]]) -> Part:
+def _part(some: Sequence[tuple[InputSound, Stamp | None]]) -> Part:
     inputs, stamps = zip(*some, strict=True)
     return Part(inputs, stamps)
 

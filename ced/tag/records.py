@@ -28,6 +28,28 @@ class Scored:
     silent: bool = False  # not scored: its probabilities are 0
 
 
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """The embeddings of the windows of one sound."""
+
+    starts: NDArray[np.float64]  # (w,) seconds
+    ends: NDArray[np.float64]
+    vectors: NDArray[np.float32]  # (w, d)
+    channel: str | int = "mean"
+    complete: bool = True  # False: the file is cut short
+
+    @property
+    def seconds(self) -> float:
+        """The length of the sound."""
+        return float(self.ends[-1])
+
+    @property
+    def clip(self) -> NDArray[np.float32]:
+        """The embedding of the sound as a whole, (d,): the mean of its windows, weighted by their length."""
+        mean: NDArray[np.float32] = np.average(self.vectors, axis=0, weights=self.ends - self.starts).astype(np.float32)
+        return mean
+
+
 @dataclass(frozen=True)
 class Tag:
     """A class that a window or an event is tagged with."""

@@ -28,14 +28,14 @@ from ced.tag.records import Scored
 FORMAT_VERSION = 1
 UNFINISHED = ".unfinished"  # the folder of scores of sounds that are being tagged
 KEPT = ".scores"  # suffix of those that are kept, behind the place of the sound's outputs
-Kind = Literal["float32", "float16"]
+ScoreType = Literal["float32", "float16"]
 _KINDS: Mapping[str, str] = {"float32": "<f4", "float16": "<f2"}
 _HEAD = struct.Struct("<4I")
 _FLUSH_SECONDS = 5.0  # of work that a kill may lose
 _FLUSH_ROWS = 256
 _LONGEST_HEADER, _LARGEST_CHUNK = 1 << 20, 1 << 30  # bytes
 
-Window = Sequence[Scored]  # the rows of one window
+WindowScores = Sequence[Scored]  # the rows of one window
 
 
 class ScoreLog:
@@ -54,14 +54,14 @@ class ScoreLog:
         WriteError: the file is a link, or cannot be opened.
     """
 
-    def __init__(self, out: Path, relative: Path, classes: int, about: Mapping[str, Any], kind: Kind) -> None:
+    def __init__(self, out: Path, relative: Path, classes: int, about: Mapping[str, Any], kind: ScoreType) -> None:
         self.path = out / relative
         self._out, self._relative = out, relative
         self._classes, self._type = classes, np.dtype(_KINDS[kind])
         header = {"format": FORMAT_VERSION, "classes": classes, "type": kind, "about": about}
         self._header = json.dumps(header, sort_keys=True).encode() + b"\n"
         self._file: BinaryIO | None = None
-        self._waiting: list[Window] = []
+        self._waiting: list[WindowScores] = []
         self._flushed = time.monotonic()
         if self.path.is_symlink() or self.path.exists():
             self._open()
@@ -72,14 +72,14 @@ class ScoreLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
 
-    def stored(self) -> Iterator[Window]:
+    def stored(self) -> Iterator[WindowScores]:
         """Yield the windows that an earlier run left."""
         if self._file is not None:
             self._file.seek(len(self._header))
             for windows in _chunks(self._file, self._classes, self._type):
                 yield from windows
 
-    def add(self, window: Window) -> Window:
+    def add(self, window: WindowScores) -> WindowScores:
         """Take a window, and return it with the scores that are kept of it."""
         if self._type.itemsize < 4:
             window = [Scored(row.start, row.end, _rounded(row.probs, self._type), row.silent) for row in window]
@@ -134,7 +134,7 @@ class ScoreLog:
             self._file.seek(0, 2)
 
 
-def read_scores(path: Path, classes: int) -> Iterator[Window]:
+def read_scores(path: Path, classes: int) -> Iterator[WindowScores]:
     """Yield the windows of a file that was kept.
 
     Raises:
@@ -164,7 +164,7 @@ def _rounded(probs: NDArray[np.float32], kind: np.dtype[Any]) -> NDArray[np.floa
     return probs.astype(kind).astype(np.float32)
 
 
-def _chunk(windows: Sequence[Window], kind: np.dtype[Any]) -> bytes:
+def _chunk(windows: Sequence[WindowScores], kind: np.dtype[Any]) -> bytes:
     rows = [row for window in windows for row in window]
     scores = np.stack([row.probs for row in rows]).astype(kind)
     parts = (
@@ -179,7 +179,7 @@ def _chunk(windows: Sequence[Window], kind: np.dtype[Any]) -> bytes:
     return _HEAD.pack(len(windows), len(rows), len(packed), zlib.crc32(packed)) + packed
 
 
-def _chunks(file: BinaryIO, classes: int, kind: np.dtype[Any]) -> Iterator[list[Window]]:
+def _chunks(file: BinaryIO, classes: int, kind: np.dtype[Any]) -> Iterator[list[WindowScores]]:
     """Yield the windows of each whole chunk, from the place of a file on to the first that is not whole."""
     while len(head := file.read(_HEAD.size)) == _HEAD.size:
         count, rows, size, check = _HEAD.unpack(head)

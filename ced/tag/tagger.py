@@ -1,4 +1,4 @@
-"""The tagger: a sound is cut into windows, a model scores them, and the scores become tags, events or embeddings."""
+"""The tagger: cut a sound into windows, score them with a model, and turn scores into tags, events or embeddings."""
 
 import logging
 import math
@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice, pairwise
 from queue import SimpleQueue
@@ -27,8 +27,9 @@ from ced.sound import audio
 from ced.sound.audio import Sound, Source, Window, name_of, open_sound
 from ced.sound.labels import ClassTable
 from ced.tag import clock
-from ced.tag.options import BATCH, TagKeywords, TagOptions, Tail
-from ced.tag.records import Kind, Record, Scored, Tags
+from ced.tag.events import events
+from ced.tag.options import BATCH, TagKeywords, TagOptions
+from ced.tag.records import Embedding, Kind, Record, Scored, Tags
 from ced.tag.scores import ScoreLog
 from ced.tag.shared_calls import SharedCalls
 from ced.text import printable
@@ -36,11 +37,11 @@ from ced.text import printable
 if TYPE_CHECKING:
     from ced.model.vit import CED
 
-_AHEAD = 2  # windows in memory for each thread that scores
-_REMEMBERED = 64  # options that are not checked again
-_ROUNDING = 1e-6  # how far a probability may lie outside [0, 1]
+_AHEAD = 2  # windows in memory per scoring thread
+_REMEMBERED = 64  # checked options that are kept
+_ROUNDING = 1e-6  # how far rounding may take a probability out of [0, 1]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float32]
 WindowProgress = Callable[[float, float | None], None]
@@ -61,7 +62,7 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class Embedder(Protocol):
-    """A model that gives embeddings."""
+    """A model that returns embeddings."""
 
     def embed(self, waves: Array, /) -> Array:
         """Return an embedding of each wave, (b, t) -> (b, d)."""
@@ -80,60 +81,157 @@ class ColumnScorer(Protocol):
 
 @runtime_checkable
 class WindowLimited(Protocol):
-    """A model that may not take windows of any length."""
+    """A model that limits the length of a window."""
 
     def check_window(self, seconds: float) -> None:
-        """Raise ConfigError if the model does not take windows of this length."""
+        """Raise ConfigError if a window of this length is too long for the model."""
 
 
-@dataclass(frozen=True, eq=False)
-class Embedding:
-    """The embeddings of the windows of one sound."""
+class WindowScorer:
+    """Scores and embeds single windows, and checks every answer of the model.
 
-    starts: NDArray[np.float64]  # (w,) seconds
-    ends: NDArray[np.float64]
-    vectors: Array  # (w, d)
-    channel: str | int = "mean"
-    complete: bool = True  # False: the file is cut short
+    For callers that cut a sound into windows themselves; a `Tagger` has one as `windows`.
+
+    Args:
+        model: scores waves; with `embed`, or `columns` and `column_starts`, it can also embed or score columns.
+        name: the name of the model in errors.
+        calls: joins calls of several threads into one, as is faster on an accelerator; None: each is a call by itself.
+    """
+
+    def __init__(self, model: Scorer, name: str, calls: SharedCalls | None = None) -> None:
+        self.model, self.name = model, name
+        self._calls = calls
+        self._checked: set[TagOptions] = set()  # options that fit the model; checking may run it
 
     @property
-    def seconds(self) -> float:
-        """The length of the sound."""
-        return float(self.ends[-1])
+    def labels(self) -> ClassTable:
+        """The classes of the model."""
+        return self.model.labels
 
-    @property
-    def clip(self) -> Array:
-        """The embedding of the sound as a whole, (d,): the mean of its windows, weighted by their length."""
-        mean: Array = np.average(self.vectors, axis=0, weights=self.ends - self.starts).astype(np.float32)
-        return mean
+    def check(self, options: TagOptions) -> None:
+        """Check options against the model, before any sound is read.
+
+        Raises:
+            CheckpointError: the model cannot score columns.
+            ConfigError: an option does not fit the model (its classes, its longest window).
+        """
+        if options in self._checked:
+            return
+        options.check(self.labels)
+        if options.columns:
+            self._column_scorer()
+        if isinstance(self.model, WindowLimited):
+            self.model.check_window(options.window)
+        self._checked = {options, *(self._checked if len(self._checked) < _REMEMBERED else ())}
+
+    def score(self, window: Window, options: TagOptions) -> list[Scored]:
+        """Return the scores of one window, or with `options.columns` of each 0.16 s of it.
+
+        Raises:
+            CheckpointError: the model cannot score columns, or returned invalid scores.
+        """
+        if options.silence is not None and _level(window.wave) < options.silence:
+            return [Scored(window.start, window.end, np.zeros(len(self.labels), np.float32), silent=True)]
+        if not options.columns:
+            (probs,) = self._probs(self._call(self.model, window.wave[None]), 2)
+            return [Scored(window.start, window.end, probs)]
+        model = self._column_scorer()
+        (rows,) = self._probs(self._call(model.columns, window.wave[None]), 3)
+        # The last column also covers the samples after it; columns that earlier windows cover are left out.
+        times = [*(window.start + model.column_starts(len(rows))).tolist(), window.end]
+        return [
+            Scored(max(start, window.new), end, row)
+            for row, (start, end) in zip(rows, pairwise(times), strict=True)
+            if end > window.new
+        ]
+
+    def score_together(self, windows: Sequence[Window], options: TagOptions) -> list[list[Scored]]:
+        """Return the scores of windows of one length from one call of the model: what `score` returns for each.
+
+        That is faster for short windows and models with an `at_once` (see `OnnxModel`), and slower for others.
+
+        Raises:
+            CheckpointError: as for `score`.
+        """
+        if len(windows) == 1 or options.columns or options.silence is not None:
+            return [self.score(window, options) for window in windows]
+        waves = np.stack([window.wave for window in windows])
+        rows = self._probs(self._call(self.model, waves), 2, len(windows))
+        return [[Scored(window.start, window.end, row)] for window, row in zip(windows, rows, strict=True)]
+
+    def embed(self, window: Window) -> Array:
+        """Return the embedding of one window, (d,).
+
+        Raises:
+            CheckpointError: the model has no embeddings, or returned values that are not finite.
+        """
+        if not isinstance(self.model, Embedder):
+            raise CheckpointError(f"the model {self.name} has no embeddings; graphs written by `ced export` have them")
+        vector: Array = self._answer(self._call(self.model.embed, window.wave[None]), 2)[0]
+        return vector
+
+    def _call(self, function: Callable[[Array], Array], waves: Array) -> Array:
+        return function(waves) if self._calls is None else self._calls(function, waves)
+
+    def _column_scorer(self) -> ColumnScorer:
+        if not isinstance(self.model, ColumnScorer):
+            raise CheckpointError(f"the model {self.name} cannot score columns; graphs written by `ced export` can")
+        return self.model
+
+    def _probs(self, answer: Array, dimensions: int, count: int = 1) -> Array:
+        """Check the probabilities of `count` waves, (count, ..., c)."""
+        answer = self._answer(answer, dimensions, count)
+        classes = len(self.labels)
+        if answer.shape[-1] != classes:
+            raise CheckpointError(
+                f"the model {self.name} returned scores of shape {answer.shape} for {count} sound(s); its class table"
+                f" has {classes} classes"
+            )
+        least, most = float(answer.min(initial=0.0)), float(answer.max(initial=1.0))
+        if least < -_ROUNDING or most > 1 + _ROUNDING:
+            worst = least if least < -_ROUNDING else most
+            raise CheckpointError(f"the model {self.name} returned a score of {worst:g}; probabilities are 0 to 1")
+        return answer if least >= 0 and most <= 1 else answer.clip(0.0, 1.0)
+
+    def _answer(self, answer: Array, dimensions: int, count: int = 1) -> Array:
+        """Check what the model returned for `count` waves; all scores and embeddings pass here."""
+        if answer.ndim != dimensions or len(answer) != count:
+            raise CheckpointError(
+                f"the model {self.name} returned an array of shape {answer.shape} for {count} sound(s); it must have"
+                f" {dimensions} dimensions, the first of length {count}"
+            )
+        if not np.isfinite(answer).all():
+            raise CheckpointError(
+                f"the model {self.name} returned values that are not finite numbers (NaN or infinity)"
+            )
+        return answer
 
 
 class Tagger:
     """Tags sounds with a model.
 
-    Each window is scored on its own, so its scores do not depend on its neighbours or on `jobs`.
+    Each window is scored on its own, so its scores depend neither on other windows nor on `jobs`.
 
     Args:
         model: a model name, an ONNX file, a checkpoint (file or experiment folder), a torch network, or any `Scorer`.
-        device: where the model runs: "cpu"; "cuda", "coreml", "directml" and others for which the installed ONNX
-            Runtime has a provider, or for a torch network any device of torch; "auto", an accelerator if there is one,
-            else the CPU. None: the CPU, or where the weights of the torch network are.
-        precision: "float32", or "int8" for a smaller and faster graph whose scores differ a little.
-        jobs: windows scored at a time, each in one thread; that is faster than several threads for one window.
-        batch: windows of one length that share a call on an accelerator, whichever sounds they are of. On the CPU each
-            window has a call of its own.
+        device: where the model runs: "cpu"; "cuda", "coreml", "directml" and others that the installed ONNX Runtime
+            can use, or for a torch network any device of torch; "auto", an accelerator if there is one, else the CPU.
+            None: the CPU, or the device of the torch network's weights.
+        precision: "float32", or "int8" for a smaller and faster graph whose scores differ slightly.
+        jobs: windows scored at the same time, each in one thread; faster than several threads for one window.
+        batch: windows of one length that share a call on an accelerator, from any sounds. On the CPU, each window has a
+            call of its own.
         name: the name of the model in records and errors; None: the name or path given.
         progress: called during a download, if the model needs one.
+
+    Attributes:
+        windows: scores single windows.
+        jobs: how many sounds to read at a time to keep the model busy: as given, or on an accelerator at least twice
+            `batch`.
 
     Raises:
         CheckpointError, DownloadError: the model is unknown, unreadable, or could not be downloaded.
         ConfigError: the model cannot run on the device or in the precision, or `jobs` or `batch` is below 1.
-
-    Attributes:
-        scorer: the model.
-        name: its name.
-        jobs: sounds to read at a time, so that the model never waits: as given, but on an accelerator at least twice
-            `batch`.
     """
 
     def __init__(
@@ -150,15 +248,15 @@ class Tagger:
         for what, number in (("jobs", jobs), ("batch", batch)):
             if not isinstance(number, int) or number < 1:
                 raise ConfigError(f"{what} is {number!r}; it must be a whole number, 1 or more")
-        self.scorer = _open(model, device, precision, progress)
-        accelerated: bool = getattr(self.scorer, "accelerated", False)
-        self._shared = SharedCalls(batch) if accelerated else None
-        self.jobs = jobs = max(jobs, 2 * batch) if accelerated else jobs  # threads that decode, and wait for a call
         self.name = name or (os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__)
+        scorer = _open_scorer(model, device, precision, progress)
+        accelerated: bool = getattr(scorer, "accelerated", False)
+        self._calls = SharedCalls(batch) if accelerated else None
+        self.windows = WindowScorer(scorer, self.name, self._calls)
+        self.jobs = jobs = max(jobs, 2 * batch) if accelerated else jobs  # threads that read, and wait for a call
         self._closed = False
-        self._fitting: set[TagOptions] = set()  # that were checked, as checking may run the model
         self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="scorer") if jobs > 1 else None
-        self._room = Semaphore(_AHEAD * jobs)  # bounds the windows in memory, however many sounds are read at once
+        self._slots = Semaphore(_AHEAD * jobs)  # limits the windows in memory, however many sounds are read at once
 
     def __enter__(self) -> "Tagger":
         return self
@@ -167,17 +265,17 @@ class Tagger:
         self.close()
 
     def close(self) -> None:
-        """End the threads; sounds that are being tagged end with a ClosedError after the current window."""
+        """Stop the threads; tagging in progress ends with a ClosedError after the current window."""
         self._closed = True
-        if self._shared is not None:
-            self._shared.close()
+        if self._calls is not None:
+            self._calls.close()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     @property
     def labels(self) -> ClassTable:
         """The classes of the model."""
-        return self.scorer.labels
+        return self.windows.labels
 
     def tag(
         self,
@@ -190,15 +288,15 @@ class Tagger:
         """Tag a sound.
 
         Args:
-            source: a path, an http(s) address, the bytes of a file, a binary file, (samples, rate), or a sound that is
-                open already (`channel` and `strict` then have no effect).
+            source: a path, an http(s) address, the bytes of a file, a binary file, (samples, rate), or a `Sound` that
+                is already open (`channel` and `strict` then have no effect).
             options: how it is tagged; None: the defaults.
             name: the name of the sound in the record; None: its path or address.
             changes: fields of `TagOptions` that replace those of `options`.
 
         Raises:
             AudioError: the sound cannot be read.
-            CheckpointError: the model cannot score columns, or answers with impossible scores.
+            CheckpointError: the model cannot score columns, or returned invalid scores.
             ConfigError: an option is out of range, or does not fit the model.
         """
         return self.stream(source, options, name=name, **changes).record()
@@ -213,133 +311,68 @@ class Tagger:
         progress: WindowProgress = lambda seconds, expected: None,
         **changes: Unpack[TagKeywords],
     ) -> "TagStream":
-        """Yield the windows or events of a sound as soon as they are known; a long sound is never in memory as a whole.
+        """Yield the windows or events of a sound as soon as they are known, in memory that does not grow with it.
 
-        Arguments and errors are those of `tag`; options are checked at once, other errors come with the iteration.
+        Arguments and errors are those of `tag`. Options are checked at once; other errors are raised while iterating.
 
         Args:
             source, options, name, changes: as for `tag`.
-            scores: scores that an earlier run left, which are not computed again; further ones are added.
+            scores: scores from an earlier run, which are not computed again; new ones are added.
             progress: called after each window, with the seconds that it adds and the expected length of the sound.
         """
-        return TagStream(self, source, self.checked(options, **changes), name, scores, progress)
+        return TagStream(self, source, self._options(options, changes), name, scores, progress)
 
     def tag_many(
         self, sources: Iterable[Source], options: TagOptions | None = None, **changes: Unpack[TagKeywords]
     ) -> Iterator[Record | AudioError]:
-        """Tag several sounds at a time; yield a record for each, in order, or the error of one that cannot be read.
+        """Tag several sounds at a time; yield in order the record of each, or the error of one that cannot be read.
 
         Arguments and other errors are those of `tag`; options are checked at once.
         """
-        options = self.checked(options, **changes)
-        streams = in_turn((self.stream(source, options) for source in sources), self.jobs)
+        checked = self._options(options, changes)
+        streams = in_turn((self.stream(source, checked) for source in sources), self.jobs)
         return map(_result, streams)
 
     def score(
-        self,
-        source: Source,
-        *,
-        window: float = TagOptions.window,
-        hop: float | None = None,
-        columns: bool = False,
-        tail: Tail = TagOptions.tail,
-        silence: float | None = None,
-        channel: str | int = TagOptions.channel,
-        strict: bool = False,
+        self, source: Source | Sound, options: TagOptions | None = None, **changes: Unpack[TagKeywords]
     ) -> Iterator[Scored]:
         """Yield the scores of all classes for each window of a sound.
 
-        Arguments are those of `TagOptions`, errors those of `tag`; arguments are checked at once, other errors come
-        with the iteration.
+        Arguments and errors are those of `tag`; options about selection, events and the clock have no effect. Options
+        are checked at once; other errors are raised while iterating.
         """
-        options = self.checked(
-            TagOptions(
-                window=window, hop=hop, columns=columns, tail=tail, silence=silence, channel=channel, strict=strict
-            )
-        )
-        return self._scores(source, options)
+        return self._scores(source, self._options(options, changes))
 
     def embed(
-        self,
-        source: Source,
-        *,
-        window: float = TagOptions.window,
-        hop: float | None = None,
-        tail: Tail = TagOptions.tail,
-        channel: str | int = TagOptions.channel,
-        strict: bool = False,
+        self, source: Source | Sound, options: TagOptions | None = None, **changes: Unpack[TagKeywords]
     ) -> Embedding:
         """Return an embedding of each window of a sound: the mean of the network's tokens, from which it scores.
 
-        Arguments are those of `TagOptions`.
+        Arguments are those of `tag`; of the options, `window`, `hop`, `tail`, `channel` and `strict` apply.
 
         Raises:
             AudioError: the sound cannot be read.
-            CheckpointError: the model gives no embeddings, or some that are not finite.
-            ConfigError: an argument is out of range.
+            CheckpointError: the model has no embeddings, or returned values that are not finite.
+            ConfigError: an option is out of range.
         """
-        options = self.checked(TagOptions(window=window, hop=hop, tail=tail, channel=channel, strict=strict))
-        with self.reading(source, options) as sound:
-            windows = audio.cut(sound.blocks(), options.window, options.step, tail=options.tail)
-            found = list(self._ahead(windows, lambda window: (window.start, window.end, self.embed_window(window))))
+        checked = self._options(options, changes)
+        with self._open_sound(source, checked) as sound:
+            found = list(self._in_pool(self._embed_window, _cut(sound, checked)))
         starts, ends, vectors = zip(*found, strict=True)
-        return Embedding(np.array(starts), np.array(ends), np.stack(vectors), options.channel, sound.complete)
+        return Embedding(np.array(starts), np.array(ends), np.stack(vectors), checked.channel, sound.complete)
 
-    def checked(self, options: TagOptions | None = None, **changes: Unpack[TagKeywords]) -> TagOptions:
-        """Return options with changes, checked against the model before any sound is read.
+    def _embed_window(self, window: Window) -> tuple[float, float, Array]:
+        return window.start, window.end, self.windows.embed(window)
 
-        Raises:
-            CheckpointError: the model cannot score columns.
-            ConfigError: an option is out of range, or does not fit the model (its classes, its longest window).
-        """
+    def _options(self, options: TagOptions | None, changes: TagKeywords) -> TagOptions:
+        """Return options with changes, checked against the model."""
         options = replace(options or TagOptions(), **changes)
-        if options not in self._fitting:
-            options.check(self.labels)
-            if options.columns:
-                self._column_scorer()
-            if isinstance(self.scorer, WindowLimited):
-                self.scorer.check_window(options.window)
-            self._fitting = {options, *(self._fitting if len(self._fitting) < _REMEMBERED else ())}
+        self.windows.check(options)
         return options
 
-    def score_window(self, window: Window, options: TagOptions) -> list[Scored]:
-        """Return the scores of one window, or with `options.columns` of each 0.16 s of it.
-
-        Raises:
-            CheckpointError: the model cannot score columns, or answers with impossible scores.
-        """
-        if options.silence is not None and _level(window.wave) < options.silence:
-            return [Scored(window.start, window.end, np.zeros(len(self.labels), np.float32), silent=True)]
-        if not options.columns:
-            (probs,) = self._probs(self._call(self.scorer, window.wave[None]), 2)
-            return [Scored(window.start, window.end, probs)]
-        model = self._column_scorer()
-        (rows,) = self._probs(self._call(model.columns, window.wave[None]), 3)
-        # The samples after the last whole column belong to the last one; what earlier windows have is left out.
-        times = [*(window.start + model.column_starts(len(rows))).tolist(), window.end]
-        return [
-            Scored(max(start, window.new), end, row)
-            for row, (start, end) in zip(rows, pairwise(times), strict=True)
-            if end > window.new
-        ]
-
-    def score_together(self, windows: Sequence[Window], options: TagOptions) -> list[list[Scored]]:
-        """Return the scores of windows of one length from one call of the model, as `score_window` does for each.
-
-        That is faster for short windows, for models with an `at_once` (see `OnnxModel`); for others, one by one is.
-
-        Raises:
-            CheckpointError: as for `score_window`.
-        """
-        if len(windows) == 1 or options.columns or options.silence is not None:
-            return [self.score_window(window, options) for window in windows]
-        waves = np.stack([window.wave for window in windows])
-        rows = self._probs(self._call(self.scorer, waves), 2, len(windows))
-        return [[Scored(window.start, window.end, row)] for window, row in zip(windows, rows, strict=True)]
-
     @contextmanager
-    def reading(self, source: Source | Sound, options: TagOptions, name: str | None = None) -> Iterator[Sound]:
-        """Open a sound as the options have it, and log once what was odd about it, under its name or another."""
+    def _open_sound(self, source: Source | Sound, options: TagOptions, name: str | None = None) -> Iterator[Sound]:
+        """Open a sound as the options say; at the end log its warnings, under its own name or another."""
         if isinstance(source, Sound):
             yield source
             return
@@ -350,66 +383,19 @@ class Tagger:
                 yield sound
             finally:
                 for warning in sound.warnings:
-                    _log.warning("%s: %s", printable(name or sound.name), warning)
+                    logger.warning("%s: %s", printable(name or sound.name), warning)
 
-    def score_windows(self, sound: Sound, options: TagOptions, skip: int = 0) -> Iterator[list[Scored]]:
-        """Yield the scores of each window of an open sound but the first `skip`, as `score_window` does."""
-        windows = audio.cut(sound.blocks(), options.window, options.step, tail=options.tail)
-        return self._ahead(islice(windows, skip, None), partial(self.score_window, options=options))
-
-    def _scores(self, source: Source, options: TagOptions) -> Iterator[Scored]:
-        with self.reading(source, options) as sound:
-            for window in self.score_windows(sound, options):
+    def _scores(self, source: Source | Sound, options: TagOptions) -> Iterator[Scored]:
+        with self._open_sound(source, options) as sound:
+            for window in self._score_windows(sound, options):
                 yield from window
 
-    def _column_scorer(self) -> ColumnScorer:
-        if not isinstance(self.scorer, ColumnScorer):
-            raise CheckpointError(f"the model {self.name} cannot score columns; a graph written by `ced export` can")
-        return self.scorer
+    def _score_windows(self, sound: Sound, options: TagOptions, skip: int = 0) -> Iterator[list[Scored]]:
+        """Yield the scores of each window of an open sound except the first `skip`."""
+        return self._in_pool(partial(self.windows.score, options=options), islice(_cut(sound, options), skip, None))
 
-    def embed_window(self, window: Window) -> Array:
-        """Return the embedding of one window, (d,).
-
-        Raises:
-            CheckpointError: the model gives no embeddings, or some that are not finite.
-        """
-        if not isinstance(self.scorer, Embedder):
-            raise CheckpointError(f"the model {self.name} gives no embeddings; a graph written by `ced export` does")
-        vector: Array = self._answer(self._call(self.scorer.embed, window.wave[None]), 2)[0]
-        return vector
-
-    def _call(self, function: Callable[[Array], Array], waves: Array) -> Array:
-        """Call the model, on an accelerator together with what other threads ask of it."""
-        return function(waves) if self._shared is None else self._shared(function, waves)
-
-    def _probs(self, answer: Array, dimensions: int, count: int = 1) -> Array:
-        """Check the probabilities of `count` waves, (count, ..., c)."""
-        answer = self._answer(answer, dimensions, count)
-        classes = len(self.labels)
-        if answer.shape[-1] != classes:
-            raise CheckpointError(
-                f"the model {self.name} gives scores of shape {answer.shape} for {count} sound(s); its class table has"
-                f" {classes} classes"
-            )
-        least, most = float(answer.min(initial=0.0)), float(answer.max(initial=1.0))
-        if least < -_ROUNDING or most > 1 + _ROUNDING:
-            worst = least if least < -_ROUNDING else most
-            raise CheckpointError(f"the model {self.name} gives a score of {worst:g}; probabilities are 0 to 1")
-        return answer if least >= 0 and most <= 1 else answer.clip(0.0, 1.0)
-
-    def _answer(self, answer: Array, dimensions: int, count: int = 1) -> Array:
-        """Check what the model answers for `count` waves: the one place that every score and embedding passes."""
-        if answer.ndim != dimensions or len(answer) != count:
-            raise CheckpointError(
-                f"the model {self.name} gives an answer of shape {answer.shape} for {count} sound(s); it must have"
-                f" {dimensions} dimensions, the first of them {count}"
-            )
-        if not np.isfinite(answer).all():
-            raise CheckpointError(f"the model {self.name} gives values that are not finite numbers (NaN or infinity)")
-        return answer
-
-    def _ahead(self, windows: Iterable[Window], work: Callable[[Window], R]) -> Iterator[R]:
-        """Apply `work` to windows in the threads of the tagger, in order; windows before a fault come out first."""
+    def _in_pool(self, work: Callable[[Window], R], windows: Iterable[Window]) -> Iterator[R]:
+        """Yield `work(window)` in order, computed in the threads of the tagger; errors come after earlier windows."""
         if self._pool is None:
             for window in windows:
                 self._check_open()
@@ -420,12 +406,12 @@ class Tagger:
     def _submit(self, work: Callable[[T], R], item: T, /) -> Future[R]:
         self._check_open()
         assert self._pool is not None
-        self._room.acquire()
+        self._slots.acquire()
         try:
             future = self._pool.submit(work, item)
-        except RuntimeError as error:  # the pool was shut down since
+        except RuntimeError as error:  # the pool has been shut down since
             raise ClosedError("the tagger is closed") from error
-        future.add_done_callback(lambda _: self._room.release())
+        future.add_done_callback(lambda _: self._slots.release())
         return future
 
     def _check_open(self) -> None:
@@ -440,8 +426,8 @@ class TagStream:
         file, model, kind, channel, rate, began: as in a `Record`; `rate` is known with the first piece.
         seconds: how much of the sound has been tagged so far.
         complete: whether the whole sound has been tagged.
-        expected_seconds: the length of the sound according to its header, as far as that is known by now.
-        events: the events so far, where the pieces are events.
+        expected_seconds: the length of the sound according to its header, once that is known.
+        events: the events so far, if the pieces are events.
         error: after `read_ahead`, why the sound could not be read, or not to its end.
     """
 
@@ -475,7 +461,7 @@ class TagStream:
         return piece
 
     def record(self) -> Record:
-        """Tag what is left of the sound, and return the record of all of it."""
+        """Tag the rest of the sound, and return the record of all of it."""
         pieces = tuple(self)
         return Record(
             self.file,
@@ -493,14 +479,14 @@ class TagStream:
     def read_ahead(self, pool: Executor) -> None:
         """Tag in a thread of `pool` from now on; the iteration waits for the pieces.
 
-        An AudioError ends the iteration and is kept in `error`; others are raised by it.
+        An AudioError ends the iteration and is kept in `error`; the iteration raises other errors.
         """
         found: SimpleQueue[Tags | BaseException | None] = SimpleQueue()
         pool.submit(self._fill, self._pieces, found)
         self._pieces = _taken(found)
 
     def wait(self) -> bool:
-        """Wait until a piece has come or the sound has ended; return whether there is something to write of it."""
+        """Wait for the first piece or the end of the sound; return whether there is something to write."""
         first = next(self._pieces, None)
         if first is not None:
             self._pieces = chain([first], self._pieces)
@@ -514,7 +500,7 @@ class TagStream:
             self.error = error
         except CedError as error:
             found.put(error)
-        except Exception as error:  # an unforeseen error of a decoder must not stop the other sounds
+        except Exception as error:  # an unexpected error of a decoder must not stop the other sounds
             self.error = AudioError(f"{type(error).__name__}: {error}", self.file)
         finally:
             found.put(None)
@@ -527,13 +513,14 @@ class TagStream:
         scores: ScoreLog | None,
         progress: WindowProgress,
     ) -> Iterator[Tags]:
-        with tagger.reading(source, options, self.file) as sound:
+        with tagger._open_sound(source, options, self.file) as sound:
             self.rate = sound.rate
             windows = _windows(tagger, sound, options, scores)
-            yield from options.pieces(self._rows(windows, sound, progress), tagger.labels)
+            yield from pieces(self._scored(windows, sound, progress), options, tagger.labels)
             self.complete = sound.complete
 
-    def _rows(self, windows: Iterable[Sequence[Scored]], sound: Sound, progress: WindowProgress) -> Iterator[Scored]:
+    def _scored(self, windows: Iterable[Sequence[Scored]], sound: Sound, progress: WindowProgress) -> Iterator[Scored]:
+        """Yield the scores of windows one by one, and report how far the sound has been tagged."""
         for window in windows:
             added, self.seconds = window[-1].end - self.seconds, window[-1].end
             self.expected_seconds = sound.expected_seconds
@@ -542,15 +529,31 @@ class TagStream:
 
 
 def _windows(tagger: Tagger, sound: Sound, options: TagOptions, scores: ScoreLog | None) -> Iterator[Sequence[Scored]]:
-    """Yield the windows that a log has, then score those behind them, which are added to it."""
+    """Yield the windows that a log already has, then score the following ones and add them to it."""
     if scores is None:
-        yield from tagger.score_windows(sound, options)
+        yield from tagger._score_windows(sound, options)
         return
     done = 0
     for window in scores.stored():
         done += 1
         yield window
-    yield from map(scores.add, tagger.score_windows(sound, options, skip=done))
+    yield from map(scores.add, tagger._score_windows(sound, options, skip=done))
+
+
+def pieces(scored: Iterable[Scored], options: TagOptions, labels: ClassTable) -> Iterator[Tags]:
+    """Yield the windows or events that scored windows become, each as soon as it is known.
+
+    Raises:
+        ConfigError: as for `TagOptions.check`.
+    """
+    selection = options.selection(labels)
+    if not options.events:
+        return map(selection.tags, scored)
+    return events(scored, selection, release=options.release, gap=options.gap, shortest=options.shortest)
+
+
+def _cut(sound: Sound, options: TagOptions) -> Iterator[Window]:
+    return audio.cut(sound.blocks(), options.window, options.step, tail=options.tail)
 
 
 def _taken(found: "SimpleQueue[Tags | BaseException | None]") -> Iterator[Tags]:
@@ -561,12 +564,12 @@ def _taken(found: "SimpleQueue[Tags | BaseException | None]") -> Iterator[Tags]:
 
 
 def in_turn(streams: Iterable[TagStream], jobs: int, ahead: int = 32) -> Iterator[TagStream]:
-    """Tag several sounds at a time, and yield their streams in order; each has to be iterated over before the next.
+    """Tag several sounds at a time, and yield their streams in order; read each to its end before asking for the next.
 
     Args:
-        streams: taken one by one, as their turn comes closer.
-        jobs: sounds that are read at a time.
-        ahead: sounds that may be done before the one whose turn it is.
+        streams: taken one by one, when there is room for them.
+        jobs: sounds that are read at the same time.
+        ahead: finished sounds that may wait for an earlier one.
     """
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="sound")
     waiting: deque[TagStream] = deque()
@@ -587,7 +590,7 @@ def _result(stream: TagStream) -> Record | AudioError:
     return record if stream.error is None else stream.error
 
 
-def _open(
+def _open_scorer(
     model: "str | os.PathLike[str] | CED | Scorer", device: str | None, precision: Precision, progress: Progress
 ) -> Scorer:
     if precision not in PRECISIONS:
@@ -596,7 +599,7 @@ def _open(
     if network is not None and isinstance(model, network.CED):
         if precision != "float32":
             raise ConfigError(
-                f"precision is {precision}; a torch network runs in its own, give a name or a file instead"
+                f"precision is {precision}; a torch network runs in its own precision, pass a name or a file instead"
             )
         from ced.model.torch_scorer import TorchScorer
 
@@ -607,9 +610,9 @@ def _open(
                 f"model is a {type(model).__name__}; allowed: a name, a path, a torch network, a scorer with labels"
             )
         if precision != "float32":
-            raise ConfigError(f"precision is {precision}; a model that is open already runs in its own")
+            raise ConfigError(f"precision is {precision}; an open model runs in its own precision")
         if device not in (None, "cpu", "auto"):
-            raise ConfigError(f"device is {device!r}; a model that is open already runs where it is")
+            raise ConfigError(f"device is {device!r}; an open model runs where it is")
         return cast(Scorer, model)
     from ced.model.runtime import open_model
 

@@ -1,21 +1,143 @@
-"""Thresholds of a model's classes: their file, and how they are fitted to labelled scores."""
+"""Thresholds of a model's classes: calibration on labelled clips, the fit to scores, and the file of thresholds."""
 
+import logging
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import ConfigError, TableError
+from ced.progress import NotedProgress, silent
+from ced.sound.audio import Source
+from ced.sound.labelled import read_labelled
 from ced.sound.labels import ClassTable
-from ced.sound.tables import Table, read_table, write_table
+from ced.sound.tables import Table, multi_hot, read_table, write_table
+from ced.tag.batch import outcomes
+from ced.tag.inputs import InputSound
+from ced.tag.options import TagOptions
+from ced.tag.records import Scored
 from ced.text import open_text
 
 FORMAT_VERSION = 1
-NEVER = math.inf  # the threshold of a class that is never to become a tag
+NEVER = math.inf  # the threshold of a class that never becomes a tag
+USUAL_THRESHOLD = 0.5  # what the fitted thresholds are compared with
+
+logger = logging.getLogger(__name__)
+
+
+class ScoresSounds(Protocol):
+    """Anything that scores sounds window by window, several at a time, as a `Tagger` does."""
+
+    @property
+    def labels(self) -> ClassTable:
+        """The classes, in the order of the scores."""
+
+    def score(self, source: Source, options: TagOptions) -> Iterator[Scored]:
+        """Yield the scores of each window."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """The result of a calibration; all figures are on the clips that the thresholds were fitted to."""
+
+    out: Path
+    clips: int  # that were scored
+    unreadable: tuple[str, ...]  # the errors of the clips that were left out
+    classes: int  # with positives
+    unseen: tuple[str, ...]  # names of classes without positives, which got a threshold common to all
+    never: tuple[str, ...]  # names of classes that no threshold makes precise enough, and that are never tagged
+    f1_before: float  # mean over classes with positives, with `USUAL_THRESHOLD` for all
+    f1_after: float
+
+
+@dataclass(frozen=True, eq=False)
+class _ClipScores:
+    probs: NDArray[np.float32]  # (c,)
+    seconds: float  # the length of the clip
+
+
+@dataclass(frozen=True)
+class _ClipScorer:
+    tagger: ScoresSounds
+    options: TagOptions
+
+    def __call__(self, clip: InputSound) -> _ClipScores:
+        windows = list(self.tagger.score(clip.source, self.options))
+        return _ClipScores(np.maximum.reduce([window.probs for window in windows]), windows[-1].end)
+
+
+def calibrate_thresholds(
+    tagger: ScoresSounds,
+    table: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    precision: float | None = None,
+    window: float = TagOptions.window,
+    hop: float | None = None,
+    jobs: int = 1,
+    progress: NotedProgress = silent,
+) -> Calibration:
+    """Fit a threshold for each class to labelled clips, and write them to a file.
+
+    A clip's probability is the highest of its windows: a clip then has a tag exactly when one of its windows has it,
+    which is how thresholds are used. Clips that cannot be read are left out and named.
+
+    Args:
+        tagger: what scores.
+        table: as for `read_labelled`.
+        out: the file of thresholds.
+        precision: the least precision of each class; None: the best F1.
+        window, hop: as in `TagOptions`.
+        jobs: clips scored at the same time, each in a thread.
+        progress: called after each clip.
+
+    Raises:
+        TableError: the table is not valid, or none of the clips can be read or has a label.
+        ConfigError: `precision`, `window`, `hop` or `jobs` is out of range.
+    """
+    _check_precision(precision)
+    score = _ClipScorer(tagger, TagOptions(window=window, hop=hop))
+    clips = read_labelled(table, tagger.labels)
+    inputs = [InputSound(str(clip.path), clip.path, Path(clip.path.name)) for clip in clips]
+    rows, labels, unreadable = [], [], []
+    seconds = 0.0
+    for number, (clip, outcome) in enumerate(zip(clips, outcomes(inputs, score, jobs=jobs), strict=True), 1):
+        if outcome.result is None:
+            unreadable.append(outcome.error)
+            logger.warning("left out: %s", outcome.error)
+        else:
+            rows.append(outcome.result.probs)
+            labels.append(clip.labels)
+            seconds += outcome.result.seconds
+        progress("calibrating", number, len(clips), f"{seconds / 3600:.2f} h of sound")
+    if not rows:
+        raise TableError(f"none of {len(clips)} clips of {table} can be read; the first: {unreadable[0]}")
+    probs, targets = np.stack(rows), multi_hot(labels, len(tagger.labels))
+    fit = fit_thresholds(probs, targets, precision=precision)
+    before = measure(probs, targets, np.full(len(tagger.labels), USUAL_THRESHOLD, np.float32))
+    write_thresholds(out, fit, tagger.labels)
+    seen, names = fit.positives > 0, tagger.labels.names
+    return Calibration(
+        out=Path(out),
+        clips=len(rows),
+        unreadable=tuple(unreadable),
+        classes=int(seen.sum()),
+        unseen=tuple(names[index] for index in np.flatnonzero(~seen)),
+        never=tuple(names[index] for index in np.flatnonzero(fit.thresholds > 1)),
+        f1_before=float(before.f1[seen].mean()),
+        f1_after=float(fit.f1[seen].mean()),
+    )
+
+
+def _check_precision(precision: float | None) -> None:
+    if precision is not None and not 0 < precision <= 1:
+        raise ConfigError(f"precision is {precision}; it must be above 0 and at most 1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +167,7 @@ def fit_thresholds(probs: NDArray[np.float32], targets: NDArray[np.bool_], *, pr
         ConfigError: `precision` is out of range.
         TableError: there is no positive at all, or a score is not a number.
     """
-    if precision is not None and not 0 < precision <= 1:
-        raise ConfigError(f"precision is {precision}; it must be above 0 and at most 1")
+    _check_precision(precision)
     if not targets.any():
         raise TableError(f"none of {len(targets)} clips has a label, so there is nothing to fit thresholds to")
     if np.isnan(probs).any():

@@ -3,13 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from ced.demo.job import Report, generated_set, run, split
-from ced.demo.plan import Settings
+from ced.demo.job import DemoReport, DemoSettings, generated_sounds, run_demo, split
 from ced.errors import TableError
 from ced.sound.tables import read_table, write_table
 
 SMALLEST = {"embed_dim": 16, "num_heads": 1, "depth": 1}
-SETTINGS = Settings(
+SETTINGS = DemoSettings(
     teachers={"teacher_a": SMALLEST, "teacher_b": {**SMALLEST, "depth": 2}},
     student=SMALLEST,
     teacher_epochs=2,
@@ -23,12 +22,12 @@ SETTINGS = Settings(
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, list[str]]:
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoReport, list[str]]:
     said: list[str] = []
-    return run(tmp_path_factory.mktemp("unbroken"), settings=SETTINGS, say=said.append), said
+    return run_demo(tmp_path_factory.mktemp("unbroken"), settings=SETTINGS, say=said.append), said
 
 
-def test_the_job_goes_from_sounds_to_tags(unbroken: tuple[Report, list[str]]) -> None:
+def test_a_run_goes_from_sounds_to_tags(unbroken: tuple[DemoReport, list[str]]) -> None:
     report, said = unbroken
     assert list(report.scores) == ["teacher_a", "teacher_b", "ensemble", "student"]
     for found in report.scores.values():
@@ -36,14 +35,14 @@ def test_the_job_goes_from_sounds_to_tags(unbroken: tuple[Report, list[str]]) ->
         assert (found.clips, len(found.labels), found.missing) == (8, 8, ())
     assert report.parameters["ensemble"] == report.parameters["teacher_a"] + report.parameters["teacher_b"]
     assert report.views == 3 * 32  # epochs, clips outside the held-out fold
-    assert report.bytes_a_view == 5 * (2 + 2) + 4
+    assert report.bytes_per_view == 5 * (2 + 2) + 4
     assert all(path.exists() for path in report.written.values())
     assert len(report.tagged) == 4
     assert all("-4.wav" in name and len(tags.tags) == 3 for name, tags in report.tagged.items())  # of fold 5
     assert len(said) == len(report.seconds) == 8
 
 
-def test_the_report_is_a_table(unbroken: tuple[Report, list[str]]) -> None:
+def test_the_report_is_a_table(unbroken: tuple[DemoReport, list[str]]) -> None:
     report, _ = unbroken
     lines = "\n".join(report.lines()).splitlines()
     (row,) = (line.split() for line in lines if line.startswith("ensemble"))
@@ -54,7 +53,7 @@ def test_the_report_is_a_table(unbroken: tuple[Report, list[str]]) -> None:
         assert any(line.endswith(str(path)) for line in lines)
 
 
-def test_an_interrupted_job_goes_on_and_ends_the_same(unbroken: tuple[Report, list[str]], tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_to_the_same_results(unbroken: tuple[DemoReport, list[str]], tmp_path: Path) -> None:
     class PowerCutError(Exception):
         pass
 
@@ -65,8 +64,8 @@ def test_an_interrupted_job_goes_on_and_ends_the_same(unbroken: tuple[Report, li
             raise PowerCutError
 
     with pytest.raises(PowerCutError):
-        run(tmp_path, settings=SETTINGS, say=said.append, progress=cut)
-    report = run(tmp_path, settings=SETTINGS)
+        run_demo(tmp_path, settings=SETTINGS, say=said.append, progress=cut)
+    report = run_demo(tmp_path, settings=SETTINGS)
     experiments = tmp_path / "generated_fold5" / "experiments"
     assert sorted(path.parent.name for path in experiments.glob("*/*/")) == ["student", "teacher_a", "teacher_b"]
     whole, _ = unbroken
@@ -74,7 +73,7 @@ def test_an_interrupted_job_goes_on_and_ends_the_same(unbroken: tuple[Report, li
         assert report.scores[name].map == found.map
 
     before = {path: path.stat().st_mtime_ns for path in experiments.rglob("*.safetensors")}
-    again = run(tmp_path, settings=SETTINGS)  # nothing is left to do
+    again = run_demo(tmp_path, settings=SETTINGS)  # everything is finished
     assert again.written == report.written
     assert {path: path.stat().st_mtime_ns for path in experiments.rglob("*.safetensors")} == before
 
@@ -105,10 +104,10 @@ def test_labels_of_recordings_must_be_numbers(label: str, tmp_path: Path) -> Non
         split(tmp_path, 1, tmp_path / "lists")
 
 
-def test_the_generated_set_is_made_once(tmp_path: Path) -> None:
-    folder = generated_set(tmp_path / "sounds", SETTINGS)
+def test_sounds_are_generated_once(tmp_path: Path) -> None:
+    folder = generated_sounds(tmp_path / "sounds", SETTINGS)
     made = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert generated_set(folder, SETTINGS) == folder
+    assert generated_sounds(folder, SETTINGS) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == made
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from ced.demo.sounds import KINDS, generate, write_set
+from ced.demo.sounds import KINDS, generate, write_sounds
 from ced.sound.tables import read_table
 
 
@@ -24,7 +24,7 @@ def test_the_same_seed_makes_the_same_sound_and_another_seed_another() -> None:
 
 
 def test_a_set_is_files_and_a_table(tmp_path: Path) -> None:
-    write_set(tmp_path, clips_per_class=6, seconds=0.25, seed=0)
+    write_sounds(tmp_path, clips_per_class=6, seconds=0.25, seed=0)
     table = read_table(tmp_path / "meta.tsv")
     assert list(table.columns) == ["filename", "fold", "label", "name"]
     assert len(table) == 6 * len(KINDS)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ced.config import StoreConfig, TrainConfig, check
-from ced.distill.dataset import ViewDataset, prefetch, stored
+from ced.distill.dataset import ViewDataset, chunks_of_rows, prefetch
 from ced.distill.pack_reader import AudioPack
 from ced.distill.store import store
 from ced.distill.train import StoredViews, train
@@ -70,7 +70,7 @@ def train_config(**changes: Any) -> TrainConfig:
 
 def student_views(epoch: int) -> ViewDataset:
     config = train_config()
-    return StoredViews(config, ViewStore(config.logitspath), AudioPack(config.train_data)).epoch(epoch).dataset
+    return StoredViews(ViewStore(config.logitspath), AudioPack(config.train_data)).epoch(epoch).dataset
 
 
 def student_mel(views: ViewDataset, items: Sequence[int]) -> Tensor:
@@ -135,7 +135,7 @@ def test_a_published_store_replays() -> None:
     shifts: list[int] = []
     for epoch in (1, 2):
         rows = opened.rows(epoch)
-        chunks = stored(pack, rows, opened.meta.chunk_length)
+        chunks = chunks_of_rows(pack, rows, opened.meta.chunk_length)
         assert chunks.clips.tolist() == [0, 0, 1, 2, 3, 4, 4, 5]
         assert chunks.starts.tolist() == [0, 32_000, 0, 0, 0, 0, 32_000, 0]
         assert chunks.stops.tolist() == [32_000, 48_000, 32_000, 16_000, 32_000, 32_000, 64_000, 31_000]

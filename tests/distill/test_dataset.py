@@ -8,7 +8,18 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ced.distill.dataset import Chunks, ViewDataset, crop, cut, drawn, in_order, prefetch, shuffled, stored, whole
+from ced.distill.dataset import (
+    Chunks,
+    ViewDataset,
+    chunks_of_rows,
+    crop,
+    cut_chunks,
+    drawn,
+    in_batches,
+    prefetch,
+    shuffled,
+    whole,
+)
 from ced.distill.pack_reader import AudioPack
 from ced.distill.view_store import Rows
 from ced.distill.views import ViewRecipe, draw
@@ -45,7 +56,7 @@ def rows(names: list[str], starts: list[float], ends: list[float]) -> Rows:
 
 def test_a_rest_of_half_a_chunk_is_kept_and_a_shorter_one_dropped(tmp_path: Path) -> None:
     pack = make_pack(tmp_path, {"a": ramp(5), "b": ramp(4.9), "c": ramp(1), "d": ramp(0.99), "e": ramp(4)})
-    chunks = cut(pack, 2.0)
+    chunks = cut_chunks(pack.lengths(), 2.0)
     assert chunks.clips.tolist() == [0, 0, 0, 1, 1, 2, 4, 4]
     assert chunks.starts.tolist() == [0, 32000, 64000, 0, 32000, 0, 0, 32000]
     assert chunks.stops.tolist() == [32000, 64000, 80000, 32000, 64000, 16000, 32000, 64000]
@@ -54,10 +65,10 @@ def test_a_rest_of_half_a_chunk_is_kept_and_a_shorter_one_dropped(tmp_path: Path
 def test_rows_of_a_store_give_back_the_chunks_that_were_cut(tmp_path: Path) -> None:
     """A clip of 20 minutes: its seconds in float32 do not tell neighbouring samples apart."""
     pack = make_pack(tmp_path, {"a": ramp(2.5), "long": np.zeros(1200 * SECOND + 5 * SECOND + 1, np.int16)})
-    chunks = cut(pack, 10.0)
+    chunks = cut_chunks(pack.lengths(), 10.0)
     seconds = [(array / SECOND).astype(np.float32).tolist() for array in (chunks.starts, chunks.stops)]
     assert float(np.float32(chunks.stops[-1] / SECOND)) * SECOND != chunks.stops[-1]
-    again = stored(pack, rows([pack.names[clip] for clip in chunks.clips], *seconds), 10.0)
+    again = chunks_of_rows(pack, rows(pack.names(chunks.clips).tolist(), *seconds), 10.0)
     for one, other in zip(
         (again.clips, again.starts, again.stops), (chunks.clips, chunks.starts, chunks.stops), strict=True
     ):
@@ -77,13 +88,13 @@ def test_a_store_of_another_pack_is_refused(
 ) -> None:
     pack = make_pack(tmp_path, {"a": ramp(5)})
     with pytest.raises(PackError, match=f"clip a: the store says {message}"):
-        stored(pack, rows(["a"], starts, ends), 2.0)
+        chunks_of_rows(pack, rows(["a"], starts, ends), 2.0)
 
 
 def test_a_store_whose_pack_lacks_a_clip_is_refused(tmp_path: Path) -> None:
     pack = make_pack(tmp_path, {"a": ramp(5)})
     with pytest.raises(PackError, match="gone"):
-        stored(pack, rows(["a", "gone"], [0.0, 0.0], [2.0, 2.0]), 2.0)
+        chunks_of_rows(pack, rows(["a", "gone"], [0.0, 0.0], [2.0, 2.0]), 2.0)
 
 
 def test_a_batch_holds_shifted_and_padded_waves_whatever_its_order(tmp_path: Path) -> None:
@@ -131,8 +142,8 @@ def test_crops_lie_inside_and_short_clips_are_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_prefetching_keeps_the_order_and_the_batches(tmp_path: Path, workers: int) -> None:
     pack = make_pack(tmp_path, {"a": ramp(2), "b": ramp(3)})
-    dataset = ViewDataset(pack, cut(pack, 0.2), ViewRecipe(), np.arange(25, dtype=np.int32), 3200)
-    batches = list(prefetch(dataset, in_order(25, 7), workers))
+    dataset = ViewDataset(pack, cut_chunks(pack.lengths(), 0.2), ViewRecipe(), np.arange(25, dtype=np.int32), 3200)
+    batches = list(prefetch(dataset, in_batches(25, 7), workers))
     assert [batch.items.tolist() for batch in batches] == [list(range(i, min(i + 7, 25))) for i in range(0, 25, 7)]
     expected = dataset.__getitems__(range(25))
     assert torch.equal(torch.cat([batch.waves for batch in batches]), expected.waves)
@@ -158,7 +169,7 @@ def test_prefetching_passes_errors_on_and_stops_when_left(tmp_path: Path) -> Non
 
 def test_a_dataset_survives_pickling(tmp_path: Path) -> None:
     pack = make_pack(tmp_path, {"a": ramp(2)})
-    dataset = ViewDataset(pack, cut(pack, 0.5), ViewRecipe(), np.arange(4, dtype=np.int32), 8000)
+    dataset = ViewDataset(pack, cut_chunks(pack.lengths(), 0.5), ViewRecipe(), np.arange(4, dtype=np.int32), 8000)
     expected = dataset[3]
     again = pickle.loads(pickle.dumps(dataset))[3]
     assert torch.equal(again.waves, expected.waves)

@@ -8,7 +8,7 @@ from ced.config import TrainConfig, check
 from ced.distill.experiment import (
     State,
     as_tagger,
-    create,
+    create_folder,
     load_state,
     logging_to,
     remove_unkept,
@@ -21,14 +21,16 @@ from ced.model.vit import CED
 
 def test_runs_begun_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
     values = {"train_data": "t", "logitspath": "l", "model": "ced_tiny", "outputpath": tmp_path}
-    folders = {create(check(TrainConfig, values, "test"), "student") for _ in range(3)}
+    folders = {create_folder(check(TrainConfig, values, "test"), "student") for _ in range(3)}
     assert len(folders) == 3
     assert {folder.parent for folder in folders} == {tmp_path / "student"}
 
 
 def test_the_best_are_kept_the_earlier_of_equals_first() -> None:
     state = State()
-    files = [state.rank(map, epoch, n_saved=2) for epoch, map in enumerate([0.3, 0.5, 0.2, 0.5, 0.6], start=1)]
+    files = [
+        state.add_validation(map, epoch, n_saved=2) for epoch, map in enumerate([0.3, 0.5, 0.2, 0.5, 0.6], start=1)
+    ]
     assert files == [
         "best_ep001_mAP_0.3000.safetensors",
         "best_ep002_mAP_0.5000.safetensors",
@@ -44,7 +46,7 @@ def test_validations_without_gain_are_counted() -> None:
     state = State()
     stale = []
     for epoch, map in enumerate([0.3, 0.3, 0.2, 0.4, 0.1], start=1):
-        state.rank(map, epoch, n_saved=1)
+        state.add_validation(map, epoch, n_saved=1)
         stale.append(state.stale)
     assert stale == [0, 1, 2, 0, 1]
 

@@ -90,7 +90,8 @@ def test_a_checkpoint_of_other_classes_gives_all_but_its_head(sounds: Path, tmp_
 
 def test_epochs_have_crops_and_views_of_their_own(sounds: Path) -> None:
     config = config_of(sounds, sounds, chunk_length=0.4)
-    first, second, again = (LabelledClips(config, CLASSES).epoch(epoch) for epoch in (1, 2, 1))
+    clips = LabelledClips(config, CLASSES)
+    first, second, again = (clips.epoch(epoch) for epoch in (1, 2, 1))
     data = first.dataset
     assert data.samples == 6400
     lengths = data.chunks.stops - data.chunks.starts
@@ -103,7 +104,7 @@ def test_epochs_have_crops_and_views_of_their_own(sounds: Path) -> None:
     np.testing.assert_array_equal(data.seeds, np.asarray(again.dataset.seeds))
     assert not np.array_equal(data.chunks.starts, second.dataset.chunks.starts)
     assert not np.array_equal(data.seeds, second.dataset.seeds)
-    targets = first.targets(np.array([0, 5]), torch.Generator())
+    targets = clips.targets(np.array([0, 5]), torch.Generator())
     assert targets.tolist() == [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
 
 
@@ -132,7 +133,7 @@ def test_several_classes_or_none_are_balanced_too() -> None:
 )
 def test_labels_are_smoothed(sounds: Path, task: str, expected: list[float]) -> None:
     config = config_of(sounds, sounds, task=task, label_smoothing=0.1)
-    targets = LabelledClips(config, CLASSES).epoch(1).targets(np.array([5]), torch.Generator())
+    targets = LabelledClips(config, CLASSES).targets(np.array([5]), torch.Generator())
     torch.testing.assert_close(targets, torch.tensor([expected]))
     if task == "single":  # torch's own
         logits = torch.randn(1, 4)
@@ -211,7 +212,7 @@ def test_several_labels_or_none_are_welcome_with_task_multi(sounds: Path, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"chunk_length": 0.1}, "chunk_length is 0.1 s; the shortest a model can hear is 0.15 s"),
+        ({"chunk_length": 0.1}, "chunk_length is 0.1 s; the shortest input of a model is 0.15 s"),
         ({"task": "single", "model_args": {"activation": "sigmoid"}}, "model_args.activation is 'sigmoid'"),
     ],
 )

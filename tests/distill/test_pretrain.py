@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ced.config import FinetuneConfig, PretrainConfig, TrainConfig, check, dump, load
-from ced.distill.dataset import chunk_samples
+from ced.config import DecoderArgs, FinetuneConfig, PretrainConfig, TrainConfig, check, dump, load_config
 from ced.distill.finetune import finetune
+from ced.distill.pack_reader import AudioPack
 from ced.distill.pretrain import Crops, make_autoencoder, pretrain
-from ced.distill.start import seeded
 from ced.distill.train import train
+from ced.distill.trainer import seeded
 from ced.errors import CedError, ConfigError
 from ced.model import loading, weights
 from ced.model.config import ModelConfig
@@ -134,21 +134,22 @@ def test_pre_training_goes_on_from_any_weights(sounds: Path, tmp_path: Path, lea
 def test_each_epoch_has_crops_of_its_own_and_needs_no_labels(sounds: Path, tmp_path: Path) -> None:
     rows = [line.split("\t") for line in (sounds / "train.tsv").read_text().splitlines()]
     (tmp_path / "plain.tsv").write_text("".join(f"{name}\t{packed}\n" for name, _, packed in rows))
-    crops = Crops(config_of(sounds, tmp_path, train_data=tmp_path / "plain.tsv", chunk_length=0.4))
-    first, second, again = (crops.epoch(epoch).chunks.starts for epoch in (1, 2, 1))
+    pack = AudioPack(tmp_path / "plain.tsv")
+    crops = Crops(pack, 6_400, seed=42)
+    first, second, again = (crops.epoch(epoch).dataset.chunks.starts for epoch in (1, 2, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, second)
-    long = Crops(config_of(sounds, tmp_path, chunk_length=1.5)).epoch(1)[0].waves
+    long = Crops(pack, 24_000, seed=42).epoch(1).dataset[0].waves
     assert long.shape == (1, 24_000)
     assert not long[0, 16_000:].any()
 
 
-def test_fresh_weights_come_from_the_seed(sounds: Path, tmp_path: Path) -> None:
+def test_random_weights_are_drawn_from_the_seed() -> None:
     def decoder(seed: int) -> torch.Tensor:
         with seeded(0):
             network = CED(ModelConfig(outputdim=1, pooling="token", **SMALL))  # type: ignore[arg-type]
-        config = config_of(sounds, tmp_path, seed=seed)
-        return make_autoencoder(config, network, chunk_samples(1)).decoder_pred.weight
+        decoder = DecoderArgs(embed_dim=24, num_heads=2, depth=1)
+        return make_autoencoder(network, 16_000, 0.75, decoder, seed).decoder_pred.weight
 
     before = torch.random.get_rng_state()
     assert torch.equal(decoder(1), decoder(1))
@@ -195,9 +196,9 @@ def test_keys_that_need_labels_are_refused_with_the_reason(sounds: Path, key: st
 
 PRETRAIN = """
 from pathlib import Path
-from ced.config import PretrainConfig, load
+from ced.config import PretrainConfig, load_config
 from ced.distill.pretrain import pretrain
-pretrain(load(PretrainConfig, Path({path!r})), name="run")
+pretrain(load_config(PretrainConfig, Path({path!r})), name="run")
 """
 
 
@@ -217,7 +218,7 @@ def test_a_run_cut_short_in_an_epoch_resumes_to_the_same_bytes(sounds: Path, tmp
         pretrain(config, name="run", progress=kill)
     (folder,) = (tmp_path / "killed/run").iterdir()
     assert len(lines(folder)) == 2
-    assert pretrain(load(PretrainConfig, folder / "config.yaml"), name="other", resume=folder) == folder
+    assert pretrain(load_config(PretrainConfig, folder / "config.yaml"), name="other", resume=folder) == folder
     unbroken = pretrain(config.model_copy(update={"outputpath": tmp_path / "unbroken"}), name="run")
     for name in ("last.safetensors", "reconstruction.png"):
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ced.config import StoreConfig, check
-from ced.distill.dataset import ViewDataset, cut
+from ced.distill.dataset import ViewDataset, cut_chunks
 from ced.distill.pack_reader import AudioPack
 from ced.distill.store import store, store_folder
 from ced.distill.view_store import ViewStore, epoch_seeds
@@ -77,7 +77,7 @@ number = 5
 PROGRAM = """
 import os, signal, sys
 import torch
-from ced.config import StoreConfig, load
+from ced.config import StoreConfig, load_config
 from ced.distill.store import store
 
 torch.set_num_threads(1)
@@ -92,7 +92,7 @@ def fsync(fd):
 
 os.fsync = fsync
 for out, batch_size in (run.split(":") for run in sys.argv[1].split(",")):
-    store(load(StoreConfig, None, [*sys.argv[2:], "--outputpath", out, "--batch_size", batch_size]))
+    store(load_config(StoreConfig, None, [*sys.argv[2:], "--outputpath", out, "--batch_size", batch_size]))
 """
 
 
@@ -161,7 +161,7 @@ def test_stored_rows_are_the_mean_of_the_teachers() -> None:
         rows = opened.rows(epoch)
         assert list(zip(rows.filenames, rows.starts.tolist(), rows.ends.tolist(), strict=True)) == CHUNKS
         assert rows.seeds.tolist() == epoch_seeds(7, epoch, 6).tolist()
-        views = ViewDataset(pack, cut(pack, 2.0), ViewRecipe(time_mask=38), rows.seeds, 32_000)
+        views = ViewDataset(pack, cut_chunks(pack.lengths(), 2.0), ViewRecipe(time_mask=38), rows.seeds, 32_000)
         for items in ([0, 1], [2, 3], [4, 5]):
             waves, uniforms = views.__getitems__(items).to_device(torch.device("cpu"))
             with torch.inference_mode():
@@ -282,8 +282,11 @@ def test_a_store_of_the_first_release_is_added_to() -> None:
 
 
 def test_two_processes_give_the_store_of_one() -> None:
-    ran = subprocess_run(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], "many:2,many_empty:8")
-    assert ran.returncode == 0, ran.stderr
+    ran = subprocess_run(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], "many:2,many_empty:8,many:4"
+    )
+    assert "StoreError: many/homemade_ten/mine/chunk_2 was stored with other settings: batch_size" in ran.stderr
+    assert ran.returncode != 0  # and the process that found nothing wrong has ended, too
     for out, batch_size, parts in (("many", 2, [4, 2]), ("many_empty", 8, [6, 0])):
         together = ViewStore(Path(out) / "homemade_ten/mine/chunk_2")
         alone = ViewStore(run(outputpath=f"alone{batch_size}", batch_size=batch_size))
@@ -383,7 +386,7 @@ def test_views_of_unknown_origin_are_left_alone() -> None:
             "teachers have different numbers of classes: homemade:ten 10, homemade:five 5",
         ),
         ({"model_args": {"depth": 3}}, ConfigError, "model_args.depth cannot be changed in a teacher; pooling, target"),
-        ({"chunk_length": 0.1}, ConfigError, "chunk_length is 0.1 s; the shortest a model can hear is 0.15 s"),
+        ({"chunk_length": 0.1}, ConfigError, "chunk_length is 0.1 s; the shortest input of a model is 0.15 s"),
         (
             {"chunk_length": 30},
             StoreError,

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -21,27 +21,19 @@ from pyarrow import parquet
 from ced.errors import CedError, ConfigError
 from ced.integrations import ray as on_ray
 from ced.integrations.ray import Embedding, Model, Tagging
-from ced.tag import batch
-from ced.tag.embeddings import rows_of, write_embeddings
-from ced.tag.inputs import Input, find_inputs
+from ced.tag.batch import tag_to_folder
+from ced.tag.inputs import InputSound, find_inputs
 from ced.tag.options import TagOptions
 from ced.tag.parts import FileResult
 from ced.tag.tagger import Tagger
+from ced.tag.writers import embedding_rows, write_embeddings
+from tests.crashing import POISONED, crashing_site
+
+pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 60.0
 OPTIONS = TagOptions(window=1.0, hop=0.1)  # slow enough for a node to be lost in mid-run
-
-# A decoder that crashes its process: whatever opens a file of this name is ended by the signal of a bad memory access.
-CRASH = """
-import os, signal, sys
-
-def crash(event, arguments):
-    if event == "open" and str(arguments[0]).endswith("poisoned.wav"):
-        os.kill(os.getpid(), signal.SIGSEGV)
-
-sys.addaudithook(crash)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +41,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A cluster of three nodes with a core each."""
     from ray.cluster_utils import Cluster
 
-    site = tmp_path_factory.mktemp("site")
-    (site / "sitecustomize.py").write_text(CRASH)
+    site = crashing_site(tmp_path_factory.mktemp("site"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{site}{os.pathsep}{ROOT}")
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -84,10 +75,10 @@ def expected(clips: Path, graph: Path, tmp_path_factory: pytest.TempPathFactory)
     out = tmp_path_factory.mktemp("expected")
     with Tagger(graph, jobs=2) as tagger:
 
-        def process(item: Input) -> Any:
+        def process(item: InputSound) -> Any:
             return tagger.tag(item.source, OPTIONS, name=item.name)
 
-        batch.run(find_inputs([str(clips)]), process, out, settings={}, output=["parquet"], combined=True, jobs=2)
+        tag_to_folder(find_inputs([str(clips)]), process, out, settings={}, output=["parquet"], combined=True, jobs=2)
     return parquet.read_table(out / "tags.parquet")
 
 
@@ -129,11 +120,12 @@ def test_a_node_that_is_lost_costs_no_row_and_doubles_none(
 
     killer = Thread(target=lose)
     killer.start()
-    failed: list[FileResult] = []
-    summary = on_ray.run(inputs, tagging(graph), tmp_path, settings={}, failed=failed.append, workers=4)
+    done: list[FileResult] = []
+    summary = on_ray.run(inputs, tagging(graph), tmp_path, settings={}, finished=done.append, workers=4)
     killer.join()
     assert (summary.files, summary.failed, summary.skipped) == (31, 1, 0)
-    assert [Path(each.file).name for each in failed] == ["broken.wav"]
+    assert sorted(each.file for each in done) == sorted(item.name for item in inputs)
+    assert [Path(each.file).name for each in done if each.error] == ["broken.wav"]
     found = settled(tmp_path)
     assert found.schema.equals(expected.schema, check_metadata=True)
     assert rows(found) == rows(expected)
@@ -145,15 +137,14 @@ def test_a_clip_that_crashes_its_worker_is_reported_and_the_rest_is_tagged(
     cluster: Any, clips: Path, graph: Path, expected: pa.Table, tmp_path: Path
 ) -> None:
     few = [item for item in find_inputs([str(clips)]) if item.name.endswith(("0.wav", "2.wav"))]
-    bad = tmp_path / "poisoned.wav"
+    bad = tmp_path / POISONED
     soundfile.write(bad, np.zeros(16_000), 16_000)
-    failed: list[FileResult] = []
-    inputs = [*few[:2], Input(str(bad), str(bad), Path("poisoned.wav")), *few[2:]]
-    summary = on_ray.run(inputs, tagging(graph), tmp_path / "out", settings={}, failed=failed.append)
+    done: list[FileResult] = []
+    inputs = [*few[:2], InputSound(str(bad), str(bad), Path(POISONED)), *few[2:]]
+    summary = on_ray.run(inputs, tagging(graph), tmp_path / "out", settings={}, finished=done.append)
     assert (summary.files, summary.failed) == (len(few) + 1, 1)
-    assert failed[0].error is not None
-    assert "poisoned.wav" in failed[0].error
-    assert "SIGSEGV" in failed[0].error
+    (error,) = (each.error for each in done if each.error)
+    assert error == f"{bad}: the process that read it ended, twice: SIGSEGV"
     names = {item.name for item in few}
     assert rows(settled(tmp_path / "out")) == [row for row in rows(expected) if row[0] in names]
 
@@ -204,7 +195,7 @@ def test_data_sets_hold_the_same_rows(
 def test_embeddings_are_those_of_one_machine(cluster: Any, clips: Path, graph: Path, tmp_path: Path) -> None:
     inputs = find_inputs([str(clips / "00.wav"), str(clips / "02.wav")])
     with Tagger(graph) as tagger:
-        given = [row for item in inputs for row in rows_of(item.name, tagger.embed(item.source, window=1.0))]
+        given = [row for item in inputs for row in embedding_rows(item.name, tagger.embed(item.source, window=1.0))]
     write_embeddings(tmp_path / "one.parquet", given)
     options = TagOptions(window=1.0)
     on_ray.run(inputs, Embedding(Model(str(graph)), options), tmp_path / "out", settings={})
@@ -231,7 +222,7 @@ def test_what_the_cluster_cannot_run_is_refused(cluster: Any, clips: Path, graph
     with pytest.raises(ConfigError, match="columns id; it must have path"):
         on_ray.tag(ray.data.range(3), graph)
     with pytest.raises(ConfigError, match="cannot be read by other machines"):
-        on_ray.run([Input("<stdin>", b"", Path("stdin"))], tagging(graph), tmp_path, settings={})
+        on_ray.run([InputSound("<stdin>", b"", Path("stdin"))], tagging(graph), tmp_path, settings={})
 
 
 def test_faults_that_concern_every_sound_end_the_run(cluster: Any, clips: Path, graph: Path, tmp_path: Path) -> None:
@@ -239,28 +230,3 @@ def test_faults_that_concern_every_sound_end_the_run(cluster: Any, clips: Path, 
     other = Tagging(Model(str(graph), digest="0" * 64), OPTIONS)
     with pytest.raises(CedError, match="is not the one that the run was begun with"):
         on_ray.run(inputs, other, tmp_path, settings={})
-
-
-def test_an_address_without_a_cluster_is_an_error() -> None:
-    done = ced("tag", "-m", "esc10", ROOT / "resources", "--ray", "127.0.0.1:1", "--out", "nowhere")
-    _, errors = done.communicate(timeout=120)
-    assert done.returncode == 1
-    assert "no Ray cluster answers at 127.0.0.1:1" in errors
-    assert "Traceback" not in errors
-
-
-@pytest.mark.parametrize(
-    ("words", "part"),
-    [
-        ([], "--out"),
-        (["--out", "a", "--combine"], "--combine"),
-        (["--out", "a", "-f", "csv"], "--format csv"),
-        (["--out", "a", "--keep-scores"], "--keep-scores"),
-        (["--out", "a", "--events", "--clips", "b"], "--clips"),
-    ],
-)
-def test_options_that_do_not_go_together_are_refused(words: Sequence[str], part: str) -> None:
-    done = ced("tag", "-m", "esc10", ROOT / "resources", "--ray", "auto", *words)
-    _, errors = done.communicate(timeout=60)
-    assert done.returncode == 1
-    assert part in errors

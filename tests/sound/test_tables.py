@@ -4,7 +4,16 @@ import pytest
 
 from ced.errors import TableError
 from ced.sound.labels import ClassTable, numbered, read_classes
-from ced.sound.tables import LabelsReport, Table, multi_hot, parse_labels, read_table, segments_to_labels, write_table
+from ced.sound.tables import (
+    LabelsReport,
+    Table,
+    multi_hot,
+    parse_labels,
+    read_batches,
+    read_table,
+    segments_to_labels,
+    write_table,
+)
 
 CLASSES = ClassTable(("dog", "cat", "rain"), ("/m/dog", "/m/cat", "/t/rain"))
 
@@ -41,6 +50,20 @@ def test_a_table_reads_back_whatever_its_cells_hold(tmp_path: Path) -> None:
     cells = ["plain", "a\rb", "a\nb", "a\r\nb", "a\tb", 'a"b', "", " a ", "\x1b[0m", "\udce9.wav"]
     write_table(tmp_path / "a.tsv", {"x": cells, "y": cells[::-1]})
     assert read_table(tmp_path / "a.tsv").columns == {"x": cells, "y": cells[::-1]}
+
+
+def test_large_tables_come_in_batches_and_errors_name_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    names = [f"{number}.wav" for number in range(40_000)]
+    write_table(path, {"filename": names, "x": names[::-1]})
+    batches = list(read_batches(path))
+    assert len(batches) > 1
+    assert [name for batch in batches for name in batch.column("filename")] == names
+    assert read_table(path).columns == {"filename": names, "x": names[::-1]}
+    with path.open("a") as file:
+        file.write("\nlast\n")
+    with pytest.raises(TableError, match="line 40003: 1 fields; the header has 2"):
+        list(read_batches(path))
 
 
 def test_a_table_that_is_not_the_text_it_claims_to_be(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ import soundfile
 
 from ced.errors import AudioError, BusyError, CheckpointError, ConfigError, StoreError, WriteError
 from ced.sound import audio
-from ced.tag.batch import Outcome, Summary, results, run
-from ced.tag.inputs import Input, find_inputs
+from ced.tag.batch import Outcome, Summary, outcomes, tag_to_folder
+from ced.tag.inputs import InputSound, find_inputs
 from ced.tag.records import Record, Tag, Tags
 
 SETTINGS = {"model": "loudness", "window": 1.0}
@@ -30,7 +30,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_batch import SETTINGS, loudness
-from ced.tag.batch import run
+from ced.tag.batch import tag_to_folder
 from ced.tag.inputs import find_inputs
 
 def process(item):
@@ -38,11 +38,12 @@ def process(item):
     return loudness(item)
 
 print("begun", flush=True)
-print(run(find_inputs([sys.argv[2]]), process, Path(sys.argv[3]), settings=SETTINGS, output=["csv", "text"], jobs=2))
+inputs, out = find_inputs([sys.argv[2]]), Path(sys.argv[3])
+print(tag_to_folder(inputs, process, out, settings=SETTINGS, output=["csv", "text"], jobs=2))
 """
 
 
-def loudness(item: Input) -> Record:
+def loudness(item: InputSound) -> Record:
     """Tag each second with how loud it is: as much of a model as a batch needs."""
     pieces, end = [], 0.0
     for window in audio.windows(item.source, 1.0):
@@ -58,7 +59,7 @@ class Counting:
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    def __call__(self, item: Input) -> Record:
+    def __call__(self, item: InputSound) -> Record:
         self.names.append(Path(item.name).name)
         return loudness(item)
 
@@ -88,65 +89,65 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_results_come_in_order_whoever_is_first(tree: Path) -> None:
     inputs = find_inputs(["in"])
 
-    def process(item: Input) -> Record:
+    def process(item: InputSound) -> Record:
         time.sleep(0.02 * (inputs.index(item) % 4 == 0))
         return loudness(item)
 
-    alone = [outcome.result for outcome in results(inputs, process)]
-    together = [outcome.result for outcome in results(inputs, process, jobs=5)]
+    alone = [outcome.result for outcome in outcomes(inputs, process)]
+    together = [outcome.result for outcome in outcomes(inputs, process, jobs=5)]
     assert alone == together
     assert [record.file for record in alone if record] == [item.name for item in inputs]
 
 
 def test_workers_work_at_once_and_not_too_far_ahead() -> None:
-    inputs = [Input(str(number), b"", Path(str(number))) for number in range(500)]
+    inputs = [InputSound(str(number), b"", Path(str(number))) for number in range(500)]
     both = threading.Barrier(2, timeout=5)
     begun: list[int] = []
 
-    def process(item: Input) -> Record:
+    def process(item: InputSound) -> Record:
         if int(item.name) < 2:
             both.wait()
         begun.append(int(item.name))
         return Record(item.name, "", 0.0, ())
 
-    outcomes = results(inputs, process, jobs=2)
-    assert next(outcomes).input.name == "0"
+    found = outcomes(inputs, process, jobs=2)
+    assert next(found).input.name == "0"
     time.sleep(0.05)
     assert max(begun) < 50
-    assert [outcome.input.name for outcome in outcomes] == [str(number) for number in range(1, 500)]
+    assert [outcome.input.name for outcome in found] == [str(number) for number in range(1, 500)]
 
 
 def test_a_failure_is_an_outcome_and_a_wrong_model_is_not() -> None:
-    inputs = [Input(str(number), b"", Path(str(number))) for number in range(4)]
+    inputs = [InputSound(str(number), b"", Path(str(number))) for number in range(4)]
     raised: dict[str, Exception] = {
         "0": AudioError("0 is cut\nshort"),
         "1": ValueError("a\nb"),
         "2": MemoryError(),
     }
 
-    def process(item: Input) -> Record:
+    def process(item: InputSound) -> Record:
         if item.name in raised:
             raise raised[item.name]
         return Record(item.name, "", 0.0, ())
 
-    outcomes = list(results(inputs, process, jobs=2))
-    assert [outcome.error for outcome in outcomes] == ["0 is cut short", "1: ValueError: a b", "2: MemoryError: ", ""]
+    found = list(outcomes(inputs, process, jobs=2))
+    assert [outcome.error for outcome in found] == ["0 is cut short", "1: ValueError: a b", "2: MemoryError: ", ""]
     raised["3"] = CheckpointError("no such output")
     with pytest.raises(CheckpointError):
-        list(results(inputs, process, jobs=2))
+        list(outcomes(inputs, process, jobs=2))
     with pytest.raises(ConfigError, match="jobs is 0"):
-        list(results(inputs, process, jobs=0))
+        list(outcomes(inputs, process, jobs=0))
 
 
 def test_a_run_writes_a_tree_like_the_inputs(tree: Path) -> None:
-    told: list[tuple[str, int, int, str]] = []
-    summary = run(
+    finished: list[Outcome[Record]] = []
+    summary = tag_to_folder(
         find_inputs(["in"]),
         loudness,
         Path("out"),
         settings=SETTINGS,
         output=["csv", "audacity"],
-        progress=lambda *report: told.append(report),
+        finished=finished.append,
     )
     assert (summary.files, summary.failed, summary.skipped) == (12, 0, 0)
     assert summary.seconds == sum(0.5 + 0.25 * number for number in range(12))
@@ -162,20 +163,19 @@ def test_a_run_writes_a_tree_like_the_inputs(tree: Path) -> None:
     assert first["name"] == "in/0/00.wav"
     assert first["stamp"] == [status.st_size, status.st_mtime_ns]
     assert Record.from_json(first["record"]) == loudness(find_inputs(["in/0/00.wav"])[0])
-    assert [report[:3] for report in told] == [("tagging", done, 12) for done in range(1, 13)]
-    assert told[-1][3].startswith("0.01 h of sound, ")
+    assert [outcome.input.name for outcome in finished] == [item.name for item in find_inputs(["in"])]
 
 
 def test_a_run_writes_combined_outputs(tree: Path) -> None:
     inputs = find_inputs(["in"])
-    run(inputs, loudness, Path("out"), settings=SETTINGS, output=["csv", "parquet"], combined=True, jobs=3)
+    tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, output=["csv", "parquet"], combined=True, jobs=3)
     assert {*contents(tree / "out")} == {"journal.jsonl", "tags.csv", "tags.parquet"}
     table = pyarrow.parquet.read_table("out/tags.parquet")
     rows = [(item.name, piece.start) for item in inputs for piece in loudness(item).pieces]
     assert list(zip(table["file"].to_pylist(), table["start"].to_pylist(), strict=True)) == rows
     assert len(Path("out/tags.csv").read_text().splitlines()) == 1 + len(rows)
     with pytest.raises(ConfigError, match="audacity"):
-        run(inputs, loudness, Path("new"), settings=SETTINGS, output=["audacity"], combined=True)
+        tag_to_folder(inputs, loudness, Path("new"), settings=SETTINGS, output=["audacity"], combined=True)
     assert not Path("new").exists()
 
 
@@ -183,59 +183,59 @@ def test_a_bad_file_is_reported_and_tried_again(tree: Path) -> None:
     Path("in/0/03.wav").write_bytes(b"RIFF")
     Path("in/0/04.wav").write_text("no sound")
     inputs = [*find_inputs(["in"]), *find_inputs(["missing.wav"])]
-    failed: list[Outcome[Record]] = []
-    summary = run(inputs, loudness, Path("out"), settings=SETTINGS, jobs=2, failed=failed.append)
+    finished: list[Outcome[Record]] = []
+    summary = tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, jobs=2, finished=finished.append)
     assert (summary.files, summary.failed) == (14, 3)
     errors = lines(Path("out/errors.jsonl"))
     assert [error["file"] for error in errors] == ["in/0/03.wav", "in/0/04.wav", "missing.wav"]
     assert errors[2]["error"] == "missing.wav: cannot be read: No such file or directory"
-    assert [outcome.error for outcome in failed] == [error["error"] for error in errors]
-    assert str(summary).startswith("14 files: 11 tagged, 3 failed; 0.01 h of sound, ")
+    assert [outcome.error for outcome in finished if outcome.result is None] == [error["error"] for error in errors]
+    assert str(summary) == "14 files: 11 tagged, 3 failed"
     sound(Path("in/0/03.wav"))
     process = Counting()
-    summary = run(inputs, process, Path("out"), settings=SETTINGS)
+    summary = tag_to_folder(inputs, process, Path("out"), settings=SETTINGS)
     assert process.names == ["03.wav", "04.wav", "missing.wav"]
     assert (summary.failed, summary.skipped) == (2, 11)
     assert len(lines(Path("out/errors.jsonl"))) == 2
     Path("in/0/04.wav").unlink()
-    run(find_inputs(["in"]), process, Path("out"), settings=SETTINGS)
+    tag_to_folder(find_inputs(["in"]), process, Path("out"), settings=SETTINGS)
     assert not Path("out/errors.jsonl").exists()
 
 
 def test_a_file_that_has_changed_is_done_again(tree: Path) -> None:
     inputs = find_inputs(["in"])
-    run(inputs, loudness, Path("out"), settings=SETTINGS)
+    tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
     process = Counting()
     sound(Path("in/1/01.wav"), 3.0)
-    run(inputs, process, Path("out"), settings=SETTINGS, output=["jsonl"], combined=True)
+    tag_to_folder(inputs, process, Path("out"), settings=SETTINGS, output=["jsonl"], combined=True)
     assert process.names == ["01.wav"]
     assert [line["seconds"] for line in lines(Path("out/tags.jsonl"))][4] == 3.0
-    run(inputs, process, Path("out"), settings=SETTINGS)
+    tag_to_folder(inputs, process, Path("out"), settings=SETTINGS)
     assert process.names == ["01.wav"]
     Path("in/1/01.wav").write_text("no sound any more")
-    run(inputs, process, Path("out"), settings=SETTINGS, output=["jsonl"])
+    tag_to_folder(inputs, process, Path("out"), settings=SETTINGS, output=["jsonl"])
     assert not Path("out/1/01.wav.jsonl").exists()
-    run(inputs, process, Path("out"), settings=SETTINGS, output=["jsonl"], combined=True)
+    tag_to_folder(inputs, process, Path("out"), settings=SETTINGS, output=["jsonl"], combined=True)
     assert len(lines(Path("out/tags.jsonl"))) == 11
 
 
 def test_other_formats_are_made_of_the_journal(tree: Path) -> None:
     inputs = find_inputs(["in"])
-    run(inputs, loudness, Path("out"), settings=SETTINGS)
+    tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
     process = Counting()
     Path("out/1/01.wav.jsonl").unlink()
-    run(inputs, process, Path("out"), settings=SETTINGS, output=["jsonl", "csv"])
-    run(inputs, loudness, Path("fresh"), settings=SETTINGS, output=["jsonl", "csv"])
+    tag_to_folder(inputs, process, Path("out"), settings=SETTINGS, output=["jsonl", "csv"])
+    tag_to_folder(inputs, loudness, Path("fresh"), settings=SETTINGS, output=["jsonl", "csv"])
     assert process.names == []
     assert contents(tree / "out") == contents(tree / "fresh")
 
 
 def test_other_settings_are_refused_by_name(tree: Path) -> None:
     inputs = find_inputs(["in"])
-    run(inputs, loudness, Path("out"), settings=SETTINGS)
+    tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
     before = contents(tree / "out")
     with pytest.raises(ConfigError) as caught:
-        run(inputs, loudness, Path("out"), settings={"model": "loudness", "window": 2.0, "hop": 1.0})
+        tag_to_folder(inputs, loudness, Path("out"), settings={"model": "loudness", "window": 2.0, "hop": 1.0})
     assert str(caught.value) == (
         "out/journal.jsonl was begun with window 1.0, now 2.0, hop unset, now 1.0;"
         " choose another folder, or remove that file to start again"
@@ -248,19 +248,19 @@ def test_another_file_is_no_journal(tree: Path, junk: str) -> None:
     Path("out").mkdir()
     Path("out/journal.jsonl").write_text(junk)
     with pytest.raises(StoreError, match=r"remove that file to start again"):
-        run(find_inputs(["in"]), loudness, Path("out"), settings=SETTINGS)
+        tag_to_folder(find_inputs(["in"]), loudness, Path("out"), settings=SETTINGS)
     assert contents(tree / "out") == {"journal.jsonl": junk.encode()}
 
 
 @pytest.mark.parametrize("cut", [1, 40, 200, 100_000])
 def test_a_half_line_is_dropped(tree: Path, cut: int) -> None:
     inputs = find_inputs(["in"])
-    run(inputs, loudness, Path("out"), settings=SETTINGS)
+    tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
     whole = contents(tree / "out")
     journal = Path("out/journal.jsonl")
     journal.write_bytes(journal.read_bytes()[:-cut])
     process = Counting()
-    run(inputs, process, Path("out"), settings=SETTINGS)
+    tag_to_folder(inputs, process, Path("out"), settings=SETTINGS)
     assert contents(tree / "out") == whole
     assert len(process.names) == {1: 1, 40: 1, 200: 1, 100_000: 12}[cut]
 
@@ -271,28 +271,28 @@ def test_two_inputs_of_one_output_are_refused(tree: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"^in/0/00\.wav and other/0/00\.wav would both be written to out/0/00\.wav\.j"
     ):
-        run(inputs, loudness, Path("out"), settings=SETTINGS)
+        tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
     assert not Path("out").exists()
-    assert run(inputs, loudness, Path("out"), settings=SETTINGS, combined=True).failed == 0
-    assert run(find_inputs(["in/*/*", "other/0/*"]), loudness, Path("more"), settings=SETTINGS).failed == 0
+    assert tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, combined=True).failed == 0
+    assert tag_to_folder(find_inputs(["in/*/*", "other/0/*"]), loudness, Path("more"), settings=SETTINGS).failed == 0
 
 
 def test_two_runs_in_one_folder_are_refused(tree: Path) -> None:
     inputs = find_inputs(["in"])
 
-    def process(item: Input) -> Record:
+    def process(item: InputSound) -> Record:
         with pytest.raises(BusyError, match=r"another process is writing out/journal\.jsonl"):
-            run(inputs, loudness, Path("out"), settings=SETTINGS)
+            tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
         return loudness(item)
 
-    assert run(inputs[:1], process, Path("out"), settings=SETTINGS).failed == 0
+    assert tag_to_folder(inputs[:1], process, Path("out"), settings=SETTINGS).failed == 0
 
 
 def test_sound_on_standard_input_is_never_done(tree: Path) -> None:
     data = Path("in/0/00.wav").read_bytes()
     for _ in range(2):
         inputs = find_inputs(["-"], io.BytesIO(data))
-        assert run(inputs, loudness, Path("out"), settings=SETTINGS).skipped == 0
+        assert tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS).skipped == 0
     assert lines(Path("out/stdin.jsonl"))[0]["file"] == "<stdin>"
 
 
@@ -301,7 +301,7 @@ def test_names_that_are_no_text(tree: Path) -> None:
     sound(Path("in/a.wav")).rename(os.fsdecode(b"in/caf\xe9.wav"))
     process = Counting()
     for _ in range(2):
-        run(find_inputs(["in"]), process, Path("out"), settings=SETTINGS, output=["csv"])
+        tag_to_folder(find_inputs(["in"]), process, Path("out"), settings=SETTINGS, output=["csv"])
     assert len(process.names) == 13
     assert b"in/caf\\udce9.wav" in Path(os.fsdecode(b"out/caf\xe9.wav.csv")).read_bytes()
 
@@ -331,18 +331,18 @@ def test_a_killed_run_goes_on_and_ends_like_an_unbroken_one(tree: Path) -> None:
         assert broken_off(out, lambda child: child.kill(), after) == -signal.SIGKILL
     assert broken_off(out, lambda child: child.send_signal(signal.SIGINT), 45) == -signal.SIGINT
     process = Counting()
-    summary = run(inputs, process, out, settings=SETTINGS, output=["csv", "text"], jobs=3)
+    summary = tag_to_folder(inputs, process, out, settings=SETTINGS, output=["csv", "text"], jobs=3)
     assert 45 <= summary.skipped < 72
     assert len(process.names) == 72 - summary.skipped
     counts = f"{72 - summary.skipped} tagged, 0 failed, {summary.skipped} done before"
-    assert str(summary).startswith(f"72 files: {counts}; ")
-    run(inputs, loudness, Path("whole"), settings=SETTINGS, output=["csv", "text"])
+    assert str(summary) == f"72 files: {counts}"
+    tag_to_folder(inputs, loudness, Path("whole"), settings=SETTINGS, output=["csv", "text"])
     assert contents(tree / out) == contents(tree / "whole")
 
 
 def test_a_summary_without_time() -> None:
     summary = str(Summary(2, 0, 0, 2, 0.0, 0.0))
-    assert summary == "2 files: 0 tagged, 0 failed, 2 done before; 0.00 h of sound, 0 x real time"
+    assert summary == "2 files: 0 tagged, 0 failed, 2 done before"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links as POSIX has them")
@@ -355,13 +355,13 @@ def test_outputs_stay_within_their_folder(tree: Path) -> None:
     Path("out/0").symlink_to(outside)
     inputs = find_inputs(["in"])
     with pytest.raises(WriteError, match=r"out/0: it is a link"):
-        run(inputs, loudness, Path("out"), settings=SETTINGS, output=["csv"])
+        tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, output=["csv"])
     assert contents(outside) == {"06.wav.csv": b"kept"}
     Path("out/0").unlink()
     Path("out/0").mkdir()
     for name in ("00.wav.csv.partial", "00.wav.csv", "03.wav.csv.0123abcd.partial"):
         Path("out/0", name).symlink_to(kept)
-    run(inputs, loudness, Path("out"), settings=SETTINGS, output=["csv"])
+    tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, output=["csv"])
     assert kept.read_text() == "kept"
     assert "0.wav" in Path("out/0/00.wav.csv").read_text()
     assert not list(Path("out").rglob("*.0123abcd.partial"))  # as a killed run leaves them
@@ -376,7 +376,7 @@ def test_records_of_a_run_are_not_written_through_links(tree: Path, name: str) -
     Path("out", name).symlink_to(outside)
     Path("in/empty.wav").touch()
     with suppress(WriteError, BusyError):
-        run(find_inputs(["in"]), loudness, Path("out"), settings=SETTINGS)
+        tag_to_folder(find_inputs(["in"]), loudness, Path("out"), settings=SETTINGS)
     assert outside.read_text() == "kept"
 
 
@@ -386,11 +386,13 @@ def test_a_full_disk_is_one_error_that_names_the_file(tree: Path, small_disk: Pa
     (small_disk / "filler").write_bytes(bytes(56 << 10))
     inputs = find_inputs(["in"])
     with pytest.raises(WriteError, match="No space left on device"):
-        run(inputs, loudness, out, settings={**SETTINGS, "long": "x" * 4000}, output=["jsonl", "csv"])
+        tag_to_folder(inputs, loudness, out, settings={**SETTINGS, "long": "x" * 4000}, output=["jsonl", "csv"])
     (small_disk / "filler").unlink()
-    summary = run(inputs, loudness, out, settings={**SETTINGS, "long": "x" * 4000}, output=["jsonl"], combined=True)
+    summary = tag_to_folder(
+        inputs, loudness, out, settings={**SETTINGS, "long": "x" * 4000}, output=["jsonl"], combined=True
+    )
     assert (summary.failed, summary.files) == (0, 12)
-    run(inputs, loudness, tree / "unbroken", settings=SETTINGS, output=["jsonl"], combined=True)
+    tag_to_folder(inputs, loudness, tree / "unbroken", settings=SETTINGS, output=["jsonl"], combined=True)
     assert (out / "tags.jsonl").read_bytes() == (tree / "unbroken/tags.jsonl").read_bytes()
 
 
@@ -428,9 +430,9 @@ def test_a_damaged_journal_is_one_error(tree: Path, line: str) -> None:
     Path("out").mkdir()
     first = json.dumps({"format": 1, "settings": {**SETTINGS, "record format": 1}})
     Path("out/journal.jsonl").write_text(f"{first}\n{line}\n")
-    inputs = [Input("in/0/00.wav", "in/0/00.wav", Path("0/00.wav"))]
+    inputs = [InputSound("in/0/00.wav", "in/0/00.wav", Path("0/00.wav"))]
     with pytest.raises(StoreError, match=r"line 2 of out/journal\.jsonl is not a line of a journal") as raised:
-        run(inputs, loudness, Path("out"), settings=SETTINGS, output=["csv"])
+        tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, output=["csv"])
     assert "\n" not in str(raised.value)
 
 
@@ -441,4 +443,4 @@ def test_a_journal_with_a_damaged_first_line_is_one_error(tree: Path, line: str)
     Path("out").mkdir()
     Path("out/journal.jsonl").write_text(f"{line}\n")
     with pytest.raises(StoreError, match=r"journal\.jsonl"):
-        run(find_inputs(["in"]), loudness, Path("out"), settings=SETTINGS)
+        tag_to_folder(find_inputs(["in"]), loudness, Path("out"), settings=SETTINGS)

@@ -8,7 +8,7 @@ import pytest
 
 from ced.errors import AudioError, ConfigError
 from ced.sound.web import TrustedAddress
-from ced.tag.inputs import Input, find_inputs
+from ced.tag.inputs import InputSound, find_inputs
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def found(*words: str, stdin: bytes | None = None) -> list[tuple[str, str]]:
 
 
 def test_files_as_they_are_named(tree: Path) -> None:
-    assert find_inputs(["in/notes.txt"]) == [Input("in/notes.txt", "in/notes.txt", Path("notes.txt"))]
+    assert find_inputs(["in/notes.txt"]) == [InputSound("in/notes.txt", "in/notes.txt", Path("notes.txt"))]
     assert found("in/b.wav", "in/a.FLAC") == [("in/b.wav", "b.wav"), ("in/a.FLAC", "a.FLAC")]
     assert found("in/b.wav", "./other/b.wav") == [("in/b.wav", "in/b.wav"), ("./other/b.wav", "other/b.wav")]
     assert found(f"{tree}/in/b.wav", "odd [1].wav") == [
@@ -179,7 +179,7 @@ def test_a_list_that_is_not_the_text_it_claims_to_be(tree: Path) -> None:
 
 def test_sound_on_standard_input(tree: Path) -> None:
     stdin = io.BytesIO(b"RIFF")
-    assert find_inputs(["-"], stdin) == [Input("<stdin>", stdin, Path("stdin"))]
+    assert find_inputs(["-"], stdin) == [InputSound("<stdin>", stdin, Path("stdin"))]
     assert stdin.tell() == 0
     for words in (["-", "@-"], ["-", "-"]):
         with pytest.raises(ConfigError, match="standard input"):
@@ -199,10 +199,10 @@ def test_sound_on_standard_input(tree: Path) -> None:
 )
 def test_addresses(address: str, place: str) -> None:
     name = address.replace("HTTPS://me:secret", "https://me:***")
-    assert find_inputs([address]) == [Input(name, address, Path(place))]
+    assert find_inputs([address]) == [InputSound(name, address, Path(place))]
     (trusted,) = find_inputs([address], allow_private=True)
     assert isinstance(trusted.source, TrustedAddress)
-    assert trusted == Input(name, address, Path(place))
+    assert trusted == InputSound(name, address, Path(place))
 
 
 def test_no_words() -> None:

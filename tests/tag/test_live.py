@@ -17,7 +17,7 @@ from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable
 from ced.sound.live import LiveSource
 from ced.tag.events import events
-from ced.tag.live import OPTIONS, Listener, Report
+from ced.tag.live import OPTIONS, Listener, LiveReport
 from ced.tag.options import TagOptions
 from ced.tag.records import Record, Tag, Tags
 from ced.tag.tagger import Tagger
@@ -57,7 +57,7 @@ def unhurried(wave: Waves, scorer: Loudness, hop: float) -> LiveSource:
     return live.blocks(blocks(), SAMPLE_RATE)
 
 
-def heard(reports: Iterator[Report], label: str = "loud") -> list[tuple[str, float]]:
+def heard(reports: Iterator[LiveReport], label: str = "loud") -> list[tuple[str, float]]:
     """Return what is said of a class: when it begins and ends."""
     return [
         (report.state, report.piece.start if report.state == "begin" else report.piece.end)
@@ -89,7 +89,7 @@ def test_what_is_reported_are_the_events_of_the_sound(gap: float, shortest: floa
 def test_a_line_is_a_record() -> None:
     piece = Tags(1.5, 2.25, (Tag("loud", 0, None, 0.75),))
     stamp = datetime(2026, 1, 31, 12, 3, 11, 250_000).astimezone()
-    values = Report("end", 7, stamp.timestamp(), piece).to_json("the shed", "small.onnx")
+    values = LiveReport("end", 7, stamp.timestamp(), piece).to_json("the shed", "small.onnx")
     assert Record.from_json(values) == Record("the shed", "small.onnx", 2.25, (piece,), "events")
     assert (values["state"], values["event"]) == ("end", 7)
     assert datetime.fromisoformat(values["time"]) == stamp
@@ -97,7 +97,7 @@ def test_a_line_is_a_record() -> None:
 
 def test_times_in_a_line_are_of_milliseconds() -> None:
     piece = Tags(7.098539215003257, 7.349000000000001, (Tag("loud", 0, None, 0.75),))
-    values = Report("begin", 1, 0.0, piece).to_json("the shed", "small.onnx")
+    values = LiveReport("begin", 1, 0.0, piece).to_json("the shed", "small.onnx")
     assert (values["pieces"][0]["start"], values["pieces"][0]["end"], values["seconds"]) == (7.099, 7.349, 7.349)
 
 

@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from ced.errors import ConfigError, StoreError
-from ced.tag.inputs import Input
+from ced.tag.inputs import InputSound
 from ced.tag.journal import stamp_of
 from ced.tag.parts import FileResult, Part, PartFolder, plan, to_do
 
@@ -24,13 +24,13 @@ def folder(tmp_path: Path) -> PartFolder:
     return folder
 
 
-def given(tmp_path: Path, *names: str) -> list[Input]:
+def given(tmp_path: Path, *names: str) -> list[InputSound]:
     for name in names:
         (tmp_path / name).write_bytes(name.encode())
-    return [Input(name, str(tmp_path / name), Path(name)) for name in names]
+    return [InputSound(name, str(tmp_path / name), Path(name)) for name in names]
 
 
-def write(folder: PartFolder, name: str, items: Sequence[Input], prob: float, failed: Sequence[str] = ()) -> None:
+def write(folder: PartFolder, name: str, items: Sequence[InputSound], prob: float, failed: Sequence[str] = ()) -> None:
     """Write a part with two rows for each file, none for those that failed."""
     names = [item.name for item in items if item.name not in failed]
     table = pa.table({"file": [name for name in names for _ in range(2)], "prob": [prob] * 2 * len(names)}, SCHEMA)

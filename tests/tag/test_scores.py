@@ -9,7 +9,7 @@ import pytest
 
 from ced.errors import StoreError, WriteError
 from ced.tag.records import Scored
-from ced.tag.scores import Kind, ScoreLog, read_scores
+from ced.tag.scores import ScoreLog, ScoreType, read_scores
 
 ABOUT = {"sound": "a.wav", "window": 1.0}
 
@@ -22,7 +22,7 @@ def windows(count: int, rows: int = 1, classes: int = 5) -> list[list[Scored]]:
     ]
 
 
-def log(folder: Path, kind: Kind = "float32", about: dict[str, object] | None = None) -> ScoreLog:
+def log(folder: Path, kind: ScoreType = "float32", about: dict[str, object] | None = None) -> ScoreLog:
     return ScoreLog(folder, Path("sub/a.wav.unfinished"), 5, about or ABOUT, kind)
 
 

@@ -339,7 +339,7 @@ def test_impossible_scores_are_an_error_that_names_the_model(answer: list[Any], 
         lambda: list(tagger.stream(sound, columns=True)),
         lambda: list(tagger.tag_many([sound])),
         lambda: list(tagger.score(sound)),
-        lambda: tagger.score_window(Window(0.0, 1.0, sound[0]), TagOptions()),
+        lambda: tagger.windows.score(Window(0.0, 1.0, sound[0]), TagOptions()),
     ]
     if part in ("not finite", "shape"):
         calls.append(lambda: tagger.embed(sound))

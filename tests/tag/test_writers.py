@@ -10,12 +10,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 
 from ced.errors import AudioError, ConfigError, MissingPackageError
+from ced.sound.tables import read_table
 from ced.tag.records import Record, Tag, Tags
-from ced.tag.results import FORMATS, formats, write
+from ced.tag.writers import FORMATS, EmbeddingRow, formats, write_embeddings, write_records
 
 TIMELINE = (
     Tags(0.0, 10.0, (Tag("Speech", 0, "/m/09x0r", 0.98765), Tag("Dog", 74, "/m/0bt9lr", 0.01))),
@@ -139,7 +141,7 @@ def test_raven_names_what_has_no_path_as_it_is(file: str) -> None:
 
 def test_parquet_has_the_columns_of_csv(tmp_path: Path) -> None:
     path = tmp_path / "tags.parquet"
-    write(FORMATS["parquet"], [DOG, QUIET, ODD], path)
+    write_records(FORMATS["parquet"], [DOG, QUIET, ODD], path)
     table = pyarrow.parquet.read_table(path)
     assert table.schema.names == ["file", "start", "end", "label", "mid", "prob"]
     assert [str(kind) for kind in table.schema.types] == ["string", "double", "double", "string", "string", "float"]
@@ -159,9 +161,9 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, name: str) -> None:
 
     path = tmp_path / "tags"
     with pytest.raises(AudioError):
-        write(FORMATS[name], broken(), path)
+        write_records(FORMATS[name], broken(), path)
     assert list(tmp_path.iterdir()) == []
-    write(FORMATS[name], [DOG], path)
+    write_records(FORMATS[name], [DOG], path)
     if (make := FORMATS[name].text) is not None:
         assert path.read_bytes() == "".join(make([DOG])).encode()
 
@@ -170,7 +172,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, name: str) -> None:
 def test_names_that_are_no_text_are_written_with_escapes(tmp_path: Path, name: str) -> None:
     record = Record(os.fsdecode(b"caf\xe9.wav"), "mine", 1.0, DOG.pieces)
     path = tmp_path / "tags"
-    write(FORMATS[name], [record], path)
+    write_records(FORMATS[name], [record], path)
     if name == "parquet":
         assert pyarrow.parquet.read_table(path)["file"][0].as_py() == r"caf\udce9.wav"
     else:
@@ -188,15 +190,15 @@ def test_many_rows_need_little_memory(tmp_path: Path, name: str) -> None:
 import resource, sys
 from pathlib import Path
 from ced.tag.records import *
-from ced.tag.results import FORMATS, write
+from ced.tag.writers import FORMATS, write_records
 tags = tuple(Tag(f"label {{i}}", i, None, 0.5) for i in range(100))
 def records(count):
     for i in range(count):
         yield Record(f"file {{i}}.wav", "m", 10.0, (Tags(0.0, 10.0, tags),))
 out = Path(sys.argv[1])
-write(FORMATS["{name}"], records(1_000), out)
+write_records(FORMATS["{name}"], records(1_000), out)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-write(FORMATS["{name}"], records(4_000), out)
+write_records(FORMATS["{name}"], records(4_000), out)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", program, tmp_path / "out"], capture_output=True, text=True, check=True)
@@ -223,7 +225,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_importing_brings_no_optional_package() -> None:
-    program = "import sys, ced.tag.results; print({'pyarrow', 'torch', 'pydantic', 'onnxruntime'} & set(sys.modules))"
+    program = "import sys, ced.tag.writers; print({'pyarrow', 'torch', 'pydantic', 'onnxruntime'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -287,7 +289,7 @@ def test_with_a_clock_tables_have_the_time_of_each_tag(tmp_path: Path) -> None:
     for name in ("csv", "spreadsheet", "parquet"):
         (chosen,) = formats([name], clock=True)
         path = tmp_path / name
-        write(chosen, [timed, local, ODD], path)
+        write_records(chosen, [timed, local, ODD], path)
         if name == "parquet":
             rows = pyarrow.parquet.read_table(path).to_pylist()
         else:
@@ -305,7 +307,7 @@ def test_with_channels_tables_and_headings_have_the_channel_of_each_tag(tmp_path
     for name in ("csv", "spreadsheet", "parquet"):
         (chosen,) = formats([name], channel=True)
         path = tmp_path / name
-        write(chosen, [left, right], path)
+        write_records(chosen, [left, right], path)
         if name == "parquet":
             rows = pyarrow.parquet.read_table(path).to_pylist()
         else:
@@ -313,10 +315,49 @@ def test_with_channels_tables_and_headings_have_the_channel_of_each_tag(tmp_path
         assert list(rows[0])[6:] == ["channel"]
         assert [row["channel"] for row in rows] == ["1"] * 4 + ["2"] * 4
         (both,) = formats([name], channel=True, clock=True)
-        write(both, [left], path)
+        write_records(both, [left], path)
         if name == "csv":
             assert path.read_text().splitlines()[0].endswith(",prob,channel,start_time,end_time")
     (chosen,) = formats(["text"], channel=True)
-    write(chosen, [left, right], tmp_path / "text")
+    write_records(chosen, [left, right], tmp_path / "text")
     headings = [line for line in (tmp_path / "text").read_text().splitlines() if line.startswith("=")]
     assert headings == ["===== sounds/dog.wav, channel 1 =====", "===== sounds/dog.wav, channel 2 ====="]
+
+
+ROWS = [
+    EmbeddingRow("a.wav", 0.0, 10.0, np.array([1, 2, 3], np.float32)),
+    EmbeddingRow("a.wav", 10.0, 12.5, np.array([4, 5, 6], np.float32)),
+]
+
+
+def test_embeddings_are_an_array_with_a_table_of_its_rows(tmp_path: Path) -> None:
+    assert write_embeddings(tmp_path / "new" / "e.npy", iter(ROWS)) == 2
+    found = np.load(tmp_path / "new" / "e.npy")
+    assert found.dtype == np.float32
+    assert found.tolist() == [[1, 2, 3], [4, 5, 6]]
+    table = read_table(tmp_path / "new" / "e.npy.tsv")
+    assert table.columns == {
+        "file": ["a.wav", "a.wav"],
+        "start": ["0.000", "10.000"],
+        "end": ["10.000", "12.500"],
+        "channel": ["mean", "mean"],
+    }
+
+
+def test_parquet_of_embeddings_has_one_row_a_vector(tmp_path: Path) -> None:
+    assert write_embeddings(tmp_path / "e.parquet", iter(ROWS * 1000)) == 2000
+    found = pyarrow.parquet.read_table(tmp_path / "e.parquet")
+    assert found.schema.metadata[b"ced_embeddings"] == b"1"
+    assert found.num_rows == 2000
+    assert found.to_pylist()[-1] == {
+        "file": "a.wav",
+        "start": 10.0,
+        "end": 12.5,
+        "channel": "mean",
+        "vector": [4.0, 5.0, 6.0],
+    }
+
+
+def test_embeddings_with_another_suffix_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\.npy or \.parquet; got .*e\.csv"):
+        write_embeddings(tmp_path / "e.csv", ROWS)

@@ -1,19 +1,28 @@
-"""Writers of records: text, JSON lines, CSV, Parquet, Audacity and Raven tables. Column names are an interface."""
+"""Writers of records (text, JSON lines, CSV, Parquet, Audacity, Raven) and of embeddings (NumPy, Parquet).
+
+Column names are an interface, described in docs/formats.md.
+"""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ced.errors import ConfigError, MissingPackageError
 from ced.files import written_aside
+from ced.sound.tables import write_table
 from ced.sound.web import is_address
 from ced.tag.records import (
     CLOCK_KEYS,
     FORMAT_VERSION,
+    Embedding,
     Tag,
     Tags,
     Timeline,
@@ -44,8 +53,10 @@ RAVEN_COLUMNS = (
 CHANNEL_KEY = "channel"  # a further column where each channel was tagged on its own
 _SIDES: Mapping[str | int, int] = {"mean": 1, "left": 1, "right": 2}  # the channel that Raven shows
 _HIGHEST = 8000.0  # Hz; the upper edge of the mel filters of all models
-_ROW_GROUP = 1 << 16  # rows of a Parquet file that are in memory at a time
+_ROW_GROUP, _VECTOR_GROUP = 1 << 16, 1024  # rows of a Parquet file that are in memory at a time: tags, vectors
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a cell begins with that spreadsheet programs take for a formula
+EMBEDDINGS_VERSION = 1
+EMBEDDING_SUFFIXES = (".npy", ".parquet")
 _MARK = "\ufeff"  # byte-order mark, without which Excel takes UTF-8 for another encoding
 
 
@@ -163,56 +174,59 @@ def _rows(records: Iterable[Timeline]) -> Iterator[tuple[Timeline, Tags, Tag]]:
                 yield record, piece, tag
 
 
-def arrow_tables(records: Iterable[Timeline], *, channel: bool = False, clock: bool = False) -> "Iterator[pa.Table]":
-    """Yield the rows of a Parquet file as Arrow tables, a row for each tag; the last table may be empty.
-
-    Args:
-        records: what to write.
-        channel, clock: as for `csv`.
-    """
+def tag_schema(*, channel: bool = False, clock: bool = False) -> "pa.Schema":
+    """Return the columns of tags in Arrow and Parquet; arguments as for `csv`."""
     import pyarrow as pa
 
-    schema = arrow_schema(channel=channel, clock=clock)
-    columns: list[list[object]] = [[] for _ in schema]
-
-    def table() -> pa.Table:
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-        for column in columns:
-            column.clear()
-        return pa.Table.from_arrays(arrays, schema=schema)
-
-    for record, piece, tag in _rows(records):
-        row = (arrow_text(record.file), piece.start, piece.end, tag.label, tag.mid, tag.prob)
-        times = clock_times(record.began, piece) if clock else ()
-        for column, value in zip(columns, (*row, *(str(record.channel),) * channel, *times), strict=True):
-            column.append(value)
-        if len(columns[0]) == _ROW_GROUP:
-            yield table()
-    yield table()
-
-
-def arrow_schema(*, channel: bool = False, clock: bool = False) -> "pa.Schema":
-    """Return the columns of `arrow_tables`."""
-    import pyarrow as pa
-
-    kinds = (pa.string(), pa.float64(), pa.float64(), pa.string(), pa.string(), pa.float32())
-    names = _columns(channel, clock)
-    fields = list(zip(names, kinds + (pa.string(),) * (len(names) - len(kinds)), strict=True))
+    types = {"start": pa.float64(), "end": pa.float64(), "prob": pa.float32()}
+    fields = [(name, types.get(name, pa.string())) for name in _columns(channel, clock)]
     return pa.schema(fields, {"ced.format": str(FORMAT_VERSION)})
 
 
-def arrow_text(name: str) -> str:
-    """Return a file name as Arrow can hold it: bytes that are not text become escapes."""
-    return name.encode("utf-8", "backslashreplace").decode()
+def tag_tables(records: Iterable[Timeline], *, channel: bool = False, clock: bool = False) -> "Iterator[pa.Table]":
+    """Yield Arrow tables with a row for each tag, a limited number of rows at a time; arguments as for `csv`."""
+    rows = (
+        (
+            as_utf8(record.file),
+            *(piece.start, piece.end, tag.label, tag.mid, tag.prob),
+            *(str(record.channel),) * channel,
+            *(clock_times(record.began, piece) if clock else ()),
+        )
+        for record, piece, tag in _rows(records)
+    )
+    return _in_groups(tag_schema(channel=channel, clock=clock), rows, _ROW_GROUP)
 
 
 def _write_parquet(records: Iterable[Timeline], path: Path, *, channel: bool = False, clock: bool = False) -> None:
+    write_tables(path, tag_schema(channel=channel, clock=clock), tag_tables(records, channel=channel, clock=clock))
+
+
+def _in_groups(schema: "pa.Schema", rows: Iterable[tuple[Any, ...]], size: int) -> "Iterator[pa.Table]":
+    """Yield tables of `size` rows."""
+    import pyarrow as pa
+
+    rows = iter(rows)
+    while group := list(islice(rows, size)):
+        columns = zip(*group, strict=True)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+        yield pa.Table.from_arrays(arrays, schema=schema)
+
+
+def write_tables(path: Path, schema: "pa.Schema", tables: "Iterable[pa.Table]") -> int:
+    """Write tables to a Parquet file, one after the other; return how many rows there are."""
     from pyarrow import parquet
 
-    schema = arrow_schema(channel=channel, clock=clock)
+    count = 0
     with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
-        for table in arrow_tables(records, channel=channel, clock=clock):
+        for table in tables:
+            count += len(table)
             writer.write_table(table)
+    return count
+
+
+def as_utf8(name: str) -> str:
+    """Return a file name with escapes in place of bytes that are not text, which Parquet cannot hold."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -287,7 +301,7 @@ def formats(
     return chosen
 
 
-def write(chosen: Format, records: Iterable[Timeline], path: Path) -> None:
+def write_records(chosen: Format, records: Iterable[Timeline], path: Path) -> None:
     """Write records to a file at once; of any number of records few are in memory.
 
     Text is UTF-8; bytes of a file name that are not text become escapes.
@@ -301,3 +315,94 @@ def write(chosen: Format, records: Iterable[Timeline], path: Path) -> None:
         elif chosen.text is not None:
             with aside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
                 file.writelines(chosen.text(records))
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingRow:
+    """One vector, and the piece of a sound that it stands for."""
+
+    file: str
+    start: float  # seconds
+    end: float
+    vector: NDArray[np.float32]  # (d,)
+    channel: str | int = "mean"  # of the sound
+
+
+def embedding_rows(file: str, found: Embedding, *, windows: bool = False) -> Iterator[EmbeddingRow]:
+    """Yield the rows of a sound: one for the whole of it, or one for each window."""
+    if not windows:
+        yield EmbeddingRow(file, 0.0, found.seconds, found.clip, found.channel)
+        return
+    for start, end, vector in zip(found.starts, found.ends, found.vectors, strict=True):
+        yield EmbeddingRow(file, float(start), float(end), vector, found.channel)
+
+
+def check_embeddings_path(path: Path) -> None:
+    """Make sure that a path names a format, and one that can be written here.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if path.suffix not in EMBEDDING_SUFFIXES:
+        raise ConfigError(f"embeddings go to a file named {' or '.join(EMBEDDING_SUFFIXES)}; got {path}")
+    if path.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise MissingPackageError("pyarrow", f"writing {path}")
+
+
+def write_embeddings(path: Path, rows: Iterable[EmbeddingRow]) -> int:
+    """Write vectors in order, unless there are none; return how many.
+
+    `.npy`: (rows, d) float32, and beside it `<name>.tsv` with the columns file, start, end, channel. `.parquet`: these
+    columns and `vector`. No file is left half-written.
+
+    Raises:
+        ConfigError: the suffix is neither.
+    """
+    check_embeddings_path(path)
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
+        return 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return (_write_vectors if path.suffix == ".parquet" else _write_array)(path, chain([first], rows))
+
+
+def _write_array(path: Path, rows: Iterable[EmbeddingRow]) -> int:
+    held = list(rows)
+    with written_aside(path) as aside, aside.open("wb") as file:
+        np.save(file, np.stack([row.vector for row in held]))
+    write_table(
+        path.with_name(f"{path.name}.tsv"),
+        {
+            "file": [row.file for row in held],
+            "start": [f"{row.start:.3f}" for row in held],
+            "end": [f"{row.end:.3f}" for row in held],
+            "channel": [str(row.channel) for row in held],
+        },
+    )
+    return len(held)
+
+
+def _write_vectors(path: Path, rows: Iterable[EmbeddingRow]) -> int:
+    with written_aside(path) as aside:
+        return write_tables(aside, embedding_schema(), embedding_tables(rows))
+
+
+def embedding_schema() -> "pa.Schema":
+    """Return the columns of embeddings in Arrow and Parquet."""
+    import pyarrow as pa
+
+    fields = [
+        ("file", pa.string()),
+        ("start", pa.float64()),
+        ("end", pa.float64()),
+        ("channel", pa.string()),
+        ("vector", pa.list_(pa.float32())),
+    ]
+    return pa.schema(fields, metadata={"ced_embeddings": str(EMBEDDINGS_VERSION)})
+
+
+def embedding_tables(rows: Iterable[EmbeddingRow]) -> "Iterator[pa.Table]":
+    """Yield Arrow tables of embeddings, a limited number of rows at a time."""
+    values = ((as_utf8(row.file), row.start, row.end, str(row.channel), row.vector) for row in rows)
+    return _in_groups(embedding_schema(), values, _VECTOR_GROUP)
