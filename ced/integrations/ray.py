@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 AUTO = "auto"  # in place of an address: a cluster that runs here or that RAY_ADDRESS names, else one of this machine
 _FILES_AT_ONCE = 16  # of a data set, for one call of a worker
 _SECONDS_TO_CONNECT = 10.0
+_SECONDS_TO_BE_LOST = 5.0
 _SECONDS_TO_END = 10.0  # from the end of its connection to that of a process
 
 
@@ -296,7 +297,7 @@ def run(
                 finished(result)
         found = folder.settle()
         ours = [found[name] for item in inputs if (name := as_utf8(item.name)) in found]
-        folder.write_errors(ours)
+        folder.finish(found.values())
     if len(ours) < len(inputs):
         raise ProcessError(f"{len(inputs) - len(ours)} sounds were not processed; run the same command again")
     failures = sum(bool(result.error) for result in ours)
@@ -532,7 +533,7 @@ class _PartWorker:
     def _write(self, part: Part) -> list[FileResult]:
         self._folder.check(self._begun, platform.node())
         done = self._folder.result_of(part.name)
-        if done is not None:  # by a worker that was lost before its answer arrived
+        if done is not None and not any(result.error for result in done):  # by a worker that was lost since
             return done
         rows: list[Rows] = []
         found: list[FileResult] = []
@@ -543,8 +544,7 @@ class _PartWorker:
             else:
                 rows.append(answer)
                 found.append(FileResult(name, answer.seconds, answer.complete, None, stamp))
-        self._folder.write_rows(part.name, self._work.schema(), self._work.tables(rows))
-        self._folder.finish(part.name, found)
+        self._folder.write(part.name, self._work.schema(), self._work.tables(rows), found)
         return found
 
 
@@ -583,7 +583,10 @@ class _Reader:
             connection.send(group)
             answer = connection.recv()
         except (EOFError, OSError):
-            raise _ProcessEndedError(self._end()) from None
+            ended = self._end()
+            # When its machine is lost, a worker ends too, but after the processes that it has started.
+            time.sleep(_SECONDS_TO_BE_LOST)
+            raise _ProcessEndedError(ended) from None
         if isinstance(answer, CedError):
             raise answer
         found: list[Rows | AudioError] = answer

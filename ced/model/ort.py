@@ -21,6 +21,7 @@ __all__ = [
     "CPU",
     "PROVIDERS",
     "Device",
+    "ExecutionMode",
     "GraphOptimizationLevel",
     "InferenceSession",
     "SessionOptions",

@@ -1,9 +1,10 @@
 """A folder of Parquet parts that several machines write, each part the rows of some files.
 
 The folder has `run.json` (`{"format": 1, "settings": {...}}`), the rows in `tags/NAME.parquet` or
-`vectors/NAME.parquet`, the files of each part in `files/NAME.parquet` (`FILES`), and `errors.jsonl`, a line for each
-file that failed. NAME is a digest of the files of the part and of their stamps. A part counts once
-`files/NAME.parquet` is there, which is written last, so a part may be written twice, or left half-written.
+`vectors/NAME.parquet`, and at the end of a run `files.parquet` (`FILES`) and `errors.jsonl`, a line for each file that
+failed. NAME is a digest of the files of the part and of their stamps. The files of a part, with those that have no
+rows, are in the metadata of its schema (`ced.files`, JSON), so rows and files are replaced at once, whichever of two
+machines that write the same part is the last.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT_VERSION = 1
-RUN_NAME, FILES_FOLDER = "run.json", "files"
+RUN_NAME, FILES_NAME = "run.json", "files.parquet"
 FILES = (
     "file",
     "seconds",
@@ -35,13 +36,14 @@ FILES = (
     "modified",
 )  # columns; size in bytes, modified in ns since 1970
 _MOST_FILES, _MOST_BYTES = 256, 1 << 28  # of a part: what a machine that is lost may have to do again
+_FILES_KEY = b"ced.files"
 _PARTS_EACH = 8  # parts for each worker, where there are few files
 _AGAIN = "choose another folder, or remove that file to start again"
 
 
 @dataclass(frozen=True)
 class FileResult:
-    """What became of a file: a row of `files/NAME.parquet`."""
+    """What became of a file: a row of `files.parquet`."""
 
     file: str  # as `as_utf8` has it
     seconds: float  # of sound that were processed
@@ -86,8 +88,7 @@ class PartFolder:
         """
         if (self.out / JOURNAL_NAME).exists():
             raise ConfigError(f"{self.out} holds a run of one machine ({JOURNAL_NAME}); choose another folder")
-        for name in (self.rows, FILES_FOLDER):
-            make_folders(self.out, Path(name))
+        make_folders(self.out, Path(self.rows))
         remove_leftovers(self.out)
         path = self.out / RUN_NAME
         now = json.loads(json.dumps({**settings, "rows": self.rows}))
@@ -128,95 +129,83 @@ class PartFolder:
         """Return the files of each part, by the name of the part, the oldest part first.
 
         Raises:
-            StoreError: a table is damaged.
+            StoreError: a part is damaged.
         """
-        paths = (self.out / FILES_FOLDER).glob("*.parquet")
+        paths = (self.out / self.rows).glob("*.parquet")
         ordered = sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name))
-        return {path.stem: list(_read_files(path)) for path in ordered}
+        return {path.stem: _files_of(path) for path in ordered}
 
     def result_of(self, name: str) -> list[FileResult] | None:
         """Return the files of a part, None if it is not there."""
-        path = self.out / FILES_FOLDER / f"{name}.parquet"
-        return list(_read_files(path)) if path.exists() else None
+        path = self._path(name)
+        return _files_of(path) if path.exists() else None
 
-    def rows_path(self, name: str) -> Path:
-        """Return where the rows of a part are."""
+    def write(
+        self, name: str, schema: "pa.Schema", tables: "Iterable[pa.Table]", results: Sequence[FileResult]
+    ) -> None:
+        """Write a part: the rows, and the files that they are of.
+
+        Raises:
+            WriteError: the part cannot be written.
+        """
+        files = json.dumps([[each.file, each.seconds, each.complete, each.error, each.stamp] for each in results])
+        metadata = {**(schema.metadata or {}), _FILES_KEY: files.encode()}
+        with written_aside(self._path(name)) as aside:
+            write_tables(aside, schema.with_metadata(metadata), tables)
+
+    def _path(self, name: str) -> Path:
         return self.out / self.rows / f"{name}.parquet"
-
-    def write_rows(self, name: str, schema: "pa.Schema", tables: "Iterable[pa.Table]") -> None:
-        """Write the rows of a part, before `finish`.
-
-        Raises:
-            WriteError: they cannot be written.
-        """
-        with written_aside(self.rows_path(name)) as aside:
-            write_tables(aside, schema, tables)
-
-    def finish(self, name: str, results: Sequence[FileResult]) -> None:
-        """Write the files of a part whose rows are written.
-
-        Raises:
-            WriteError: the table cannot be written.
-        """
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        kinds = (pa.string(), pa.float64(), pa.bool_(), pa.string(), pa.int64(), pa.int64())
-        schema = pa.schema(list(zip(FILES, kinds, strict=True)), {"ced.parts": str(FORMAT_VERSION)})
-        rows = [(each.file, each.seconds, each.complete, each.error, *(each.stamp or (None, None))) for each in results]
-        columns = [pa.array(column, kind) for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)]
-        with written_aside(self.out / FILES_FOLDER / f"{name}.parquet") as aside:
-            parquet.write_table(pa.Table.from_arrays(columns, schema=schema), aside)
 
     def settle(self, again: Iterable[str] = ()) -> dict[str, FileResult]:
         """Leave the rows of each file in one part, the newest, and return what became of each file.
 
-        Only for one process, while no other writes: rows without a table of files are removed.
-
         Args:
             again: files whose rows are removed, because they are processed again.
         """
-        parts = self.results()
-        for path in (self.out / self.rows).glob("*.parquet"):
-            if path.stem not in parts:
-                path.unlink()
         taken = set(again)
         found: dict[str, FileResult] = {}
-        for name, results in reversed(parts.items()):
+        for name, results in reversed(self.results().items()):
             kept = [each for each in results if each.file not in taken]
-            if len(kept) < len(results):
-                self._keep(name, kept, gone={each.file for each in results if each.file in taken and not each.error})
+            if not kept:
+                self._path(name).unlink()
+            elif len(kept) < len(results):
+                self._keep(name, kept)
             taken |= {each.file for each in kept}
             found.update((each.file, each) for each in kept)
         return found
 
-    def _keep(self, name: str, results: Sequence[FileResult], gone: set[str]) -> None:
-        """Remove the rows of some files from a part."""
-        path = self.rows_path(name)
-        if not results:
-            (self.out / FILES_FOLDER / f"{name}.parquet").unlink()
-            path.unlink(missing_ok=True)
-            return
-        if gone:
-            import pyarrow.compute as pc
-            from pyarrow import parquet
+    def _keep(self, name: str, results: Sequence[FileResult]) -> None:
+        """Leave the rows of these files only in a part."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
 
-            table = _read(path)
-            mask = pc.invert(pc.is_in(table["file"], value_set=_array(sorted(gone))))
-            with written_aside(path) as aside:
-                parquet.write_table(table.filter(mask), aside, compression="zstd")
-        self.finish(name, results)
+        table = _read(self._path(name))
+        files = pa.array([each.file for each in results], pa.string())
+        self.write(name, table.schema, [table.filter(pc.is_in(table["file"], value_set=files))], results)
 
-    def write_errors(self, found: Iterable[FileResult]) -> None:
-        """Write `errors.jsonl`: a line for each file that failed, or no file if none did."""
+    def finish(self, found: Iterable[FileResult]) -> None:
+        """Write what became of files: the table `files.parquet`, and `errors.jsonl`, or no such file if none failed.
+
+        Raises:
+            WriteError: a file cannot be written.
+        """
+        import pyarrow as pa
+
+        results = list(found)
+        kinds = (pa.string(), pa.float64(), pa.bool_(), pa.string(), pa.int64(), pa.int64())
+        schema = pa.schema(list(zip(FILES, kinds, strict=True)), {"ced.parts": str(FORMAT_VERSION)})
+        rows = [(each.file, each.seconds, each.complete, each.error, *(each.stamp or (None, None))) for each in results]
+        with written_aside(self.out / FILES_NAME) as aside:
+            table = [dict(zip(FILES, row, strict=True)) for row in rows]
+            write_tables(aside, schema, [pa.Table.from_pylist(table, schema=schema)])
         path = self.out / ERRORS_NAME
-        lines = [json_line({"file": each.file, "error": each.error}) + "\n" for each in found if each.error]
-        if not lines:
+        lines = [json_line({"file": each.file, "error": each.error}) + "\n" for each in results if each.error]
+        if lines:
+            with written_aside(path) as aside:
+                aside.write_text("".join(lines), encoding="utf-8")
+        else:
             with writing(path):
                 path.unlink(missing_ok=True)
-            return
-        with written_aside(path) as aside:
-            aside.write_text("".join(lines), encoding="utf-8")
 
 
 def plan(inputs: Sequence[InputSound], workers: int) -> Iterator[Part]:
@@ -257,29 +246,29 @@ def _part(some: Sequence[tuple[InputSound, Stamp | None]]) -> Part:
     return Part(inputs, stamps)
 
 
-def _read_files(path: Path) -> Iterator[FileResult]:
-    table = _read(path)
-    if missing := set(FILES) - set(table.column_names):
-        raise StoreError(f"{path} has no column {min(missing)}; {_AGAIN}")
-    for row in table.to_pylist():
-        stamp = None if row["size"] is None else (row["size"], row["modified"])
-        yield FileResult(row["file"], row["seconds"], row["complete"], row["error"], stamp)
-
-
-def _read(path: Path) -> "pa.Table":
+def _files_of(path: Path) -> list[FileResult]:
+    """Return the files of a part."""
     with optional_packages("a folder of parts"):
         import pyarrow as pa
         from pyarrow import parquet
     try:
+        values = json.loads(parquet.read_schema(path).metadata[_FILES_KEY])
+        return [
+            FileResult(str(file), float(seconds), bool(complete), error, stamp and (int(stamp[0]), int(stamp[1])))
+            for file, seconds, complete, error, stamp in values
+        ]
+    except (OSError, pa.ArrowException, ValueError, LookupError, TypeError) as error:
+        raise StoreError(f"{path} is damaged, or not a part; {_AGAIN}") from error
+
+
+def _read(path: Path) -> "pa.Table":
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
         return parquet.ParquetFile(path).read()
     except (OSError, pa.ArrowException) as error:
         raise StoreError(f"{path} is damaged ({' '.join(str(error).split())}); {_AGAIN}") from error
-
-
-def _array(values: Sequence[str]) -> "pa.Array":
-    import pyarrow as pa
-
-    return pa.array(values, pa.string())
 
 
 def _short(value: Any) -> str:

@@ -8,6 +8,7 @@ import pytest
 import soundfile
 
 from ced.errors import AudioError, CheckpointError
+from ced.integrations import ray
 from ced.integrations.ray import Model, Rows, Tagging, _Reader
 from ced.tag.inputs import InputSound
 from tests.crashing import POISONED, crashing_site
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def sounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[InputSound]:
     """Three sounds, the second of which crashes its reader, and a file that is none."""
+    monkeypatch.setattr(ray, "_SECONDS_TO_BE_LOST", 0.0)
     monkeypatch.setenv("PYTHONPATH", f"{crashing_site(tmp_path)}{os.pathsep}{ROOT}")
     paths = [tmp_path / name for name in ("a.wav", POISONED, "b.wav")]
     for path in paths:

@@ -40,9 +40,9 @@ class AcceleratedSession:
             raise RuntimeError("CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version")
         self._real = RealSession(path, options, providers=[CPU])
         self._providers = [name for name, _ in self.wanted if self.usable or name == CPU]
-        self._lock, self.shapes, self.threads = Lock(), [], set()
-        self.shapes: list[tuple[int, ...]]
-        self.threads: set[str]
+        self._lock = Lock()
+        self.shapes: list[tuple[int, ...]] = []
+        self.threads: set[str] = set()
         type(self).opened.append(self)
 
     def get_providers(self) -> list[str]:
@@ -74,7 +74,7 @@ def accelerated(monkeypatch: pytest.MonkeyPatch) -> type[AcceleratedSession]:
     class Session(AcceleratedSession):
         opened: list[AcceleratedSession] = []  # noqa: RUF012
 
-    monkeypatch.setattr(ort.onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider", CUDA, CPU])
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["TensorrtExecutionProvider", CUDA, CPU])
     monkeypatch.setattr(ort, "InferenceSession", Session)
     return Session
 
@@ -105,7 +105,7 @@ def test_a_device_is_one_that_onnx_runtime_has() -> None:
 def test_auto_is_an_accelerator_if_there_is_one(
     monkeypatch: pytest.MonkeyPatch, providers: list[str], device: str
 ) -> None:
-    monkeypatch.setattr(ort.onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
     assert ort.find_device("auto").name == device
 
 
@@ -126,7 +126,7 @@ def test_a_graph_runs_on_the_device_that_is_named(accelerated: type[AcceleratedS
 def test_directml_is_opened_as_its_documentation_asks(
     accelerated: type[AcceleratedSession], graph: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ort.onnxruntime, "get_available_providers", lambda: ["DmlExecutionProvider", CPU])
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["DmlExecutionProvider", CPU])
     assert OnnxModel(graph, device="directml").accelerated
     options = accelerated.opened[-1].options
     assert not options.enable_mem_pattern

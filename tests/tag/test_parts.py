@@ -34,17 +34,13 @@ def write(folder: PartFolder, name: str, items: Sequence[InputSound], prob: floa
     """Write a part with two rows for each file, none for those that failed."""
     names = [item.name for item in items if item.name not in failed]
     table = pa.table({"file": [name for name in names for _ in range(2)], "prob": [prob] * 2 * len(names)}, SCHEMA)
-    folder.write_rows(name, SCHEMA, [table])
-    folder.finish(
-        name,
-        [
-            FileResult(
-                item.name, 1.5, item.name not in failed, "damaged" if item.name in failed else None, stamp_of(item)
-            )
-            for item in items
-        ],
-    )
-    path = folder.out / "files" / f"{name}.parquet"
+    errors = ["damaged" if item.name in failed else None for item in items]
+    results = [
+        FileResult(item.name, 1.5, error is None, error, stamp_of(item))
+        for item, error in zip(items, errors, strict=True)
+    ]
+    folder.write(name, SCHEMA, [table], results)
+    path = folder.out / "tags" / f"{name}.parquet"
     parts = len(list(path.parent.iterdir()))
     os.utime(path, ns=(parts, parts))  # written one after the other, however coarse the clock
 
@@ -65,12 +61,14 @@ def test_a_file_in_two_parts_keeps_the_rows_of_the_newest(folder: PartFolder, tm
     assert folder.settle() == found
 
 
-def test_rows_that_were_not_finished_are_removed(folder: PartFolder, tmp_path: Path) -> None:
-    write(folder, "x", given(tmp_path, "a"), 0.25)
-    folder.write_rows("y", SCHEMA, [pa.table({"file": ["b"], "prob": [0.5]}, SCHEMA)])
-    folder.settle()
-    assert rows(folder) == [("a", 0.25)] * 2
-    assert [path.name for path in (folder.out / "tags").iterdir()] == ["x.parquet"]
+def test_a_part_that_two_machines_write_is_that_of_the_last(folder: PartFolder, tmp_path: Path) -> None:
+    items = given(tmp_path, "a", "b")
+    write(folder, "x", items, 0.25)
+    write(folder, "x", items, 0.5, failed=["b"])
+    assert rows(folder) == [("a", 0.5)] * 2
+    assert {name: result.error for name, result in folder.settle().items()} == {"a": None, "b": "damaged"}
+    assert folder.result_of("x") == folder.results()["x"]
+    assert folder.result_of("y") is None
 
 
 def test_files_that_failed_or_changed_are_done_again(folder: PartFolder, tmp_path: Path) -> None:
@@ -90,10 +88,15 @@ def test_files_that_failed_or_changed_are_done_again(folder: PartFolder, tmp_pat
 def test_failures_are_listed(folder: PartFolder, tmp_path: Path) -> None:
     items = given(tmp_path, "a", "b")
     write(folder, "x", items, 0.25, failed=["b"])
-    folder.write_errors(folder.settle().values())
+    folder.finish(folder.settle().values())
     assert json.loads((folder.out / "errors.jsonl").read_text()) == {"file": "b", "error": "damaged"}
+    size, modified = stamp_of(items[0]) or (0, 0)
+    files = parquet.read_table(folder.out / "files.parquet").to_pylist()
+    expected = {"file": "a", "seconds": 1.5, "complete": True, "error": None, "size": size, "modified": modified}
+    assert files[0] == expected
+    assert (files[1]["file"], files[1]["complete"], files[1]["error"]) == ("b", False, "damaged")
     write(folder, "y", items[1:], 0.5)
-    folder.write_errors(folder.settle().values())
+    folder.finish(folder.settle().values())
     assert not (folder.out / "errors.jsonl").exists()
 
 
@@ -146,14 +149,15 @@ def test_a_machine_that_sees_another_folder_writes_nothing(folder: PartFolder, t
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 no table PAR1", b"[]"])
-def test_damaged_tables_are_errors(folder: PartFolder, content: bytes) -> None:
-    path = folder.out / "files" / "x.parquet"
+def test_damaged_parts_are_errors(folder: PartFolder, content: bytes) -> None:
+    path = folder.out / "tags" / "x.parquet"
     path.write_bytes(content)
     with pytest.raises(StoreError, match=r"x\.parquet is damaged"):
         folder.settle()
-    parquet.write_table(pa.table({"file": ["a"]}), path)
-    with pytest.raises(StoreError, match=r"x\.parquet has no column complete"):
-        folder.settle()
+    for metadata in (None, {"ced.files": "[1]"}, {"ced.files": '[["a", 1.5, true, null, [1]]]'}):
+        parquet.write_table(pa.table({"file": ["a"]}).replace_schema_metadata(metadata), path)
+        with pytest.raises(StoreError, match=r"x\.parquet is damaged"):
+            folder.settle()
     (folder.out / "run.json").write_bytes(content)
     with pytest.raises(StoreError, match=r"run\.json is damaged"):
         folder.begin({"model": "a"})

@@ -22,8 +22,8 @@ class Model:
     """Answers with the first sample of each wave; the first call waits until `go` is set."""
 
     def __init__(self) -> None:
-        self.began, self.go, self.sizes = Event(), Event(), []
-        self.sizes: list[int]
+        self.began, self.go = Event(), Event()
+        self.sizes: list[int] = []
 
     def __call__(self, waves: Waves) -> Waves:
         self.sizes.append(len(waves))
