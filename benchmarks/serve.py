@@ -29,7 +29,7 @@ import numpy as np
 import soundfile
 import torch
 
-from ced.machine import cores
+from ced.environment import cores
 from ced.model import loading, zoo
 from ced.model.vit import CED
 

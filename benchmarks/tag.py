@@ -29,8 +29,7 @@ from numpy.typing import NDArray
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ced.model.graph.compare import export_int8
-from ced.model.graph.export import export
-from ced.model.graph.int8 import int8_path
+from ced.model.graph.export import export, int8_path
 from ced.model.loading import weights_of
 from ced.model.ort import open_session
 from ced.model.runtime import OnnxModel

@@ -25,8 +25,7 @@ import torch
 
 from ced.model import loading
 from ced.model.graph.compare import export_int8
-from ced.model.graph.export import export
-from ced.model.graph.int8 import int8_path
+from ced.model.graph.export import export, int8_path
 from ced.model.loading import weights_of
 from ced.model.vit import CED
 from ced.model.zoo import MODELS

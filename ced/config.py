@@ -143,13 +143,33 @@ class LossArgs(Section):
     reduction: Literal["none", "mean"] = "mean"
 
 
+class TeacherEntry(Section):
+    """One teacher of a store; a text alone is its name."""
+
+    name: str = Field(min_length=1)  # a model name, a checkpoint, hf:REPO, hf:FOLDER, onnx:FILE or module:callable
+    weight: float = Field(1.0, gt=0, le=1e6)  # in the mean of the teachers
+    batch_size: Positive | None = None  # chunks a forward pass; null: that of the store
+    device: str | None = None  # as torch names it; null: that of the process
+    mode: Mode | None = None  # precision; null: that of the store
+
+
+def _teacher_entries(value: Any) -> Any:
+    """Accept one teacher for a list of them, and a text for a teacher that is only named."""
+    entries = value if isinstance(value, list) else [value]
+    return [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
 class StoreConfig(Section):
     """Keys of `ced store`."""
 
     train_data: UserPath = Field(description="table of the audio pack (labels/<stem>.tsv)")
     outputpath: UserPath = Field(Path("logits"), description="folder for view stores")
-    model: str | list[str] = Field(
-        description="teacher, or list of teachers: a model name, a checkpoint, or module:callable"
+    model: Annotated[list[TeacherEntry], BeforeValidator(_teacher_entries)] = Field(
+        description="teacher or list of teachers: a model name, a checkpoint, hf:REPO, hf:FOLDER, onnx:FILE, "
+        "module:callable, or {name, weight, batch_size, device, mode}"
+    )
+    classes: UserPath | None = Field(
+        None, description="class table (index, name) of the store, or audioset; null: that of the teachers"
     )
     model_args: dict[str, Any] = Field({}, description="pooling, target_length of the teachers")
     epochs: Positive = Field(40, description="views stored of each chunk")
@@ -165,7 +185,7 @@ class StoreConfig(Section):
     seed: Seed = Field(42, description="seed from which the seeds of the views are drawn")
 
 
-class LoopConfig(Section):
+class TrainerConfig(Section):
     """Keys that all training commands share."""
 
     command: str  # that trains with this configuration: an experiment is resumed by the command that began it
@@ -200,7 +220,7 @@ class LoopConfig(Section):
         return self
 
 
-class TaggerConfig(LoopConfig):
+class TaggerConfig(TrainerConfig):
     """Keys of the commands that train a tagger, which can be validated on a labelled table."""
 
     eval_data: UserPath | None = Field(None, description="labelled table to validate on; null: none")
@@ -232,7 +252,7 @@ class FinetuneConfig(TaggerConfig):
 
     command: Literal["finetune"] = "finetune"
     classes: UserPath | None = Field(None, description="class table (index, name); audioset or null: AudioSet's 527")
-    task: Literal["multi", "single"] = Field("multi", description="any number of classes a clip, or exactly one")
+    task: Literal["multi", "single"] = Field("multi", description="classes of a clip: any number, or exactly one")
     balanced: bool = Field(False, description="draw clips so that all classes are equally frequent")
     label_smoothing: float = Field(
         0.0,
@@ -274,12 +294,12 @@ class PretrainOptimizerArgs(OptimizerArgs):
     weight_decay: float = Field(5e-7, ge=0)
 
 
-class PretrainConfig(LoopConfig):
+class PretrainConfig(TrainerConfig):
     """Keys of `ced pretrain`: train a masked autoencoder on any clips; the defaults are the published values."""
 
     command: Literal["pretrain"] = "pretrain"
     refused = dict.fromkeys(
-        TaggerConfig.model_fields.keys() - LoopConfig.model_fields.keys(),
+        TaggerConfig.model_fields.keys() - TrainerConfig.model_fields.keys(),
         "pre-training uses no labels: there is no validation and no mixup, and last.safetensors is the result",
     )
 
@@ -307,12 +327,12 @@ class PretrainConfig(LoopConfig):
         return values
 
 
-CONFIGS: Mapping[str, type[Section]] = {
+CONFIGS: Mapping[str, type[Section]] = {  # by command
     "store": StoreConfig,
     "train": TrainConfig,
     "finetune": FinetuneConfig,
     "pretrain": PretrainConfig,
-}  # by command
+}
 
 C = TypeVar("C", bound=Section)
 
@@ -360,7 +380,7 @@ def command_of(path: Path) -> str:
         ConfigError: the file cannot be read, or is for no training command.
     """
     values = read_file(path)
-    kinds = {name: kind for name, kind in CONFIGS.items() if issubclass(kind, LoopConfig)}
+    kinds = {name: kind for name, kind in CONFIGS.items() if issubclass(kind, TrainerConfig)}
     if "command" in values:
         found = [name for name in kinds if name == values["command"]]
     else:
@@ -507,9 +527,9 @@ def _explain(kind: type[Section], problem: Any) -> str:
 def _section_at(kind: type[Section], place: Sequence[int | str]) -> type[Section]:
     """Return the class of the section at a place of a configuration."""
     for part in place:
+        if isinstance(part, int):  # an item of a list of sections
+            continue
         annotation = kind.model_fields[str(part)].annotation
-        inner = [
-            one for one in (annotation, *get_args(annotation)) if isinstance(one, type) and issubclass(one, Section)
-        ]
+        inner = [one for one in _kinds(annotation) if isinstance(one, type) and issubclass(one, Section)]
         kind = inner[0]
     return kind

@@ -1,11 +1,11 @@
-"""What can go wrong, as one family of exceptions: the command line turns any of them into one line."""
+"""The exceptions of this package; the command line prints any of them in one line."""
 
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-DISTRIBUTION = "ced-audio"  # the name of this project on the package index; the name "ced" there is another project's
-# Optional modules: the package that brings each, and the smallest extra of this project that installs it.
+DISTRIBUTION = "ced-audio"  # on the package index, where "ced" is another project
+# Optional modules: the package of each, and the smallest extra of this project that installs it.
 _OPTIONAL = {
     "accelerate": ("accelerate", "hf"),
     "av": ("av", "media"),
@@ -30,12 +30,12 @@ _OPTIONAL = {
 
 
 class CedError(Exception):
-    """Base of every error this package raises on purpose; its message says what came and what is allowed.
+    """Base of all errors that this package raises; the message states the value given and the values allowed.
 
     Attributes:
-        message: one line about this very case.
+        message: one line about this case.
         details: further lines, such as each error of a configuration.
-        hint: what is allowed or would help, where that is the same for every error of the kind; it ends the first line.
+        hint: what is allowed or would help, where that is the same for all errors of the kind; it ends the first line.
     """
 
     def __init__(self, message: str = "", *, details: Iterable[str] = (), hint: str = "") -> None:
@@ -48,16 +48,16 @@ class CedError(Exception):
 
 
 class AudioError(CedError):
-    """A sound that cannot be read: missing, empty, of an unknown kind, or with samples that are not numbers.
+    """A sound that cannot be read: missing, empty, of an unknown format, or with invalid samples.
 
     Attributes:
-        reason: what is wrong, without the name.
-        name: what the sound is called; None where `reason` says it all.
+        reason: the problem, without the name.
+        name: of the sound; None where `reason` names it.
     """
 
     def __init__(self, reason: str, name: str | None = None, *, hint: str = "") -> None:
         super().__init__(reason if name is None else f"{name}: {reason}", hint=hint)
-        self.args = reason, name  # what copies of it are made from
+        self.args = reason, name  # for copying and pickling
         self.reason, self.name = reason, name
 
 
@@ -66,7 +66,7 @@ class TooLongError(AudioError):
 
 
 class ConfigError(CedError):
-    """A configuration or an option that is unknown, of the wrong type, or contradicts another."""
+    """A configuration or an option that is unknown, of the wrong type, out of range, or contradicts another."""
 
 
 class TableError(CedError):
@@ -74,25 +74,25 @@ class TableError(CedError):
 
 
 class CheckpointError(CedError):
-    """Weights that do not fit the network, or a file that holds none."""
+    """A model that cannot be loaded or used: an unknown name, a damaged file, or weights that do not fit."""
 
 
 class WriteError(CedError, OSError):
-    """A file that cannot be written: the disk is full, a folder is read-only, a link leads elsewhere.
+    """A file that cannot be written: the disk is full, a folder is read-only, or the path is a link.
 
     Attributes:
-        path: the file, as the user named it or as it follows from that.
+        path: the file.
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
         """Explain why `path` cannot be written."""
         self.path = os.fspath(path)
         super().__init__(f"cannot write {self.path}: {reason}")
-        self.args = self.path, reason  # what copies of it are made from
+        self.args = self.path, reason  # for copying and pickling
 
 
 class DownloadError(CedError):
-    """A file that is not here and could not be fetched."""
+    """A file that is not cached and could not be downloaded."""
 
 
 class ChecksumError(DownloadError):
@@ -104,27 +104,27 @@ class PackError(CedError):
 
 
 class StoreError(CedError):
-    """A view store that is incomplete, of another format version, or written under other settings."""
+    """A view store that is incomplete, of another format version, or written with other settings."""
 
 
 class TrainingError(CedError):
-    """Training whose numbers are no longer finite, or an experiment that cannot be continued."""
+    """Training with values that are not finite, or an experiment that cannot be resumed."""
 
 
 class ExportError(CedError):
-    """An exported graph that does not answer as its network does."""
+    """A network that cannot be exported, or a graph whose scores differ from its network's."""
 
 
 class ProcessError(CedError):
-    """A run of several processes that cannot begin, or that one of them has left."""
+    """A run of several processes that cannot start, or of which one has failed."""
 
 
 class BusyError(CedError):
-    """A place that another process is writing to."""
+    """An output that another process is writing to."""
 
 
 class ClosedError(CedError):
-    """Work that was still going on when whoever does it was closed."""
+    """Work that was cancelled, or that was still running when its owner was closed."""
 
 
 class MissingPackageError(CedError, ImportError):
@@ -137,11 +137,11 @@ class MissingPackageError(CedError, ImportError):
     """
 
     def __init__(self, module: str, purpose: str = "") -> None:
-        """Explain which package brings `module`; `purpose` says what needs it, as the subject of a sentence."""
+        """Name the package of `module`; `purpose` is what needs it, as the subject of a sentence."""
         self.package, self.extra = _OPTIONAL[module]
         self.command = install_command(self.extra)
         super().__init__(f"{purpose or 'this'} needs the package {self.package}: {self.command}")
-        self.args = module, purpose  # what copies of it are made from
+        self.args = module, purpose  # for copying and pickling
 
 
 def install_command(extra: str) -> str:
@@ -151,7 +151,7 @@ def install_command(extra: str) -> str:
 
 @contextmanager
 def optional_packages(purpose: str = "") -> Iterator[None]:
-    """Import optional packages inside: one that is missing raises `MissingPackageError`.
+    """Import optional packages inside the `with` block: a missing one raises `MissingPackageError`.
 
     Args:
         purpose: what needs them, as the subject of the error's sentence.

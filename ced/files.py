@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and never written through a link that leads elsewhere."""
+"""Safe writing: files are replaced atomically, never written through links, and claimed by one process at a time."""
 
 import errno
 import hashlib
@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 from ced.errors import BusyError, CedError, WriteError
 
 _LONGEST_NAME, _LONGEST_STEM = 255, 200  # bytes that file systems allow; bytes of a name that temporary files keep
-_STALE = 86_400.0  # seconds without a change, after which a temporary file counts as left behind by a killed process
-_LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.partial$")  # how the names of temporary files end
+_STALE = 86_400.0  # seconds without a change, after which a temporary file is taken for one of a killed process
+_LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.partial$")  # the end of the names of temporary files
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # error numbers of a full disk or a used-up quota
-_LINKS = {errno.ELOOP, errno.EMLINK}  # what opening a link with O_NOFOLLOW fails with; FreeBSD: EMLINK
+_LINKS = {errno.ELOOP, errno.EMLINK}  # errors of opening a link with O_NOFOLLOW; FreeBSD's is EMLINK
 _FULL_WORDS = re.compile(r"no space left|errno = 28\b|os error 28\b|disk quota exceeded", re.I)  # of HDF5, Rust, C++
 _swept: set[Path] = set()  # folders that this process has searched for stale files
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -26,16 +26,16 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getat
 
 @contextmanager
 def written_aside(path: Path, sync: bool = True) -> Iterator[Path]:
-    """Give a temporary file beside `path` to write to; what is there at the end takes the place of `path` at once.
+    """Yield a temporary file beside `path` to write to; at the end it replaces `path` atomically.
 
-    The temporary file is new, in the same folder and under a random name, so that nothing placed there beforehand is
-    written through. When writing fails, it is removed and `path` is as it was. What a killed process left is removed by
+    The temporary file is new and has a random name, so that no link placed in the folder beforehand is written through.
+    When writing fails, it is removed and `path` is unchanged. That of a killed process is removed by
     `remove_leftovers`, or a day later by the next process that writes into the folder. A link at `path` is replaced,
     not followed.
 
     Args:
         path: the file to write.
-        sync: wait until it is on disk, so that a power cut leaves the old file or the new one.
+        sync: wait until it is on disk, so that after a power cut either the old file or the new one is there.
 
     Raises:
         WriteError: the disk is full, the folder cannot be written to, or `path` is a folder or a device.
@@ -46,7 +46,7 @@ def written_aside(path: Path, sync: bool = True) -> Iterator[Path]:
         aside = _temporary(path)
         try:
             yield aside
-            with _opened(aside, os.O_RDWR) as written:  # whatever wrote it, it is still a file and no link
+            with _opened(aside, os.O_RDWR) as written:  # still a regular file, not a link
                 if sync:
                     os.fsync(written.fileno())
             aside.replace(path)
@@ -57,7 +57,7 @@ def written_aside(path: Path, sync: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn whatever a full disk or a read-only folder leads to into an error that names `path`.
+    """Turn the errors of a full disk or a read-only folder into an error that names `path`.
 
     Raises:
         WriteError: writing `path` failed.
@@ -71,7 +71,7 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno in FULL or unnamed or _is_beside(error.filename, path):
             raise WriteError(path, _reason(error)) from error
         raise
-    except Exception as error:  # libraries in C++ and Rust have errors of their own
+    except Exception as error:  # C++ and Rust libraries raise errors of their own
         if _FULL_WORDS.search(str(error)) or _is_full(path):
             raise WriteError(path, os.strerror(errno.ENOSPC)) from error
         raise
@@ -86,7 +86,7 @@ def _is_beside(name: object, path: Path) -> bool:
 
 
 def _is_full(path: Path) -> bool:
-    """Return whether not a single block is free where `path` is."""
+    """Return whether the file system of `path` has no free block."""
     if not hasattr(os, "statvfs"):
         return False
     try:
@@ -96,7 +96,7 @@ def _is_full(path: Path) -> bool:
 
 
 def _reason(error: OSError) -> str:
-    """Return what went wrong, in a few words; HDF5 and Arrow say far more."""
+    """Return the reason in a few words; the messages of HDF5 and Arrow are long."""
     if error.errno in _LINKS:
         return "it is a link"
     if error.errno is not None and error.errno in FULL:
@@ -116,7 +116,7 @@ def _check_replaceable(path: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    """Make an empty file of a new name in the folder of `path`."""
+    """Create an empty file with a new name in the folder of `path`."""
     while True:
         aside = path.with_name(f"{_stem(path)}.{secrets.token_hex(4)}.partial")
         with suppress(FileExistsError):
@@ -125,16 +125,16 @@ def _temporary(path: Path) -> Path:
 
 
 def name_with(name: str, suffix: str) -> str:
-    """Return a name with a suffix behind it; one too long for file systems is cut, and ends with a digest of itself."""
+    """Return a name with a suffix appended; one too long for file systems is shortened, and ends with its digest."""
     whole = name + suffix
     if len(os.fsencode(whole)) <= _LONGEST_NAME:
         return whole
     end = f"~{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}{suffix}"
-    return cut(name, _LONGEST_NAME - len(os.fsencode(end))) + end
+    return cut_name(name, _LONGEST_NAME - len(os.fsencode(end))) + end
 
 
-def cut(text: str, size: int) -> str:
-    """Return as many characters from the beginning of a name as have at most `size` bytes in a file system."""
+def cut_name(text: str, size: int) -> str:
+    """Shorten a name to at most `size` bytes in a file system."""
     text = text[: max(size, 0)]
     while len(os.fsencode(text)) > size:
         text = text[:-1]
@@ -142,12 +142,12 @@ def cut(text: str, size: int) -> str:
 
 
 def _stem(path: Path) -> str:
-    """Return the name of `path`, shortened if its temporary file's would be too long for a file system."""
-    return cut(path.name, _LONGEST_STEM)
+    """Return the name of `path`, shortened if that of its temporary file would be too long for a file system."""
+    return cut_name(path.name, _LONGEST_STEM)
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove what killed processes left in a folder long ago; once in a process, as folders may be large."""
+    """Remove old temporary files of killed processes from a folder; once per process, as folders may be large."""
     if folder in _swept:
         return
     _swept.add(folder)
@@ -160,9 +160,9 @@ def _remove_stale(folder: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove the temporary files that killed processes left of the file `path` or, if it is a folder, of all below it.
+    """Remove the temporary files of killed processes, of the file `path` or, if it is a folder, of all files below it.
 
-    Only for files that no other process writes now, as `claimed` assures. Links are not followed.
+    No other process may be writing these files, which `claimed` ensures. Links are not followed.
     """
     stem = None if path.is_dir() else _stem(path)
     for place, folders, names in os.walk(path if stem is None else path.parent):
@@ -175,35 +175,35 @@ def remove_leftovers(path: Path) -> None:
 
 
 def make_folders(root: Path, relative: Path) -> Path:
-    """Make the folder `relative` below `root`, and what is missing of `root` itself.
+    """Create the folder `relative` below `root`, and missing parts of `root` itself.
 
-    `root` may lie behind links, as the user named it; nothing below it may, so that what is written stays below it.
+    The path of `root` may contain links; that below it may not, so that all outputs stay below `root`.
 
     Raises:
-        WriteError: `relative` is absolute, or a part of it is a link, leads upwards, or cannot be made.
+        WriteError: `relative` is absolute, or a part of it is a link, is "..", or cannot be created.
     """
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
     if relative.anchor:
-        raise WriteError(relative, f"it leads out of {root}")
+        raise WriteError(relative, f"it is outside of {root}")
     folder = root
     for part in relative.parts:
         folder = folder / part
         if part == "..":
-            raise WriteError(folder, f"it leads out of {root}")
+            raise WriteError(folder, f"it is outside of {root}")
         with writing(folder), suppress(FileExistsError):
             folder.mkdir()
         if folder.is_symlink() or not folder.is_dir():
             what = "a link" if folder.is_symlink() else "not a folder"
-            raise WriteError(folder, f"it is {what}, and outputs stay within {root}")
+            raise WriteError(folder, f"it is {what}; outputs must stay within {root}")
     return folder
 
 
 def open_to_append(path: Path) -> BinaryIO:
-    """Open a file for reading and appending, made if it is missing; never through a link, and no FIFO or device.
+    """Open a regular file for reading and appending, created if it is missing; links are not followed.
 
     Raises:
-        WriteError: it is one of these, or cannot be opened.
+        WriteError: it is a link or not a regular file, or cannot be opened.
     """
     with writing(path):
         return _opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
@@ -219,9 +219,9 @@ def _opened(path: Path, flags: int) -> BinaryIO:
 
 
 class HeldWriter:
-    """A file to write to that never raises: the first error is held, and what comes after it is dropped.
+    """A file to write to that never raises: the first error is stored, and everything written after it is dropped.
 
-    It is for C libraries that crash, print tracebacks or lose the error when the file they write to raises one.
+    For C libraries that crash, print tracebacks or lose the error when the file they write to raises one.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -229,7 +229,7 @@ class HeldWriter:
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write bytes at the current place."""
+        """Write bytes at the current offset."""
         rest = memoryview(data).cast("B")
         size = len(rest)
         try:
@@ -240,7 +240,7 @@ class HeldWriter:
         return size
 
     def truncate(self, size: int | None = None) -> int:
-        """Give the file a size."""
+        """Resize the file."""
         try:
             return self._file.truncate(size) if self.error is None else size or 0
         except OSError as error:
@@ -248,22 +248,22 @@ class HeldWriter:
             return size or 0
 
     def read(self, size: int = -1) -> bytes:
-        """Read bytes from the current place."""
+        """Read bytes from the current offset."""
         return self._file.read(size)
 
     def readinto(self, buffer: Any) -> int:
-        """Read bytes from the current place; zeros stand for what was dropped."""
+        """Read bytes from the current offset; dropped bytes are zeros."""
         view = memoryview(buffer).cast("B")
         read = self._file.readinto(view)  # type: ignore[attr-defined]
         view[read:] = bytes(len(view) - read)
         return len(view)
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Go to a place."""
+        """Go to an offset."""
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
-        """Return the current place."""
+        """Return the current offset."""
         return self._file.tell()
 
     def flush(self) -> None:
@@ -272,7 +272,7 @@ class HeldWriter:
 
 @contextmanager
 def errors_held(path: Path) -> Iterator[HeldWriter]:
-    """Open a file to write to, and raise the first error of it at the end, instead of whatever that error led to."""
+    """Open a file to write to, and raise its first error at the end, instead of any that follow from it."""
     with open(path, "w+b", buffering=0) as file:
         held = HeldWriter(file)
         try:
@@ -284,13 +284,13 @@ def errors_held(path: Path) -> Iterator[HeldWriter]:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
-    """Keep other processes from writing `path` as long as this one does; a kill releases it.
+    """Keep other processes from writing `path` inside the `with` block; a kill releases the claim.
 
     Raises:
         BusyError: another process is writing it.
-        WriteError: the folder cannot be made or written to.
+        WriteError: the folder cannot be created or written to.
     """
-    from filelock import FileLock, Timeout  # takes longer to import than most commands need it
+    from filelock import FileLock, Timeout  # slow to import, and few commands need it
 
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -301,7 +301,7 @@ def claimed(path: Path) -> Iterator[None]:
         try:
             lock.acquire()
         except Timeout as error:
-            raise BusyError(f"another process is writing {path}; wait for it, or choose another place") from error
+            raise BusyError(f"another process is writing {path}; wait for it, or choose another output") from error
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 class Submit(Protocol):
-    """How work is handed to threads; `Executor.submit` is one."""
+    """A function that submits work to threads, such as `Executor.submit`."""
 
     def __call__(self, work: Callable[[T], R], item: T, /) -> Future[R]:
         """Start `work(item)` and return its future."""
@@ -21,14 +21,14 @@ class Submit(Protocol):
 def in_order(work: Callable[[T], R], items: Iterable[T], submit: Submit, ahead: int) -> Iterator[R]:
     """Yield `work(item)` for each item, in the order of the items.
 
-    Items are taken in the caller's thread. An exception that `items` raises comes after the results of the items
-    before it; one that `work` raises comes in place of its result. What was not started is then cancelled.
+    Items are taken in the caller's thread. An exception of `items` is raised after the results of the items before it,
+    one of `work` in place of its result. Work that has not started is then cancelled.
 
     Args:
         work: called in other threads.
-        items: what it is called with.
+        items: its arguments.
         submit: starts the work, such as the method of an executor.
-        ahead: how many items may be submitted before the result that is due.
+        ahead: items that may be submitted before the first result is taken.
     """
     waiting: deque[Future[R]] = deque()
     rest = iter(items)
@@ -58,17 +58,17 @@ def in_order(work: Callable[[T], R], items: Iterable[T], submit: Submit, ahead: 
 def attempts(
     work: Callable[[T], R], items: Iterable[T], jobs: int, *, name: Callable[[T], str], ahead: int = 32
 ) -> Iterator[R | AudioError]:
-    """Yield for each sound `work(item)`, or the error of one that cannot be read, in the order of the items.
+    """Yield `work(item)` for each sound, or its error if it cannot be read, in the order of the items.
 
     Args:
         work: called in `jobs` threads of its own.
-        items: what it is called with, one for each sound.
-        jobs: sounds that are worked on at a time.
-        name: the name of an item's sound, for errors.
-        ahead: sounds that may be done before the one whose result is due.
+        items: its arguments, one for each sound.
+        jobs: sounds processed at a time.
+        name: returns the name of an item's sound, for errors.
+        ahead: sounds that may be finished before the first result is taken.
 
     Raises:
-        CedError: `work` raised one that is not about a single sound, that is, no AudioError.
+        CedError: an error of `work` that is not about one sound, that is, not an AudioError.
     """
 
     def attempt(item: T) -> R | AudioError:

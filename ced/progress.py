@@ -1,4 +1,4 @@
-"""How long work reports that it advances; what becomes of a report is up to the caller."""
+"""How long work reports its progress; the caller decides how to show it."""
 
 from typing import Protocol
 
@@ -6,16 +6,12 @@ from typing import Protocol
 class Progress(Protocol):
     """Called as work advances."""
 
-    def __call__(self, task: str, done: int, total: int) -> None:
-        """Take one report: `done` of `total` steps of `task` are finished (done == total ends the task)."""
+    def __call__(self, task: str, done: int, total: int, note: str = "", /) -> None:
+        """Take one report: `done` of `total` steps of `task` are finished, all of them when the two are equal.
+
+        `note` is shown after the numbers.
+        """
 
 
-class NotedProgress(Protocol):
-    """A `Progress` that can be told more than a number of steps."""
-
-    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
-        """Take one report; `note` is shown behind the numbers."""
-
-
-def silent(task: str, done: int, total: int, note: str = "") -> None:
+def silent(task: str, done: int, total: int, note: str = "", /) -> None:
     """Ignore every report; the default of library calls."""

@@ -1,4 +1,4 @@
-"""Text from outside (names, labels, messages) made safe for terminals, tables and JSON; text files in any encoding."""
+"""Untrusted text (names, labels, messages) made safe for terminals, tables and JSON; text files of any encoding."""
 
 import csv
 import io
@@ -10,24 +10,24 @@ from typing import Any, TextIO
 
 # Control characters (C0, DEL, C1), line and paragraph separators, lone surrogates (bytes of a file name that are not
 # UTF-8), and format characters: bidirectional marks and overrides, invisible operators, tags. The zero-width joiners
-# (U+200C, U+200D) stay: Persian, Indic scripts and emoji are written with them.
+# (U+200C, U+200D) are kept: Persian, Indic scripts and emoji need them.
 _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\U000e0000-\U000e007f\ud800-\udfff]"
 )
-_BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what ends a line or a cell, or is no text
+_BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # line breaks, tabs and controls
 _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))  # byte-order marks
-_LOOKED_AT = 512  # bytes of a text without a mark that tell its encoding
+_LOOKED_AT = 512  # bytes that tell the encoding of a text without a mark
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""Return text that is one line on a terminal and cannot move the cursor, change colours or reverse its direction.
+    r"""Return text that stays one line on a terminal and cannot move the cursor, change colours or reverse direction.
 
-    Each such character becomes its escape, as `\x1b`, `\n` or `\u202e`.
+    Unsafe characters become escapes, such as `\x1b`, `\n` or `\u202e`.
 
     Args:
-        text: from anywhere.
-        keep: characters to leave as they are, such as the tabs of a table.
+        text: any text.
+        keep: characters not to escape, such as the tabs of a table.
     """
     if text.isprintable():
         return text
@@ -35,7 +35,7 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def cell(text: str) -> str:
-    r"""Return text that fits into a cell of a table without quoting: tabs, line breaks and controls become escapes."""
+    r"""Return text that needs no quoting in a cell of a table: tabs, line breaks and controls become escapes."""
     return _BREAKS.sub(lambda found: _escaped(found[0]), text)
 
 
@@ -44,7 +44,7 @@ def _escaped(character: str) -> str:
 
 
 def json_line(values: Any) -> str:
-    r"""Return a value as one line of JSON that is safe to print: unsafe characters are `\uXXXX`, which reads the same.
+    r"""Return a value as one line of JSON that is safe to print: unsafe characters become `\uXXXX`.
 
     Raises:
         ValueError: a number is not finite.
@@ -54,7 +54,7 @@ def json_line(values: Any) -> str:
 
 
 def csv_lines(rows: Iterable[Sequence[object]], delimiter: str = ",") -> Iterator[str]:
-    r"""Yield rows as lines of CSV (RFC 4180), without the line's end; fields with line breaks or quotes are quoted.
+    r"""Yield rows as lines of CSV (RFC 4180) without line terminators; fields with line breaks or quotes are quoted.
 
     The csv module quotes line breaks only if its own line terminator contains them, so that is `\r\n` here.
     """
@@ -72,20 +72,20 @@ def decoded(data: bytes, *, strict: bool = False) -> str:
 
     Args:
         data: the whole file.
-        strict: refuse bytes that are not UTF-8, which otherwise become lone surrogates, as in names of files.
+        strict: refuse bytes that are not UTF-8, which otherwise become lone surrogates, as in file names.
 
     Raises:
-        UnicodeDecodeError: it begins as UTF-16, but is not; or as for `strict`.
+        UnicodeDecodeError: it starts like UTF-16, but is not; or, with `strict`, it is not UTF-8.
     """
     return data.decode(_encoding(data), "strict" if strict else "surrogateescape")
 
 
 def open_text(path: Path) -> TextIO:
-    """Open a text file for reading, decoded as by `decoded`; line ends stay as they are.
+    """Open a text file for reading, decoded as by `decoded`; line ends are kept.
 
     Raises:
         OSError: it cannot be read.
-        UnicodeDecodeError: as for `decoded`; when the reading comes to the place.
+        UnicodeDecodeError: as for `decoded`, when reading reaches the place.
     """
     with path.open("rb") as file:
         encoding = _encoding(file.read(_LOOKED_AT))
@@ -105,5 +105,5 @@ def _encoding(begin: bytes) -> str:
 
 
 def quoted(name: str) -> str:
-    """Return a name as messages and lists show it: in quotes if it has spaces, commas or quotes, or is empty."""
+    """Return a name for messages and lists: in quotes if it has spaces, commas or quotes, or is empty."""
     return name if name and not set(name) & set(" ,;'\"") else repr(name)

@@ -118,7 +118,10 @@ def running(hub: LocalHub) -> Iterator[LocalHub]:
             else:
                 content = hub.files[repo, file]
                 digest = hashlib.sha256(content).hexdigest()
-                headers = {"Location": f"{hub.content_url}/content/{digest}", "X-Repo-Commit": pinned[repo]}
+                headers = {
+                    "Location": f"{hub.content_url}/content/{digest}",
+                    "X-Repo-Commit": pinned.get(repo, "0" * 40),
+                }
                 self.empty(302, headers | {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))})
 
         def content(self, content: bytes, wanted: str, body: bool) -> None:

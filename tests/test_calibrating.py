@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 def test_thresholds_are_fitted_written_and_used(folder: Path) -> None:
     done = ced(folder, "calibrate", ".", "-m", "small.safetensors", "-o", "mine.tsv", "--window", "1", "-j", "2")
     assert done.returncode == 1, done.stderr  # for the clip that is no sound
-    assert "warning: left out: " in done.stderr
+    assert "warning: skipped: " in done.stderr
     assert "5.wav" in done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "mine.tsv: thresholds fitted to 5 clips with 2 classes"

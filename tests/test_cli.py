@@ -120,7 +120,7 @@ def test_tag_prints_a_heading_and_each_window(model: Path, tmp_path: Path) -> No
     assert len(score) == len("0.1234")
 
 
-def test_tag_goes_on_behind_files_that_cannot_be_read(ced: Command, model: Path, tmp_path: Path) -> None:
+def test_tag_continues_after_unreadable_files(ced: Command, model: Path, tmp_path: Path) -> None:
     good = noise(tmp_path / "good.wav")
     (tmp_path / "empty.wav").write_bytes(b"")
     (tmp_path / "truncated.wav").write_bytes(good.read_bytes()[:20])
@@ -138,13 +138,13 @@ def test_tag_goes_on_behind_files_that_cannot_be_read(ced: Command, model: Path,
     assert done.stdout.startswith(f"===== {good} =====\n[0.0s]-[0.5s] Topk-1 ")
 
 
-def test_a_model_that_is_not_here_is_one_line(ced: Command, tmp_path: Path) -> None:
+def test_an_unknown_model_is_one_line(ced: Command, tmp_path: Path) -> None:
     message = error_of(ced("tag", "-m", "ced_mni", noise(tmp_path / "a.wav")))
     assert "ced_mni" in message
     assert "ced_mini" in message
 
 
-def test_without_network_a_name_says_what_is_missing(
+def test_without_network_an_uncached_model_is_one_line(
     ced: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CED_CACHE", str(tmp_path / "cache"))
@@ -154,7 +154,7 @@ def test_without_network_a_name_says_what_is_missing(
 
 
 @pytest.mark.parametrize("words", [("tag", "-k", "1"), ("embed", "-o", "out.npy")])
-def test_the_model_in_the_package_is_there_without_network(
+def test_the_model_in_the_package_needs_no_network(
     ced: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
     monkeypatch.setenv("CED_CACHE", str(tmp_path / "cache"))
@@ -172,13 +172,13 @@ def test_the_model_in_the_package_is_there_without_network(
     ],
 )
 def test_the_model_in_the_package_has_no_weights(ced: Command, tmp_path: Path, words: tuple[str, ...]) -> None:
-    assert "esc10 comes as a graph, without the weights that this needs" in error_of(ced(*words))
+    assert "esc10 is a graph in the package, without the weights" in error_of(ced(*words))
 
 
 @pytest.mark.parametrize(
     "words", [["tag"], ["tag", "-k", "0", "a.wav"], ["tag", "-k", "x", "a.wav"], ["tagg"], ["tag", "--nope"]]
 )
-def test_wrong_words_exit_with_2(ced: Command, words: list[str]) -> None:
+def test_usage_errors_exit_with_2(ced: Command, words: list[str]) -> None:
     done = ced(*words)
     assert done.returncode == 2
     assert "Usage: ced" in done.stderr
@@ -240,7 +240,7 @@ def test_an_experiment_with_a_broken_configuration_is_one_line(
     assert message in error_of(ced("evaluate", tmp_path))
 
 
-def test_a_store_needs_nothing_that_draws(tmp_path: Path) -> None:
+def test_a_store_imports_no_plotting(tmp_path: Path) -> None:
     """Nor does an evaluation."""
     code = (
         "import sys\n"
@@ -263,7 +263,7 @@ def test_help_of_a_configured_command_lists_its_keys(ced: Command) -> None:
     )
 
 
-def test_a_wrong_configuration_is_told_in_full(ced: Command, tmp_path: Path) -> None:
+def test_all_errors_of_a_configuration_are_reported(ced: Command, tmp_path: Path) -> None:
     config = tmp_path / "wrong.yaml"
     config.write_text("train_data: x.tsv\nlogitspath: y\nmodel: ced_tiny\nepoch: 3\nbatch_size: many\n")
     done = ced("train", config, "--optimizer_args.lrate", "1e-4", "--mode=fp8")
@@ -289,7 +289,7 @@ def test_a_wrong_configuration_is_told_in_full(ced: Command, tmp_path: Path) -> 
         (["demo", "--data", "nowhere"], "nowhere"),
     ],
 )
-def test_what_is_not_there_is_one_line(ced: Command, words: list[str], part: str, tmp_path: Path) -> None:
+def test_missing_files_are_one_line(ced: Command, words: list[str], part: str, tmp_path: Path) -> None:
     assert part in error_of(ced(*words))
 
 
@@ -371,7 +371,7 @@ def test_pre_train_and_start_from_it_from_the_command_line(ced: Command, tmp_pat
     assert "masked" not in taught.stderr
 
 
-def test_whoever_reads_only_the_beginning_sees_no_complaint(model: Path, tmp_path: Path) -> None:
+def test_a_closed_pipe_is_silent(model: Path, tmp_path: Path) -> None:
     sound = noise(tmp_path / "long.wav", 3)
     assert ced_process("tag", "-m", model, sound).returncode == 0  # the first use says that it exports
     command = f"{sys.executable} {ROOT}/run.py tag -m {model} -c 0.01 {sound} | head -n 1"
@@ -384,7 +384,7 @@ def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
     command: list[str | Path] = [sys.executable, ROOT / "run.py", "demo", "--out", tmp_path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
-        assert running.stdout.readline() == "Making sounds ...\n"
+        assert "sounds" in running.stdout.readline()
         running.send_signal(signal.SIGINT)
         _, errors = running.communicate(timeout=60)
     assert running.returncode == 130

@@ -41,11 +41,11 @@ def hints() -> None:
     console._hints.clear()
 
 
-def test_everything_for_readers_is_safe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_printed_text_is_safe(capsys: pytest.CaptureFixture[str]) -> None:
     console.show(f"a {HOSTILE}")
-    console.tell(f"b {HOSTILE}")
-    console.complain(f"c {HOSTILE}")
-    console.complain(ConfigError(f"d {HOSTILE}", details=[f"e {HOSTILE}"], hint=f"f {HOSTILE}"))
+    console.show_note(f"b {HOSTILE}")
+    console.show_error(f"c {HOSTILE}")
+    console.show_error(ConfigError(f"d {HOSTILE}", details=[f"e {HOSTILE}"], hint=f"f {HOSTILE}"))
     lines = console.ProgressLines(clock=iter([0.0, 100.0]).__next__)
     lines(f"g {HOSTILE}", 1, 2, f"h {HOSTILE}")
     out, err = capsys.readouterr()
@@ -89,8 +89,8 @@ def test_data_is_exact_in_a_file_and_safe_on_a_terminal(monkeypatch: pytest.Monk
 
 def test_a_hint_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a.wav", "b.wav"):
-        console.complain(AudioError("unknown kind", name, hint="readable are WAV"))
-    console.complain(AudioError("unknown kind", "c.wav", hint="another hint"))
+        console.show_error(AudioError("unknown kind", name, hint="readable are WAV"))
+    console.show_error(AudioError("unknown kind", "c.wav", hint="another hint"))
     assert capsys.readouterr().err.splitlines() == [
         "ced: error: a.wav: unknown kind; readable are WAV",
         "ced: error: b.wav: unknown kind",
@@ -99,7 +99,7 @@ def test_a_hint_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @POSIX
-def test_a_hostile_name_is_printed_as_text_by_every_output(tmp_path: Path) -> None:
+def test_a_hostile_name_is_escaped_in_every_output(tmp_path: Path) -> None:
     name = f"{HOSTILE}.wav"
     (tmp_path / name).write_bytes(b"no sound")
     sound = tmp_path / f"{HOSTILE} good.flac"
@@ -122,7 +122,7 @@ def test_a_hostile_name_is_printed_as_text_by_every_output(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "words", [["tag", f"--{HOSTILE}"], [f"tag{HOSTILE}"], ["tag", "-k", HOSTILE, "a.wav"], [f"--{HOSTILE}"]]
 )
-def test_wrong_words_are_quoted_as_text(words: list[str]) -> None:
+def test_usage_errors_escape_arguments(words: list[str]) -> None:
     done = run(*words)
     assert done.returncode == 2
     assert not UNSAFE & set(done.stderr.decode().replace("\n", ""))
@@ -130,7 +130,7 @@ def test_wrong_words_are_quoted_as_text(words: list[str]) -> None:
 
 
 @POSIX
-def test_a_closed_output_is_an_error_where_results_would_be_lost(tmp_path: Path) -> None:
+def test_a_closed_output_is_an_error_if_results_would_be_lost(tmp_path: Path) -> None:
     path = os.fsencode(tmp_path) + b"/caf\xe9.ogg"
     Path(os.fsdecode(path)).write_bytes((ROOT / "resources/robin.ogg").read_bytes())
     for closed, expected in ((">&-", 1), ("2>&-", 0), (">&- 2>&-", 1)):
@@ -156,7 +156,7 @@ def test_a_full_output_is_one_line(words: list[str]) -> None:
     assert "No space left" in line
 
 
-def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "wb") as broken:
@@ -164,7 +164,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-def test_write_errors_of_standard_output_are_of_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_errors_of_standard_output_are_project_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     class Full(io.StringIO):
         def write(self, text: str) -> int:
             raise OSError(28, "No space left on device")

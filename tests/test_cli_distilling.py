@@ -1,4 +1,4 @@
-"""The commands that make and judge students, as a user meets them: what they print, refuse and write."""
+"""Commands that train and evaluate: their output, errors and files."""
 
 import logging
 import re
@@ -27,7 +27,7 @@ CLASSES = ClassTable(("dog", "rain, heavy", "a train"))
 
 
 class Done(NamedTuple):
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -40,7 +40,7 @@ class Command(Protocol):
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A working directory with a labelled pack, no network; logging as it was afterwards."""
+    """A working directory with a labelled pack, without network; restores the logging afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CED_OFFLINE", "1")
     rng = np.random.default_rng(0)
@@ -93,7 +93,7 @@ def experiment(folder: str, seed: int = 0, result: bool = True) -> Path:
     return path
 
 
-def test_several_models_are_averaged_with_a_word(ced: Command) -> None:
+def test_several_models_are_averaged_and_the_output_says_so(ced: Command) -> None:
     one, two = (experiment(f"experiments/tiny/2026-01-0{day}_00-00-00", day) for day in (1, 2))
     stub = experiment("experiments/tiny/2026-01-03_00-00-00", result=False)
     done = ced("evaluate", one, two, stub)
@@ -120,7 +120,7 @@ def test_a_folder_of_experiments_is_the_newest_that_has_a_result(ced: Command) -
 
 
 @pytest.mark.parametrize(("name", "separator"), [("results/found.tsv", "\t"), ("found.csv", ",")])
-def test_results_of_every_class_are_a_table(ced: Command, name: str, separator: str) -> None:
+def test_out_writes_the_results_of_every_class_as_a_table(ced: Command, name: str, separator: str) -> None:
     model = experiment("experiments/tiny/2026-01-01_00-00-00")
     done = ced("evaluate", model, "--out", name)
     assert done.code == 0, done.err
@@ -135,7 +135,7 @@ def test_results_of_every_class_are_a_table(ced: Command, name: str, separator: 
     assert f"mAP {sum(precision) / 2:.4f}" in done.out
 
 
-def test_a_table_of_another_kind_is_refused_before_anything_is_scored(ced: Command) -> None:
+def test_an_unknown_table_format_is_refused_before_scoring(ced: Command) -> None:
     done = ced("evaluate", experiment("tiny"), "--out", "found.xlsx")
     assert done.code == 2
     assert ".tsv" in done.err
@@ -147,7 +147,7 @@ FRESH = ["--pretrained", "false"]
 
 
 def test_numbered_classes_without_names_are_refused(ced: Command) -> None:
-    """As indices of AudioSet they would be speech."""
+    """As indices of AudioSet they would mean speech."""
     message = error_of(ced("finetune", *NETWORK, *FRESH, *SHORT))
     for word in ("0 to 1", "Speech", "--classes"):
         assert word in message
@@ -179,7 +179,7 @@ def test_an_error_names_the_key_to_change(ced: Command, words: list[str], parts:
         assert part in message
 
 
-def test_a_store_and_a_student_name_the_key_to_change(ced: Command) -> None:
+def test_errors_of_store_and_train_name_the_key_to_change(ced: Command) -> None:
     model = experiment("experiments/teacher/2026-01-01_00-00-00")
     store = ["store", "--model", str(model), "--train_data", "clips.tsv", "--mode", "off", "--epochs", "1"]
     assert "topk is 20" in error_of(ced(*store, "--chunk_length", "0.6"))

@@ -1,4 +1,4 @@
-"""`ced export` and `ced models` as a user meets them."""
+"""The commands `ced export` and `ced models`."""
 
 import os
 import re
@@ -45,13 +45,13 @@ def graphs() -> list[str]:
     return sorted(name for name in os.listdir() if name.endswith((".onnx", ".csv")))
 
 
-def test_a_graph_from_waveform_to_probabilities() -> None:
+def test_export_writes_a_graph_from_waveform_to_probabilities() -> None:
     done = ced("export", "-m", "student.safetensors")
     assert (done.exit_code, graphs()) == (0, ["student.onnx"])
     assert re.fullmatch(r"student\.onnx: probabilities differ from the network's by \de-\d\d at most\n", done.stdout)
 
 
-def test_a_graph_of_features_and_int8() -> None:
+def test_export_writes_graphs_of_features_and_int8() -> None:
     done = ced("export", "-m", "student.safetensors", "-o", "new/a.onnx", "--input", "feats", "--int8")
     assert done.exit_code == 0
     assert sorted(os.listdir("new")) == ["a.int8.onnx", "a.onnx", "class_labels_indices.csv"]
@@ -61,7 +61,7 @@ def test_a_graph_of_features_and_int8() -> None:
     assert re.fullmatch(r"new/a\.int8\.onnx: probabilities change by [\d.e-]+ at most on noise; --check .*", int8)
 
 
-def test_int8_compared_on_labelled_clips() -> None:
+def test_export_compares_int8_on_labelled_clips() -> None:
     done = ced("export", "-m", "student.safetensors", "--int8", "--check", "clips", "--bound", "100")
     assert (done.exit_code, graphs()) == (0, ["student.int8.onnx", "student.onnx"])
     assert re.search(
@@ -78,7 +78,7 @@ def test_int8_compared_on_labelled_clips() -> None:
         (["--int8", "--bound", "-1"], 1, "bound is -1.0; it must be 0 or more"),
     ],
 )
-def test_what_is_wrong(words: list[str], code: int, message: str) -> None:
+def test_wrong_options_are_one_line_errors(words: list[str], code: int, message: str) -> None:
     done = ced("export", "-m", "student.safetensors", *words)
     assert done.exit_code == code
     assert message in " ".join(done.stderr.split())
@@ -96,7 +96,7 @@ def published_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         yield hub
 
 
-def test_sources_licences_and_what_is_cached(published_tiny: LocalHub, tmp_path: Path) -> None:
+def test_models_lists_sources_licences_and_cached_files(published_tiny: LocalHub, tmp_path: Path) -> None:
     def rows() -> list[list[str]]:
         return [re.split("  +", line.strip()) for line in ced("models").stdout.splitlines()]
 
@@ -116,7 +116,7 @@ def test_sources_licences_and_what_is_cached(published_tiny: LocalHub, tmp_path:
     assert re.search(r"ced_mini: .*4896\.pt is damaged: .* delete it", " ".join(done.stderr.split()))
 
 
-def test_what_comes_with_the_package_is_listed_with_its_card() -> None:
+def test_the_model_in_the_package_is_listed_with_its_card() -> None:
     *_, line = ced("models").stdout.splitlines()
     name, card = line.split()[0], Path(line.split()[-1])
     assert name == "esc10"

@@ -66,7 +66,7 @@ def finished(place: Path, *words: str | Path, code: int = 0) -> str:
 
 
 @pytest.mark.parametrize("kind", ["text", "csv", "jsonl", "audacity", "raven"])
-def test_windows_are_printed_as_they_come_and_stay_after_ctrl_c(long: Path, tmp_path: Path, kind: str) -> None:
+def test_windows_are_printed_at_once_and_stay_after_ctrl_c(long: Path, tmp_path: Path, kind: str) -> None:
     whole = finished(tmp_path, long, "-c", "2", "-f", kind, "-k", "1")
     process = start(tmp_path, long, "-c", "2", "-f", kind, "-k", "1")
     assert process.stdout is not None
@@ -105,7 +105,7 @@ def test_progress_is_in_seconds_of_sound(long: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize("words", [["-f", "csv", "-f", "jsonl"], ["--events", "-f", "csv", "--keep-scores"]])
-def test_a_run_goes_on_within_a_sound(long: Path, tmp_path: Path, words: list[str], stop: signal.Signals) -> None:
+def test_a_run_resumes_within_a_sound(long: Path, tmp_path: Path, words: list[str], stop: signal.Signals) -> None:
     words = [str(long), "-c", "2", "--hop", "1", *words]
     finished(tmp_path, *words, "-o", "whole")
     process = start(tmp_path, *words, "-o", "out")
@@ -183,7 +183,7 @@ def test_tags_are_made_again_from_kept_scores(long: Path, tmp_path: Path) -> Non
         (["--clips", "clips", "--events", "-"], "standard input"),
     ],
 )
-def test_what_cannot_be_made_again_is_one_line(tmp_path: Path, words: list[str], part: str) -> None:
+def test_invalid_uses_of_from_are_one_line(tmp_path: Path, words: list[str], part: str) -> None:
     soundfile.write(tmp_path / "a.wav", np.zeros(RATE), RATE)
     finished(tmp_path, "a.wav", "-o", "kept", "--keep-scores")
     finished(tmp_path, "a.wav", "-o", "plain")
@@ -195,7 +195,7 @@ def test_what_cannot_be_made_again_is_one_line(tmp_path: Path, words: list[str],
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_events_are_cut_out_as_files(long: Path, tmp_path: Path) -> None:
+def test_events_are_written_as_clips(long: Path, tmp_path: Path) -> None:
     words: list[str | Path] = [long, "-c", "2", "--events", "--threshold", "0.6", "-f", "csv"]
     printed = list(csv.DictReader(finished(tmp_path, *words, "--clips", "one").splitlines()))
     finished(tmp_path, *words, "--clips", "two", "-o", "out")
@@ -226,7 +226,7 @@ def test_each_channel_is_tagged_on_its_own(long: Path, tmp_path: Path) -> None:
     assert "there is no channel 3" in run_error(tmp_path, long, "--channel", "3")
 
 
-def test_a_cut_file_is_tagged_as_far_as_it_goes(tmp_path: Path) -> None:
+def test_the_readable_part_of_a_truncated_file_is_tagged(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.flac", np.random.default_rng(0).uniform(-0.5, 0.5, 20 * RATE), RATE)
     whole = (tmp_path / "a.flac").read_bytes()
     (tmp_path / "cut.flac").write_bytes(whole[: len(whole) // 2])
@@ -234,7 +234,7 @@ def test_a_cut_file_is_tagged_as_far_as_it_goes(tmp_path: Path) -> None:
     assert (record["complete"], record["expected_seconds"]) == (False, 20.0)
     assert 9 < record["seconds"] < 10
     for _ in range(2):  # when it is done before, too
-        assert "1 cut short" in finished(tmp_path, "cut.flac", "-o", "out", code=1)
+        assert "1 truncated" in finished(tmp_path, "cut.flac", "-o", "out", code=1)
     error = run_error(tmp_path, "cut.flac", "--strict")
     assert "cut.flac: cut short" in error
 

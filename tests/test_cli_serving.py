@@ -244,7 +244,7 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_workers_that_end_right_after_their_start_end_no_server_that_was_ready(graph: Path) -> None:
+def test_workers_that_fail_after_the_server_was_ready_do_not_end_it(graph: Path) -> None:
     with serving(graph, "--port", "0", "--workers", "2", "--no-access-log") as (process, url):
         assert httpx.get(f"{url}/healthz/ready", timeout=60).status_code == 200
         until(lambda: len(workers_of(process)) == 2)
@@ -260,7 +260,7 @@ def test_workers_that_end_right_after_their_start_end_no_server_that_was_ready(g
     assert all(line.startswith("ced: warning: ") and "exit code -9" in line for line in told)
 
 
-def test_workers_that_end_before_any_was_ready_end_the_server(graph: Path) -> None:
+def test_workers_that_fail_before_the_server_was_ready_end_it(graph: Path) -> None:
     with serving(graph, "--port", "0", "--workers", "2") as (process, _):
         until(lambda: len(workers_of(process)) > 0)
         os.kill(workers_of(process)[0], signal.SIGKILL)
@@ -386,7 +386,7 @@ def test_an_upload_leaves_nothing_behind_when_the_server_is_killed(graph: Path, 
     assert not list(folder.iterdir())
 
 
-def test_what_cannot_be_served_is_one_line(
+def test_invalid_server_options_are_one_line(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").write_text("\n")
@@ -417,7 +417,7 @@ def test_what_cannot_be_served_is_one_line(
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_standard_output_that_is_closed_ends_the_log_with_a_line(graph: Path, workers: str) -> None:
+def test_a_closed_standard_output_ends_the_access_log_with_a_line(graph: Path, workers: str) -> None:
     with serving(graph, "--port", "0", "--workers", workers) as (process, url):
         assert process.stdout is not None
         assert process.stderr is not None
@@ -434,7 +434,7 @@ def test_a_standard_output_that_is_closed_ends_the_log_with_a_line(graph: Path, 
     assert all(line.startswith("ced: warning: the access log ends") and "Broken pipe" in line for line in told)
 
 
-def test_a_key_of_the_environment_that_is_too_short_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_key_in_the_environment_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "keys"
     file.write_text(f"{KEY}\n")
     monkeypatch.setenv("CED_API_KEY", "short")
@@ -445,7 +445,7 @@ def test_a_key_of_the_environment_that_is_too_short_is_named(tmp_path: Path, mon
     assert _keys(file) == (KEY, KEY[::-1])
 
 
-def test_a_standard_output_that_nobody_reads_holds_up_no_request(graph: Path) -> None:
+def test_a_blocked_standard_output_delays_no_request(graph: Path) -> None:
     with serving(graph, "--port", "0") as (process, url), httpx.Client(base_url=url, timeout=20) as client:
         for _ in range(500):  # more lines than a pipe takes
             assert client.get("/healthz/ready", params={"x": "y" * 500}).status_code == 200

@@ -84,7 +84,7 @@ def test_outputs_in_a_tree_and_combined(graph: Path, sounds: Path) -> None:
     assert said(ced(*words, "-f", "csv")) == Path("one/tags.csv").read_text()
 
 
-def test_a_run_goes_on_and_refuses_other_settings(graph: Path, sounds: Path) -> None:
+def test_a_run_resumes_and_refuses_other_settings(graph: Path, sounds: Path) -> None:
     words = ["tag", "-m", str(graph), str(sounds), "-o", "out", "-f", "csv"]
     Path("in/a/broken.wav").write_bytes(b"RIFF")
     done = ced(*words)
@@ -114,7 +114,7 @@ def test_outputs_never_belong_to_another_sound(graph: Path, sounds: Path) -> Non
     assert json.loads(Path("out/a.wav.jsonl").read_text())["seconds"] == 2.0
 
 
-def test_a_foreign_journal_is_left_alone(graph: Path, sounds: Path) -> None:
+def test_a_journal_of_another_program_is_unchanged(graph: Path, sounds: Path) -> None:
     Path("out").mkdir()
     Path("out/journal.jsonl").write_text("my diary")
     done = ced("tag", "-m", graph, sounds, "-o", "out")
@@ -176,7 +176,7 @@ def test_silence_has_no_tags(graph: Path, sounds: Path) -> None:
         (["nowhere/*.wav"], "nowhere/*.wav"),
     ],
 )
-def test_what_makes_no_sense_is_one_line(graph: Path, sounds: Path, words: list[str], part: str) -> None:
+def test_contradictory_options_are_one_line(graph: Path, sounds: Path, words: list[str], part: str) -> None:
     done = ced("tag", "-m", graph, "in/a/0.wav", *words)
     assert said(done, 1) == ""
     (line,) = done.stderr.decode().splitlines()

@@ -4,11 +4,11 @@ import pytest
 
 from ced.config import (
     FinetuneConfig,
-    LoopConfig,
     PretrainConfig,
     Section,
     StoreConfig,
     TrainConfig,
+    TrainerConfig,
     check,
     command_of,
     dump,
@@ -50,7 +50,8 @@ def test_published_training_configs_load_with_the_published_values(size: str) ->
 @pytest.mark.parametrize("kind", ["balanced", "full"])
 def test_published_logit_configs_load_with_the_published_values(kind: str) -> None:
     config = load_config(StoreConfig, ROOT / f"logitconfig/{kind}_base_chunk10s_topk20.yaml")
-    assert (config.model, config.epochs, config.topk, config.batch_size) == ("audiotransformer_base_4740", 40, 20, 128)
+    (teacher,) = config.model
+    assert (teacher.name, config.epochs, config.topk, config.batch_size) == ("audiotransformer_base_4740", 40, 20, 128)
     assert config.wavtransforms.Shift is not None
     assert (config.wavtransforms.Shift.min_shift, config.wavtransforms.Shift.max_shift) == (-0.5, 0.5)
     assert config.spectransforms.TimeMasking is not None
@@ -72,7 +73,7 @@ def test_pre_training_configs_load_with_the_published_values(size: str) -> None:
     assert config.model_copy(update={"decoder_args": defaults.decoder_args}) == defaults
 
 
-def test_steps_of_warm_up_replace_the_default_epochs(tmp_path: Path) -> None:
+def test_warmup_iters_replaces_the_default_of_warmup_epochs(tmp_path: Path) -> None:
     config = load_config(PretrainConfig, None, [*MINIMAL, "--warmup_iters", "7"])
     assert (config.warmup_iters, config.warmup_epochs) == (7, None)
     path = tmp_path / "c.yaml"
@@ -82,7 +83,7 @@ def test_steps_of_warm_up_replace_the_default_epochs(tmp_path: Path) -> None:
     assert lines[1:] == ["  warmup_iters and warmup_epochs are both given; give one"]
 
 
-def test_what_pre_training_has_no_use_for_is_refused_with_the_reason() -> None:
+def test_keys_that_pre_training_does_not_have_are_refused_with_the_reason() -> None:
     lines = errors_of(PretrainConfig, [*MINIMAL, "--eval_data", "e.tsv", "--decoder_args.num_heads", "3"])
     assert lines[0] == "the command line: 2 error(s)"
     assert "  decoder_args: embed_dim 512 is not a multiple of num_heads 3" in lines[1] + lines[2]
@@ -95,7 +96,7 @@ def test_every_shipped_config_is_one_of_the_ten() -> None:
     assert len(list((ROOT / "logitconfig").iterdir())) == 2
 
 
-def test_overrides_win_reach_into_mappings_and_read_yaml() -> None:
+def test_overrides_replace_values_set_keys_of_mappings_and_are_read_as_yaml() -> None:
     words = [*MINIMAL, "--optimizer_args.lr", "1e-4", "--mixup=0.3", "--eval_data", "null", "--model_args.depth", "2"]
     config = load_config(TrainConfig, None, [*words, "--logitspath", "s", "--mode", "off", "--label_type", "527"])
     assert config.optimizer_args.lr == 1e-4
@@ -106,7 +107,7 @@ def test_overrides_win_reach_into_mappings_and_read_yaml() -> None:
     assert config.label_type == "527"
 
 
-def test_an_override_beside_a_file_keeps_the_rest_of_the_file(tmp_path: Path) -> None:
+def test_an_override_of_one_key_of_a_mapping_keeps_the_others(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("train_data: a.tsv\nmodel: ced_tiny\nlogitspath: s\nmodel_args: {depth: 3, pooling: logit}\n")
     config = load_config(TrainConfig, path, ["--model_args.depth", "2"])
@@ -114,7 +115,7 @@ def test_an_override_beside_a_file_keeps_the_rest_of_the_file(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", [StoreConfig, TrainConfig, FinetuneConfig, PretrainConfig])
-def test_dump_reads_back_equal(kind: type[Section], tmp_path: Path) -> None:
+def test_a_dumped_configuration_is_read_back_equal(kind: type[Section], tmp_path: Path) -> None:
     words = [*MINIMAL, "--batch_size", "7"]
     extra = {TrainConfig: ["--logitspath", "s"], PretrainConfig: ["--mask_ratio", "0.5"]}
     words += extra.get(kind, ["--spectransforms", "null"])
@@ -133,7 +134,7 @@ TRAINED = [
 
 @pytest.mark.parametrize(("kind", "command", "more"), TRAINED)
 def test_a_written_configuration_begins_with_its_command(
-    kind: type[LoopConfig], command: str, more: list[str], tmp_path: Path
+    kind: type[TrainerConfig], command: str, more: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(dump(load_config(kind, None, [*MINIMAL, *more])))
@@ -143,9 +144,9 @@ def test_a_written_configuration_begins_with_its_command(
 
 @pytest.mark.parametrize(("kind", "command", "more"), TRAINED)
 def test_the_command_of_a_file_without_one_is_known_by_its_keys(
-    kind: type[LoopConfig], command: str, more: list[str], tmp_path: Path
+    kind: type[TrainerConfig], command: str, more: list[str], tmp_path: Path
 ) -> None:
-    """Version 0.2.0 wrote all keys but that."""
+    """Version 0.2.0 wrote all keys but `command`."""
     config, path = load_config(kind, None, [*MINIMAL, *more]), tmp_path / "config.yaml"
     path.write_text(dump(config).partition("\n")[2])
     assert command_of(path) == command
@@ -183,7 +184,7 @@ def test_transforms_may_be_a_list_or_a_mapping() -> None:
     assert as_list.spectransforms.FrequencyMasking is None
 
 
-def test_an_override_reaches_into_the_published_list_and_keeps_the_rest() -> None:
+def test_an_override_of_a_transform_in_the_published_list_keeps_the_others() -> None:
     path = ROOT / "logitconfig/balanced_base_chunk10s_topk20.yaml"
     config = load_config(StoreConfig, path, ["--spectransforms.TimeMasking.time_mask_param", "96"])
     assert config.spectransforms.TimeMasking is not None
@@ -234,13 +235,13 @@ def test_unknown_keys_inside_transforms_name_the_nearest() -> None:
         (["--logfile", "a/b.log"], "logfile: should be a file name without a folder, got 'a/b.log'"),
     ],
 )
-def test_what_cannot_be_done_is_refused(words: list[str], message: str) -> None:
+def test_invalid_values_are_refused(words: list[str], message: str) -> None:
     found = errors_of(TrainConfig, [*MINIMAL, "--logitspath", "s", *words])[1]
     assert message in found
     assert len(found) < 300
 
 
-def test_words_that_yaml_reads_as_true_are_still_switches() -> None:
+def test_booleans_are_still_accepted_where_they_are_expected() -> None:
     config = load_config(TrainConfig, None, [*MINIMAL, "--logitspath", "s", "--compile", "yes", "--mode", "off"])
     assert (config.compile, config.mode, config.pretrained) == (True, "off", True)
 
@@ -254,7 +255,7 @@ def test_words_that_yaml_reads_as_true_are_still_switches() -> None:
         (["--epochs", "3", "--epochs.x", "3"], "--epochs.x: epochs is 3, which has no keys of its own"),
     ],
 )
-def test_words_that_are_no_overrides_are_refused(words: list[str], message: str) -> None:
+def test_malformed_overrides_are_refused(words: list[str], message: str) -> None:
     assert message in errors_of(TrainConfig, words)[0]
 
 
@@ -284,7 +285,7 @@ LAUGHS = 'l0: &l0 ["lol"]\n' + "".join(
         (LAUGHS.replace("[", "{<<: [").replace("]", "]}"), "is not YAML"),
     ],
 )
-def test_files_that_hold_no_configuration_are_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_files_without_a_valid_configuration_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as caught:
@@ -292,7 +293,7 @@ def test_files_that_hold_no_configuration_are_refused(tmp_path: Path, text: str,
     assert "\n" not in str(caught.value)
 
 
-def test_a_shift_that_falls_is_refused() -> None:
+def test_a_minimum_shift_above_the_maximum_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"min_shift 0\.5 is above max_shift -0\.5"):
         check(
             StoreConfig,

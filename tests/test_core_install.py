@@ -18,8 +18,7 @@ import ced
 from ced.model import loading
 from ced.model.config import ModelConfig
 from ced.model.graph.export import export
-from ced.model.loading import weights_of
-from ced.model.torch_scorer import TorchScorer
+from ced.model.loading import TorchScorer, weights_of
 from ced.model.vit import CED
 from ced.sound.labels import ClassTable, audioset
 from tests.local_hub import LocalHub, published, random_network, running

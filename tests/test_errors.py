@@ -19,7 +19,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("error", "text"), ERRORS)
-def test_an_error_says_the_same_after_a_copy(error: CedError, text: str) -> None:
+def test_copies_of_errors_have_the_same_message(error: CedError, text: str) -> None:
     assert str(error) == text
     copied = pickle.loads(pickle.dumps(error))
     assert (type(copied), str(copied), copied.__dict__) == (type(error), text, error.__dict__)

@@ -23,7 +23,7 @@ from ced.files import claimed, make_folders, name_with, open_to_append, remove_l
 POSIX = pytest.mark.skipif(os.name == "nt", reason="links and FIFOs as POSIX has them")
 
 
-def test_a_file_takes_its_place_at_once(tmp_path: Path) -> None:
+def test_files_are_replaced_atomically(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
     with written_aside(path) as aside:
@@ -36,7 +36,7 @@ def test_a_file_takes_its_place_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", [ValueError("no"), KeyboardInterrupt()])
-def test_a_failed_writing_leaves_all_as_it_was(tmp_path: Path, fault: BaseException) -> None:
+def test_a_failed_write_changes_nothing(tmp_path: Path, fault: BaseException) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
 
@@ -51,7 +51,7 @@ def test_a_failed_writing_leaves_all_as_it_was(tmp_path: Path, fault: BaseExcept
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+def test_two_writers_of_one_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     with written_aside(path) as first:
         first.write_text("first")
@@ -94,7 +94,7 @@ def test_a_link_in_place_of_the_temporary_file_is_an_error(tmp_path: Path) -> No
 
 @POSIX
 @pytest.mark.parametrize("kind", ["fifo", "folder"])
-def test_what_is_not_a_file_is_not_replaced(tmp_path: Path, kind: str) -> None:
+def test_only_files_are_replaced(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a"
     path.mkdir() if kind == "folder" else os.mkfifo(path)
     with pytest.raises(WriteError, match=re.escape(str(path))), written_aside(path):
@@ -109,7 +109,7 @@ def test_long_names_have_temporary_files(tmp_path: Path) -> None:
     assert path.read_text() == "x"
 
 
-def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     path = tmp_path / "none" / "a.txt"
     with pytest.raises(WriteError, match=f"{re.escape(str(path))}: No such file") as raised, written_aside(path):
         pass
@@ -125,7 +125,7 @@ def test_permissions_are_those_of_a_new_file(tmp_path: Path) -> None:
 
 
 @POSIX
-def test_what_a_kill_leaves_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom ced.files import written_aside\n"
         "with written_aside(Path(sys.argv[1])) as aside:\n"
@@ -160,7 +160,7 @@ def test_a_stale_temporary_file_is_removed_by_the_next_writer(tmp_path: Path) ->
 
 
 @POSIX
-def test_folders_are_made_below_their_root_only(tmp_path: Path) -> None:
+def test_folders_are_created_only_below_their_root(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     root = tmp_path / "out"
     assert make_folders(root, Path("a/b")) == root / "a" / "b"
@@ -233,7 +233,7 @@ def _write_parquet(path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [_write_bytes, _write_hdf5, _write_torch, _write_parquet])
-def test_a_full_disk_is_one_line_that_names_the_file(small_disk: Path, write: Callable[[Path], None]) -> None:
+def test_a_full_disk_is_one_line_naming_the_file(small_disk: Path, write: Callable[[Path], None]) -> None:
     path = small_disk / "a.bin"
     with pytest.raises(WriteError, match=r"a\.bin: No space left on device$") as raised, written_aside(path) as aside:
         write(aside)

@@ -118,7 +118,7 @@ def run_python(program: str) -> str:
         ("ced.tag.writers", ["torch"]),
         ("ced.config", ["torch"]),
         ("ced.tag.live", ["torch", "onnx", "pyarrow", "pydantic", "sounddevice", "av"]),
-        ("ced.sound.device", ["torch", "sounddevice", "av"]),
+        ("ced.sound.live_sources", ["torch", "sounddevice", "av"]),
         ("ced.serve.app", ["torch", "onnx", "pyarrow"]),
         ("ced.cli", ["torch", "numpy", "pydantic", "rich.progress", "fastapi", "uvicorn"]),
     ],

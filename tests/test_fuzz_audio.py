@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ced.errors import CedError
-from ced.sound.audio import SAMPLE_RATE, load, open_sound, stream, windows
+from ced.sound.audio import SAMPLE_RATE, cut_windows, load, open_sound, stream
 
 LOSSY = [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")]
 KINDS = [  # libsndfile's names of container and code
@@ -148,7 +148,7 @@ def read_as_file_and_bytes(folder: Path, data: bytes) -> int | None:
 
 
 def joined(source: Any) -> NDArray[np.float32]:
-    pieces = list(windows(source, 0.5, tail="short"))
+    pieces = list(cut_windows(stream(source), 0.5, 0.5, tail="short"))
     assert all(len(piece.wave) for piece in pieces)
     return np.concatenate([piece.wave for piece in pieces])
 

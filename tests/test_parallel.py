@@ -9,7 +9,7 @@ from ced.errors import AudioError, CheckpointError
 from ced.parallel import attempts, in_order
 
 
-def test_results_are_in_order_and_items_are_taken_a_bounded_way_ahead() -> None:
+def test_results_are_in_order_and_read_ahead_is_bounded() -> None:
     taken: list[int] = []
 
     def items() -> Iterator[int]:
@@ -27,7 +27,7 @@ def test_results_are_in_order_and_items_are_taken_a_bounded_way_ahead() -> None:
     assert taken == list(range(50))
 
 
-def test_results_before_a_fault_come_first() -> None:
+def test_results_before_an_error_come_first() -> None:
     def items() -> Iterator[int]:
         yield from (0, 1, 2)
         raise AudioError("cut short")
@@ -38,7 +38,7 @@ def test_results_before_a_fault_come_first() -> None:
     assert found == [0, 1, 2]
 
 
-def test_a_reader_that_stops_leaves_nothing_running() -> None:
+def test_closing_the_iterator_cancels_work() -> None:
     started = threading.Event()
     done: list[int] = []
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import ced
 from ced.model import loading, runtime, zoo
 from ced.model.graph import Precision
-from ced.model.torch_scorer import TorchScorer
+from ced.model.loading import TorchScorer
 from ced.model.vit import CED
 from ced.serve.server import Settings, open_application
 from tests.local_hub import LocalHub, published, random_network, running

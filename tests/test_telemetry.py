@@ -22,7 +22,7 @@ import pytest
 import soundfile
 import torch
 
-from ced import telemetry
+from ced.environment import SWITCHES
 from ced.model import loading
 from ced.model.config import ModelConfig
 from ced.model.vit import CED
@@ -249,7 +249,7 @@ def test_transformers_sends_nothing(machine: Machine) -> None:
         import numpy as np
         import ced
         from ced.integrations.transformers import CedFeatureExtractor, CedForAudioClassification
-        from ced.telemetry import SWITCHES
+        from ced.environment import SWITCHES
         from huggingface_hub import constants
         from transformers import pipeline
 
@@ -268,5 +268,5 @@ def test_transformers_sends_nothing(machine: Machine) -> None:
 
 def test_the_container_sets_the_switches() -> None:
     container = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-    for name, value in telemetry.SWITCHES.items():
+    for name, value in SWITCHES.items():
         assert f"{name}={value}" in container

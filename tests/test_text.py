@@ -11,12 +11,12 @@ import pytest
 from ced.text import cell, csv_lines, decoded, json_line, open_text, printable
 
 
-def test_ordinary_text_stays_as_it_is() -> None:
+def test_ordinary_text_is_unchanged() -> None:
     for text in ("a b.wav", "Käfer 虫 🐞", "می‌خواهم", "👩‍🚀", "a\u00a0b", r"C:\new\x.wav", ""):  # with joiners
         assert printable(text) == text
 
 
-def test_what_a_terminal_would_obey_becomes_an_escape() -> None:
+def test_control_characters_become_escapes() -> None:
     assert printable("\x1b[31m\x07\r\n\t\x9b\x7f") == r"\x1b[31m\x07\r\n\t\x9b\x7f"
     assert printable("a\u202eb\u2066c\u200e\u2028") == r"a\u202eb\u2066c\u200e\u2028"
     assert printable("caf\udce9.wav") == r"caf\udce9.wav"
@@ -41,7 +41,7 @@ def test_no_control_or_bidirectional_character_is_missed() -> None:
             assert printable(character).isascii(), f"U+{code:04X}"
 
 
-def test_cells_have_no_breaks() -> None:
+def test_cells_have_no_line_breaks() -> None:
     assert cell("a\tb\r\nc\x00\u2028\x1b") == r"a\tb\r\nc\x00\u2028\x1b"
     assert cell("ק\u200f") == "ק\u200f"
 
@@ -63,7 +63,7 @@ def test_csv_reads_back() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
-def test_text_files_are_decoded_by_how_they_begin(tmp_path: Path, encoding: str) -> None:
+def test_text_files_are_decoded_by_their_first_bytes(tmp_path: Path, encoding: str) -> None:
     data = "Käfer\r\n虫".encode(encoding)
     (tmp_path / "a").write_bytes(data)
     assert decoded(data) == "Käfer\r\n虫"

@@ -10,15 +10,13 @@ from benchmarks.esc10 import plan
 from benchmarks.esc10.report import EXTRA_FOLD
 from ced.files import written_aside
 from ced.model.graph.compare import export_int8
-from ced.model.graph.export import export
-from ced.model.graph.int8 import int8_path
+from ced.model.graph.export import export, int8_path
 from ced.model.loading import load_model, weights_of
 from ced.model.metrics import accuracy, average_precision
 from ced.model.runtime import OnnxModel
 from ced.model.zoo import BOXED
 from ced.sound.audio import load
-from ced.sound.labelled import read_labelled
-from ced.sound.tables import multi_hot, read_table, write_table
+from ced.sound.tables import multi_hot, read_labelled, read_table, write_table
 
 GRAPH = BOXED["esc10"]
 CARD = Path(__file__).with_name("card.md")  # with holes for what is measured

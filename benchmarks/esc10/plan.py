@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.esc10 import teachers
 from benchmarks.esc10.split import MIXED, MIXTURES, SECONDS
-from ced.config import FinetuneConfig, LoopConfig, PretrainConfig, Section, StoreConfig, TrainConfig, check
+from ced.config import FinetuneConfig, PretrainConfig, Section, StoreConfig, TrainConfig, TrainerConfig, check
 from ced.distill.store import store_folder
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.features import frames_of
@@ -233,6 +233,6 @@ def _distilled(arm: str, seed: int, changes: Mapping[str, Any], views: Job | Non
     return _student(arm, "train", check(TrainConfig, values, arm), (views.name,))
 
 
-def _student(arm: str, command: str, config: LoopConfig, needs: tuple[str, ...]) -> Job:
+def _student(arm: str, command: str, config: TrainerConfig, needs: tuple[str, ...]) -> Job:
     first = (Path(config.pretrained).name,) if isinstance(config.pretrained, str) else ()
     return Job(f"{arm}-{config.seed}", command, config, (*needs, *first), arm, config.seed)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ced.cli.console import Meter, complain, show, speed
+from ced.cli.console import Meter, show, show_error, speed
 from ced.errors import ConfigError
-from ced.progress import NotedProgress
+from ced.progress import Progress
 from ced.tag.options import EACH, TagOptions
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def tag(
     inputs: "Sequence[InputSound]",
     chosen: TagOptions,
     channel: str,
-    progress: NotedProgress,
+    progress: Progress,
 ) -> bool:
     """Tag sounds on a cluster; return whether all of them could be read to the end."""
     from ced.integrations.ray import Tagging
@@ -86,7 +86,7 @@ def embed(
     chosen: TagOptions,
     channel: str,
     windows: bool,
-    progress: NotedProgress,
+    progress: Progress,
 ) -> bool:
     """Embed sounds on a cluster; return whether all of them could be read to the end."""
     from ced.integrations.ray import Embedding
@@ -104,7 +104,7 @@ def _opened_by_workers(tagger: "Tagger", model: ChosenModel) -> "Model":
 
 
 @contextmanager
-def here(model: ChosenModel, progress: NotedProgress) -> "Iterator[Tagger]":
+def open_here(model: ChosenModel, progress: Progress) -> "Iterator[Tagger]":
     """Open the model on this machine, which may lack the device of the workers, to check options against it."""
     from ced.tag.tagger import Tagger
 
@@ -117,7 +117,7 @@ def _run(
     work: "Tagging | Embedding",
     inputs: "Sequence[InputSound]",
     settings: Mapping[str, Any],
-    progress: NotedProgress,
+    progress: Progress,
 ) -> bool:
     from ced.integrations import ray
 
@@ -126,7 +126,7 @@ def _run(
     def finished(result: "FileResult") -> None:
         meter.file(result.seconds)
         if result.error:
-            complain(result.error)
+            show_error(result.error)
 
     ray.connect(cluster.address, silent=True)
     summary = ray.run(

@@ -1,6 +1,6 @@
 """The command line: the program, its errors, what it prints on standard output, and progress on standard error.
 
-File names, labels and messages of other programs are made safe for a terminal here, in the functions that print.
+The functions that print escape unsafe characters in file names, labels and messages of other programs.
 """
 
 import io
@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 import ced
 from ced.errors import CedError, MissingPackageError, WriteError, optional_packages
 from ced.files import FULL
-from ced.progress import NotedProgress, silent
+from ced.progress import Progress, silent
 from ced.text import printable
 
 if TYPE_CHECKING:
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 LINE_SECONDS = 5.0  # between two plain lines of progress
 REPORT_SECONDS = 0.1  # between two reports within a file
 # Published spellings of options, accepted as hidden aliases.
-_PUBLISHED = {"topk": "top-k", "chunk": "window", "c": "w"}
+_PUBLISHED = {"topk": "top-k", "chunk": "window", "c": "w", "n-workers": "jobs", "n": "j"}
 INTERRUPTED = 130  # exit code, as a shell gives it for SIGINT
 
 
 def is_main_process() -> bool:
-    """Whether this process reports: under torchrun only the first one does."""
+    """Return whether this process prints: under torchrun only the first one does."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def show(text: object = "") -> None:
-    """Print a line for a reader on standard output.
+    """Print a line of text on standard output.
 
     Raises:
         WriteError: standard output cannot be written to.
@@ -49,10 +49,10 @@ def show(text: object = "") -> None:
 
 
 def show_data(text: str) -> None:
-    """Print a piece of a table or of JSON: as it is, but on a terminal as a reader may see it.
+    """Print a part of a table or of JSON: unchanged, except on a terminal, where unsafe characters are escaped.
 
     Args:
-        text: a line with its end, or a part of a line.
+        text: a line with its line break, or a part of a line.
 
     Raises:
         WriteError: standard output cannot be written to.
@@ -74,36 +74,36 @@ def _print(text: str) -> None:
         raise WriteError("standard output", error.strerror or str(error)) from error
 
 
-def tell(text: object) -> None:
-    """Print a line on standard error; where that cannot be written to, nothing is left to tell it to."""
+def show_note(text: object) -> None:
+    """Print a line on standard error, if that can be written to."""
     with suppress(OSError):
         print(printable(str(text)), file=sys.stderr, flush=True)
 
 
-_hints: set[str] = set()  # that this command has shown
+_hints: set[str] = set()  # hints that this command has shown
 
 
-def complain(error: CedError | str, hint: str = "") -> None:
-    """Show what is wrong: a line, with a hint only the first time it applies, and below it the details of an error."""
+def show_error(error: CedError | str, hint: str = "") -> None:
+    """Print an error: a line, with its hint only once in a run, then lines with its details."""
     message = error.message if isinstance(error, CedError) else error
     hint = error.hint if isinstance(error, CedError) else hint
-    tell(f"ced: error: {message}; {hint}" if hint and hint not in _hints else f"ced: error: {message}")
+    show_note(f"ced: error: {message}; {hint}" if hint and hint not in _hints else f"ced: error: {message}")
     _hints.add(hint)
     for line in error.details if isinstance(error, CedError) else ():
-        tell(line)
+        show_note(line)
 
 
 class Commands(TyperGroup):
-    """The commands, with one line for whatever goes wrong in any of them."""
+    """The commands; an error in any of them is printed as one line."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Read the options before the name of the command, such as --version."""
+        """Parse the options before the name of the command, such as --version."""
         _hints.clear()
         with _errors_as_lines():
             return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; errors of the library become a line and exit code 1."""
+        """Run the command; an error of the library becomes a line and exit code 1."""
         with _errors_as_lines():
             result = super().invoke(ctx)
             _flush()
@@ -149,26 +149,26 @@ def _options(
     """Tag sounds, and make small models that tag sounds."""
 
 
-_UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # Typer's own, which it does not export
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # a class of Typer that it does not export
 
 
 @contextmanager
 def _errors_as_lines() -> Iterator[None]:
     try:
         yield
-    except _UsageError as error:  # quotes the words of the command line, which may be names of files
+    except _UsageError as error:  # its message quotes arguments, which may be file names
         vars(error)["message"] = printable(vars(error)["message"])
         raise
-    except BrokenPipeError:  # the reader of our output has closed it
+    except BrokenPipeError:  # the reader of our output closed the pipe
         _drop_output()
         raise typer.Exit(1) from None
     except CedError as error:
-        complain(error)
+        show_error(error)
         _drop_unwritten_output()
         raise typer.Exit(1) from None
     except OSError as error:
         where = error.filename or ("standard output" if error.errno in FULL else "")
-        complain(f"{where}: {error.strerror}" if where and error.strerror else str(error))
+        show_error(f"{where}: {error.strerror}" if where and error.strerror else str(error))
         _drop_unwritten_output()
         raise typer.Exit(1) from None
     except ModuleNotFoundError:
@@ -176,12 +176,12 @@ def _errors_as_lines() -> Iterator[None]:
             with optional_packages():
                 raise
         except MissingPackageError as missing:
-            complain(missing)
+            show_error(missing)
             raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise _interrupted() from None
     except Exception as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # some libraries wrap it into an error of their own
+        if isinstance(error.__context__, KeyboardInterrupt):  # some libraries raise an error of their own from it
             raise _interrupted() from None
         raise
 
@@ -196,7 +196,7 @@ def _flush() -> None:
 
 
 def _drop_unwritten_output() -> None:
-    """Drop what standard output does not take, so that the interpreter does not try it again when it exits."""
+    """Discard output that cannot be written, so that the interpreter does not try it again when it exits."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -204,43 +204,43 @@ def _drop_unwritten_output() -> None:
 
 
 def _drop_output() -> None:
-    with suppress(OSError, ValueError):  # ValueError: it has no file of the operating system's
+    with suppress(OSError, ValueError):  # ValueError: it has no file descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupted() -> typer.Exit:
-    tell("ced: interrupted")
+    show_note("ced: interrupted")
     return typer.Exit(INTERRUPTED)
 
 
 class _NoteHandler(logging.Handler):
-    """Shows notes and warnings of the library, a line each, on whatever standard error is at the moment."""
+    """Prints log messages of the library, a line each, on the current standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if record.name == "py.warnings":  # has the line of code below it
+        if record.name == "py.warnings":  # the line of code follows it
             message = message.partition("\n")[0]
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        tell(f"ced: {level}{message}")
+        show_note(f"ced: {level}{message}")
 
 
 class _ClosedOutput(io.TextIOWrapper):
-    """Stands for an output that was closed when the program was started."""
+    """Replaces an output that was closed when the program started."""
 
 
 def set_up_streams() -> None:
-    """Print any file name on any terminal; what others print to a closed output is dropped."""
+    """Make standard output and error accept any file name; a closed output discards what is printed."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            null = open(os.devnull, "wb")  # noqa: SIM115 (kept open; takes the number of the closed output)
+            null = open(os.devnull, "wb")  # noqa: SIM115 (kept open; occupies the descriptor of the closed output)
             setattr(sys, name, _ClosedOutput(null, encoding="utf-8", errors="backslashreplace"))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def set_up_logging() -> None:
-    """Show what the library notes, and what other packages warn of; once, in the first process of a run."""
+    """Print log messages of the library and warnings of other packages; only in the first process of a run."""
     handler = _NoteHandler(logging.INFO if is_main_process() else logging.ERROR)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addHandler(handler)
@@ -249,15 +249,15 @@ def set_up_logging() -> None:
     library.addHandler(handler)
 
 
-def hush() -> None:
-    """Show warnings only, where the notes of single steps would be too many."""
+def show_warnings_only() -> None:
+    """Print only warnings, for runs of many steps."""
     for handler in logging.getLogger("ced").handlers:
         handler.setLevel(max(handler.level, logging.WARNING))
 
 
 @contextmanager
-def reporting() -> Iterator[NotedProgress]:
-    """Give a progress callback: bars on a terminal, plain lines elsewhere, nothing outside the first process."""
+def reporting() -> Iterator[Progress]:
+    """Yield a progress callback: bars on a terminal, plain lines elsewhere, nothing outside the first process."""
     if not is_main_process():
         yield silent
     elif sys.stderr.isatty():
@@ -284,7 +284,7 @@ class Meter:
         task: what is done with them.
     """
 
-    def __init__(self, progress: NotedProgress, files: int, task: str) -> None:
+    def __init__(self, progress: Progress, files: int, task: str) -> None:
         self._progress, self._files, self._task = progress, files, task
         self._began, self._reported = time.monotonic(), -math.inf
         self._seconds, self._done = 0.0, 0
@@ -318,7 +318,7 @@ class Meter:
 
 
 class ProgressLines:
-    """Progress as plain lines, one every few seconds."""
+    """Shows progress as plain lines, one every few seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._last = clock, clock()
@@ -328,11 +328,11 @@ class ProgressLines:
         now = self._clock()
         if now - self._last >= LINE_SECONDS:
             self._last = now
-            tell(f"{task}: {done} of {total}{', ' if note else ''}{note}")
+            show_note(f"{task}: {done} of {total}{', ' if note else ''}{note}")
 
 
 class _Bars:
-    """Progress as bars, which vanish when their task is done, so that results can be printed between two tasks."""
+    """Shows progress as bars, which vanish when their task ends, so that results can be printed between tasks."""
 
     def __init__(self) -> None:
         self._bars: RichProgress | None = None
@@ -353,7 +353,7 @@ class _Bars:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        # Notes on standard error appear above the bars; standard output is left alone, it may be a file.
+        # Messages on standard error appear above the bars; standard output is not redirected, it may be a file.
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -368,7 +368,7 @@ class _Bars:
         return self._bars
 
     def stop(self) -> None:
-        """Take the bars away."""
+        """Remove the bars."""
         if self._bars is not None:
             self._bars.stop()
         self._bars = None

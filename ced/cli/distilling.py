@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
-from ced.cli.console import complain, hush, is_main_process, reporting, show, tell
+from ced.cli.console import is_main_process, reporting, show, show_error, show_note, show_warnings_only
 from ced.errors import CheckpointError, ConfigError
 from ced.text import quoted
 
 if TYPE_CHECKING:
-    from ced.config import LoopConfig
+    from ced.config import TrainerConfig
 
-    C = TypeVar("C", bound=LoopConfig)
+    C = TypeVar("C", bound=TrainerConfig)
 
 Resume = Annotated[
     Path | None,
@@ -32,7 +32,6 @@ def pack(
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, help="Threads that decode; default: one for each core.")
     ] = None,
-    n_workers: Annotated[int | None, typer.Option("--n-workers", "-n", min=1, hidden=True)] = None,
     duration: Annotated[bool, typer.Option("--duration", help="Add a column with seconds.")] = False,
     hdf5_dirname: Annotated[str, typer.Option(help="Folder of the audio in OUTDIR.")] = "hdf5",
     index_dirname: Annotated[str, typer.Option(help="Folder of the table in OUTDIR.")] = "labels",
@@ -57,7 +56,7 @@ def pack(
             table,
             outdir,
             size_per_file=size_per_file,
-            workers=jobs or n_workers,
+            workers=jobs,
             duration=duration,
             hdf5_dirname=hdf5_dirname,
             index_dirname=index_dirname,
@@ -69,10 +68,10 @@ def pack(
             progress=progress,
         )
     for _, reason in report.failed[:SHOWN]:
-        complain(reason)
+        show_error(reason)
     if report.failures is not None:
         more = f"{len(report.failed) - SHOWN} more; " if len(report.failed) > SHOWN else ""
-        tell(f"ced: {more}all failures are listed in {report.failures}")
+        show_note(f"ced: {more}all failures are listed in {report.failures}")
     show(f"{report.index}: {report.packed} packed, {len(report.failed)} failed")
     if report.failed and not skip_bad:
         raise typer.Exit(1)
@@ -218,7 +217,7 @@ def _members(experiments: list[Path]) -> list[Path]:
     if not found:
         raise problems[0]
     for problem in problems:
-        tell(f"ced: warning: left out: {problem}")
+        show_note(f"ced: warning: left out: {problem}")
     return list(found)
 
 
@@ -250,7 +249,7 @@ def demo(
     """
     from ced.demo.job import run_demo
 
-    hush()
+    show_warnings_only()
     with reporting() as progress:
         report = run_demo(out, data=data, fold=fold, say=show, progress=progress)
     for text in report.lines():

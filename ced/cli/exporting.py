@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ced.cli.console import complain, reporting, show
+from ced.cli.console import reporting, show, show_error
 
 
 def models(
@@ -51,7 +51,7 @@ def _verify() -> None:
             show(f"{entry.name}: {path}: {checked} correct")
         else:
             damaged += 1
-            complain(f"{entry.name}: {path} is damaged: {wrong}; delete it to download it again")
+            show_error(f"{entry.name}: {path} is damaged: {wrong}; delete it to download it again")
     if not found:
         show("no model is cached")
     if damaged:
@@ -88,13 +88,13 @@ def export(
     from ced.model import zoo
     from ced.model.graph.compare import change_on_noise, export_int8
     from ced.model.graph.export import export as write
-    from ced.model.graph.int8 import int8_path
+    from ced.model.graph.export import int8_path
 
     if check is not None and not int8:
         raise typer.BadParameter("--check compares int8 with float: it needs --int8")
     path = out or Path(f"{Path(model).stem}.onnx")
     with reporting() as progress:
-        weights = zoo.read(model, progress)
+        weights = zoo.read_weights(model, progress)
         report = write(weights, path, source)
         if report.largest_difference is None:
             show(f"{report.path}: not compared with the network, as torch is not installed")

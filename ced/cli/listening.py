@@ -7,20 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ced.cli import options
-from ced.cli.console import complain, reporting, show, show_data
+from ced.cli.console import reporting, show, show_data, show_error
 from ced.cli.tagging import thresholds
 from ced.errors import ConfigError
 from ced.tag.options import EVENT_THRESHOLD
 from ced.text import json_line
 
 if TYPE_CHECKING:
-    from ced.sound.live import LiveSource
-    from ced.sound.pipe import Samples
+    from ced.sound.live_sources import LiveSource, Samples
     from ced.tag.actions import Action
     from ced.tag.live import Listener, LiveReport
 
@@ -55,9 +54,9 @@ def live(
     mqtt: options.Mqtt = None,
     on: options.On = "both",
 ) -> None:
-    """Tag live sound: print events while a microphone, a stream or a recording program is heard.
+    """Tag live sound: print events while a microphone, a stream or a recording program delivers it.
 
-    A device or stream that is lost is opened again until it is back. Ctrl-C ends the command.
+    A device or stream that is lost is reopened until it is back. Ctrl-C ends the command.
     """
     if list_devices:
         _print_devices()
@@ -75,7 +74,7 @@ def live(
     with reporting() as progress:
         graph = open_model(model, precision=precision, threads=options.CORES, progress=progress)
     with Tagger(graph, name=model) as tagger, Actions(found) as actions:
-        settings = replace(
+        chosen = replace(
             OPTIONS,
             window=window,
             hop=hop,
@@ -88,54 +87,63 @@ def live(
             gap=gap,
             shortest=shortest,
         )
-        listener = Listener(tagger, source, settings)
+        listener = Listener(tagger, source, chosen)
         with _stopping(listener) as signals:
             for report in listener.reports():
                 event = report.to_json(source.name, model, channel)
-                if format.lower() == "jsonl":
-                    show_data(json_line(event) + "\n")
-                elif report.state == "begin":
-                    show(_line(report))
+                _print(report, event, format.lower())
                 if on in ("both", report.state):
                     actions.put(event)
+        _end(listener, source, signals)
+
+
+def _print(report: "LiveReport", event: dict[str, Any], format: str) -> None:
+    """Print a report as JSON or, if the event begins, as text."""
+    if format == "jsonl":
+        show_data(json_line(event) + "\n")
+    elif report.state == "begin":
+        (tag,) = report.piece.tags
+        show(f"{datetime.fromtimestamp(report.time):%H:%M:%S} {tag.label} {tag.prob:.2f}")
+
+
+def _end(listener: "Listener", source: "LiveSource", signals: list[int]) -> None:
+    """Report why listening ended, and exit with the code for it."""
     if listener.left_out:
-        logger.warning("%d windows were left out, as sound came faster than it was scored", listener.left_out)
+        logger.warning(
+            "%d windows were skipped, because the sound arrived faster than it was scored", listener.left_out
+        )
     if signal.SIGINT in signals:
         raise KeyboardInterrupt
     if signal.SIGTERM not in signals and source.endless:
-        complain(f"{source.name} has ended")
+        show_error(f"{source.name} has ended")
         raise typer.Exit(1)
 
 
 def _source(address: str | None, device: str | None, channel: str, samples: "Samples | None") -> "LiveSource":
     if address is not None and device is not None:
         raise ConfigError(f"--device {device} and {address} cannot be used together; leave one out")
+    from ced.sound import live_sources
+
     if address == "-":
-        from ced.sound.pipe import standard_input
-
-        return standard_input(sys.stdin.fileno(), samples, channel)
+        return live_sources.standard_input(sys.stdin.fileno(), samples, channel)
     if address is not None:
-        from ced.sound import live as streams
-
-        return streams.address(address, channel)
-    from ced.sound import device as inputs
-
-    return inputs.device(device, channel)
+        return live_sources.address(address, channel)
+    return live_sources.device(device, channel)
 
 
 def _samples(
     address: str | None, rate: int | None, channels: int | None, sample_format: str | None
 ) -> "Samples | None":
-    """Return what raw samples on standard input are; None: a WAV header tells it."""
+    """Return the form of raw samples on standard input; None: it is in a WAV header."""
     given = {"--rate": rate, "--channels": channels, "--sample-format": sample_format}
     named = [option for option, value in given.items() if value is not None]
     if named and address != "-":
-        raise ConfigError(f"{named[0]} is about samples on standard input; give - as the address")
+        raise ConfigError(f"{named[0]} applies to samples on standard input; give - as the address")
     if rate is None:
         if named:
             raise ConfigError(f"{named[0]} needs --rate, the rate of raw samples in Hz")
         return None
-    from ced.sound.pipe import Samples
+    from ced.sound.live_sources import Samples
 
     return Samples(rate, 1 if channels is None else channels, sample_format or Samples.format)
 
@@ -149,36 +157,32 @@ def _actions(exec: list[str] | None, webhook: list[str] | None, mqtt: list[str] 
 
 @contextmanager
 def _stopping(listener: "Listener") -> Iterator[list[int]]:
-    """End the listener in order at the first SIGINT or SIGTERM, and the program at the second.
+    """Stop the listener at the first SIGINT or SIGTERM, and the program at the second.
 
-    Gives the signals that came, in a list that they are added to.
+    Yields:
+        the signals received so far; the list grows.
     """
-    came: list[int] = []
+    received: list[int] = []
 
     def stop(number: int, _: object) -> None:
         listener.stopped = True
-        came.append(number)
+        received.append(number)
         signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield came
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _line(report: "LiveReport") -> str:
-    (tag,) = report.piece.tags
-    return f"{datetime.fromtimestamp(report.time):%H:%M:%S} {tag.label} {tag.prob:.2f}"
-
-
 def _print_devices() -> None:
-    from ced.sound.device import devices
+    from ced.sound.live_sources import devices
 
     found = devices()
     if not found:
-        complain("this machine has no input device")
+        show_error("this machine has no input device")
         raise typer.Exit(1)
     for each in found:
         channels = "1 channel" if each.channels == 1 else f"{each.channels} channels"

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ced.machine import cores
+from ced.environment import cores
 from ced.model.graph import Precision as GraphPrecision
 from ced.tag.options import EVENT_THRESHOLD, TOP_K, Tail
 

@@ -1,4 +1,4 @@
-"""The commands that answer requests: serve, and app, which opens the page in a browser."""
+"""The commands serve and app: the HTTP server, and the same with the page opened in a browser."""
 
 import ipaddress
 import logging
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ced.cli.console import reporting, set_up_logging, set_up_streams, show_data, tell
+from ced.cli.console import reporting, set_up_logging, set_up_streams, show_data, show_note
 from ced.cli.options import CORES, Jobs, Model, Precision
+from ced.environment import allow_open_files
 from ced.errors import ConfigError, optional_packages
-from ced.machine import allow_open_files
 
 if TYPE_CHECKING:
     from ced.serve.body import Limits
@@ -26,15 +26,17 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "CED_API_KEY"
 _SHORTEST_KEY = 16  # characters
-_LOG_LINES = 10_000  # that wait to be printed
+_LOG_LINES = 10_000  # queue of the access log
 
 logger = logging.getLogger(__name__)
 
-_MaxMegabytes = Annotated[float, typer.Option(help="Largest body of a request.")]
-_MaxSeconds = Annotated[float, typer.Option(help="Most sound in a request; overlapping windows count in full.")]
-_Queue = Annotated[int, typer.Option(min=0, help="Requests that may wait; further ones are refused with 503.")]
+_MaxMegabytes = Annotated[float, typer.Option(help="Largest body of a request, in megabytes.")]
+_MaxSeconds = Annotated[
+    float, typer.Option(help="Most seconds of sound in a request; overlapping windows count in full.")
+]
+_Queue = Annotated[int, typer.Option(min=0, help="Requests that may wait; more are refused with status 503.")]
 _AllowAddresses = Annotated[
-    bool, typer.Option("--allow-addresses", help="Fetch sounds from http(s) addresses of public hosts.")
+    bool, typer.Option("--allow-addresses", help="Allow requests for sounds at http(s) addresses of public hosts.")
 ]
 _MaxLive = Annotated[int, typer.Option(min=0, help="Most live connections at the same time.")]
 
@@ -57,7 +59,9 @@ def serve(
             help="Windows scored at the same time, one thread each.",
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that share the port, each with its own model.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that share the port, each with a model of its own.")
+    ] = 1,
     max_megabytes: _MaxMegabytes = 50.0,
     max_seconds: _MaxSeconds = 600.0,
     queue: _Queue = 16,
@@ -66,12 +70,12 @@ def serve(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help=f"File with an API key a line, one of which each request must have; or ${KEY_VARIABLE}.",
+            help=f"File with an API key on each line; each request needs one of them. Or set ${KEY_VARIABLE}.",
         ),
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(help="Host name that requests may be addressed to, besides this machine's own; may be repeated."),
+        typer.Option(help="Host name that requests may use, besides those of this machine; may be repeated."),
     ] = None,
     proxy: Annotated[
         list[str] | None,
@@ -81,7 +85,7 @@ def serve(
     allow_addresses: _AllowAddresses = False,
     access_log: Annotated[bool, typer.Option(help="Print a line of JSON for each request.")] = True,
 ) -> None:
-    """Serve a model over HTTP, with a page at / and a description of the interface at /docs.
+    """Serve a model over HTTP, with a web page at / and the documentation of the interface at /docs.
 
     TLS and rate limits are a proxy's task: see docs/serve.md.
     """
@@ -102,7 +106,7 @@ def serve(
             ("*",) if unix_socket is not None else tuple(map(_network, proxy or ())),
         )
         if not is_local and not keys:
-            logger.warning("%s can be reached from other machines, without an API key", server.address(listener))
+            logger.warning("%s accepts requests from other machines without an API key", server.address(listener))
         _run(settings, listener, workers, access_log)
     finally:
         listener.close()
@@ -120,7 +124,7 @@ def open_app(
     allow_addresses: _AllowAddresses = False,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
 ) -> None:
-    """Open a page in the browser that tags sounds: files, recordings, and the microphone while it listens.
+    """Open the web page: upload or record sounds and see their timelines of tags, or tag the microphone live.
 
     It is the page of `ced serve`, for this machine only.
     """
@@ -135,7 +139,7 @@ def open_app(
 
 
 def _run(settings: "Settings", listener: socket.socket, workers: int, access_log: bool, browser: bool = False) -> None:
-    """Open the model, print where it is served, and serve it."""
+    """Open the model, print the address, and serve it."""
     from ced.serve import server
 
     allow_open_files()
@@ -145,8 +149,8 @@ def _run(settings: "Settings", listener: socket.socket, workers: int, access_log
 
     def ready() -> None:
         docs = f", described at {where}/docs" if where.startswith("http") else ""
-        tell(f"ced: serving {settings.model} at {where}{docs}")
-        if browser:  # in a thread, as some browsers end only when their user does
+        show_note(f"ced: serving {settings.model} at {where}{docs}")
+        if browser:  # in a thread, because some browsers return only when they are closed
             import webbrowser
 
             threading.Thread(target=webbrowser.open, args=(where,), daemon=True).start()
@@ -160,14 +164,14 @@ def _run(settings: "Settings", listener: socket.socket, workers: int, access_log
 
 
 def _set_up_worker(access_log: bool) -> None:
-    """Prepare one of several processes, as `ced.cli.main` does the first."""
+    """Set up one of several processes as `ced.cli.main` sets up the first."""
     set_up_streams()
     set_up_logging()
     _set_up_logs(access_log)
 
 
 def _set_up_logs(access_log: bool) -> None:
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # broken forms are faults of clients
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # malformed forms are errors of clients
     requests = logging.getLogger("ced.access")
     requests.propagate = False
     requests.setLevel(logging.INFO if access_log else logging.CRITICAL)
@@ -176,10 +180,10 @@ def _set_up_logs(access_log: bool) -> None:
 
 
 class _AccessLog(logging.Handler):
-    """Prints lines of a log in a thread of its own; lines that standard output does not take are dropped.
+    """Prints the access log in a thread of its own, so that a blocked pipe delays no request.
 
-    So a pipe that nobody reads holds up no request. Once standard output is closed or cannot be written to, that is
-    reported and the log ends.
+    Lines are dropped while the queue is full. Once standard output is closed or cannot be written to, that is reported
+    and the log ends.
     """
 
     def __init__(self) -> None:
@@ -187,14 +191,14 @@ class _AccessLog(logging.Handler):
         self._lines: queue.Queue[str | None] = queue.Queue(_LOG_LINES)
         self._thread = threading.Thread(target=self._print, name="access-log", daemon=True)
         self._thread.start()
-        Finalize(None, self.close, exitpriority=0)  # at the end of this process, whether or not it is the first
+        Finalize(None, self.close, exitpriority=0)  # at the end of this process, also of a worker
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(queue.Full):
             self._lines.put_nowait(record.getMessage())
 
     def close(self) -> None:
-        """Print what is left, unless standard output is stuck."""
+        """Print the waiting lines, unless standard output is blocked."""
         with suppress(queue.Full):
             self._lines.put_nowait(None)
             self._thread.join(1)
@@ -204,16 +208,16 @@ class _AccessLog(logging.Handler):
         while (line := self._lines.get()) is not None:
             try:
                 show_data(f"{line}\n")
-            except (OSError, ValueError) as error:  # of a pipe without a reader, a full disk, a closed stream
+            except (OSError, ValueError) as error:  # a pipe without a reader, a full disk, a closed stream
                 logging.getLogger("ced.access").setLevel(logging.CRITICAL)
                 reason = getattr(error, "strerror", None) or error
-                logger.warning("the access log ends, as standard output cannot be written to: %s", reason)
+                logger.warning("the access log ends, because standard output cannot be written to: %s", reason)
                 return
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:
     """Return the API keys of a file and of the environment."""
-    keys: dict[str, str] = {}  # and where each is from
+    keys: dict[str, str] = {}  # key -> its source
     if file is not None:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
@@ -221,7 +225,7 @@ def _keys(file: Path | None) -> tuple[str, ...]:
             raise ConfigError(f"cannot read the API keys in {file}: {getattr(error, 'strerror', error)}") from error
         keys |= {line.strip(): str(file) for line in lines if line.strip()}
         if not keys:
-            raise ConfigError(f"{file} has no API key; write one a line")
+            raise ConfigError(f"{file} has no API key; write one on each line")
     if KEY_VARIABLE in os.environ:
         keys.setdefault(os.environ[KEY_VARIABLE].strip(), f"${KEY_VARIABLE}")
     for key, where in keys.items():
@@ -249,8 +253,8 @@ def _is_local(listener: socket.socket) -> bool:
 def _hosts(listener: socket.socket, host: str, allowed: list[str] | None) -> tuple[str, ...]:
     """Return the host names that requests may be addressed to; none: any.
 
-    A server for this machine only has only this machine's names, so that no web site can make a browser send requests
-    to it under a name of its own (DNS rebinding).
+    A local server accepts only the names of this machine, so that no web site can make a browser send requests to it
+    under a name of its own (DNS rebinding).
     """
     if allowed is None and (listener.family == socket.AF_UNIX or not _is_local(listener)):
         return ()

@@ -12,15 +12,15 @@ import typer
 
 from ced.cli import clustering, options
 from ced.cli.clustering import ChosenModel, Cluster
-from ced.cli.console import Meter, complain, reporting, show, show_data, speed
+from ced.cli.console import Meter, reporting, show, show_data, show_error, speed
 from ced.errors import AudioError, ConfigError
-from ced.progress import NotedProgress, silent
+from ced.progress import Progress, silent
 from ced.tag.options import BATCH, EACH, TagOptions
 
 if TYPE_CHECKING:
     from ced.sound.audio import Source
     from ced.sound.labels import ClassTable
-    from ced.tag.batch import EarlierRun, Outcome
+    from ced.tag.batch import EarlierRun, SoundOutcome
     from ced.tag.inputs import InputSound
     from ced.tag.records import Embedding, Record, Tags, Timeline
     from ced.tag.scores import ScoreLog
@@ -101,7 +101,7 @@ def tag(
         with reporting() as progress:
             inputs = _find(sounds or (), "mean", allow_private)  # workers open sounds to find their channels
             output.check_inputs(inputs, chosen)
-            with clustering.here(scorer, progress) as tagger:
+            with clustering.open_here(scorer, progress) as tagger:
                 chosen = _with_thresholds(chosen, threshold, tagger.labels)
                 ok = clustering.tag(cluster, tagger, scorer, inputs, chosen, channel, progress)
     elif earlier is not None:
@@ -147,7 +147,7 @@ def embed(
     cluster = Cluster.chosen(ray, out, workers, {})
     if cluster is not None:
         scorer, inputs = ChosenModel(model, precision, device, batch), _find(sounds, "mean", allow_private)
-        with reporting() as progress, clustering.here(scorer, progress) as tagger:
+        with reporting() as progress, clustering.open_here(scorer, progress) as tagger:
             if not clustering.embed(cluster, tagger, scorer, inputs, chosen, channel, windows, progress):
                 raise typer.Exit(1)
         return
@@ -160,7 +160,7 @@ def embed(
         embedding = _Embedding(tagger, chosen, windows, Meter(progress, len(inputs), "embedding"))
         count = write_embeddings(out, embedding.rows(inputs, tagger.jobs))
     failed, cut = embedding.failed, embedding.cut_short
-    show(f"{out}: {count} vectors of {len(inputs) - failed} sounds, {failed} failed" + f", {cut} cut short" * bool(cut))
+    show(f"{out}: {count} vectors of {len(inputs) - failed} sounds, {failed} failed" + f", {cut} truncated" * bool(cut))
     if failed or cut:
         raise typer.Exit(1)
 
@@ -294,10 +294,10 @@ class _Output:
         """Write the records of sounds into the folder; return whether all of them could be read to the end."""
         from ced.tag.batch import tag_to_folder
 
-        def finished(outcome: "Outcome[Record]") -> None:
+        def finished(outcome: "SoundOutcome[Record]") -> None:
             meter.file()
             if outcome.result is None:
-                complain(outcome.error, hint=outcome.hint)
+                show_error(outcome.error, hint=outcome.hint)
 
         assert self.folder is not None
         summary = tag_to_folder(
@@ -329,7 +329,7 @@ def _tag_sounds(
     model: ChosenModel,
     jobs: int,
     output: _Output,
-    progress: NotedProgress,
+    progress: Progress,
 ) -> bool:
     """Tag sounds; return whether all of them could be read to the end."""
     from ced.tag.tagger import Tagger, in_turn
@@ -380,7 +380,7 @@ class _Tagging:
                     raise stream.error
                 self.output.cut(item.source, stream.events, item)
             except AudioError as error:
-                complain(error)
+                show_error(error)
                 failed.append(item.name)
             else:
                 failed += [] if stream.complete else [item.name]
@@ -421,9 +421,7 @@ class _Logged:
         return record
 
 
-def _tag_again(
-    folder: Path, chosen: TagOptions, threshold: str | None, output: _Output, progress: NotedProgress
-) -> bool:
+def _tag_again(folder: Path, chosen: TagOptions, threshold: str | None, output: _Output, progress: Progress) -> bool:
     """Make tags from the scores of an earlier run; return whether all of its sounds have scores and are complete."""
     from ced.tag.batch import EarlierRun
 
@@ -465,7 +463,7 @@ class _TaggingAgain:
             try:
                 record = self.record(item)
             except AudioError as error:
-                complain(error)
+                show_error(error)
                 failed.append(item.name)
             else:
                 failed += [] if record.complete else [item.name]
@@ -514,7 +512,7 @@ class _Embedding:
             found = outcome.result
             self.meter.file(0.0 if found is None else found.seconds)
             if found is None:
-                complain(outcome.error, hint=outcome.hint)
+                show_error(outcome.error, hint=outcome.hint)
                 self.failed += 1
             else:
                 self.cut_short += not found.complete

@@ -64,7 +64,7 @@ def _lost_process_explained() -> Iterator[None]:
         raise ProcessError("another process of this run has stopped; its own message explains why") from error
 
 
-def join() -> World:
+def join_processes() -> World:
     """Join the run: all processes under torchrun (NCCL with GPUs, gloo without), otherwise this process alone.
 
     Raises:

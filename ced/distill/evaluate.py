@@ -23,7 +23,7 @@ from ced.distill.pack_reader import AudioPack
 from ced.errors import ConfigError, PackError, TableError
 from ced.files import writing, written_aside
 from ced.model.config import ModelConfig
-from ced.model.metrics import accuracy, average_precision
+from ced.model.metrics import Figures, accuracy, average_precision
 from ced.model.vit import CED
 from ced.progress import Progress, silent
 from ced.sound.features import PATCH, TOP_DB, frames_of
@@ -36,17 +36,15 @@ PIECES_AT_ONCE = 32  # clips of more forward passes are scored in blocks; this i
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
-    """The results of a tagger on a labelled table."""
+class Evaluation(Figures):
+    """The metrics of a tagger on a labelled table, and the results of each class."""
 
-    map: float  # mean of the classes' average precision
     per_class: NDArray[np.float64]  # (c,) average precision; NaN for the missing classes
     positives: NDArray[np.int64]  # (c,) number of clips with the class
     recall: NDArray[np.float64] | None  # (c,) part of a class's clips in which it scores highest; None as `accuracy`
     missing: tuple[str, ...]  # classes without a positive clip, which are left out of the mean
     clips: int  # number of clips
     labels: ClassTable
-    accuracy: float | None  # part of the clips whose label scores highest; None unless each has exactly one
 
     @property
     def summary(self) -> str:

@@ -32,7 +32,7 @@ from typing import IO, Any, TypeVar, cast
 
 import torch
 
-from ced.config import LoopConfig, dump, load_config
+from ced.config import TrainerConfig, dump, load_config
 from ced.errors import ConfigError, TrainingError
 from ced.files import errors_held, writing, written_aside
 from ced.model import loading, weights
@@ -47,7 +47,7 @@ RESULT_NAME = "averaged.safetensors"
 _FREE_KEYS = {"num_workers"}  # may differ on resuming: they do not affect the result
 _STAMP = re.compile(r"\d{4}(-\d\d){2}_\d\d(-\d\d){2}(_\d+)?")  # the name of an experiment's folder, see `create_folder`
 
-C = TypeVar("C", bound=LoopConfig)
+C = TypeVar("C", bound=TrainerConfig)
 
 
 @dataclass
@@ -56,9 +56,7 @@ class State:
 
     epoch: int = 0  # epochs trained
     history: list[dict[str, float]] = field(default_factory=list)  # the lines of metrics.jsonl
-    kept: list[tuple[float, int, str]] = field(
-        default_factory=list
-    )  # (mAP, epoch, file) of the best networks, best first
+    kept: list[tuple[float, int, str]] = field(default_factory=list)  # (mAP, epoch, file), best first
     stale: int = 0  # validations since the last gain
     world_size: int = 1  # processes that began it
     finished: bool = False  # the result and all records are written
@@ -73,7 +71,7 @@ class State:
         return entry[2] if entry in self.kept else None
 
 
-def create_folder(config: LoopConfig, name: str) -> Path:
+def create_folder(config: TrainerConfig, name: str) -> Path:
     """Make the folder of a new run, `<outputpath>/<name>/<time stamp>`, with its configuration in it.
 
     The folder is renamed to that once the configuration is written, so that every experiment has one.
@@ -112,7 +110,7 @@ def config_path(folder: Path) -> Path:
     """Return the path of an experiment's configuration.
 
     Raises:
-        TrainingError: the folder is no experiment.
+        TrainingError: the folder is not an experiment.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -124,7 +122,7 @@ def check_resumable(config: C, folder: Path) -> None:
     """Check that the run of an experiment was begun with a configuration.
 
     Raises:
-        TrainingError: the folder is no experiment.
+        TrainingError: the folder is not an experiment.
         ConfigError: a key that affects the result has another value than in the experiment's config.yaml.
     """
     path = config_path(folder)

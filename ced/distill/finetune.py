@@ -28,11 +28,9 @@ from ced.distill.views import check_masks, recipe_of
 from ced.errors import ConfigError, TableError
 from ced.model.vit import CED
 from ced.progress import Progress, silent
-from ced.sound.labels import ClassTable, audioset, read_classes
+from ced.sound.labels import AUDIOSET, ClassTable, audioset, class_table
 from ced.sound.tables import multi_hot
 from ced.text import quoted
-
-AUDIOSET = "audioset"  # as the value of `classes`: AudioSet's class table
 
 
 def finetune(config: FinetuneConfig, *, name: str, resume: Path | None = None, progress: Progress = silent) -> Path:
@@ -58,8 +56,7 @@ def finetune(config: FinetuneConfig, *, name: str, resume: Path | None = None, p
     run = begin_run(config, name=name, resume=resume, progress=progress)
     if resume and run.state.finished:
         return resume
-    table = None if config.classes == Path(AUDIOSET) else config.classes
-    labels = audioset() if table is None else read_classes(table)
+    labels = class_table(config.classes or Path(AUDIOSET))
     data = LabelledClips(config, labels)
     if config.classes is None:
         refuse_numbered_classes(data)

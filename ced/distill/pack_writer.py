@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.distill.pack_format import ClipIndex, DType, Outcome, PackSettings, Wave, digest_path, write_file
+from ced.environment import cores
 from ced.errors import AudioError, ConfigError, PackError, WriteError
 from ced.files import claimed, remove_leftovers, written_aside
-from ced.machine import cores
 from ced.parallel import attempts
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE, load_stored

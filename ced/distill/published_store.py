@@ -1,8 +1,8 @@
 """The meta.pt of a published view store, read without executing any of it.
 
-The file is a zip around a pickle of module objects. Of those only plain attributes matter, so every class the pickle
-names becomes an inert placeholder that collects them; a name that is not on the list below stops the reading. So does
-whatever could take more memory or time than the size of the file explains.
+The file is a zip archive with a pickle of module objects. Only their plain attributes are needed, so every class that
+the pickle names is replaced by a placeholder that collects attributes and does nothing. Reading stops at a name that is
+not in the lists below, and at anything that could take far more memory or time than the size of the file suggests.
 """
 
 import io
@@ -20,7 +20,7 @@ from ced.errors import StoreError
 _MAX_BYTES = 1 << 20  # of the pickle; published ones have 2.5 kB
 _MAX_FILE_BYTES = 16 << 20  # published ones have 4 kB
 _MAX_PATH = 4096  # characters
-# Opcodes that torch.save does not write here: they allocate what a length claims, or put anything into sets.
+# Opcodes that torch.save does not write here: they allocate as much as a number says, or add any object to a set.
 _REFUSED_OPCODES = {"BYTEARRAY8", "ADDITEMS", "FROZENSET", "INST", "OBJ"}
 
 # Classes of which only the attributes are kept.
@@ -38,7 +38,7 @@ _PLACEHOLDERS = {
 
 
 def _nothing(*args: object) -> None:
-    """Stand for a tensor, its shape or a set; nothing in them is needed."""
+    """Replace a tensor, its shape or a set, which are not needed."""
 
 
 def _ordered_dict(items: object = ()) -> dict[str, Any]:
@@ -48,10 +48,10 @@ def _ordered_dict(items: object = ()) -> dict[str, Any]:
 
 
 def _check_keys(keys: Iterable[object]) -> None:
-    """Refuse keys of a dict that are no names: the hash of nested tuples can take for ever.
+    """Refuse keys of a dict that are not names: computing the hash of nested tuples can take very long.
 
     Raises:
-        StoreError: one is something else.
+        StoreError: one is neither text nor an integer.
     """
     if not all(isinstance(key, str | int) for key in keys):
         raise StoreError("it has a dict whose keys are not names")
@@ -59,7 +59,7 @@ def _check_keys(keys: Iterable[object]) -> None:
 
 def _path_maker(kind: type[PurePath]) -> Callable[..., PurePath]:
     def make(*parts: object) -> PurePath:
-        """Make a path of text; of other paths, a few would grow without bounds."""
+        """Make a path from text; paths made from other paths could grow without bounds."""
         if not all(isinstance(part, str) for part in parts) or sum(map(len, map(str, parts))) > _MAX_PATH:
             raise StoreError(f"it holds a path that is not text of at most {_MAX_PATH} characters")
         return kind(*map(str, parts))
@@ -67,7 +67,7 @@ def _path_maker(kind: type[PurePath]) -> Callable[..., PurePath]:
     return make
 
 
-# Harmless callables.
+# Callables without side effects.
 _CALLABLES: Mapping[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _ordered_dict,
     ("__builtin__", "set"): _nothing,
@@ -82,7 +82,7 @@ _CALLABLES: Mapping[tuple[str, str], Any] = {
     },
 }
 
-# What a transform must have for its views to be the ones of `views.draw` and `views.mask`.
+# The settings with which a transform makes the same views as `views.draw` and `views.mask`.
 _REPLAYED: Mapping[str, Mapping[str, object]] = {
     "Shift": {
         "_p": SHIFT_PROBABILITY,
@@ -98,51 +98,55 @@ _REPLAYED: Mapping[str, Mapping[str, object]] = {
 
 @dataclass(frozen=True)
 class PublishedMeta:
-    """What a published meta.pt says about its store."""
+    """The settings of a published store, from its meta.pt."""
 
     recipe: ViewRecipe
     topk: int
     chunk_length: float  # seconds
     teachers: tuple[str, ...]
-    config: Mapping[str, Any]  # the configuration of the run, as it was written
+    config: Mapping[str, Any]  # the whole configuration of the run
 
 
 class _Placeholder:
-    """An object of a class that is not imported: it has attributes and does nothing."""
+    """An object whose class is not imported: it has attributes and does nothing."""
 
 
-# The unpickler in Python: the one in C keeps its memo in an array as long as the highest place that a file names.
+# The unpickler in Python: that in C allocates its memo by the highest index in the file.
 _Unpickler: Any = pickle._Unpickler
 
 
 class _AllowListUnpickler(_Unpickler):  # type: ignore[misc]
-    """Unpickle listed globals only; no class of the file is imported, no function of it called."""
+    """Unpickles listed globals only; imports no class and calls no function that a file names."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a global of the pickle; an unknown one is refused."""
+        """Return the replacement of a global of the pickle.
+
+        Raises:
+            StoreError: it is not in the lists.
+        """
         if (module, name) in _PLACEHOLDERS:
-            return type(name, (_Placeholder,), {})  # a fresh one each time: nothing a file does to it can last
+            return type(name, (_Placeholder,), {})  # a new class each time, so that a file cannot change later ones
         if (module, name) in _CALLABLES:
             return _CALLABLES[module, name]
         shown = f"{module}.{name}"[:100]
         raise StoreError(f"it names {shown}, which is not one of the globals of a published meta.pt")
 
     def persistent_load(self, pid: Any) -> None:
-        """Leave the tensors' data in the file."""
+        """Skip the data of a tensor."""
 
     def _set_item(self) -> None:
         _check_keys(self.stack[-2:-1])
         self.load_setitem()
 
     def _set_items(self) -> None:
-        _check_keys(self.stack[::2])  # what was pushed since the mark
+        _check_keys(self.stack[::2])  # everything pushed since the mark
         self.load_setitems()
 
     def _build(self) -> None:
         if not isinstance(self.stack[-2], _Placeholder):
-            raise StoreError("it sets attributes of something else than an object")
+            raise StoreError("it sets attributes of a value that is not an object")
         self.load_build()
 
     dispatch[pickle.SETITEM[0]] = _set_item
@@ -155,7 +159,7 @@ def read_meta_pt(path: Path) -> PublishedMeta:
 
     Raises:
         StoreError: the file cannot be read, names a global that is not allowed, or describes augmentations whose views
-            this package would not replay as they were.
+            this package cannot reproduce.
     """
     try:
         meta = _unpickle(path)
@@ -168,7 +172,7 @@ def read_meta_pt(path: Path) -> PublishedMeta:
             freq_mask=_mask_width(spectrum_transforms, "FrequencyMasking"),
         )
         for name in (*wave_transforms, *spectrum_transforms):
-            raise StoreError(f"its views have a transform {name}; replayed are {', '.join(_REPLAYED)}")
+            raise StoreError(f"its views have a transform {name}; can be reproduced: {', '.join(_REPLAYED)}")
         model = config["model"]
         teachers = tuple(map(_text, model if isinstance(model, list | tuple) else [model]))
         topk, chunk_length = _number(config["topk"], "topk"), _number(config["chunk_length"], "chunk_length")
@@ -183,7 +187,7 @@ def read_meta_pt(path: Path) -> PublishedMeta:
 
 
 def _text(value: object) -> str:
-    """Return a name or path of a configuration; nested lists would be endless as text."""
+    """Return a name or path of a configuration; nested lists could be very long as text."""
     if not isinstance(value, str | PurePath):
         raise StoreError(f"its model is a {type(value).__name__}, not a name")
     return str(value)
@@ -211,7 +215,7 @@ def _unpickle(path: Path) -> dict[str, Any]:
 
 
 def _check_opcodes(content: bytes) -> None:
-    """Refuse a pickle whose reading could take far more memory or time than its size explains.
+    """Refuse a pickle whose reading could take far more memory or time than its size suggests.
 
     Raises:
         StoreError: it has an opcode that torch.save does not write here.
@@ -222,20 +226,28 @@ def _check_opcodes(content: bytes) -> None:
 
 
 def _steps(transforms: object) -> dict[str, dict[str, Any]]:
-    """Return the attributes of each transform of a sequence, by the name of its class."""
+    """Return the attributes of each transform of a sequence, by the name of its class.
+
+    Raises:
+        StoreError: two transforms have one class.
+    """
     if transforms is None:
         return {}
     steps: dict[str, dict[str, Any]] = {}
     for transform in vars(transforms)["_modules"].values():
         name = type(transform).__name__
         if name in steps:
-            raise StoreError(f"its views have {name} twice; replayed is one of each")
+            raise StoreError(f"its views have {name} twice; one of each can be reproduced")
         steps[name] = vars(transform)
     return steps
 
 
 def _take(steps: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
-    """Take a transform out of `steps` and make sure that its views can be replayed."""
+    """Remove a transform from `steps` and return its attributes; None if it is not there.
+
+    Raises:
+        StoreError: its views cannot be reproduced.
+    """
     if name not in steps:
         return None
     attributes = steps.pop(name)
@@ -243,7 +255,7 @@ def _take(steps: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
         if attributes[key] != value:
             found = attributes[key]
             found = repr(found)[:100] if isinstance(found, str | int | float) else f"a {type(found).__name__}"
-            raise StoreError(f"its {name} has {key.strip('_')} {found}; replayed is only {value!r}")
+            raise StoreError(f"its {name} has {key.strip('_')} {found}; only {value!r} can be reproduced")
     return attributes
 
 

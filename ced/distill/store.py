@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ced.config import StoreConfig
 from ced.distill import view_store
 from ced.distill.dataset import (
-    Batch,
     Chunks,
     ViewDataset,
     chunk_samples,
@@ -28,17 +27,16 @@ from ced.distill.dataset import (
     in_batches,
     prefetch,
 )
-from ced.distill.distributed import half_type, join
-from ced.distill.experiment import run_name
+from ced.distill.distributed import half_type, join_processes
 from ced.distill.pack_reader import AudioPack
-from ced.distill.teachers import Ensemble, is_callable_spec, load_teacher
+from ced.distill.teachers import Ensemble, Teacher, load_teacher, teacher_name
 from ced.distill.view_store import META_NAME, Rows, StoreMeta, epoch_seeds
-from ced.distill.views import ViewRecipe, check_masks, mask, recipe_of
+from ced.distill.views import check_masks, recipe_of
 from ced.errors import ConfigError, StoreError
 from ced.files import claimed, remove_leftovers
-from ced.model.frontend import LogMel
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
+from ced.sound.labels import class_table
 
 logger = logging.getLogger(__name__)
 
@@ -64,22 +62,20 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
         PackError: the pack lacks a clip.
         ProcessError: another process of the run has stopped.
     """
-    specs, folder = _specs(config), store_folder(config)
+    folder = store_folder(config)
     pack, samples = AudioPack(config.train_data), chunk_samples(config.chunk_length)
     chunks = _list_chunks(pack, config.chunk_length)
     filenames, (starts, ends) = pack.names(chunks.clips), chunks.seconds()
     recipe = recipe_of(config.wavtransforms, config.spectransforms, samples)
     check_masks(recipe, samples)
-    world = join()
+    world = join_processes()
     progress = progress if world.is_main else silent
-    front_end = LogMel().to(world.device)
-    silence = front_end(torch.zeros(2, samples, device=world.device))
-    ensemble = Ensemble(
-        [load_teacher(spec, config.model_args, world.device, progress) for spec in specs], config.mode, silence
-    )
-    if not config.topk <= ensemble.num_classes <= _MAX_CLASSES:
+    teachers = [load_teacher(entry, config.model_args, world.device, progress) for entry in config.model]
+    classes = class_table(config.classes) if config.classes else None
+    ensemble = Ensemble(teachers, config.mode, recipe, samples, world.device, classes)
+    if not (config.topk <= ensemble.known and ensemble.num_classes <= _MAX_CLASSES):
         raise ConfigError(
-            f"topk is {config.topk} and the teachers have {ensemble.num_classes} classes; "
+            f"topk is {config.topk} and the teachers have {ensemble.known} classes; "
             f"set topk to at most the number of classes, which is at most {_MAX_CLASSES}"
         )
     meta = StoreMeta(
@@ -87,10 +83,11 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
         topk=config.topk,
         num_classes=ensemble.num_classes,
         chunk_length=config.chunk_length,
-        teachers=tuple(teacher_name(spec) for spec in specs),
+        teachers=tuple(teacher_name(entry.name) for entry in config.model),
         labels=ensemble.labels,
         precision=_PRECISIONS[half_type(config.mode, world.device)],
-        weights=tuple(teacher.weights for teacher in ensemble.teachers),
+        weights=tuple(teacher.weights for teacher in teachers),
+        members=_members(teachers),
         model_args=config.model_args,
         seed=config.seed,
         batch_size=config.batch_size,
@@ -109,7 +106,7 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
                 views = ViewDataset(pack, chunks, recipe, seeds, samples)
                 values, indexes = [np.empty((0, config.topk), np.float16)], [np.empty((0, config.topk), np.int16)]
                 for done, batch in enumerate(prefetch(views, batches, config.num_workers), start=1):
-                    top = _score(batch, ensemble, front_end, recipe).topk(config.topk)
+                    top = ensemble(*batch.to_device(world.device)).topk(config.topk)
                     values.append(top.values.half().cpu().numpy())
                     indexes.append(top.indices.short().cpu().numpy())
                     progress(f"epoch {epoch} of {config.epochs}", done, len(batches))
@@ -152,33 +149,30 @@ def _share(chunks: int, batch_size: int, rank: int, size: int) -> list[range]:
     return batches[first:last]
 
 
-def _score(batch: Batch, ensemble: Ensemble, front_end: LogMel, recipe: ViewRecipe) -> Tensor:
-    """Return the ensemble's probabilities of a batch of views, (b, c) on the device of `front_end`."""
-    waves, uniforms = batch.to_device(front_end.window.device)
-    return ensemble(mask(front_end(waves), uniforms, recipe))
-
-
 def store_folder(config: StoreConfig) -> Path:
     """Return the folder of a store: `<outputpath>/<model>/<stem of train_data>/chunk_<seconds>`.
 
     `<model>` is the name of the teacher; of several, their names without `audiotransformer_`, joined by `_`.
+
+    Raises:
+        ConfigError: there is no teacher.
     """
-    names = [re.sub(r"[^\w.-]+", "_", teacher_name(spec)) for spec in _specs(config)]
+    if not config.model:
+        raise ConfigError("model is an empty list; name at least one teacher")
+    names = [re.sub(r"[^\w.-]+", "_", teacher_name(entry.name)) for entry in config.model]
     model = names[0] if len(names) == 1 else "_".join(name.replace("audiotransformer_", "") for name in names)
     return config.outputpath / model / config.train_data.stem / f"chunk_{config.chunk_length:g}"
 
 
-def _specs(config: StoreConfig) -> list[str]:
-    specs = [config.model] if isinstance(config.model, str) else config.model
-    if not specs:
-        raise ConfigError("model is an empty list; name at least one teacher")
-    return specs
-
-
-def teacher_name(spec: str) -> str:
-    """Return the name of a teacher: the callable, or of a model its name, its experiment's, or the stem of its file."""
-    path = Path(spec)
-    return spec if is_callable_spec(spec) else run_name(path) or (path.stem if path.is_file() else path.name)
+def _members(teachers: Sequence[Teacher]) -> tuple[dict[str, Any], ...] | None:
+    """Return what a store records about teachers that differ from a CED network with the store's own settings."""
+    ordinary = Teacher("", teachers[0].score)
+    names = ("takes", "masks", "weight", "batch_size", "mode")
+    members = tuple(
+        {name: value for name in names if (value := getattr(teacher, name)) != getattr(ordinary, name)}
+        for teacher in teachers
+    )
+    return members if any(members) else None
 
 
 def _missing_parts(folder: Path, meta: StoreMeta, epochs: int) -> set[Part]:

@@ -1,4 +1,4 @@
-"""Distil a student: it learns from the views of a store to give the teachers' scores, without labels.
+"""Distil a student: train it on the views of a store to predict the teachers' scores, without labels.
 
 In each step: rows of the store -> chunks of the pack, shifted by their seeds -> front end and masks -> student; the
 stored top scores, spread over all classes -> targets; loss and optimiser.

@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ced.config import LoopConfig
+from ced.config import TrainerConfig
 from ced.distill import experiment
 from ced.distill.dataset import Batch, ViewDataset, drawn, prefetch, shuffled
-from ced.distill.distributed import World, half_type, join
+from ced.distill.distributed import World, half_type, join_processes
 from ced.distill.evaluate import Evaluation, Validation
 from ced.distill.experiment import LAST_NAME, RESULT_NAME, State
 from ced.distill.pack_reader import AudioPack
@@ -77,7 +77,7 @@ class Run:
     progress: Progress
 
 
-def begin_run(config: LoopConfig, *, name: str, resume: Path | None, progress: Progress) -> Run:
+def begin_run(config: TrainerConfig, *, name: str, resume: Path | None, progress: Progress) -> Run:
     """Check that an experiment can be resumed with a configuration, join the other processes, and read its state.
 
     Args:
@@ -87,13 +87,13 @@ def begin_run(config: LoopConfig, *, name: str, resume: Path | None, progress: P
         progress: called after each step and evaluated batch, in the first process.
 
     Raises:
-        TrainingError: `resume` is no experiment, or its state is damaged.
+        TrainingError: `resume` is not an experiment, or its state is damaged.
         ConfigError: a setting differs from that of the experiment.
         ProcessError: the processes of the run cannot join.
     """
     if resume is not None:
         experiment.check_resumable(config, resume)
-    world = join()
+    world = join_processes()
     state = (experiment.load_state(resume) if resume else None) or State(world_size=world.size)
     if state.finished and world.is_main:
         logger.warning("%s is finished after %d epochs; there is nothing to resume", resume, state.epoch)
@@ -103,7 +103,7 @@ def begin_run(config: LoopConfig, *, name: str, resume: Path | None, progress: P
 # First weights, and whether they suit the data -----------------------------------------------------------------------
 
 
-def initial_network(config: LoopConfig, labels: ClassTable, needs: Mapping[str, str], progress: Progress) -> CED:
+def initial_network(config: TrainerConfig, labels: ClassTable, needs: Mapping[str, str], progress: Progress) -> CED:
     """Return the network that a configuration names, with its first weights; new ones are drawn from the seed.
 
     Args:
@@ -151,7 +151,7 @@ def warn_of_splitting(network: CED, samples: int) -> None:
 
 def warn_of_padding(pack: AudioPack, samples: int) -> None:
     """Warn if more than half of the training items, of `samples` samples each, would be the padding of short clips."""
-    lengths = np.array([pack.samples(clip) for clip in range(len(pack))])
+    lengths = pack.lengths()
     padding = 1 - np.minimum(lengths, samples).mean() / samples
     if padding > 0.5:
         logger.warning(
@@ -177,7 +177,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: LoopConfig,
+        config: TrainerConfig,
         run: Run,
         network: CED,
         objective: Objective,

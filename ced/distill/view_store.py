@@ -1,10 +1,10 @@
 """The view store: the teachers' scores of each view of each chunk, and the seeds that reproduce the views.
 
-A folder holds, for each epoch e = 1, 2, ... and each process r = 0, 1, ... that wrote it, `logits_ep<e>_<r>.h5` with
-`topk_values` float16 (n, k), `topk_indexes` int16 (n, k) and `seeds` int32 (n), and beside it, row for row,
-`logits_ep<e>_<r>.parquet` with `filename`, `start` and `end` (float32 seconds). meta.json holds the settings, the
-SHA-256 of every file of every complete epoch, and its own; a published store has a meta.pt instead. Every file is made
-in memory, written to a temporary file and renamed, the .h5 of a pair last, so a pair with an .h5 is complete.
+For each epoch e = 1, 2, ... and each process r = 0, 1, ... that wrote it, a folder has `logits_ep<e>_<r>.h5` with
+`topk_values` float16 (n, k), `topk_indexes` int16 (n, k) and `seeds` int32 (n), and `logits_ep<e>_<r>.parquet` with the
+`filename`, `start` and `end` (float32 seconds) of each row. meta.json has the settings, the SHA-256 of every file of
+every complete epoch, and its own; a published store has a meta.pt instead. Every file is made in memory, written to a
+temporary file and renamed; the .h5 of a pair is written last, so a pair with an .h5 is complete.
 """
 
 import dataclasses
@@ -31,7 +31,8 @@ from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable, audioset
 
 FORMAT_VERSION = 2
-_READ_VERSIONS = (1, 2)  # version 1 had no digests
+MEMBERS_VERSION = 3  # has `members`: only stores that need it, so that earlier releases read all others
+_READ_VERSIONS = (1, FORMAT_VERSION, MEMBERS_VERSION)  # version 1 had no digests
 META_NAME = "meta.json"
 _DATASETS = ("topk_values", "topk_indexes", "seeds")
 _LARGEST_UNPACKED = 1 << 30  # bytes of a compressed dataset; an epoch of AudioSet has 80 MB
@@ -41,7 +42,7 @@ _SCHEMA = pa.schema([("filename", pa.large_string()), ("start", pa.float32()), (
 
 @dataclass(frozen=True)
 class StoreMeta:
-    """How the views of a store were made; None where the store does not tell."""
+    """The settings that the views of a store were made with; None where they are not known."""
 
     recipe: ViewRecipe
     topk: int
@@ -53,22 +54,24 @@ class StoreMeta:
     values: str = "probabilities"
     precision: str | None = None  # of the teachers' forward pass: fp32, fp16 or bf16
     weights: tuple[str, ...] | None = None  # fingerprint of each teacher's weights, "" where it has none
+    # What is special about each teacher: what it takes, its weight in the mean, ...; None: nothing about any.
+    members: tuple[Mapping[str, Any], ...] | None = None
     model_args: Mapping[str, Any] | None = None  # what was changed about the teachers
     seed: int | None = None
     batch_size: int | None = None
-    world_size: int | None = None  # processes, and so parts an epoch
-    rows: int | None = None  # an epoch
-    chunks: str | None = None  # `dataset.fingerprint` of the chunks' names, times and audio
-    # SHA-256 of each file of the complete epochs, by its name; None: the store was written without.
+    world_size: int | None = None  # processes, each of which wrote one part of each epoch
+    rows: int | None = None  # of each epoch
+    chunks: str | None = None  # `dataset.fingerprint` of the names, times and audio of the chunks
+    # SHA-256 of each file of the complete epochs, by file name; None in stores of format version 1.
     digests: Mapping[str, str] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Stored views, one a row."""
+    """Stored views, one in each row."""
 
     values: NDArray[np.float16]  # (n, k) probabilities, highest first
-    indexes: NDArray[np.int16]  # (n, k) their classes
+    indexes: NDArray[np.int16]  # (n, k) the classes of the values
     seeds: NDArray[np.int32]  # (n,)
     filenames: NDArray[np.object_]  # (n,) str, the clips' names in their pack
     starts: NDArray[np.float32]  # (n,) seconds
@@ -79,15 +82,18 @@ class Rows:
 
     @staticmethod
     def concat(parts: "Sequence[Rows]") -> "Rows":
-        """Join parts, the rows of the first before those of the second."""
+        """Join the rows of parts, in the order of the parts."""
         names = [field.name for field in dataclasses.fields(Rows)]
         return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 def write_meta(folder: Path, meta: StoreMeta) -> None:
-    """Write a store's meta.json; the folder is made if it is missing."""
+    """Write the meta.json of a store; the folder is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"format": "ced view store", "version": FORMAT_VERSION, **dataclasses.asdict(meta)}
+    version = FORMAT_VERSION if meta.members is None else MEMBERS_VERSION
+    content = {"format": "ced view store", "version": version, **dataclasses.asdict(meta)}
+    if meta.members is None:
+        del content["members"]
     content["digests"] = dict(sorted((meta.digests or {}).items()))
     content["sha256"] = _digest_of_meta(content)
     with written_aside(folder / META_NAME) as path:
@@ -95,7 +101,7 @@ def write_meta(folder: Path, meta: StoreMeta) -> None:
 
 
 def add_digests(folder: Path, digests: Mapping[str, str]) -> None:
-    """Add the digests of written files to a store's meta.json, which counts them as complete from then on."""
+    """Add the digests of files to the meta.json of a store, which marks them as complete."""
     meta = read_meta(folder)
     write_meta(folder, dataclasses.replace(meta, digests={**(meta.digests or {}), **digests}))
 
@@ -105,10 +111,10 @@ def _digest_of_meta(content: Mapping[str, Any]) -> str:
 
 
 def read_meta(folder: Path) -> StoreMeta:
-    """Read how a store was made, from its meta.json or, in a published store, its meta.pt.
+    """Read the settings of a store from its meta.json or, in a published store, its meta.pt.
 
     Raises:
-        StoreError: there is neither, or it is damaged or of another format version.
+        StoreError: there is neither of them, it is damaged, or it has an unknown format version.
     """
     path = folder / META_NAME
     if path.exists():
@@ -127,15 +133,15 @@ def _read_meta_json(path: Path) -> StoreMeta:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         kind, version = content["format"], content["version"]
         if kind != "ced view store" or version not in _READ_VERSIONS:
-            known = " and ".join(map(str, _READ_VERSIONS))
-            raise StoreError(f"{path} is {kind!r} version {version!r}; this program reads version {known}")
+            known = ", ".join(map(str, _READ_VERSIONS))
+            raise StoreError(f"{path} is {kind!r} version {version!r}; this program reads versions {known}")
         if version > 1 and content.pop("sha256") != _digest_of_meta(content):
-            raise StoreError(f"{path} does not have the digest that it names: it is damaged, or was edited")
+            raise StoreError(f"{path} does not match its own digest: it is damaged, or was edited")
         del content["format"], content["version"]
         recipe = content.pop("recipe")
         labels = content.pop("labels")
-        for name in ("teachers", "weights"):
-            content[name] = None if content[name] is None else tuple(content[name])
+        for name in ("teachers", "weights", "members"):
+            content[name] = None if content.get(name) is None else tuple(content[name])
         return StoreMeta(
             recipe=ViewRecipe(**{**recipe, "shift": recipe["shift"] and tuple(recipe["shift"])}),
             labels=labels and ClassTable(tuple(labels["names"]), labels["mids"] and tuple(labels["mids"])),
@@ -146,7 +152,7 @@ def _read_meta_json(path: Path) -> StoreMeta:
 
 
 def difference(stored: StoreMeta, asked: StoreMeta) -> str | None:
-    """Name the first setting in which two stores differ and its two values; None if there is none."""
+    """Return the first setting in which two stores differ, with both values, as text; None if there is none."""
     for one in dataclasses.fields(StoreMeta):
         before, now = getattr(stored, one.name), getattr(asked, one.name)
         if before != now and one.compare:
@@ -156,7 +162,7 @@ def difference(stored: StoreMeta, asked: StoreMeta) -> str | None:
     return None
 
 
-_DIFFERENCES = {  # settings whose values would tell nobody anything
+_DIFFERENCES = {  # settings whose values are digests or long tables
     "labels": "the class table differs",
     "weights": "the weights of a teacher differ",
     "chunks": "the audio differs, or the names of the clips do",
@@ -170,18 +176,18 @@ def _short(value: object) -> str:
 
 
 def epoch_seeds(seed: int, epoch: int, count: int) -> NDArray[np.int32]:
-    """Draw the seeds of an epoch's views, (count,), the same for any number of processes."""
+    """Draw the seeds of the views of an epoch, (count,); they do not depend on the number of processes."""
     numbers = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
     return numbers.randint(0, 2**31, size=count, dtype=np.int64).astype(np.int32)
 
 
 def part_path(folder: Path, epoch: int, rank: int) -> Path:
-    """Return the .h5 of one epoch and process; its .parquet is beside it."""
+    """Return the path of the .h5 of one epoch and process; its .parquet has the same stem."""
     return folder / f"logits_ep{epoch}_{rank}.h5"
 
 
 def part_complete(folder: Path, epoch: int, rank: int) -> bool:
-    """Return whether both files of one epoch and process are there."""
+    """Return whether both files of one epoch and process exist."""
     path = part_path(folder, epoch, rank)
     return path.exists() and path.with_suffix(".parquet").exists()
 
@@ -189,13 +195,13 @@ def part_complete(folder: Path, epoch: int, rank: int) -> bool:
 def write_part(folder: Path, epoch: int, rank: int, rows: Rows) -> dict[str, str]:
     """Write the rows of one epoch and process; the same rows give the same bytes.
 
-    The files are made in memory: HDF5 drops the error of a full disk when it closes a file, and may crash.
+    The files are made in memory, because HDF5 does not report a full disk when it closes a file, and may crash.
 
     Returns:
-        The SHA-256 of each file, by its name.
+        The SHA-256 of each file, by file name.
 
     Raises:
-        WriteError: a file cannot be written; what was there before is as it was.
+        WriteError: a file cannot be written; an existing one is unchanged.
     """
     path = part_path(folder, epoch, rank)
     columns = [pa.array(rows.filenames, pa.large_string()), pa.array(rows.starts), pa.array(rows.ends)]
@@ -219,16 +225,16 @@ def _hdf5_of(rows: Rows) -> bytes:
 
 
 def digests_of(folder: Path, epoch: int, rank: int) -> dict[str, str]:
-    """Return the SHA-256 of both files of one epoch and process, by their names."""
+    """Return the SHA-256 of both files of one epoch and process, by file name."""
     path = part_path(folder, epoch, rank)
     return {one.name: hashlib.sha256(one.read_bytes()).hexdigest() for one in (path.with_suffix(".parquet"), path)}
 
 
 class ViewStore:
-    """A store opened for reading: one's own or a published one.
+    """A view store that is opened for reading, written here or published.
 
     Raises:
-        StoreError: there is no store in the folder, or one of its files is missing.
+        StoreError: the folder has no store, or one of its files is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -253,17 +259,19 @@ class ViewStore:
                 _check_heads(part_path(folder, epoch, rank), self.meta)
 
     def epoch_of(self, training_epoch: int, at_most: int | None = None) -> int:
-        """Return the stored epoch that serves a training epoch (1, 2, ...): all in turn, then again from the first.
+        """Return the stored epoch for a training epoch (1, 2, ...): all in turn, then again from the first.
 
-        `at_most` limits the number of stored epochs that are used.
+        Args:
+            training_epoch: from 1.
+            at_most: number of stored epochs that are used; None: all.
         """
         return (training_epoch - 1) % min(self.epochs, at_most or self.epochs) + 1
 
     def rows(self, epoch: int) -> Rows:
-        """Return all views of a stored epoch (1, ..., `epochs`), those of process 0 first.
+        """Return all views of a stored epoch (1, ..., `epochs`), in the order of the processes.
 
         Raises:
-            StoreError: a file is damaged, its two halves do not agree, rows are missing, or it is of another epoch.
+            StoreError: a file is damaged or of another epoch, a pair of files does not match, or rows are missing.
         """
         if not 1 <= epoch <= self.epochs:
             raise StoreError(f"view store {self.folder} has epochs 1 to {self.epochs}, not {epoch}")
@@ -271,7 +279,7 @@ class ViewStore:
         expected, seed = self.meta.rows, self.meta.seed
         if expected is not None and len(rows) != expected:
             raise StoreError(
-                f"epoch {epoch} of view store {self.folder} has {len(rows)} rows; {META_NAME} says {expected}"
+                f"epoch {epoch} of view store {self.folder} has {len(rows)} rows; {META_NAME} has {expected}"
             )
         if seed is not None and not np.array_equal(rows.seeds, epoch_seeds(seed, epoch, len(rows))):
             raise StoreError(
@@ -285,7 +293,7 @@ def read_part(folder: Path, epoch: int, rank: int, meta: StoreMeta) -> Rows:
     """Return the rows of one epoch and process.
 
     Raises:
-        StoreError: a file does not have its digest, is damaged, or its two halves do not agree.
+        StoreError: a file does not match its digest or is damaged, or the pair does not match.
     """
     path = part_path(folder, epoch, rank)
     values, indexes, seeds = _read_hdf5(path, _read_whole(path, meta), meta)
@@ -293,22 +301,26 @@ def read_part(folder: Path, epoch: int, rank: int, meta: StoreMeta) -> Rows:
     if rows and not 0 <= indexes.min() <= indexes.max() < meta.num_classes:
         found = f"{indexes.min()} to {indexes.max()}"
         raise StoreError(f"{path}: topk_indexes are {found}; allowed: 0 to {meta.num_classes - 1}")
-    if rows and not 0 <= values.min() <= values.max() <= 1:  # false for NaN, too
+    if rows and not 0 <= values.min() <= values.max() <= 1:  # False for NaN too
         raise StoreError(f"{path}: topk_values are {values.min()} to {values.max()}; probabilities are 0 to 1")
     path = path.with_suffix(".parquet")
     try:
-        # As a dictionary, each name is in memory once, however many chunks its clip has.
+        # With a dictionary, the name of a clip that has many chunks is in memory once.
         file = pq.ParquetFile(pa.BufferReader(_read_whole(path, meta)), read_dictionary=["filename"])
         _check_count(path, file.metadata.num_rows, rows)
         table = file.read(columns=_SCHEMA.names)
         names = table["filename"].unify_dictionaries().combine_chunks()
-        known = names.dictionary.to_pylist()
-        filenames = np.array([*known, None], dtype=object)[names.indices.fill_null(len(known)).to_numpy()]
+        if names.type.value_type not in (pa.string(), pa.large_string()):
+            raise TypeError(f"filename has the type {names.type.value_type}")
+        if names.null_count or names.dictionary.null_count:
+            raise StoreError(f"{path} is damaged: a row has no filename")
+        filenames = np.array(names.dictionary.to_pylist(), dtype=object)[names.indices.to_numpy()]
         starts, ends = (table[name].to_numpy().astype(np.float32) for name in ("start", "end"))
-    except (OSError, KeyError, ValueError, TypeError, pa.ArrowException) as error:  # ValueError: no UTF-8
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, pa.ArrowException) as error:
+        # ValueError: a name is not UTF-8; AttributeError: filename is not text
         raise _damaged(path, error) from error
-    if not all(isinstance(name, str) for name in set(filenames)) or not np.isfinite(starts + ends).all():
-        raise StoreError(f"{path} is damaged: a row has no filename, start or end")
+    if not np.isfinite(starts + ends).all():
+        raise StoreError(f"{path} is damaged: a row has no start or end")
     return Rows(values, indexes, seeds, filenames, starts, ends)
 
 
@@ -317,14 +329,18 @@ def _damaged(path: Path, error: Exception) -> StoreError:
 
 
 def _read_whole(path: Path, meta: StoreMeta) -> bytes:
-    """Return the bytes of a file of a store, which must have the digest that meta.json names."""
+    """Return the bytes of a file of a store.
+
+    Raises:
+        StoreError: it cannot be read, or does not match its digest in meta.json.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise _damaged(path, error) from error
     expected = (meta.digests or {}).get(path.name)
     if expected is not None and hashlib.sha256(content).hexdigest() != expected:
-        raise StoreError(f"{path} is damaged: it does not have the digest that {META_NAME} names; `ced store` mends it")
+        raise StoreError(f"{path} is damaged: it does not match its digest in {META_NAME}; `ced store` writes it again")
     return content
 
 
@@ -341,7 +357,7 @@ def _read_hdf5(path: Path, content: bytes, meta: StoreMeta) -> tuple[NDArray[Any
 
 
 def _check_heads(path: Path, meta: StoreMeta) -> None:
-    """Check the headers of a pair of files, so that most damage shows before the first epoch and not in the last."""
+    """Check the headers of a pair of files, so that most damage is found before training, not in its last epoch."""
     try:
         with h5py.File(path, "r") as file:
             rows = _check_shapes(path, file, meta)
@@ -358,7 +374,7 @@ def _check_heads(path: Path, meta: StoreMeta) -> None:
 
 
 def _check_shapes(path: Path, file: h5py.File, meta: StoreMeta) -> int:
-    """Check the arrays of a part before anything is allocated for them.
+    """Check the arrays of a part before memory is allocated for them.
 
     Returns:
         The number of rows.
@@ -366,17 +382,18 @@ def _check_shapes(path: Path, file: h5py.File, meta: StoreMeta) -> int:
     arrays = {name: file[name] for name in _DATASETS}
     for name, array in arrays.items():
         if not isinstance(file.get(name, getlink=True), h5py.HardLink) or array.external or array.is_virtual:
-            raise StoreError(f"{path}: {name} lies in another file; a store holds its arrays itself")
+            raise StoreError(f"{path}: {name} is stored in another file; a store holds its arrays itself")
     rows = arrays["seeds"].shape[0] if arrays["seeds"].ndim == 1 else 0
     expected = {"topk_values": (rows, meta.topk), "topk_indexes": (rows, meta.topk), "seeds": (rows,)}
     for name, array in arrays.items():
         if array.shape != expected[name]:
             raise StoreError(f"{path}: {name} is {array.shape}, expected {expected[name]}")
-        if array.dtype.kind != ("f" if name == "topk_values" else "i"):
-            raise StoreError(f"{path}: {name} is of type {array.dtype}, which it cannot be")
-        there = array.id.get_storage_size()
-        if array.nbytes > (there if array.chunks is None else _LARGEST_UNPACKED):
-            raise StoreError(f"{path} is damaged: {name} claims {array.nbytes:,} bytes and has {there:,}")
+        kind = "float" if name == "topk_values" else "int"
+        if array.dtype.kind != kind[0]:
+            raise StoreError(f"{path}: {name} has type {array.dtype}, expected {kind}")
+        stored = array.id.get_storage_size()
+        if array.nbytes > (stored if array.chunks is None else _LARGEST_UNPACKED):
+            raise StoreError(f"{path} is damaged: {name} needs {array.nbytes:,} bytes and has {stored:,}")
     return rows
 
 

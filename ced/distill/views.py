@@ -1,14 +1,16 @@
-"""Views: one random augmentation of a chunk, drawn from one seed, so that teacher and student see the same picture.
+"""Views: a random augmentation of a chunk, drawn from one seed, so that teacher and student get the same input.
 
-The order of the draws is the published one, so that published stores replay: whether to shift, by how much, then the
-two uniforms that place both masks. Nothing else in distillation is random but mixup.
+The order of the draws is that of the published program, so that views of published stores can be reproduced: whether to
+shift, by how much, then the two uniforms that place both masks. The only other random part of distillation is mixup.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -16,18 +18,19 @@ from torch import Tensor
 from ced.config import SpecTransforms, WavTransforms
 from ced.errors import ConfigError
 from ced.sound.audio import SAMPLE_RATE
-from ced.sound.features import PUBLISHED, frames_of
+from ced.sound.features import HOP, PUBLISHED, frames_of, mel_edges
 
 logger = logging.getLogger(__name__)
 
 SHIFT_PROBABILITY = 0.5
-TIME_MASK, TIME_MASK_OF = 192, 1001  # frames: the published widest time mask, and the 10 s chunk that it is for
+TIME_MASK, TIME_MASK_OF = 192, 1001  # frames: the published widest time mask, and the length of its 10 s chunk
+FADE = 0.01  # seconds beside the silent band of a masked wave in which it fades out and in
 LARGEST_BLANKED = 0.1  # share of views that a mask may blank before the settings are refused
 
 
 @dataclass(frozen=True)
 class ViewRecipe:
-    """What a view may do to a chunk; None leaves that part out."""
+    """The augmentations of a view; None leaves one out."""
 
     shift: tuple[float, float] | None = (-0.5, 0.5)  # lowest and highest shift, as fractions of the chunk
     time_mask: int | None = 192  # widest time mask, frames
@@ -40,7 +43,7 @@ NO_VIEW = ViewRecipe(shift=None, time_mask=None, freq_mask=None)
 def recipe_of(wave: WavTransforms, spec: SpecTransforms, samples: int) -> ViewRecipe:
     """Return the recipe that a configuration describes, for chunks of `samples` samples.
 
-    A time mask without a width gets the published part of the chunk, at most the published width.
+    A time mask without a width gets the same fraction of the chunk as the published one, at most the published width.
     """
     time_mask = None
     if spec.TimeMasking:
@@ -58,16 +61,16 @@ def suited_time_mask(samples: int) -> int:
 
 
 def blanked(recipe: ViewRecipe, samples: int) -> float:
-    """Return the share of views, 0 to 1, in which a mask is as wide as the whole chunk of `samples` samples.
+    """Return the share of views, 0 to 1, whose mask covers a whole chunk of `samples` samples.
 
     A mask has the width u P, with u uniform in [0, 1) and P the widest: it covers n frames with probability 1 - n / P.
     """
     sizes = ((recipe.time_mask, frames_of(samples)), (recipe.freq_mask, PUBLISHED.n_mels))
-    return max(0.0, *(1 - size / widest for widest, size in sizes if widest is not None))
+    return max([0.0, *(1 - size / widest for widest, size in sizes if widest is not None)])
 
 
 def blanking(recipe: ViewRecipe, samples: int) -> str | None:
-    """Explain how large a share of the views the masks blank, and which widths would fit; None: no view at all."""
+    """Explain which share of the views the masks blank, and which widths fit; None if they blank no view."""
     share = blanked(recipe, samples)
     if not share:
         return None
@@ -75,7 +78,7 @@ def blanking(recipe: ViewRecipe, samples: int) -> str | None:
     if recipe.time_mask is not None and recipe.time_mask > frames:
         key, widest = "spectransforms.TimeMasking.time_mask_param", recipe.time_mask
         what = f"a chunk of {samples / SAMPLE_RATE:g} s has {frames} frames"
-        fits = f"at most {frames} fit; {suited} is as large a part of the chunk as in the published settings"
+        fits = f"at most {frames} fit; {suited} is the same fraction of the chunk as in the published settings"
     else:
         key, widest = "spectransforms.FrequencyMasking.freq_mask_param", recipe.freq_mask or 0
         what, fits = (
@@ -86,10 +89,10 @@ def blanking(recipe: ViewRecipe, samples: int) -> str | None:
 
 
 def check_masks(recipe: ViewRecipe, samples: int) -> None:
-    """Warn when a mask may blank a whole chunk of `samples` samples.
+    """Log a warning if a mask can blank a whole chunk of `samples` samples.
 
     Raises:
-        ConfigError: it would blank more than `LARGEST_BLANKED` of the views.
+        ConfigError: it blanks more than `LARGEST_BLANKED` of the views.
     """
     if (problem := blanking(recipe, samples)) is None:
         return
@@ -100,17 +103,17 @@ def check_masks(recipe: ViewRecipe, samples: int) -> None:
 
 @dataclass(frozen=True)
 class View:
-    """What one seed drew: how far the chunk is rolled and where its masks lie."""
+    """The augmentation that was drawn from one seed."""
 
-    shift: int  # samples; those that leave one end enter at the other
-    u1: float  # width of both masks, as a part of the widest
-    u2: float  # place of both masks, as a part of the room they have
+    shift: int  # samples by which the chunk is rolled to the right
+    u1: float  # width of both masks, as a fraction of the widest
+    u2: float  # start of both masks, as a fraction of the last possible one
 
 
 def draw(recipe: ViewRecipe, seed: int, samples: int, generator: torch.Generator | None = None) -> View:
     """Draw the view of a chunk of `samples` samples from `seed`.
 
-    A `generator` may be passed to save making one; it is reseeded, the global state of torch is never touched.
+    A `generator` can be passed to avoid making one; it is seeded again. The global state of torch is not used.
     """
     generator = (generator or torch.Generator()).manual_seed(seed)
     shift = 0
@@ -133,20 +136,20 @@ def shift_into(out: NDArray[Any], wave: NDArray[Any], shift: int) -> None:
 
 
 def mask_uniforms(views: Sequence[View]) -> Tensor:
-    """Return the draws that place the masks of a batch, (b, 2) float32."""
+    """Return u1 and u2 of each view of a batch, (b, 2) float32."""
     return torch.tensor([[view.u1, view.u2] for view in views], dtype=torch.float32).reshape(-1, 2)
 
 
 def mask(mel: Tensor, uniforms: Tensor, recipe: ViewRecipe) -> Tensor:
-    """Fill one band of frames and one of mel bins of each clip with 0 dB.
+    """Fill one band of frames and one band of mel bins of each clip with 0 dB.
 
-    With u1, u2 a clip's uniforms and P the widest mask: width w = u1 P, start = floor(u2 (size - w)),
+    With u1, u2 the uniforms of a clip and P the widest mask: width w = u1 P, start = floor(u2 (size - w)),
     end = start + floor(w); time first, then frequency.
 
     Args:
-        mel: (b, f, n) dB features, left as they are.
+        mel: (b, f, n) dB features; not changed.
         uniforms: (b, 2) from `mask_uniforms`, on the device of `mel`.
-        recipe: how wide masks may be.
+        recipe: the widest masks.
 
     Returns:
         (b, f, n), masked.
@@ -155,10 +158,123 @@ def mask(mel: Tensor, uniforms: Tensor, recipe: ViewRecipe) -> Tensor:
         if widest is None:
             continue
         size = mel.shape[axis]
-        width = uniforms[:, 0] * widest
-        start = (uniforms[:, 1] * (size - width)).floor()
-        end = start + width.floor()
+        start, end = _masked(uniforms, size, widest)
         places = torch.arange(size, device=mel.device)
         inside = (places >= start[:, None]) & (places < end[:, None])  # (b, size)
         mel = mel.masked_fill(inside.unsqueeze(3 - axis), 0.0)
     return mel
+
+
+def _masked(uniforms: Tensor, size: int, widest: int) -> tuple[Tensor, Tensor]:
+    """Return the first place that a mask covers and the place behind its last, (b,) each; float32, as published."""
+    width = uniforms[:, 0] * widest
+    start = (uniforms[:, 1] * (size - width)).floor()
+    return start, start + width.floor()
+
+
+@dataclass(frozen=True)
+class SoundView:
+    """What a view masks of a chunk that its shift was already applied to, independent of any spectrogram.
+
+    Both ends of a band belong to it; None: nothing is masked.
+    """
+
+    time: tuple[float, float] | None  # from and to, as fractions of the chunk
+    hertz: tuple[float, float] | None  # lowest and highest frequency
+
+
+def sound_views(uniforms: Tensor, recipe: ViewRecipe, samples: int) -> list[SoundView]:
+    """Return the bands of seconds and hertz that `mask` covers in CED's mel.
+
+    A frame stands for the time nearer to its centre than to that of its neighbours: frame i for (i - 1/2) to (i + 1/2)
+    hops. A mel bin stands for the frequencies at which its triangle is higher than its neighbours': two triangles cross
+    midway, in Hz, between their centres, which are corners 1 to 64 of `ced.sound.features.mel_edges`. The first and the
+    last frame or bin reach to the end of the chunk, and to 0 Hz or 8 kHz.
+
+    Args:
+        uniforms: (b, 2) from `mask_uniforms`.
+        recipe: how wide masks may be.
+        samples: of the chunk, 16 kHz.
+    """
+    uniforms = uniforms.cpu()
+    frames = frames_of(samples)
+    times = np.clip((np.arange(frames + 1) - 0.5) * HOP / samples, 0, 1)
+    times[-1] = 1.0
+    centres = mel_edges(PUBLISHED.n_mels, PUBLISHED.f_min, PUBLISHED.f_max)[1:-1]
+    hertz = np.concatenate([[PUBLISHED.f_min], (centres[:-1] + centres[1:]) / 2, [PUBLISHED.f_max]])
+    both = ((recipe.time_mask, times), (recipe.freq_mask, hertz))
+    return [
+        SoundView(*pair) for pair in zip(*(_bands(uniforms, widest, bounds) for widest, bounds in both), strict=True)
+    ]
+
+
+def _bands(uniforms: Tensor, widest: int | None, bounds: NDArray[np.float64]) -> list[tuple[float, float] | None]:
+    """Return the band that a mask covers along one axis in each of b views; `bounds` (size + 1,) are of its places."""
+    if widest is None:
+        return [None] * len(uniforms)
+    size = len(bounds) - 1
+    spans = torch.stack(_masked(uniforms, size, widest), dim=1).clamp(0, size).int().tolist()
+    return [(float(bounds[start]), float(bounds[end])) if start < end else None for start, end in spans]
+
+
+def mask_spectrogram(
+    spectrograms: Tensor, views: Sequence[SoundView], times: Tensor, hertz: Tensor, fill: float
+) -> Tensor:
+    """Fill the frames and bins of any spectrogram whose centres lie in the bands of a view.
+
+    With the frames and bins of CED's mel, these are exactly the ones that `mask` fills.
+
+    Args:
+        spectrograms: (b, f, n), left as they are.
+        views: b.
+        times: (n,) centre of each frame, as a fraction of the chunk.
+        hertz: (f,) centre of each bin.
+        fill: value that masked places get.
+
+    Returns:
+        (b, f, n), masked.
+    """
+    device = spectrograms.device
+    in_time = _inside([view.time for view in views], times.to(device))
+    in_frequency = _inside([view.hertz for view in views], hertz.to(device))
+    return spectrograms.masked_fill(in_time[:, None] | in_frequency[:, :, None], fill)
+
+
+def mask_waves(waves: Tensor, views: Sequence[SoundView], rate: int) -> Tensor:
+    """Silence the band of time and remove the band of frequency of each view, for teachers that take only waves.
+
+    All Fourier coefficients of the band of frequency are set to zero. Beside the silent band, the wave fades out and in
+    within `FADE` seconds, so that the edges do not sound as clicks.
+
+    Args:
+        waves: (b, t), left as they are.
+        views: b.
+        rate: samples a second.
+
+    Returns:
+        (b, t), masked.
+    """
+    samples = waves.shape[1]
+    spectrum = torch.fft.rfft(waves)
+    hertz = torch.fft.rfftfreq(samples, 1 / rate, dtype=torch.float64, device=waves.device)
+    filtered: Tensor = torch.fft.irfft(
+        spectrum.masked_fill(_inside([view.hertz for view in views], hertz), 0), n=samples
+    )
+    places = (torch.arange(samples, dtype=torch.float64, device=waves.device) + 0.5) / samples
+    low, high = _ends([view.time for view in views], waves.device)
+    outside = torch.maximum(low - places, places - high)  # (b, t) distance to the band, negative inside
+    gain = (outside * (samples / rate / FADE)).clamp(0, 1).to(waves.dtype)
+    return filtered.mul_(gain)
+
+
+def _inside(bands: Sequence[tuple[float, float] | None], places: Tensor) -> Tensor:
+    """Return which of n places lie in each of b bands, (b, n) bool."""
+    low, high = _ends(bands, places.device)
+    return (places >= low) & (places <= high)
+
+
+def _ends(bands: Sequence[tuple[float, float] | None], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return both ends of b bands, (b, 1) float64; an absent band lies beyond everything."""
+    ends = [(math.inf, math.inf) if band is None else band for band in bands]
+    low, high = torch.tensor(ends, dtype=torch.float64, device=device).reshape(-1, 2, 1).unbind(1)
+    return low, high

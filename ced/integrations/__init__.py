@@ -1,1 +1,1 @@
-"""The same model under the interfaces of other libraries."""
+"""The model behind the interfaces of other libraries."""

@@ -1,7 +1,7 @@
-"""Embeddings for two benchmarks of audio representations: the common API of HEAR, and an encoder for X-ARES.
+"""Embeddings for two benchmarks of audio representations: HEAR and X-ARES.
 
-For HEAR this module is the API: `hear-validator ced.integrations.hear --model ced_tiny`, where the model is a published
-name, a checkpoint or an experiment. For X-ARES the encoder is the class `CedEncoder`.
+This module implements the common API of HEAR: `hear-validator ced.integrations.hear --model ced_tiny`, where the model
+is a published name, a checkpoint or an experiment. The encoder for X-ARES is the class `CedEncoder`.
 """
 
 import os
@@ -11,16 +11,15 @@ from torch import Tensor, nn
 
 from ced.errors import AudioError
 from ced.model import loading, zoo
-from ced.model.embedding import grid
 from ced.model.vit import CED
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.features import PATCH
 
-AT_ONCE = 16  # clips encoded together
+BATCH_SIZE = 16  # clips
 
 
 class CedEncoder(nn.Module):
-    """A network without its output layer: an embedding for each column of patches, which is 0.16 s.
+    """A network without its output layer: an embedding for each column of patches (0.16 s).
 
     It has the attributes that HEAR (`sample_rate`, `scene_embedding_size`, `timestamp_embedding_size`) and X-ARES
     (`sampling_rate`, `output_dim`, `hop_size_in_ms`) require.
@@ -29,7 +28,7 @@ class CedEncoder(nn.Module):
     sample_rate = sampling_rate = SAMPLE_RATE
 
     def __init__(self, model: str | os.PathLike[str] | CED = zoo.DEFAULT_MODEL) -> None:
-        """Wrap a network, given as a published name, a checkpoint, an experiment, or itself.
+        """Wrap a network, given as a published name, a checkpoint, an experiment, or a network.
 
         Raises:
             CheckpointError: the name is unknown, or the file is missing or unreadable.
@@ -48,15 +47,15 @@ class CedEncoder(nn.Module):
         Raises:
             AudioError: the waves are empty, not floats, or have more than two dimensions.
         """
-        self.network.eval()  # frozen, whatever mode the benchmark sets
+        self.network.eval()  # frozen, even if the benchmark sets training mode
         if not torch.is_floating_point(audio) or audio.ndim not in (1, 2) or not audio.numel():
             raise AudioError(
                 f"audio is {audio.dtype} {tuple(audio.shape)}; it must be floats in [-1, 1], (clips, samples)"
             )
-        return torch.cat([self._columns(some) for some in torch.atleast_2d(audio).split(AT_ONCE)])
+        return torch.cat([self._columns(some) for some in torch.atleast_2d(audio).split(BATCH_SIZE)])
 
     def _columns(self, waves: Tensor) -> Tensor:
-        return grid(self.network, self.network.mel(waves)).mean(1)
+        return self.network.patch_tokens(self.network.front_end(waves)).mean(1)
 
 
 def load_model(model_file_path: str = "") -> CedEncoder:
@@ -69,22 +68,22 @@ def get_timestamp_embeddings(audio: Tensor, model: CedEncoder) -> tuple[Tensor, 
 
     Args:
         audio: (b, t) 16 kHz in [-1, 1], on the device of the model.
-        model: what `load_model` returned.
+        model: from `load_model`.
 
     Returns:
-        (b, columns, d), and (b, columns) milliseconds: the middle of the frames that a column covers.
+        (b, columns, d), and (b, columns) milliseconds: the centre of the frames of a column.
     """
     embeddings = model(audio)
-    # Frames are centred on their samples, so the middle of 16 of them lies 7.5 hops behind the first.
+    # Frames are centred on their samples, so the centre of 16 of them is 7.5 hops after the first.
     middle = (PATCH - 1) / 2 / PATCH
     times = (torch.arange(embeddings.shape[1], device=embeddings.device) + middle) * model.hop_size_in_ms
     return embeddings, times.expand(embeddings.shape[0], -1)
 
 
 def get_scene_embeddings(audio: Tensor, model: CedEncoder) -> Tensor:
-    """Return one embedding a clip, the mean over its patches, (b, t) -> (b, d).
+    """Return one embedding per clip, the mean over its patches, (b, t) -> (b, d).
 
-    Up to 10 s that is the vector of `ced embed`, which gives the mean over windows of longer clips.
+    Up to 10 s this is the vector of `ced embed`, which takes the mean over windows for longer clips.
     """
     embeddings: Tensor = model(audio).mean(1)
     return embeddings

@@ -23,13 +23,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ced.environment import SWITCHES, cores
 from ced.errors import AudioError, CedError, CheckpointError, ConfigError, ProcessError, optional_packages
 from ced.files import claimed
-from ced.machine import cores
 from ced.model.graph import Precision
 from ced.model.zoo import DEFAULT_MODEL
 from ced.parallel import attempts
-from ced.sound.web import is_address
+from ced.sound.decode import is_address
 from ced.tag import parts, writers
 from ced.tag.batch import Summary
 from ced.tag.inputs import InputSound, each_channel, find_inputs
@@ -37,7 +37,6 @@ from ced.tag.options import BATCH, TagOptions
 from ced.tag.parts import FileResult, Part, PartFolder
 from ced.tag.tagger import Tagger
 from ced.tag.writers import as_utf8
-from ced.telemetry import SWITCHES
 
 os.environ.update(SWITCHES)
 

@@ -1,26 +1,32 @@
 """CED as model classes of Hugging Face Transformers; importing this module registers them with the Auto classes.
 
 Folders have the layout of `mispeech/ced-*`: `config.json`, `preprocessor_config.json` and `model.safetensors` with the
-keys `encoder.*` and `outputlayer.*`. The network and its features are those of this package, and code from the hub is
-never run.
+keys `encoder.*` and `outputlayer.*`. The network and its features are those of this package; code from the hub is never
+executed.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, fields
+from functools import cache
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ced.errors import ConfigError, install_command, optional_packages
+from ced.environment import SWITCHES
+from ced.errors import AudioError, ConfigError, install_command, optional_packages
 from ced.model import zoo
 from ced.model.config import ModelConfig, checked_config
-from ced.model.embedding import grid
 from ced.model.frontend import LogMel
 from ced.model.vit import CED
+from ced.sound.audio import SAMPLE_RATE
+from ced.sound.decode import LOUDEST
+from ced.sound.features import PUBLISHED, FrontEnd
 from ced.sound.labels import ClassTable, default_classes, named, named_by_config
-from ced.telemetry import SWITCHES
 
 os.environ.update(SWITCHES)
 with optional_packages("ced.integrations.transformers"):
@@ -38,19 +44,20 @@ from transformers import (
     AutoFeatureExtractor,
     AutoModel,
     AutoModelForAudioClassification,
+    BatchFeature,
     PreTrainedConfig,
     PreTrainedModel,
     initialization,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
-from ced.integrations.transformers_features import CedFeatureExtractor
-
 __all__ = ["CedConfig", "CedFeatureExtractor", "CedForAudioClassification", "CedModel"]
 
+Wave = NDArray[np.floating[Any]] | Sequence[float]
 Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
 MULTI_LABEL: Problem = "multi_label_classification"
 SINGLE_LABEL: Problem = "single_label_classification"
@@ -60,9 +67,9 @@ _DEFAULT = zoo.MODELS[zoo.DEFAULT_MODEL].config
 class CedConfig(PreTrainedConfig):
     """Configuration of a network and its classes, with the setting names of the published `config.json`.
 
-    `id2label` names the classes, and `outputdim` and `label2id` follow from it; without it, 527 classes are AudioSet's.
-    The published files cut AudioSet's names at the first comma; they are restored to the full names. The problem is
-    multi-label (sigmoid) unless `problem_type` is "single_label_classification" (softmax).
+    `id2label` names the classes and determines `outputdim` and `label2id`; without it, the classes are AudioSet's 527.
+    The published files cut AudioSet's names at the first comma; the full names are restored. The problem is multi-label
+    (sigmoid) unless `problem_type` is "single_label_classification" (softmax).
     """
 
     model_type = "ced"
@@ -93,12 +100,12 @@ class CedConfig(PreTrainedConfig):
     problem_type: Problem | None = MULTI_LABEL
 
     def __post_init__(self, **kwargs: Any) -> None:
-        kwargs.pop("auto_map", None)  # names code of the published folder, which is not run and not written again
-        written, asked = kwargs.pop("outputdim", None), kwargs.pop("num_labels", None)
-        if self.id2label is None or asked not in (None, len(self.id2label)):
-            self.id2label = dict(enumerate(default_classes(asked or written or _DEFAULT.outputdim).names))
+        kwargs.pop("auto_map", None)  # names code in the published folder, which is neither executed nor written again
+        stored, requested = kwargs.pop("outputdim", None), kwargs.pop("num_labels", None)
+        if self.id2label is None or requested not in (None, len(self.id2label)):
+            self.id2label = dict(enumerate(default_classes(requested or stored or _DEFAULT.outputdim).names))
         elif (table := named_by_config({"id2label": self.id2label})) is not None:
-            self.id2label = dict(enumerate(table.names))  # full names, where the published files cut them
+            self.id2label = dict(enumerate(table.names))  # full names, which the published files cut
         self.label2id = self._label2id
         super().__post_init__(**kwargs)
 
@@ -123,10 +130,10 @@ class CedConfig(PreTrainedConfig):
 
     @property
     def labels(self) -> ClassTable:
-        """The class table; AudioSet's with its full names and identifiers.
+        """The class table; for AudioSet's classes, with full names and identifiers.
 
         Raises:
-            ConfigError: the indices of `id2label` do not count from 0.
+            ConfigError: the indices of `id2label` are not 0, 1, 2, ...
             TableError: two classes have the same name.
         """
         found = {int(index): name for index, name in (self.id2label or {}).items()}
@@ -141,7 +148,7 @@ class CedConfig(PreTrainedConfig):
         """The configuration of the network.
 
         Raises:
-            ConfigError: a value is out of its range, or `problem_type` is not one of the two classification types.
+            ConfigError: a value is out of range, or `problem_type` is not one of the two classification types.
         """
         if self.problem_type not in (MULTI_LABEL, SINGLE_LABEL):
             raise ConfigError(f"problem_type is {self.problem_type!r}; allowed: {MULTI_LABEL}, {SINGLE_LABEL}")
@@ -161,7 +168,7 @@ class CedConfig(PreTrainedConfig):
 
 
 class CedPreTrainedModel(PreTrainedModel):
-    """Base of both models: a network of this package as `.network`, and the initialisation of its weights."""
+    """Base of both models: holds a network of this package as `.network`, and initialises its weights."""
 
     config_class = CedConfig
     base_model_prefix = "network"
@@ -180,7 +187,7 @@ class CedPreTrainedModel(PreTrainedModel):
     def from_network(cls, network: CED) -> Self:
         """Return a model with a copy of the weights of a network: `from_network(ced.load_model("experiments/mine"))`.
 
-        The way back is `.network`, which `ced.model.loading.save` writes.
+        `ced.model.loading.save` writes `.network` back to a checkpoint of this package.
         """
         model = cls(CedConfig.from_network(network))
         wanted = model.network.state_dict().keys()
@@ -190,8 +197,8 @@ class CedPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise a module; Transformers makes `torch.nn.init` skip tensors that were loaded from a file."""
-        if isinstance(module, LogMel):  # constants, which are not in the file
+        """Initialise a module; Transformers makes `torch.nn.init` skip tensors loaded from a file."""
+        if isinstance(module, LogMel):  # constants, which files do not contain
             for name, value in LogMel(self.config.network.front_end).named_buffers():
                 initialization.copy_(getattr(module, name), value)
         elif isinstance(module, nn.Linear):
@@ -223,12 +230,12 @@ class CedModel(CedPreTrainedModel):
         Returns:
             `last_hidden_state` (b, patches, d), frequency slowest, and `pooler_output` (b, d), their mean.
         """
-        tokens = grid(self.network, input_values).flatten(1, 2)
+        tokens = self.network.patch_tokens(input_values).flatten(1, 2)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens.mean(1))
 
 
 class CedForAudioClassification(CedPreTrainedModel):
-    """A tagger: log-mel features in, a logit for each class out."""
+    """A tagger: log-mel features in, a logit per class out."""
 
     def __init__(self, config: CedConfig) -> None:
         super().__init__(config)
@@ -237,18 +244,18 @@ class CedForAudioClassification(CedPreTrainedModel):
 
     @can_return_tuple
     def forward(self, input_values: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
-        """Return logits, and with labels the loss.
+        """Return logits and, with labels, the loss.
 
         Args:
             input_values: (b, f, n) dB, from `CedFeatureExtractor`.
-            labels: for single-label problems (b,), the index of the class of each clip (cross-entropy); for multi-label
+            labels: for single-label problems (b,), the class index of each clip (cross-entropy); for multi-label
                 problems (b, c), a number in [0, 1] for each class (binary cross-entropy).
 
         Returns:
-            `loss` where labels are given, and `logits` (b, c) before the sigmoid or softmax.
+            `loss`, with labels, and `logits` (b, c) before the sigmoid or softmax.
 
         Raises:
-            ConfigError: the labels do not have that shape.
+            ConfigError: the labels have another shape.
         """
         logits = self.network.logits_mel(input_values)
         loss = None if labels is None else self._loss(logits, labels)
@@ -259,11 +266,128 @@ class CedForAudioClassification(CedPreTrainedModel):
         expected = logits.shape[:1] if single else logits.shape
         if labels.shape != expected:
             raise ConfigError(
-                f"labels of a {self.config.problem_type} are {tuple(expected)}; these are {tuple(labels.shape)}"
+                f"labels of shape {tuple(labels.shape)}; for {self.config.problem_type} they must be {tuple(expected)}"
             )
         if single:
             return F.cross_entropy(logits, labels)
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+class CedFeatureExtractor(SequenceFeatureExtractor):
+    """Computes log-mel features with the front end of this package, configured by `preprocessor_config.json`."""
+
+    model_input_names = ["input_values"]  # noqa: RUF012 (a class variable of Transformers)
+
+    def __init__(
+        self,
+        sampling_rate: int = SAMPLE_RATE,
+        n_mels: int = PUBLISHED.n_mels,
+        n_fft: int = PUBLISHED.n_fft,
+        win_size: int = PUBLISHED.win_size,
+        hop_size: int = PUBLISHED.hop_size,
+        f_min: float = PUBLISHED.f_min,
+        f_max: float = PUBLISHED.f_max,
+        center: bool = PUBLISHED.center,
+        **others: Any,
+    ) -> None:
+        """Configure the features.
+
+        Raises:
+            ConfigError: the sampling rate is not 16 kHz.
+        """
+        if sampling_rate != SAMPLE_RATE:
+            raise ConfigError(f"sampling_rate is {sampling_rate}; it must be {SAMPLE_RATE}")
+        others.pop("auto_map", None)  # names code in the published folder, which is neither executed nor written again
+        # Waves are padded with silence before their features are computed, so there is no attention mask.
+        fixed = {"feature_size": n_mels, "sampling_rate": sampling_rate, "padding_value": 0.0}
+        super().__init__(**others | fixed | {"return_attention_mask": False})
+        self.n_mels, self.n_fft, self.win_size, self.hop_size = n_mels, n_fft, win_size, hop_size
+        self.f_min, self.f_max, self.center = f_min, f_max, center
+
+    def __call__(
+        self,
+        raw_speech: Wave | Sequence[Wave],
+        sampling_rate: int | None = None,
+        return_tensors: str | None = None,
+        *,
+        padding: bool | Literal["longest", "max_length"] = True,
+        max_length: int | None = None,
+        truncation: bool = False,
+    ) -> BatchFeature:
+        """Return the features of one wave or of several.
+
+        Waves of unequal length are padded with silence to the longest, which changes the scores of the shorter ones.
+        For the scores of `ced tag`, pass a clip alone or with clips of equal length.
+
+        Args:
+            raw_speech: (t,) mono float in [-1, 1], or a list of such waves, or (b, t).
+            sampling_rate: the rate of the waves in Hz; None assumes 16 kHz.
+            return_tensors: "pt" for torch tensors; otherwise arrays.
+            padding: pad to the longest wave, or to `max_length`; False refuses waves of unequal length.
+            max_length: length in samples for `padding="max_length"` and `truncation`.
+            truncation: cut waves to `max_length`.
+
+        Returns:
+            `input_values` (b, f, n) float32 dB.
+
+        Raises:
+            AudioError: another rate, stereo, an empty wave, integer samples, samples far outside [-1, 1] or not finite,
+                or unequal lengths with `padding=False`.
+            ConfigError: `padding` is unknown, or `max_length` is missing.
+        """
+        if sampling_rate not in (None, self.sampling_rate):
+            raise AudioError(f"the waves have {sampling_rate} Hz; resample them to {self.sampling_rate}")
+        if padding not in (True, False, "longest", "max_length"):
+            raise ConfigError(f"padding is {padding!r}; allowed: True, False, 'longest', 'max_length'")
+        if max_length is None and (truncation or padding == "max_length"):
+            raise ConfigError("truncation and padding to max_length need a max_length, in samples")
+        waves = [wave[:max_length] if truncation else wave for wave in _waves(raw_speech)]
+        lengths = {len(wave) for wave in waves}
+        if padding is False and len(lengths) > 1:
+            raise AudioError(f"the waves have {min(lengths)} to {max(lengths)} samples, and padding is False")
+        to = max_length if padding == "max_length" and max_length is not None else 0
+        batch = np.zeros((len(waves), max(*lengths, to)), np.float32)
+        for row, wave in zip(batch, waves, strict=True):
+            row[: len(wave)] = wave
+        front_end = _front_end(FrontEnd(**{field.name: getattr(self, field.name) for field in fields(FrontEnd)}))
+        with torch.no_grad():
+            features = front_end(torch.from_numpy(batch)).numpy()
+        return BatchFeature({"input_values": features}, tensor_type=return_tensors)
+
+    def pad(self, processed_features: Any, *others: Any, **settings: Any) -> BatchFeature:
+        """Collate features of single waves, which must have equal lengths.
+
+        Raises:
+            AudioError: the lengths differ. Features cannot be padded: the level of silence in dB depends on the clip.
+        """
+        if isinstance(processed_features, Sequence):
+            shapes = sorted({np.shape(each["input_values"]) for each in processed_features})
+            if len(shapes) > 1:
+                raise AudioError(
+                    f"features of {shapes[0]} to {shapes[-1]} cannot be collated; compute them from waves of one length"
+                    " (max_length=..., padding='max_length', truncation=True)"
+                )
+        found: BatchFeature = super().pad(processed_features, *others, **settings)
+        return found
+
+
+@cache
+def _front_end(settings: FrontEnd) -> LogMel:
+    return LogMel(settings)
+
+
+def _waves(raw_speech: Wave | Sequence[Wave]) -> list[NDArray[Any]]:
+    """Return a list of waves, given one wave or several."""
+    one = len(raw_speech) > 0 and np.ndim(raw_speech[0]) == 0
+    waves = [np.asarray(wave) for wave in ([raw_speech] if one else raw_speech)]
+    if not waves:
+        raise AudioError("no waves were given")
+    for wave in waves:
+        if wave.ndim != 1 or not wave.size or not np.issubdtype(wave.dtype, np.floating):
+            raise AudioError(f"a wave is {wave.dtype} {wave.shape}; it must be mono floats in [-1, 1], (samples,)")
+        if not np.abs(wave).max() <= LOUDEST:  # also false for NaN
+            raise AudioError(f"a wave has samples up to {np.abs(wave).max():g}; they must lie in [-1, 1]")
+    return waves
 
 
 # From the keys in the file to those of the network, in this order; saving applies them in reverse.

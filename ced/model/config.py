@@ -1,25 +1,28 @@
-"""The configuration that fixes the shape of a network; it needs no torch."""
+"""The configuration of a network: its shape, its features, and how its scores are read. Needs no torch."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
-from ced.errors import ConfigError
+from ced.errors import CheckpointError, ConfigError
 from ced.sound.features import PATCH, PUBLISHED, FrontEnd
 
 Pooling = Literal["mean", "logit", "token", "dm"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "logit", "token", "dm")
 
-# Far above every useful network, so that a damaged or hostile file cannot ask for all memory.
+# Far above any useful network, so that a damaged or hostile file cannot exhaust memory.
 _LIMITS = {"embed_dim": 1 << 14, "num_heads": 1 << 10, "depth": 1 << 9, "outputdim": 1 << 20, "target_length": 1 << 17}
+LARGEST_FILE = 16 << 20  # bytes of a config.json
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a network and how its scores are read; the names are those of the published configuration.
+    """The configuration of a network; the names are those of the published configuration.
 
     Raises:
-        ConfigError: a value is out of its limits, or two contradict each other.
+        ConfigError: a value is out of range, or two contradict each other.
     """
 
     embed_dim: int  # width d
@@ -27,11 +30,11 @@ class ModelConfig:
     depth: int = 12
     mlp_ratio: float = 4.0
     outputdim: int = 527  # classes c
-    target_length: int = 1012  # frames of one forward pass; longer inputs are cut
+    target_length: int = 1012  # frames of one forward pass; longer inputs are cut into pieces
     pooling: Pooling = "mean"
-    activation: Literal["sigmoid", "softmax"] = "sigmoid"  # softmax: exactly one class a clip
-    eval_avg: Literal["mean", "max"] = "mean"  # how the pieces of a long input are joined
-    pad_last: bool = True  # fill the last piece of a long input up with zeros
+    activation: Literal["sigmoid", "softmax"] = "sigmoid"  # softmax: exactly one class per clip
+    eval_avg: Literal["mean", "max"] = "mean"  # how the scores of the pieces of a long input are combined
+    pad_last: bool = True  # pad the last piece of a long input with zeros
     init_bn: bool = True
     n_mels: int = PUBLISHED.n_mels
     n_fft: int = PUBLISHED.n_fft
@@ -62,7 +65,7 @@ class ModelConfig:
 
     @property
     def front_end(self) -> FrontEnd:
-        """The settings of the features."""
+        """The settings of the log-mel features."""
         return FrontEnd(**{field.name: getattr(self, field.name) for field in fields(FrontEnd)})
 
     @property
@@ -77,7 +80,7 @@ class ModelConfig:
 
     @property
     def unpublished_feature(self) -> str | None:
-        """The first setting in which the features differ from the published ones; None where they are the same."""
+        """The first setting of the features that differs from the published one; None if all are the same."""
         for field in fields(FrontEnd):
             has, published = getattr(self, field.name), getattr(PUBLISHED, field.name)
             if has != published:
@@ -86,10 +89,10 @@ class ModelConfig:
 
 
 def checked_config(settings: Mapping[str, Any]) -> ModelConfig:
-    """Make a configuration from values of unknown types; unknown names are left out.
+    """Make a configuration from untrusted values; unknown names are ignored.
 
     Raises:
-        ConfigError: a value is of a wrong type or out of its limits, or one is missing.
+        ConfigError: a value is of a wrong type or out of range, or one is missing.
     """
     import pydantic  # slow to import, and only checkpoints need it
 
@@ -101,6 +104,25 @@ def checked_config(settings: Mapping[str, Any]) -> ModelConfig:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"model setting {first['loc'][-1]} is {first['input']!r}: {first['msg']}") from error
+
+
+def read_config(path: Path) -> dict[str, Any] | None:
+    """Return the content of a `config.json`; None if the file does not exist.
+
+    Raises:
+        CheckpointError: it is too large, damaged, or not a configuration.
+    """
+    if not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {LARGEST_FILE} are read")
+        settings = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged or not JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} holds a {type(settings).__name__}, not a configuration")
+    return settings
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -1,9 +1,10 @@
-"""The log-mel front end in torch: the features that every network, teacher and student reads."""
+"""The log-mel front end in torch: the features of every network, teacher and student."""
 
 from collections.abc import Callable
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ced.sound.features import POWER_FLOOR, PUBLISHED, TOP_DB, FrontEnd, hann_window, mel_filters
@@ -15,8 +16,8 @@ class LogMel(nn.Module):
     """Turn waves into log-mel features in decibels, each clip on its own.
 
     Power STFT (periodic Hann), mel filters, 10 log10(max(x, 1e-10)), then clamped at `TOP_DB` below the clip's own
-    maximum. Always float32, also under autocast and in a network of 16 bits. The same wave gives the same bits whatever
-    else is in the batch.
+    maximum. Always float32, also under autocast and in a 16-bit network. The features of a wave are the same, bit for
+    bit, in any batch.
     """
 
     window: Tensor
@@ -30,7 +31,7 @@ class LogMel(nn.Module):
         self.register_buffer("filters", torch.tensor(mel_filters(settings)), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move to another device, but keep float32: spectra in 16 bits would be useless."""
+        """Move to another device, but keep float32: 16-bit spectra would be useless."""
 
         def moved(tensor: Tensor) -> Tensor:
             other = fn(tensor)
@@ -40,14 +41,16 @@ class LogMel(nn.Module):
         return same
 
     def forward(self, waves: Tensor) -> Tensor:
-        """Return the features of waves in [-1, 1].
+        """Return the features of waves.
 
         Args:
-            waves: (b, t) float, 16 kHz, t > n_fft // 2 (the reflect padding needs as many samples).
+            waves: (b, t) float in [-1, 1], 16 kHz; those shorter than one patch (2,400 samples) are padded with zeros.
 
         Returns:
-            (b, f, n) float32 dB, n = 1 + t // hop.
+            (b, f, n) float32 dB, n = 1 + t // hop, at least 16.
         """
+        if (missing := self.settings.min_samples - waves.shape[-1]) > 0:
+            waves = F.pad(waves, (0, missing))
         if waves.device.type != "cpu":
             return self._features(waves)
         # A spectrum takes six times the memory of its wave: a few clips at a time stay in the caches.
@@ -58,11 +61,11 @@ class LogMel(nn.Module):
         return decibels.maximum(decibels.amax(dim=(1, 2), keepdim=True) - TOP_DB)
 
     def decibels(self, waves: Tensor, center: bool) -> Tensor:
-        """Return features that are not clamped yet, as the parts of a long clip need them.
+        """Return features before the clamp, for clips that are computed in parts.
 
         Args:
             waves: (b, t) float, 16 kHz.
-            center: whether the waves are padded by reflection; otherwise frames begin with the first sample.
+            center: pad the waves by reflection; otherwise frames start at the first sample.
 
         Returns:
             (b, f, n) float32 dB.

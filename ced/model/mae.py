@@ -1,6 +1,6 @@
-"""A masked autoencoder: a network encodes a few patches of a picture, a second one fills in the rest from its tokens.
+"""A masked autoencoder: the network encodes a few patches of the features, and a decoder predicts the hidden ones.
 
-After He et al., "Masked autoencoders are scalable vision learners" (arXiv 2111.06377), here for log-mel pictures.
+After He et al., "Masked autoencoders are scalable vision learners" (arXiv 2111.06377), applied to log-mel features.
 """
 
 import torch
@@ -10,11 +10,11 @@ from ced.errors import ConfigError
 from ced.model.vit import CED, Block
 from ced.sound.features import PATCH
 
-EPSILON = 1e-6  # dB^2, added to a patch's variance: a patch of digital silence has none
+EPSILON = 1e-6  # dB^2, added to a patch's variance, which is 0 for digital silence
 
 
 def patches(mel: Tensor) -> Tensor:
-    """Cut a picture into patches, frequency slowest: (b, f, n) -> (b, f // 16 * n // 16, 256); a rest is left out."""
+    """Cut features into patches, frequency slowest: (b, f, n) -> (b, f // 16 * n // 16, 256); a rest is dropped."""
     rows, columns = (size // PATCH for size in mel.shape[1:])
     cut = mel[:, : rows * PATCH, : columns * PATCH].unflatten(2, (columns, PATCH)).unflatten(1, (rows, PATCH))
     out: Tensor = cut.transpose(2, 3).flatten(3).flatten(1, 2)
@@ -22,39 +22,39 @@ def patches(mel: Tensor) -> Tensor:
 
 
 def picture(cut: Tensor, rows: int) -> Tensor:
-    """Put patches back together, the inverse of `patches`: (b, rows * columns, 256) -> (b, rows * 16, columns * 16)."""
+    """Join patches to features, the inverse of `patches`: (b, rows * columns, 256) -> (b, rows * 16, columns * 16)."""
     out: Tensor = cut.unflatten(2, (PATCH, PATCH)).unflatten(1, (rows, -1)).transpose(2, 3).flatten(3).flatten(1, 2)
     return out
 
 
 def normalised(cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return patches (b, tokens, 256) with mean 0 and variance 1 each, and the means and deviations, (b, tokens, 1)."""
+    """Normalise patches (b, tokens, 256) to mean 0 and variance 1; also return means and deviations, (b, tokens, 1)."""
     variance, mean = torch.var_mean(cut, dim=-1, correction=0, keepdim=True)
     deviation = (variance + EPSILON).sqrt()
     return (cut - mean) / deviation, mean, deviation
 
 
 def error_of_hidden(errors: Tensor, hidden: Tensor) -> Tensor:
-    """Return the mean of the errors (b, tokens) of the hidden patches, bool (b, tokens)."""
+    """Return the mean of the errors (b, tokens) over the hidden patches, bool (b, tokens)."""
     return (errors * hidden).sum() / hidden.sum()
 
 
 class MaskedAutoencoder(nn.Module):
-    """An encoder, which is the network to be pre-trained, and a decoder, which is thrown away afterwards."""
+    """An encoder, which is the network to pre-train, and a decoder, which is discarded afterwards."""
 
     def __init__(self, encoder: CED, columns: int, *, ratio: float, width: int, heads: int, depth: int) -> None:
-        """Put a decoder behind an encoder.
+        """Add a decoder to an encoder.
 
         Args:
-            encoder: of pooling "token".
-            columns: patch columns of every picture.
-            ratio: part of the patches that is hidden.
+            encoder: with pooling "token".
+            columns: columns of patches of each clip.
+            ratio: part of the patches to hide.
             width: of the decoder's tokens.
-            heads: of its attention.
-            depth: its blocks.
+            heads: of the decoder's attention.
+            depth: blocks of the decoder.
 
         Raises:
-            ConfigError: the ratio hides all patches or none, or a picture is longer than the encoder's target_length.
+            ConfigError: the ratio hides all patches or none, or clips are longer than the encoder's target_length.
         """
         super().__init__()
         if columns > encoder.time_pos_embed.shape[3]:
@@ -77,7 +77,7 @@ class MaskedAutoencoder(nn.Module):
         self._reset_decoder()
 
     def _reset_decoder(self) -> None:
-        """Draw fresh weights as the encoder's are: linear layers truncated normal, embeddings normal, biases 0."""
+        """Initialise the weights like the encoder's: linear layers truncated normal, embeddings normal, biases 0."""
         for embedding in (self.mask_token, self.decoder_time_pos_embed, self.decoder_freq_pos_embed):
             nn.init.normal_(embedding, std=0.02)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
@@ -87,27 +87,27 @@ class MaskedAutoencoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def hide(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw which patches of `count` pictures are hidden: bool (count, tokens), the same number in each."""
+        """Draw the hidden patches of `count` clips: bool (count, tokens), the same number in each."""
         order = torch.rand((count, self.tokens), generator=generator).argsort(1)
         return torch.zeros((count, self.tokens), dtype=torch.bool).scatter(1, order[:, self.visible :], True)
 
     def forward(self, mel: Tensor, hidden: Tensor) -> Tensor:
-        """Return how wrong each patch is filled in.
+        """Return the prediction error of each patch.
 
         Args:
             mel: (b, f, n) dB.
             hidden: bool (b, tokens), with `visible` False in each row.
 
         Returns:
-            float32 (b, tokens): the mean square difference to the patch, normalised by its own mean and variance.
+            float32 (b, tokens): the mean square difference to the patch, which is normalised to mean 0 and variance 1.
         """
         target, _, _ = normalised(patches(mel.float()))
         return (self._predict(mel, hidden).float() - target).square().mean(-1)
 
     def fill(self, mel: Tensor, hidden: Tensor) -> Tensor:
-        """Return pictures in which what is hidden is filled in, (b, f, n) -> float32 (b, f // 16 * 16, n // 16 * 16).
+        """Return features with predicted hidden patches, (b, f, n) -> float32 (b, f // 16 * 16, n // 16 * 16).
 
-        Level and contrast of a hidden patch, which the decoder is not asked for, are those of the patch itself.
+        The mean and deviation of a hidden patch, which the decoder does not predict, are those of the patch itself.
         """
         cut = patches(mel.float())
         _, mean, deviation = normalised(cut)
@@ -115,15 +115,15 @@ class MaskedAutoencoder(nn.Module):
         return picture(torch.where(hidden.unsqueeze(-1), filled, cut), self.rows)
 
     def places(self, hidden: Tensor) -> Tensor:
-        """Return where the visible patches are, int64 (b, visible), rising."""
+        """Return the indices of the visible patches, int64 (b, visible), ascending."""
         return hidden.int().argsort(dim=1, stable=True)[:, : self.visible]
 
     def encode(self, mel: Tensor, places: Tensor) -> Tensor:
         """Return the encoder's tokens of the patches at `places`, (b, 1 + visible, d), the class token first.
 
-        Nothing of the other patches is in them, but for the statistics that the BatchNorm takes of a batch in training.
+        They do not depend on the other patches, except through the batch statistics of the BatchNorm in training.
         """
-        tokens = self.encoder.embed(self.encoder.normed(mel))
+        tokens = self.encoder.embed_patches(self.encoder.normed(mel))
         return self.encoder.relate(tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[2])))
 
     def _predict(self, mel: Tensor, hidden: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""How good scores are: average precision, accuracy."""
+"""Metrics of a tagger on labelled clips: average precision and accuracy."""
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,12 +8,29 @@ from numpy.typing import NDArray
 from ced.errors import TrainingError
 
 
+@dataclass(frozen=True)
+class Figures:
+    """The metrics of a tagger on labelled clips."""
+
+    map: float  # mean average precision, over the classes that a clip has
+    accuracy: float | None  # part of the clips whose label scores highest; None unless each has exactly one
+
+
+def figures(targets: NDArray[np.bool_], scores: NDArray[np.floating]) -> Figures:
+    """Return the metrics of scores, (n, c) both.
+
+    Raises:
+        TrainingError: a score is NaN.
+    """
+    return Figures(float(np.nanmean(average_precision(targets, scores))), accuracy(targets, scores))
+
+
 def average_precision(targets: NDArray[np.bool_], scores: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the average precision of each class, scikit-learn's definition: the sum over the distinct scores, from
+    """Return the average precision of each class, by scikit-learn's definition: the sum over the distinct scores, from
     the highest down, of the gain in recall times the precision there. Equal scores count as one step.
 
     Args:
-        targets: (n, c), which clip has which class.
+        targets: (n, c), True where a clip has a class.
         scores: (n, c).
 
     Returns:
@@ -30,7 +49,7 @@ def average_precision(targets: NDArray[np.bool_], scores: NDArray[np.floating]) 
 
 
 def accuracy(targets: NDArray[np.bool_], scores: NDArray[np.floating]) -> float | None:
-    """Return the part of the clips whose one class scores highest, (n, c) both; None unless each has exactly one."""
+    """Return the part of the clips whose label scores highest, (n, c) both; None unless each clip has one label."""
     if not (targets.sum(1) == 1).all():
         return None
     return float(targets[np.arange(len(scores)), scores.argmax(1)].mean())

@@ -8,8 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from ced.environment import SWITCHES
 from ced.errors import CheckpointError, ConfigError
-from ced.telemetry import SWITCHES
 
 os.environ.update(SWITCHES)
 
@@ -52,7 +52,7 @@ _OPTIONS: Mapping[str, Mapping[str, str]] = {
     "cuda": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"},
 }
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def open_session(path: Path, threads: int, device: Device = CPU) -> InferenceSes
         return session
     if device.required:
         raise ConfigError(f"device is {str(device)!r}, but ONNX Runtime cannot use it: {reason}")
-    _log.info("device %s cannot be used, the CPU is: %s", device, reason)
+    logger.info("device %s cannot be used, the CPU is: %s", device, reason)
     return _opened(path, session_options(threads), [PROVIDERS["cpu"]])
 
 

@@ -1,7 +1,7 @@
-"""The runtime: a tagger as one ONNX graph from waveform to probabilities, run by ONNX Runtime without torch.
+"""A tagger as one ONNX graph from waves to probabilities, run by ONNX Runtime, without torch.
 
-Names and checkpoints become a graph once, in the cache. Our own graphs describe themselves in their metadata. Graphs
-from elsewhere, given as files, are probed once, when they are opened: some take a waveform, some features.
+The graph of a name or checkpoint is made once, into the cache. Graphs of this package describe themselves in their
+metadata. Foreign graphs, given as files, are probed once, when they are opened: some take waves, some features.
 """
 
 import csv
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from ced.errors import CheckpointError, ConfigError, TableError
 from ced.files import written_aside
-from ced.model import graph, hub, ort, zoo
+from ced.model import graph, ort, zoo
+from ced.model.config import read_config
 from ced.model.graph import (
     CLASSES,
     COLUMNS,
@@ -44,10 +45,10 @@ from ced.sound.audio import SAMPLE_RATE
 from ced.sound.features import HOP, MIN_SAMPLES, PATCH, PUBLISHED, column_starts
 from ced.sound.labels import ClassTable, default_classes, named_by_config, read_classes
 
-AT_ONCE = 10 * SAMPLE_RATE  # samples: shorter waves are scored together up to this, longer ones gain nothing by it
-ANY_NUMBER = 1 << 62  # in place of `AT_ONCE` on an accelerator, where the caller bounds the memory of a call
-LONGEST_WINDOW = 3_600 * SAMPLE_RATE  # samples: the most that a graph from elsewhere is tried with
-UNUSED_SECONDS = 30 * 24 * 3_600.0  # after which graphs that other code made are removed from the cache
+AT_ONCE = 10 * SAMPLE_RATE  # samples in one call: short waves are scored together; for longer ones that is not faster
+ANY_NUMBER = 1 << 62  # in place of `AT_ONCE` on an accelerator, where the caller limits the memory of a call
+LONGEST_WINDOW = 3_600 * SAMPLE_RATE  # samples: the longest window that a foreign graph is tested with
+UNUSED_SECONDS = 30 * 24 * 3_600.0  # age at which graphs made by other code are removed from the cache
 
 logger = logging.getLogger(__name__)
 
@@ -57,27 +58,25 @@ Waves = NDArray[np.float32]
 class OnnxModel:
     """A tagger in ONNX Runtime: waves in, probabilities out. Several threads may call it at once.
 
-    A clip's scores never depend on its neighbours: only our float graphs score several short waves together. Our int8
-    graphs quantise a batch by its largest value, and of other graphs nothing is known.
+    The scores of a wave never depend on others in the batch: only this package's float graphs score several short waves
+    in one call. int8 graphs quantise a batch by its largest value, and foreign graphs may do anything.
 
     Attributes:
         labels: the classes, in the order of the scores.
-        at_once: samples of several waves that are scored together; 0: each wave by itself.
+        at_once: samples that are scored in one call; 0: one wave per call.
         accelerated: whether the graph runs on another device than the CPU.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int = 1, device: str | None = None) -> None:
-        """Open a graph.
-
-        Its one input is a wave (batch, time) or log-mel features (batch, 64, time).
+        """Open a graph with one input: waves (batch, time) or log-mel features (batch, 64, time).
 
         Args:
             path: the .onnx file.
-            threads: how many work on one call.
+            threads: threads of one call.
             device: where it runs, as `ort.find_device` reads it: "cpu", "cuda", "auto" and others; None: the CPU.
 
         Raises:
-            CheckpointError: the file is missing, damaged, not an ONNX graph, or one with other inputs or outputs.
+            CheckpointError: the file is missing, damaged, not an ONNX graph, or has other inputs or outputs.
             ConfigError: the device cannot be used here.
         """
         self.path = Path(path)
@@ -92,9 +91,9 @@ class OnnxModel:
             if meta.get(key, only) != only:
                 raise CheckpointError(f"graph {self.path}: its metadata has {key} {meta[key][:40]!r}; known is {only}")
         self._has_head = HEAD not in meta
-        self._piece = _whole_number(self.path, meta, PIECE, PATCH)  # graphs from elsewhere have no columns to place
+        self._piece = _whole_number(self.path, meta, PIECE, PATCH)  # foreign graphs have no columns
         self._hop = _whole_number(self.path, meta, FRAME_HOP, HOP)
-        # Samples of the longest wave that the graph takes, and of the shortest that it does not, as far as is known.
+        # The longest wave known to be accepted and the shortest known to be refused, in samples.
         self._good, self._bad = (1 << 62) - 1 if self._ours else MIN_SAMPLES, 1 << 62
         if LONGEST in meta:
             self._good = _whole_number(self.path, meta, LONGEST, 0)
@@ -110,12 +109,12 @@ class OnnxModel:
 
     @property
     def precision(self) -> str | None:
-        """The precision of one of our graphs; None for graphs from elsewhere."""
+        """The precision of a graph of this package; None for foreign graphs."""
         return self._session.get_modelmeta().custom_metadata_map.get(PRECISION) if self._ours else None
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the graph, which tells it from others that were at the same path before."""
+        """SHA-256 of the graph, which distinguishes it from earlier graphs at the same path."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -153,14 +152,14 @@ class OnnxModel:
         return column_starts(count, self._piece, self._hop)
 
     def check_window(self, seconds: float) -> None:
-        """Make sure that the graph takes windows of this length; one from elsewhere is tried with noise.
+        """Check that the graph accepts windows of this length; a foreign graph is tested with noise.
 
         Raises:
-            ConfigError: it does not; the message names the longest window that it takes.
+            ConfigError: it does not; the message states the longest window that it accepts.
         """
         samples = round(seconds * SAMPLE_RATE)
         while self._good < min(samples, LONGEST_WINDOW) and self._bad - self._good > SAMPLE_RATE // 100:
-            # Doubled until it is too long, then halved: a limit is found once, to a hundredth of a second.
+            # Double until it is too long, then bisect: the limit is found once, to a hundredth of a second.
             longer = min(2 * self._good, samples, LONGEST_WINDOW)
             middle = longer if longer < self._bad else (self._good + self._bad) // 2
             if self._takes(middle):
@@ -179,7 +178,7 @@ class OnnxModel:
         return True
 
     def _find_input(self, threads: int) -> tuple[Any, ort.InferenceSession | None]:
-        """Return the one input and, if it takes features, the session that makes them."""
+        """Return the input and, if it takes features, the session that computes them."""
         inputs = self._session.get_inputs()
         shapes = ", ".join(f"{each.name} {each.shape}" for each in inputs)
         if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) not in (2, 3):
@@ -220,7 +219,7 @@ class OnnxModel:
 
     def _run(self, output: str, waves: Waves) -> NDArray[np.float32]:
         """Return one output for waves, (b, t) -> (b, ...)."""
-        missing = 0 if self._ours else MIN_SAMPLES - waves.shape[1]  # our graphs pad by themselves
+        missing = 0 if self._ours else MIN_SAMPLES - waves.shape[1]  # this package's graphs pad waves themselves
         if missing > 0:
             waves = np.pad(waves, ((0, 0), (0, missing)))
         step = max(1, self.at_once // waves.shape[1])
@@ -233,7 +232,7 @@ class OnnxModel:
             (waves,) = self._front_end.run(None, {"waves": waves})
         try:
             (result,) = self._session.run([output], {self._input.name: waves})
-        except Exception as error:  # ONNX Runtime has no common class of its errors
+        except Exception as error:  # ONNX Runtime's errors have no common class
             reason = " ".join(str(error).split())
             raise CheckpointError(f"graph {self.path} fails on an input of shape {waves.shape}: {reason}") from error
         return np.asarray(result)
@@ -249,22 +248,22 @@ def open_model(
 ) -> OnnxModel:
     """Open a tagger by name, from a checkpoint (file or folder), or from an ONNX file.
 
-    The graph of a name or checkpoint is made once into the cache, from the float32 weights. The graphs of `zoo.BOXED`
-    are in the package and never need a network.
+    The graph of a name or checkpoint is made once, into the cache, from the float32 weights. The graphs of `zoo.BOXED`
+    are part of the package and need no download.
 
     Args:
         name_or_path: one of `zoo.list_models()`, or a path.
-        precision: "int8" makes the int8 graph of the same weights; an .onnx file must be one of ours for that. What is
-            int8 already stays so.
-        threads: how many work on one call.
+        precision: "int8" makes an int8 graph of the same weights; an .onnx file must be a graph of this package for
+            that. A graph that is int8 already is used as it is.
+        threads: threads of one call.
         device: as for `OnnxModel`.
         progress: called during a download, with bytes.
 
     Raises:
-        CheckpointError: neither a name nor a model, or a damaged one, or the cache cannot be written.
+        CheckpointError: neither a name nor a model, a damaged model, or the cache cannot be written.
         ConfigError: an unknown precision, or a device that cannot be used here.
         DownloadError: a file that is not cached and could not be downloaded.
-        ExportError: a front end that cannot be written as a graph.
+        ExportError: the front end cannot be written as a graph.
         MissingPackageError: a `.pt` checkpoint where torch is not installed.
     """
     if precision not in PRECISIONS:
@@ -285,7 +284,7 @@ def _graphs() -> Path:
 
 
 def _graph_of(name_or_path: str | os.PathLike[str], precision: Precision, progress: Progress) -> Path:
-    """Return the graph of a name or path, made by the first who asks for it."""
+    """Return the graph of a name or path; make it on first use."""
     if isinstance(name_or_path, str) and name_or_path in zoo.BOXED:
         return zoo.BOXED[name_or_path]
     if isinstance(name_or_path, str) and name_or_path in zoo.MODELS:
@@ -304,7 +303,7 @@ def _graph_of(name_or_path: str | os.PathLike[str], precision: Precision, progre
 
 
 def _cached(weights_digest: str, precision: str) -> Path:
-    """Return where the cache has the graph of some weights: named by them, by the graph's code and by precision."""
+    """Return the cache file of a graph, named by its weights, the code that makes graphs, and precision."""
     return _graphs() / f"{weights_digest[:32]}-{graph.code_digest()}-{precision}.onnx"
 
 
@@ -327,7 +326,7 @@ def _made(checkpoint: Path, path: Path, precision: Precision, name: str) -> Path
         if precision == "float32":
             write_graph(given, out)
             return
-        from ced.model.graph.int8 import quantize
+        from ced.model.graph.export import quantize
 
         with TemporaryDirectory(dir=out.parent) as folder:
             write_graph(given, Path(folder) / "float32.onnx")
@@ -337,17 +336,17 @@ def _made(checkpoint: Path, path: Path, precision: Precision, name: str) -> Path
 
 
 def _quantized(path: Path) -> Path:
-    """Return the int8 graph of one of our graphs."""
+    """Return the int8 graph of a graph of this package."""
     found = OnnxModel(path).precision
     if found == "int8":
         return path
     if found is None:
         raise CheckpointError(
-            f"graph {path} was not made by ced to take waves, so it cannot be made int8 here; pass its checkpoint"
+            f"graph {path} is not one of ced that takes waves, so it cannot be converted to int8; pass its checkpoint"
         )
 
     def write(out: Path) -> None:
-        from ced.model.graph.int8 import quantize
+        from ced.model.graph.export import quantize
 
         quantize(path, out)
 
@@ -355,7 +354,7 @@ def _quantized(path: Path) -> Path:
 
 
 def front_end_file() -> Path:
-    """Return the graph from waves (b, t) to features (b, f, n), which graphs of features need before them."""
+    """Return the graph from waves (b, t) to features (b, f, n), which runs before graphs that take features."""
 
     def write(out: Path) -> None:
         import onnx
@@ -368,10 +367,10 @@ def front_end_file() -> Path:
 
 
 def _once(path: Path, write: Callable[[Path], None]) -> Path:
-    """Return a file of the cache, written by the first process that needs it; the others wait for it."""
+    """Return a file of the cache; the first process that needs it writes it, others wait."""
     if path.is_file():
         return path
-    from filelock import FileLock  # importing it takes longer than tagging a second of sound
+    from filelock import FileLock  # slower to import than a second of sound is to tag
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -388,7 +387,7 @@ def _once(path: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _remove_unused(path: Path) -> None:
-    """Remove graphs of the same weights that other code made long ago; newer ones may be those of another install."""
+    """Remove old graphs of the same weights made by other code; newer ones may belong to another installation."""
     weights_digest, _, precision = path.name.rsplit("-", 2)
     for other in path.parent.glob(f"{weights_digest}-*-{precision}*"):
         if not other.name.startswith(path.name) and time.time() - other.stat().st_mtime > UNUSED_SECONDS:
@@ -396,7 +395,7 @@ def _remove_unused(path: Path) -> None:
 
 
 def _whole_number(path: Path, meta: dict[str, str], key: str, default: int) -> int:
-    """Return a positive number of a graph's metadata."""
+    """Return a positive integer from the metadata of a graph."""
     text = meta.get(key, str(default))
     if not (text.isascii() and text.isdigit() and 0 < int(text[:20]) < 1 << 40):
         raise CheckpointError(f"graph {path}: its metadata has {key} {text[:40]!r}; it must be a positive number")
@@ -404,7 +403,7 @@ def _whole_number(path: Path, meta: dict[str, str], key: str, default: int) -> i
 
 
 def _labels(path: Path, meta: dict[str, str], classes: int | str) -> ClassTable:
-    """Return the class table of a graph: its metadata, a file beside it, or the default for that number of classes."""
+    """Return the class table of a graph: its metadata, a file beside it, or the default for the number of classes."""
     try:
         if CLASSES in meta:
             table = ClassTable(**{name: values and tuple(values) for name, values in json.loads(meta[CLASSES]).items()})
@@ -420,12 +419,12 @@ def _labels(path: Path, meta: dict[str, str], classes: int | str) -> ClassTable:
 
 
 def _beside(config: Path, classes: int | str) -> ClassTable | None:
-    named = named_by_config(hub.read_config(config))
+    named = named_by_config(read_config(config))
     return named if named is not None and len(named) == classes else None
 
 
 def _noise(samples: int) -> Waves:
-    """Return noise, (1, t) float32: no tagger is so sure of it that all of its logits lie between 0 and 1."""
+    """Return noise, (1, t) float32, for which logits of a tagger do not all lie between 0 and 1."""
     return np.float32(0.1) * np.random.default_rng(0).standard_normal((1, samples), np.float32)
 
 

@@ -1,4 +1,4 @@
-"""The network: a vision transformer over a log-mel picture."""
+"""The network: a vision transformer over log-mel features."""
 
 import math
 from collections import OrderedDict
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Cut a picture into square patches and project each to the width."""
+    """Cut features into square patches and project each to the width of the network."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class PatchEmbed(nn.Module):
     def forward(self, mel: Tensor) -> Tensor:
         """Embed patches, (b, f, n) -> (b, d, f // 16, n // 16).
 
-        Patches do not overlap, so the convolution is one matrix product: on a CPU its backward pass takes a fifth.
+        Patches do not overlap, so the convolution is one matrix product, whose backward pass on a CPU takes a fifth.
         """
         whole = mel[..., : mel.shape[-1] // PATCH * PATCH]
         patches = whole.unflatten(2, (-1, PATCH)).unflatten(1, (-1, PATCH)).transpose(2, 3).flatten(3)
@@ -82,10 +82,10 @@ class PatchEmbed(nn.Module):
 
 
 class CED(nn.Module):
-    """A tagger: waves or log-mel features in, one score a class out.
+    """A tagger: waves or log-mel features in, one score per class out.
 
-    The names of parameters are those of the published checkpoints. Without `labels`, 527 classes are AudioSet's and
-    any other number go by their index.
+    The names of parameters are those of the published checkpoints. Without `labels`, 527 classes are AudioSet's, and
+    other numbers of classes are numbered.
     """
 
     def __init__(self, config: ModelConfig, labels: ClassTable | None = None) -> None:
@@ -111,7 +111,7 @@ class CED(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights: linear layers truncated normal (std 0.02), embeddings normal (std 0.02), biases 0."""
+        """Initialise the weights: linear layers truncated normal (std 0.02), embeddings normal (std 0.02), biases 0."""
         for name, parameter in self.named_parameters():
             if name.endswith(("_pos_embed", "token_pos_embed", "cls_token")):
                 nn.init.normal_(parameter, std=0.02)
@@ -124,24 +124,18 @@ class CED(nn.Module):
         """Score waves: `forward_mel` of their log-mel features.
 
         Args:
-            waves: (b, t) float in [-1, 1], 16 kHz; shorter than one patch (2,400 samples) they are padded with zeros.
+            waves: (b, t) float in [-1, 1], 16 kHz, of any length.
 
         Returns:
             (b, c) probabilities; with pooling "logit", logits.
         """
-        return self.forward_mel(self.mel(waves))
-
-    def mel(self, waves: Tensor) -> Tensor:
-        """Return log-mel features of waves, padded with zeros to one patch, (b, t) -> (b, f, n) dB, n >= 16."""
-        missing = self.config.front_end.min_samples - waves.shape[-1]
-        mel: Tensor = self.front_end(F.pad(waves, (0, max(missing, 0))))
-        return mel
+        return self.forward_mel(self.front_end(waves))
 
     def forward_mel(self, mel: Tensor) -> Tensor:
         """Score log-mel features.
 
         Args:
-            mel: (b, f, n) dB, n >= 16; pieces of `target_length` frames of a longer one are scored and joined.
+            mel: (b, f, n) dB, n >= 16; longer ones than `target_length` frames are scored in pieces.
 
         Returns:
             (b, c) probabilities; with pooling "logit", logits.
@@ -149,10 +143,10 @@ class CED(nn.Module):
         return self._join(self.in_pieces(mel, self._head))
 
     def logits_mel(self, mel: Tensor) -> Tensor:
-        """Score mel features before the activation, making `as_probs(forward_mel(mel))` of it, (b, f, n) -> (b, c).
+        """Return the logits whose activation is `as_probs(forward_mel(mel))`, (b, f, n) -> (b, c).
 
-        Where probabilities are averaged, over pieces or with pooling "dm" over columns, these are the log-odds of
-        that average. The largest of several softmax scores is the one thing that comes out renormalised.
+        Where probabilities are averaged, over pieces or with pooling "dm" over columns, these are the log-odds of the
+        average. With eval_avg "max" and softmax, the activation renormalises the largest scores.
         """
         if self.config.pooling == "logit":
             return self.forward_mel(mel)
@@ -181,15 +175,15 @@ class CED(nn.Module):
         return out
 
     def _join(self, scores: Tensor) -> Tensor:
-        """Join the scores of the pieces of a long input, (b, pieces, c) -> (b, c)."""
+        """Combine the scores of the pieces of a long input, (b, pieces, c) -> (b, c)."""
         return scores.mean(1) if self.config.eval_avg == "mean" else scores.amax(1)
 
     def probs(self, waves: Tensor) -> Tensor:
-        """Return the probability of each class, (b, t) -> (b, c), whatever the pooling."""
+        """Return the probability of each class, (b, t) -> (b, c), for any pooling."""
         return self.as_probs(self(waves))
 
     def as_probs(self, scores: Tensor) -> Tensor:
-        """Turn what `forward` and `forward_mel` return into probabilities, float32 (b, c)."""
+        """Turn the result of `forward` or `forward_mel` into probabilities, float32 (b, c)."""
         return self.activate(scores.float()) if self.config.pooling == "logit" else scores.float()
 
     def activate(self, logits: Tensor) -> Tensor:
@@ -197,18 +191,18 @@ class CED(nn.Module):
         return logits.sigmoid() if self.config.activation == "sigmoid" else logits.softmax(-1)
 
     def _encode(self, mel: Tensor) -> Tensor:
-        """Normalised (b, f, n), n <= target_length -> tokens (b, f // 16 * n // 16, d), behind a class token if any."""
-        return self.relate(self.embed(mel))
+        """Encode normalised (b, f, n), n <= target_length -> tokens (b, f // 16 * n // 16, d) after any class token."""
+        return self.relate(self.embed_patches(mel))
 
-    def embed(self, mel: Tensor) -> Tensor:
-        """Make tokens of patches and their places: normalised (b, f, n), n <= target_length -> (b, tokens, d)."""
+    def embed_patches(self, mel: Tensor) -> Tensor:
+        """Embed patches and add their positions: normalised (b, f, n), n <= target_length -> (b, tokens, d)."""
         x = self.patch_embed(mel)
         x = x + self.time_pos_embed[..., : x.shape[-1]] + self.freq_pos_embed
         out: Tensor = x.flatten(2).transpose(1, 2)  # frequency slowest
         return out
 
     def relate(self, x: Tensor) -> Tensor:
-        """Pass tokens through the blocks, (b, tokens, d) -> the same, behind a class token if there is one."""
+        """Pass tokens through the blocks, (b, tokens, d) -> the same, after a class token if there is one."""
         if self.config.pooling == "token":
             token = (self.cls_token + self.token_pos_embed).expand(x.shape[0], -1, -1)
             x = torch.cat([token, x], dim=1)
@@ -216,6 +210,27 @@ class CED(nn.Module):
             x = block(x)
         out: Tensor = self.norm(x)
         return out
+
+    def patch_tokens(self, mel: Tensor) -> Tensor:
+        """Return the tokens of each patch after the last LayerNorm, without any class token.
+
+        Features longer than `target_length` are encoded in pieces of whole patches, so that columns stay evenly spaced;
+        the frames after the last whole patch are left out.
+
+        Args:
+            mel: (b, f, n) dB, n >= 16.
+
+        Returns:
+            (b, f // 16, n // 16, d)
+        """
+        whole = mel[..., : mel.shape[-1] // PATCH * PATCH]
+        pieces = self.normed(whole).split(self.config.columns * PATCH, dim=-1)
+        tokens = [self.relate(self.embed_patches(piece)) for piece in pieces]
+        patches = [
+            each[:, -self.config.rows * (piece.shape[-1] // PATCH) :].unflatten(1, (self.config.rows, -1))
+            for each, piece in zip(tokens, pieces, strict=True)
+        ]
+        return torch.cat(patches, dim=2)
 
     def _head(self, tokens: Tensor) -> Tensor:
         """Pool tokens (b, tokens, d) and score them, (b, c)."""
@@ -225,7 +240,7 @@ class CED(nn.Module):
         return logits if self.config.pooling == "logit" else self.activate(logits)
 
     def _piece_logits(self, tokens: Tensor) -> Tensor:
-        """Do as `_head` but for the activation."""
+        """Return the logits of what `_head` returns."""
         logits = self._scored(tokens)
         return self._mean_odds(logits) if self.config.pooling == "dm" else logits
 

@@ -1,6 +1,6 @@
-"""Weights: the arrays of a network with its configuration and classes, read from any checkpoint; needs no torch.
+"""Weights: the arrays of a network with its configuration and classes, read from any checkpoint. Needs no torch.
 
-Kinds of checkpoints: our own `.safetensors` (its header carries configuration, classes and a digest), experiment
+Kinds of checkpoints: this package's `.safetensors` (its header has configuration, classes and a digest), experiment
 folders, Hugging Face folders, and the published `.pt` files, which torch's restricted reader opens. Reading a file
 never executes code from it.
 """
@@ -22,22 +22,22 @@ from safetensors.numpy import save as to_bytes
 
 from ced.errors import CheckpointError, ConfigError, TableError, optional_packages
 from ced.files import written_aside
-from ced.model import hub, zoo
-from ced.model.config import ModelConfig, Pooling, checked_config, shapes
+from ced.model import zoo
+from ced.model.config import ModelConfig, Pooling, checked_config, read_config, shapes
 from ced.sound.features import PATCH
 from ced.sound.labels import ClassTable, default_classes, named_by_config
 
 FORMAT_VERSION = 1
-HEADER = "ced"  # one entry of safetensors' metadata, as several would be written in any order
-HEAD = "outputlayer."
+HEADER = "ced"  # a single entry of safetensors' metadata, as the order of several is not fixed
+HEAD_KEYS = "outputlayer."
 CLASS_TOKEN = ("cls_token", "token_pos_embed")
-PRETRAINING = ("decoder", "mask_token")  # beginnings of keys that only masked pre-training has
+PRETRAINING = ("decoder", "mask_token")  # prefixes of keys that only masked pre-training has
 
-# Beginnings of keys a checkpoint may hold beyond those of the network, each with the reason that it may.
+# Prefixes of keys that a checkpoint may have in addition to those of the network, each with the reason.
 TOLERATED = {
     "front_end.": "window and mel filters: derived from constants",
     "decoder": "the decoder of masked pre-training, which a tagger does not use",
-    "mask_token": "what masked pre-training puts in place of hidden patches",
+    "mask_token": "the token that masked pre-training puts in place of hidden patches",
     "cls_token": "a class token, which only pooling 'token' reads",
     "token_pos_embed": "the class token's position",
 }
@@ -49,26 +49,26 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """The arrays of one network under their published names, and what is known of the network."""
+    """The arrays of a network under their published names, with its configuration and classes."""
 
     arrays: Mapping[str, Array]
     config: ModelConfig
     labels: ClassTable | None  # None: the file does not name its classes
-    source: str  # where it was read, for messages
+    source: str  # the file, for messages
 
     @property
     def has_head(self) -> bool:
-        """Whether a trained output layer is among them; masked pre-training leaves none."""
+        """Whether there is a trained output layer; masked pre-training leaves none."""
         return _has_head(self.arrays)
 
     @property
     def classes(self) -> ClassTable:
-        """The classes: those of the file, else AudioSet's for 527 outputs, else numbered ones."""
+        """The classes of the file; if it has none, AudioSet's for 527 outputs, otherwise numbered ones."""
         return self.labels or default_classes(self.config.outputdim)
 
 
 def save(path: Path, weights: Weights) -> None:
-    """Write weights, configuration, classes and a digest to one safetensors file; a crash leaves no half file."""
+    """Write weights, configuration, classes and a digest to one safetensors file, atomically."""
     arrays = {key: np.asarray(value, order="C") for key, value in weights.arrays.items()}
     header = {
         "format": FORMAT_VERSION,
@@ -85,37 +85,37 @@ def save(path: Path, weights: Weights) -> None:
 def read(path: Path) -> Weights:
     """Read a checkpoint of any known kind; see the top of this module.
 
-    What a file does not say of its configuration follows from the shapes of its arrays.
+    Settings that the file does not have are derived from the shapes of its arrays.
 
     Raises:
-        CheckpointError: nothing is there, it is none of these kinds, it is damaged, or it would execute code.
+        CheckpointError: it does not exist, is of no known kind or damaged, or would execute code.
         MissingPackageError: a `.pt` file where torch is not installed.
     """
     path = zoo.checkpoint_file(Path(path))
     if path.suffix == ".onnx":
-        raise CheckpointError(f"{path} is a graph; this needs weights: the checkpoint that it was made from")
+        raise CheckpointError(f"{path} is a graph; weights are needed here: give the checkpoint that it was made from")
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
 
 
 def configured(
     weights: Weights, *, pooling: Pooling | None = None, target_length: int | None = None
 ) -> tuple[ModelConfig, dict[str, Array]]:
-    """Return a configuration with some settings replaced (None keeps the checkpoint's own), and the arrays for it.
+    """Return the configuration with some settings replaced (None keeps the checkpoint's), and the arrays for it.
 
     Raises:
         CheckpointError: the arrays do not fit the configuration, or the pooling needs others.
         ConfigError: the settings contradict each other.
     """
     changes = {"pooling": pooling, "target_length": target_length}
-    asked = {name: value for name, value in changes.items() if value is not None}
-    config = checked_config({**asdict(weights.config), **asked})
+    given = {name: value for name, value in changes.items() if value is not None}
+    config = checked_config({**asdict(weights.config), **given})
     return config, fitted(weights, config, head=weights.has_head)
 
 
 def fitted(weights: Weights, config: ModelConfig, *, head: bool = True) -> dict[str, Array]:
-    """Return the arrays that a network of `config` takes; position embeddings are resized to it.
+    """Return the arrays for a network of `config`; position embeddings are resized.
 
-    Keys must match one to one, but for the `TOLERATED` ones. With `head` off the output layer is left out, and the
+    Keys must match exactly, except the `TOLERATED` ones. With `head` off, the output layer is left out, and so is the
     class token where the checkpoint has none.
 
     Raises:
@@ -126,9 +126,9 @@ def fitted(weights: Weights, config: ModelConfig, *, head: bool = True) -> dict[
         wanted = {
             key: shape
             for key, shape in wanted.items()
-            if not key.startswith(HEAD) and (key not in CLASS_TOKEN or key in given)
+            if not key.startswith(HEAD_KEYS) and (key not in CLASS_TOKEN or key in given)
         }
-        given = {key: value for key, value in given.items() if not key.startswith(HEAD)}
+        given = {key: value for key, value in given.items() if not key.startswith(HEAD_KEYS)}
     for key, axis in (("time_pos_embed", 3), ("freq_pos_embed", 2)):
         if key in given:
             given[key] = resized(given[key], axis, wanted[key][axis])
@@ -151,12 +151,12 @@ def fitted(weights: Weights, config: ModelConfig, *, head: bool = True) -> dict[
 
 
 def resized(embedding: Array, axis: int, size: int) -> Array:
-    """Cut a position embedding (1, d, rows, columns) along an axis to its first places, or stretch it linearly.
+    """Resize a position embedding (1, d, rows, columns) along an axis: cut it to its first places, or interpolate.
 
-    Stretched places are interpolated as in torch's bilinear `interpolate` with align_corners off.
+    Interpolation is linear, as in torch's bilinear `interpolate` with align_corners off.
     """
     if embedding.ndim != 4 or embedding.shape[axis] == size:
-        return embedding  # another number of axes is reported as another shape
+        return embedding  # a wrong number of axes is reported later as a wrong shape
     places = embedding.shape[axis]
     if places > size:
         return embedding.take(range(size), axis)
@@ -183,7 +183,7 @@ def average(paths: Sequence[Path]) -> Weights:
         other = read(path)
         sizes = [{key: value.shape for key, value in each.arrays.items()} for each in (first, other)]
         if (other.config, other.labels, sizes[1]) != (first.config, first.labels, sizes[0]):
-            raise CheckpointError(f"checkpoints {first.source} and {other.source} are not of one network")
+            raise CheckpointError(f"checkpoints {first.source} and {other.source} are of different networks")
         for key, total in sums.items():
             total += other.arrays[key]
     means = {key: (total / len(paths)).astype(first.arrays[key].dtype) for key, total in sums.items()}
@@ -191,7 +191,7 @@ def average(paths: Sequence[Path]) -> Weights:
 
 
 def fingerprint(arrays: Mapping[str, Array]) -> str:
-    """Return a digest of names, types, shapes and values, sha256 in hex."""
+    """Return the sha256 of names, types, shapes and values, in hex."""
     digest = hashlib.sha256()
     for key in sorted(arrays):
         value = np.asarray(arrays[key], order="C")
@@ -201,14 +201,14 @@ def fingerprint(arrays: Mapping[str, Array]) -> str:
 
 
 def _read_safetensors(path: Path) -> Weights:
-    """Read our own file, or a Hugging Face one, which has no header of ours."""
+    """Read a file of this package, or one of Hugging Face, which has no header of ours."""
     try:
         with safe_open(path, framework="np") as file:
             header = (file.metadata() or {}).get(HEADER)
             names = list(file.keys())
             halves = any(file.get_slice(key).get_dtype() == "BF16" for key in names)
             arrays = _with_bfloat16(path) if halves else {key: file.get_tensor(key) for key in names}
-    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:  # of types without a NumPy one
+    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:  # types that NumPy lacks
         raise CheckpointError(f"checkpoint {path} is damaged or not a safetensors file ({error})") from error
     if header is None:
         return _assembled(arrays, *_beside(path), path)
@@ -224,7 +224,7 @@ def _read_safetensors(path: Path) -> Weights:
     except (ValueError, KeyError, TypeError, AttributeError, TableError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path} has a damaged header ({error!r})") from error
     if digest is not None and digest != fingerprint(arrays):
-        raise CheckpointError(f"checkpoint {path} is damaged: its values are not those that were written")
+        raise CheckpointError(f"checkpoint {path} is damaged: its values do not match its digest")
     weights = _assembled(arrays, settings, labels, path)
     if weights.labels is None:
         raise CheckpointError(
@@ -234,7 +234,7 @@ def _read_safetensors(path: Path) -> Weights:
 
 
 def _with_bfloat16(path: Path) -> dict[str, Array]:
-    """Read a safetensors file in which bfloat16 arrays become float32, as NumPy has no bfloat16."""
+    """Read a safetensors file with bfloat16 arrays, which become float32, as NumPy has no bfloat16."""
     kinds = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "BF16": "<u2"}
     arrays: dict[str, Array] = {}
     for key, entry in deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]
@@ -247,8 +247,8 @@ def _with_bfloat16(path: Path) -> dict[str, Array]:
 
 
 def _beside(path: Path) -> tuple[dict[str, Any], ClassTable | None]:
-    """Return the settings and classes of the `config.json` in the folder of a Hugging Face file, if there is one."""
-    settings = hub.read_config(path.with_name("config.json"))
+    """Return the settings and classes of the `config.json` beside a Hugging Face file, if there is one."""
+    settings = read_config(path.with_name("config.json"))
     if settings is None:
         return {}, None
     if settings.get("problem_type") == "single_label_classification":
@@ -259,10 +259,10 @@ def _beside(path: Path) -> tuple[dict[str, Any], ClassTable | None]:
 def _assembled(
     arrays: Mapping[str, Array], settings: Mapping[str, Any], labels: ClassTable | None, path: Path
 ) -> Weights:
-    """Make weights of the arrays and settings of a file, under the published key names.
+    """Make weights from the arrays and settings of a file, under the published key names.
 
-    The shapes of the arrays come first: settings that contradict them are an error, so that a header cannot ask for a
-    larger network than the file holds.
+    Settings that contradict the shapes of the arrays are an error, so that a header cannot request a larger network
+    than the file holds.
     """
     arrays = {published_name(key): value for key, value in arrays.items()}
     for key, value in arrays.items():
@@ -276,12 +276,12 @@ def _assembled(
     for name, value in shaped.items():
         if settings.get(name, value) != value:
             raise CheckpointError(
-                f"checkpoint {path} is of another size than its configuration: {name} {value}, not {settings[name]}"
+                f"checkpoint {path} contradicts its configuration: {name} is {value}, not {settings[name]}"
             )
     guesses = {
         "num_heads": _heads(shaped["embed_dim"]),
         "target_length": _target_length(arrays["time_pos_embed"].shape[3]),
-        # A tagger with a class token reads it; masked pre-training leaves one behind unread.
+        # A tagger with a class token pools it; masked pre-training leaves one in the file that is not used.
         "pooling": "token" if _has_head(arrays) and all(key in arrays for key in CLASS_TOKEN) else "mean",
     }
     try:
@@ -289,17 +289,17 @@ def _assembled(
     except ConfigError as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error
     if labels is not None and len(labels) != config.outputdim:
-        labels = None  # transformers' default of two classes, not the network's
+        labels = None  # Transformers' default of two classes, not those of the network
     return Weights(arrays, config, labels, str(path))
 
 
 def published_name(key: str) -> str:
-    """Return the published name of a Hugging Face key; published names stay."""
+    """Return the published name of a Hugging Face key; published names are kept."""
     return re.sub(r"^init_bn\.(?!1\.)", "init_bn.1.", key.removeprefix("encoder."))
 
 
 def _has_head(arrays: Mapping[str, Array]) -> bool:
-    return any(key.startswith(HEAD) for key in arrays) and not any(key.startswith(PRETRAINING) for key in arrays)
+    return any(key.startswith(HEAD_KEYS) for key in arrays) and not any(key.startswith(PRETRAINING) for key in arrays)
 
 
 def _size(arrays: Mapping[str, Array], key: str, axis: int, path: Path) -> int:
@@ -314,7 +314,7 @@ def _hidden(arrays: Mapping[str, Array], path: Path) -> int:
 
 
 def _config_of_shapes(arrays: Mapping[str, Array], path: Path) -> dict[str, Any]:
-    """Return the part of a configuration that the shapes of the arrays fix."""
+    """Return the settings that follow from the shapes of the arrays."""
     width = _size(arrays, "patch_embed.proj.weight", 0, path)
     _size(arrays, "time_pos_embed", 3, path)
     shaped: dict[str, Any] = {
@@ -325,7 +325,7 @@ def _config_of_shapes(arrays: Mapping[str, Array], path: Path) -> dict[str, Any]
         "init_bn": "init_bn.1.weight" in arrays,
     }
     if _has_head(arrays):
-        shaped["outputdim"] = _size(arrays, f"{HEAD}1.weight", 0, path)
+        shaped["outputdim"] = _size(arrays, f"{HEAD_KEYS}1.weight", 0, path)
     if "front_end.0.spectrogram.window" in arrays:
         shaped["win_size"] = _size(arrays, "front_end.0.spectrogram.window", 0, path)
     if "front_end.0.mel_scale.fb" in arrays:
@@ -334,18 +334,18 @@ def _config_of_shapes(arrays: Mapping[str, Array], path: Path) -> dict[str, Any]
 
 
 def _heads(width: int) -> int:
-    """Guess the number of heads, which shapes do not tell: those of published networks are 64 wide."""
+    """Guess the number of heads, which shapes do not determine: heads of published networks are 64 wide."""
     heads, rest = divmod(width, 64)
     return 1 if rest else heads
 
 
 def _target_length(columns: int) -> int:
-    """Return the longest input of a time embedding; the published 63 columns were made for 1012 frames."""
+    """Return the frames of a time embedding; the published 63 columns are for 1012 frames."""
     return 1012 if columns == 1012 // PATCH else columns * PATCH
 
 
 def _listed(what: str, keys: Iterable[str]) -> str:
-    """Name the first three of the keys and count the others; nothing for none."""
+    """List the first three keys and count the others; an empty text for none."""
     keys = list(keys)
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     return f"{what} {', '.join(keys[:3])}{more}" if keys else ""
@@ -355,7 +355,7 @@ def _path_as_text(*parts: str) -> str:
     return "/".join(parts)
 
 
-# Published configurations hold paths: all that becomes of one here is a string, whatever system wrote it.
+# Published configurations have pickled paths, which are read as strings, whatever system wrote them.
 _INERT = [
     (_path_as_text, f"{module}.{kind}Path")
     for module in ("pathlib", "pathlib._local")
@@ -366,7 +366,7 @@ _INERT = [
 def _read_pt(path: Path) -> Weights:
     """Read a file of torch.save: a state dict, or {"model": state dict, "config": ...}.
 
-    torch's restricted reader builds tensors and plain values only; what else a file asks for is refused.
+    torch's restricted reader builds only tensors and plain values, and refuses anything else.
     """
     if not zoo.is_torch_file(path):
         raise CheckpointError(f"checkpoint {path} is damaged, or not written by torch.save")
@@ -379,7 +379,7 @@ def _read_pt(path: Path) -> Weights:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file may make the reader fail in any way
         if found := re.search(r"GLOBAL (\S+)", str(error)):
-            refusal = f"it asks to execute {found[1]}; only weights and plain values are read"
+            refusal = f"it would execute {found[1]}; only weights and plain values are read"
             raise CheckpointError(f"checkpoint {path} is refused: {refusal}") from error
         raise CheckpointError(f"checkpoint {path} is damaged, or not written by torch.save") from error
     settings: dict[str, Any] = {}
@@ -404,7 +404,7 @@ def _read_pt(path: Path) -> Weights:
 
 
 def _refuse_compressed(path: Path) -> None:
-    """Refuse a zip file whose entries are larger than the file: torch.save never compresses."""
+    """Refuse a zip file with entries larger than the file: torch.save never compresses."""
     if not zipfile.is_zipfile(path):
         return
     try:
@@ -417,7 +417,7 @@ def _refuse_compressed(path: Path) -> None:
 
 
 def _same_model(path: Path) -> str:
-    """Return how the model of a published `.pt` file is had as safetensors."""
+    """Return how to get the model of a published `.pt` file as safetensors."""
     for entry in zoo.MODELS.values():
         if entry.zenodo.file == path.name and entry.hub is not None:
             return f"-m {entry.name}"

@@ -1,7 +1,7 @@
-"""The published models as a table, and how a name or a path becomes weights. It needs no torch.
+"""The published models as a table, and the files of a name or path. Needs no torch.
 
-Every name has a pinned source: a revision of a Hugging Face repository with the sha256 of its weights, a file of a
-Zenodo record, or both.
+Each name has pinned sources: a revision of a Hugging Face repository with the sha256 of its weights, a file of a Zenodo
+record, or both.
 """
 
 import difflib
@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 ZENODO = "https://zenodo.org"
-# Of a folder, the first one present is read: experiments, then Hugging Face folders.
+# The files that make a folder a checkpoint, the first present one is read: of experiments, then of Hugging Face.
 EXPERIMENT_FILES = ("averaged.safetensors", "last.safetensors", "averaged.pt")
 CHECKPOINT_FILES = (*EXPERIMENT_FILES, "model.safetensors")
 
 
 @dataclass(frozen=True)
 class Hub:
-    """A repository of the Hugging Face hub at one revision; the licence there is Apache-2.0."""
+    """A repository of the Hugging Face hub at one revision, licensed Apache-2.0."""
 
     repo: str
     revision: str
@@ -44,13 +44,13 @@ class Hub:
 
     @property
     def place(self) -> str:
-        """Where it is, for people."""
+        """Its name in messages and lists."""
         return self.repo
 
 
 @dataclass(frozen=True)
 class Zenodo:
-    """A file of a Zenodo record; the licence there is CC BY 4.0."""
+    """A file of a Zenodo record, licensed CC BY 4.0."""
 
     record: int
     file: str
@@ -59,7 +59,7 @@ class Zenodo:
 
     @property
     def place(self) -> str:
-        """Where it is, for people."""
+        """Its name in messages and lists."""
         return f"Zenodo {self.record}"
 
     @property
@@ -76,9 +76,9 @@ class Entry:
     width: int
     heads: int
     params: float  # millions
-    map: float | None  # mAP on AudioSet's evaluation set as published, percent; None: not a tagger yet
+    map: float | None  # published mAP on AudioSet's evaluation set, percent; None: not a tagger
     note: str
-    hub: Hub | None  # the first source, where there is one
+    hub: Hub | None  # preferred to Zenodo
     zenodo: Zenodo
 
     @property
@@ -90,12 +90,12 @@ class Entry:
 
     @property
     def sources(self) -> tuple[Hub | Zenodo, ...]:
-        """Where its weights are published, the first source first."""
+        """Where its weights are published, the preferred source first."""
         return (self.zenodo,) if self.hub is None else (self.hub, self.zenodo)
 
     @property
     def megabytes(self) -> float:
-        """The size of its weights, about: four bytes a parameter."""
+        """The approximate size of its weights: four bytes per parameter."""
         return 4 * self.params
 
 
@@ -103,7 +103,7 @@ DEFAULT_MODEL = "ced_mini"
 
 _TINY, _MINI, _SMALL, _BASE = (192, 3, 5.5), (256, 4, 9.6), (384, 6, 22.0), (768, 12, 86.0)  # width, heads, params
 _DISTILLED = "distilled from an ensemble of five teachers"
-_MASKED = "masked pre-training, where students start: its output layer is untrained"
+_MASKED = "masked pre-training, the start of students: its output layer is untrained"
 _MAIN_RECORD = 8275347
 
 
@@ -177,31 +177,29 @@ MODELS: Mapping[str, Entry] = {
     )
 }
 
-BOXED: Mapping[str, Path] = {  # graphs that come with the package, for tagging; a card lies beside each
+BOXED: Mapping[str, Path] = {  # graphs in the package, for tagging, each with its model card
     "esc10": Path(__file__).parent / "boxed" / "esc10.onnx",
 }
 
 
 def list_models() -> list[str]:
-    """Return the names of the models: the published ones, and those that come with the package."""
+    """Return the names of the models: the published ones, and those in the package."""
     return [*MODELS, *BOXED]
 
 
 def cache_dir() -> Path:
-    """Return the folder of Zenodo's files and of graphs made here: $CED_CACHE, else $XDG_CACHE_HOME/ced, else
-    ~/.cache/ced.
-    """
+    """Return the folder for Zenodo's files and for graphs: $CED_CACHE, else $XDG_CACHE_HOME/ced, else ~/.cache/ced."""
     if given := os.environ.get("CED_CACHE"):
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ced"
 
 
-def read(name_or_path: str | os.PathLike[str], progress: Progress = silent) -> "Weights":
+def read_weights(name_or_path: str | os.PathLike[str], progress: Progress = silent) -> "Weights":
     """Return the weights of a published name, downloaded on first use, or of a checkpoint.
 
     Raises:
         CheckpointError: neither a name nor a checkpoint.
-        DownloadError: a file that is not cached and could not be downloaded.
+        DownloadError: a file is not cached and could not be downloaded.
         MissingPackageError: a `.pt` file where torch is not installed.
     """
     from ced.model import weights
@@ -212,17 +210,17 @@ def read(name_or_path: str | os.PathLike[str], progress: Progress = silent) -> "
 
 
 def fetch(name: str, progress: Progress = silent) -> Path:
-    """Return the weights of a published model, downloaded on first use.
+    """Return the file of a published model's weights, downloaded on first use.
 
-    They come from the hub, as safetensors whose sha256 is compared on every use. Where the hub cannot be reached and
-    torch is installed, a `.pt` of the same model is taken from the cache or from Zenodo, with a warning, as no
-    checksum of it is published.
+    It is a safetensors file of the hub, whose sha256 is checked on every use. Where the hub cannot be reached and torch
+    is installed, a `.pt` file of the same model is taken from the cache or from Zenodo, with a warning, as Zenodo
+    publishes no checksum.
 
     Raises:
-        CheckpointError: no such name.
-        ChecksumError: the content is not what was published; it is removed.
+        CheckpointError: the name is unknown.
+        ChecksumError: the content is not the published one; it is removed.
         DownloadError: the file is not cached and could not be downloaded.
-        MissingPackageError: the model is published as a `.pt` file alone, and torch is not installed.
+        MissingPackageError: the model is published only as a `.pt` file, and torch is not installed.
     """
     entry = entry_of(name)
     has_torch = find_spec("torch") is not None
@@ -242,20 +240,23 @@ def fetch(name: str, progress: Progress = silent) -> Path:
             except DownloadError as second:
                 reason = f"{reason}; {second}"
             else:
-                logger.warning("%s; using %s, of which no checksum is published", reason, path)
+                logger.warning("%s; using %s, for which no checksum is published", reason, path)
                 return path
         raise DownloadError(
-            f"{name} is not cached: {reason}; pass the path of a local file instead of the name, or use a model that"
-            f" comes with the package: -m {', '.join(BOXED)}"
+            f"{name} is not cached: {reason}; pass the path of a local file instead of the name, or use a model in the"
+            f" package: -m {', '.join(BOXED)}"
         ) from error
 
 
 def cached(entry: Entry) -> dict[Hub | Zenodo, Path]:
-    """Return the sources of a model whose files are cached, with their paths."""
-    from ced.model import hub
+    """Return the cached files of a model, by source."""
+    from ced.model.download import cached_hub_file
 
     found: dict[Hub | Zenodo, Path] = {}
-    if entry.hub is not None and (path := hub.cached(entry.hub.repo, WEIGHTS_FILE, entry.hub.revision)) is not None:
+    if (
+        entry.hub is not None
+        and (path := cached_hub_file(entry.hub.repo, WEIGHTS_FILE, entry.hub.revision)) is not None
+    ):
         found[entry.hub] = path
     if (path := cache_dir() / entry.zenodo.file).is_file():
         found[entry.zenodo] = path
@@ -263,24 +264,24 @@ def cached(entry: Entry) -> dict[Hub | Zenodo, Path]:
 
 
 def damage(source: Hub | Zenodo, path: Path) -> str | None:
-    """Return what is wrong with the content of a source's file; None for nothing.
+    """Check the content of a source's file; return the problem, or None.
 
-    The hub's files are compared with their pinned sha256. Zenodo publishes none: there the format is checked.
+    A file of the hub must have its pinned sha256. Zenodo publishes no checksum, so the format is checked.
     """
     if isinstance(source, Zenodo):
         return None if is_torch_file(path) else "it is not a complete file of torch.save"
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    return None if found == source.sha256 else f"its sha256 is {found}, published is {source.sha256}"
+    return None if found == source.sha256 else f"its sha256 is {found}, not the published {source.sha256}"
 
 
 def checkpoint_file(path: Path) -> Path:
-    """Return the file of a checkpoint, which may be given as the folder that it is in.
+    """Return the file of a checkpoint, given as the file or as its folder.
 
-    A folder of experiments stands for the newest of them that has a checkpoint: their names are time stamps.
+    For a folder of experiments, it is that of the newest experiment with a checkpoint; their names are time stamps.
 
     Raises:
-        CheckpointError: nothing is there, or an empty file, or the folder holds none.
+        CheckpointError: the path does not exist, the file is empty, or the folder has no checkpoint.
     """
     if path.is_dir():
         if (found := _first_of(CHECKPOINT_FILES, path)) is not None:
@@ -302,10 +303,10 @@ def _first_of(names: Iterable[str], folder: Path) -> Path | None:
 
 
 def local_path(name_or_path: str | os.PathLike[str]) -> Path:
-    """Return the path that is given instead of a name.
+    """Return the path of a model that is not a published name.
 
     Raises:
-        CheckpointError: nothing is there, and it looks more like a misspelt name; the message lists the names.
+        CheckpointError: it does not exist and looks like a misspelt name; the message lists the names.
     """
     try:
         path = Path(name_or_path).expanduser()
@@ -323,42 +324,44 @@ def entry_of(name: str) -> Entry:
     """Return the row of a published model.
 
     Raises:
-        CheckpointError: no such name; the message lists the names.
+        CheckpointError: the name is unknown; the message lists the names.
     """
     if name in BOXED:
-        raise CheckpointError(f"{name} comes as a graph, without the weights that this needs; it can tag and embed")
+        raise CheckpointError(
+            f"{name} is a graph in the package, without the weights that are needed here; it can tag and embed"
+        )
     if name not in MODELS:
         known = list_models()
         raise CheckpointError(
-            f"no model and no file is called {name!r}{nearest(name, known)}; known: {', '.join(known)}"
+            f"no model and no file is named {name!r}{nearest(name, known)}; known: {', '.join(known)}"
         )
     return MODELS[name]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message that asks for the known names like `name`; nothing if there are none."""
+    """Return the end of a message that suggests the most similar known names; an empty text if there are none."""
     found = difflib.get_close_matches(name, known, n=3)
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def _from_hub(source: Hub, progress: Progress) -> Path:
-    from ced.model import hub
+    from ced.model.download import cached_hub_file, hub_file, offline, remove_hub_file
 
-    was_cached = hub.cached(source.repo, WEIGHTS_FILE, source.revision) is not None
-    if not was_cached and not hub.offline():
+    was_cached = cached_hub_file(source.repo, WEIGHTS_FILE, source.revision) is not None
+    if not was_cached and not offline():
         logger.info("downloading %s from the Hugging Face hub, once", source.repo)
-    path = hub.fetch(source.repo, WEIGHTS_FILE, source.revision, progress)
+    path = hub_file(source.repo, WEIGHTS_FILE, source.revision, progress)
     if (wrong := damage(source, path)) is None:
         return path
-    hub.forget(path)
-    if was_cached and not hub.offline():
+    remove_hub_file(path)
+    if was_cached and not offline():
         logger.warning("%s in the cache is damaged; downloading it again", source.repo)
         return _from_hub(source, progress)
     raise ChecksumError(f"{source.repo}/{WEIGHTS_FILE} is not the published file: {wrong}; removed")
 
 
 def _from_zenodo(entry: Entry, progress: Progress) -> Path:
-    """Download from the record of the entry; where it has no such file, from the other record of these models."""
+    """Download from the record of the entry or, if it lacks the file, from the other record of these models."""
     from ced.model.download import NotFoundError, download
 
     first, path = entry.zenodo, cache_dir() / entry.zenodo.file
@@ -375,8 +378,8 @@ def _from_zenodo(entry: Entry, progress: Progress) -> Path:
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether a file is complete as torch.save writes it: a zip file, which ends with its table, or an old pickle."""
+    """Return whether a file is complete as torch.save writes it: a zip file, which ends with its index, or a pickle."""
     if zipfile.is_zipfile(path):
         return True
     with path.open("rb") as file:
-        return file.read(2) == pickle.PROTO + b"\x02"  # the form before torch 1.6, which begins with a pickled number
+        return file.read(2) == pickle.PROTO + b"\x02"  # files before torch 1.6 start with a pickled number

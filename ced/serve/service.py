@@ -32,7 +32,7 @@ from ced.errors import AudioError, CheckpointError, ClosedError, TooLongError, i
 from ced.serve.body import Bodies, Limits, RefusedError, Upload, busy
 from ced.serve.overview import Overview
 from ced.serve.schema import RequestOptions, StreamOptions
-from ced.sound.audio import SAMPLE_RATE, Sound, Window, cut, open_sound
+from ced.sound.audio import SAMPLE_RATE, Sound, Window, cut_windows, open_sound
 from ced.sound.labels import ClassTable
 from ced.tag.events import Merging, OrderedEvents
 from ced.tag.options import TagOptions
@@ -555,7 +555,7 @@ class _Decoding:
                 block_seconds=_BLOCK,
             ) as self._sound:
                 self._check_length(self._sound.expected_seconds or 0.0)
-                for window in cut(self._blocks(self._sound), options.window, options.step, tail=options.tail):
+                for window in cut_windows(self._blocks(self._sound), options.window, options.step, tail=options.tail):
                     cost += max(LEAST_COST, window.end - window.start)
                     self._check_cost(cost)
                     yield window

@@ -1,4 +1,4 @@
-"""Audio as every model takes it: mono float32 samples at 16 kHz, whole, block by block or in windows."""
+"""Any sound as models take it: mono float32 samples at 16 kHz, whole, block by block, or in windows."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError
 from ced.sound.decode import AUDIO_SUFFIXES, SoundBytes, Source, checked, name_of, open_source, to_float
-from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading, join
+from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading, join_blocks
 from ced.text import printable
 
 __all__ = [
@@ -27,14 +27,14 @@ __all__ = [
     "Tail",
     "Window",
     "check_channel",
-    "cut",
+    "check_windows",
+    "cut_windows",
     "load",
     "load_stored",
     "name_of",
     "open_sound",
     "resampled",
     "stream",
-    "windows",
 ]
 
 SAMPLE_RATE = 16_000
@@ -43,12 +43,12 @@ Tail = Literal["aligned", "short"]
 TAILS: tuple[Tail, ...] = ("aligned", "short")
 _ONE_PATCH = 2_400  # samples: `features.MIN_SAMPLES`
 _SIDES = {"left": 1, "right": 2}
-_BLOCK, _LOAD_BLOCK = 10.0, 120.0  # seconds; of `load`, most files are one block
-# The mean of n unrelated channels has 1/n of their power. Far less than that, and they cancel: a wire is swapped.
+_BLOCK, _LOAD_BLOCK = 10.0, 120.0  # seconds; for `load`, most files are one block
+# The mean of n independent channels has 1/n of their power; far less means that they are in opposite phase.
 _CANCELLED = 0.06
-_SILENCE = 1e-10  # power, -100 dB; below it nothing can be said about the channels
+_SILENCE = 1e-10  # power, -100 dB; quieter channels are not judged
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class Window:
     Attributes:
         start, end: seconds.
         wave: (t,) float32 at 16 kHz.
-        new: seconds; what lies before is in earlier windows, too.
+        new: seconds; sound before it is in earlier windows, too.
     """
 
     start: float
@@ -71,7 +71,7 @@ class Sound:
     """A sound that is open for reading, from `open_sound`.
 
     Attributes:
-        name: what messages and results call it.
+        name: used in messages and results.
         rate: of the file, in Hz.
         channels: of the file.
     """
@@ -83,22 +83,22 @@ class Sound:
 
     @property
     def warnings(self) -> list[str]:
-        """What was odd about the sound so far, a phrase each, without the name; it grows while the sound is read."""
+        """Problems found so far, a phrase each, without the name; the list grows while the sound is read."""
         return self._reading.warnings
 
     @property
     def expected_seconds(self) -> float | None:
-        """How long the sound is according to its header; None if that says nothing, or is not known yet."""
+        """The length of the sound according to its header; None if the header gives none, or is not read yet."""
         return self._reading.expected_seconds
 
     @property
     def seconds(self) -> float:
-        """How much of the sound has been decoded so far."""
+        """Seconds decoded so far."""
         return self._reading.seconds
 
     @property
     def complete(self) -> bool:
-        """False once the sound was found to be cut short, which may be known only after the last block."""
+        """False once the sound is known to be cut short, possibly only after the last block."""
         return not self._reading.broken
 
     def blocks(self) -> Iterator[NDArray[np.float32]]:
@@ -108,13 +108,13 @@ class Sound:
             (t,) float32 at 16 kHz, none empty; together at least one sample.
 
         Raises:
-            AudioError: it cannot be decoded, has no samples or invalid ones, or, where `strict`, is cut short. Blocks
-                before the fault were yielded by then.
+            AudioError: it cannot be decoded, has no samples or invalid ones, or, with `strict`, is cut short. Blocks
+                before the fault are yielded first.
             TooLongError, ClosedError: as for `open_sound`.
         """
         samples = 0
         blocks = self._opened.blocks(self._opened.frames(self._block_seconds))
-        for wave in resampled(_to_the_end(checked(blocks, self._reading), self._reading, self._strict), self._mix):
+        for wave in resampled(_checked_at_end(checked(blocks, self._reading), self._reading, self._strict), self._mix):
             samples += len(wave)
             yield wave
         if not samples:
@@ -145,21 +145,20 @@ def open_sound(
             (samples, rate) with samples (t,) or (t, channels) of any integer or float type.
         channel: "mean" of all channels, "left", "right", or the number of a channel, from 1. "mean" adds a warning
             where the channels cancel each other.
-        strict: refuse a sound that is cut short; else what is there is read, `complete` becomes False, and a warning
+        strict: refuse a sound that is cut short; otherwise the rest is read, `complete` becomes False, and a warning
             says what is missing.
-        budget: the most samples x channels to decode. Seconds are no measure of the work: those of 8 channels at
-            700 kHz cost 120 times those of CD sound per channel.
-        cancelled: called at each decoded block (at most a few tenths of a second of work) from the thread that reads;
-            when it returns True, the reading ends with ClosedError.
-        block_seconds: how much is decoded at a time; less where that would take more than 16 MiB.
+        budget: the most samples x channels to decode. Seconds do not measure the work: one second of 8 channels
+            at 700 kHz costs as much as two minutes of one CD channel.
+        cancelled: called for each decoded block (at most a few tenths of a second of work) in the reading thread;
+            when it returns True, reading ends with ClosedError.
+        block_seconds: seconds to decode at a time; fewer where that would take more than 16 MiB.
 
     Raises:
         AudioError: the sound is missing, not a regular file, unreadable, of an unknown kind, or has a sampling rate
-            outside 1,000-768,000 Hz or more than 64 channels, or no channel of that number. Further ones come from
-            `Sound.blocks`.
+            outside 1,000-768,000 Hz more than 64 channels, or no channel of that number; see also `Sound.blocks`.
         ConfigError: `channel` is not one of those above.
         TooLongError: (while reading) the budget is exceeded, or the sound has more than 2**27 samples and more than
-            2,560 for each byte of its file, as only files have that are made to exhaust their reader.
+            2,560 for each byte of its file, as decompression bombs have.
         ClosedError: (while reading) `cancelled` returned True.
     """
     number = check_channel(channel)
@@ -175,8 +174,8 @@ def check_channel(channel: Channel, others: Sequence[str] = ()) -> int | None:
     """Return the number of a channel, from 1; None for the mean of all.
 
     Args:
-        channel: "mean", "left", "right", or a number, also as a text.
-        others: what the caller allows besides, for the message.
+        channel: "mean", "left", "right", or a number, also as text.
+        others: further values that the caller allows, for the message.
 
     Raises:
         ConfigError: it is not "mean", "left", "right" or a number from 1 to 64.
@@ -193,7 +192,7 @@ def check_channel(channel: Channel, others: Sequence[str] = ()) -> int | None:
 
 
 def load(source: Source, *, channel: Channel = "mean", strict: bool = True) -> NDArray[np.float32]:
-    """Read a whole sound; what is odd about it is logged.
+    """Read a whole sound; its problems are logged as warnings.
 
     Args:
         source, channel, strict: as for `open_sound`.
@@ -202,37 +201,37 @@ def load(source: Source, *, channel: Channel = "mean", strict: bool = True) -> N
         (t,) float32 at 16 kHz, nominally in [-1, 1], at least one sample.
 
     Raises:
-        AudioError: as for `open_sound`, or its samples are not finite, or far beyond [-1, 1].
+        AudioError: as for `open_sound`, or its samples are not finite, or far outside [-1, 1].
         ConfigError: as for `open_sound`.
     """
-    return join(list(stream(source, _LOAD_BLOCK, channel=channel, strict=strict)))
+    return join_blocks(list(stream(source, _LOAD_BLOCK, channel=channel, strict=strict)))
 
 
 def load_stored(source: Source, stereo: bool = False) -> NDArray[np.int16] | NDArray[np.float32]:
-    """Read a whole sound as `load` does, but leave 16-bit samples that need no work as the int16 they are.
+    """Read a whole sound as `load` does, but keep 16-bit samples as int16 where nothing has to be computed.
 
     Args:
         source: as for `open_sound`.
-        stereo: keep both channels of a two-channel source; other numbers of channels are averaged all the same.
+        stereo: keep both channels of a two-channel source; any other number of channels is averaged.
 
     Returns:
-        (t,), or (t, 2) of a two-channel source with `stereo`, at 16 kHz: int16 if the source is 16-bit and needed
+        (t,), or (t, 2) for a two-channel source with `stereo`, at 16 kHz: int16 if the source is 16-bit and needs
         neither averaging nor resampling, else float32.
 
     Raises:
-        AudioError: as for `load`, also of a sound that is cut short.
+        AudioError: as for `load`, also for a sound that is cut short.
     """
     reading = Reading(name_of(source))
     with ExitStack() as stack:
         opened = open_source(source, reading, stack)
         blocks = opened.blocks(opened.frames(_LOAD_BLOCK))
-        pieces = list(_to_the_end(checked(blocks, reading), reading, strict=True))
+        pieces = list(_checked_at_end(checked(blocks, reading), reading, strict=True))
     _report(reading)
     rate, channels = pieces[0].rate, opened.channels
     if any((piece.rate, piece.samples.shape[1]) != (rate, channels) for piece in pieces):
-        samples: NDArray[Any] = join(list(resampled(pieces, Mix("mean", reading.name))))
+        samples: NDArray[Any] = join_blocks(list(resampled(pieces, Mix("mean", reading.name))))
     else:
-        samples = join([piece.samples for piece in pieces])
+        samples = join_blocks([piece.samples for piece in pieces])
         if channels == 1:
             samples = samples[:, 0]
         elif channels != 2 or not stereo:
@@ -247,17 +246,17 @@ def load_stored(source: Source, stereo: bool = False) -> NDArray[np.int16] | NDA
 def stream(
     source: Source, block_seconds: float = _BLOCK, *, channel: Channel = "mean", strict: bool = True
 ) -> Iterator[NDArray[np.float32]]:
-    """Read a sound block by block, in memory bounded by the block: the samples of `load`, bit for bit.
+    """Read a sound block by block, in memory bounded by the block; the samples are those of `load`, bit for bit.
 
     Args:
         source, channel, strict: as for `open_sound`.
-        block_seconds: how much is decoded at a time; the blocks that come out are about as long, and never empty.
+        block_seconds: seconds to decode at a time; the blocks yielded are about as long, and never empty.
 
     Yields:
         (t,) float32 at 16 kHz.
 
     Raises:
-        AudioError, ConfigError: as for `load`, when the reading comes to the fault; blocks before it are out by then.
+        AudioError, ConfigError: as for `load`, when reading reaches the fault; blocks before it are yielded first.
     """
     with open_sound(source, channel=channel, strict=strict, block_seconds=block_seconds) as sound:
         try:
@@ -268,11 +267,11 @@ def stream(
 
 def _report(sound: Sound | Reading) -> None:
     for warning in sound.warnings:
-        _log.warning("%s: %s", printable(sound.name), warning)
+        logger.warning("%s: %s", printable(sound.name), warning)
 
 
-def _to_the_end(blocks: Iterable[Block], reading: Reading, strict: bool) -> Iterator[Block]:
-    """Pass blocks on; raises AudioError at their end if there was none, or the source is cut and `strict` asks."""
+def _checked_at_end(blocks: Iterable[Block], reading: Reading, strict: bool) -> Iterator[Block]:
+    """Pass blocks on; at the end, raise AudioError if there was none or, with `strict`, the source is cut short."""
     found = False
     for block in blocks:
         found = True
@@ -295,21 +294,21 @@ def _check_number(number: int, channels: int, name: str) -> None:
 
 
 class Mix:
-    """Reduce the channels of blocks (t, channels) to one, (t,) float32, and note whether they cancel in the mean.
+    """Reduce blocks (t, channels) to one channel, (t,) float32, and note whether the channels cancel in the mean.
 
     Args:
         channel: as for `open_sound`.
-        name: what messages call the sound.
+        name: of the sound, for messages.
 
     Raises:
-        ConfigError: there is no such channel anywhere.
+        ConfigError: `channel` is invalid.
         AudioError: (when called) the first block has no such channel.
     """
 
     def __init__(self, channel: Channel, name: str) -> None:
         self._number, self._name = check_channel(channel), name
         self._powers = np.zeros(2)  # of the mean and of the channels, summed over all samples
-        self._expected = 0.0  # of the mean, if the channels were unrelated
+        self._expected = 0.0  # of the mean, if the channels were independent
         self._frames = 0
 
     def __call__(self, samples: NDArray[Any]) -> NDArray[np.float32]:
@@ -341,14 +340,14 @@ class Mix:
 def resampled(
     blocks: Iterable[Block], mix: Callable[[NDArray[Any]], NDArray[np.float32]]
 ) -> Iterator[NDArray[np.float32]]:
-    """Bring the blocks of one sound to what models take, mono at 16 kHz; no yielded block is empty.
+    """Convert the decoded blocks of one sound to mono at 16 kHz; no yielded block is empty.
 
     Args:
-        blocks: what was decoded. Their rate may change.
+        blocks: may change their rate and channels.
         mix: reduces (t, channels) to (t,) float32, such as a `Mix`.
 
     Yields:
-        (t,) float32 at 16 kHz, about as long as the blocks; samples come a few milliseconds late.
+        (t,) float32 at 16 kHz, about as long as the blocks; the resampler delays samples by a few milliseconds.
     """
     resampler, rate = None, SAMPLE_RATE
     for block in blocks:
@@ -367,61 +366,50 @@ def resampled(
 
 
 def _rest(resampler: Any) -> NDArray[np.float32]:
-    """Return what a resampler still holds back at the end of a sound."""
+    """Return the samples that a resampler still holds at the end of a sound."""
     rest: NDArray[np.float32] = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
     return rest
 
 
-def windows(
-    source: Source,
-    length: float,
-    hop: float | None = None,
-    *,
-    tail: Tail = "aligned",
-    channel: Channel = "mean",
-    strict: bool = True,
-) -> Iterator[Window]:
-    """Cut a sound into windows, in bounded memory and without padding.
-
-    Windows start every `hop` seconds; none only repeats what is in earlier ones. A sound shorter than one window is one
-    window.
-
-    Args:
-        source, channel, strict: as for `open_sound`.
-        length: seconds a window.
-        hop: seconds from one start to the next; None means `length`.
-        tail: what becomes of the rest behind the last window of full length. "aligned": the last window has full
-            length too and ends with the sound, so that it overlaps the one before; a rest under 0.15 s, which is less
-            than a patch of a network, is left out. "short": the last window is as short as the rest, as in the
-            published program; models tag such windows wrongly far more often.
+def check_windows(length: float, hop: float) -> None:
+    """Check the length and the hop of windows, both in seconds.
 
     Raises:
-        AudioError: as for `load`.
-        ConfigError: `length` or `hop` is shorter than one sample; raised at once.
+        ConfigError: one is shorter than one sample.
     """
-    return cut(stream(source, channel=channel, strict=strict), length, hop, tail=tail)
-
-
-def cut(
-    blocks: Iterable[NDArray[np.float32]], length: float, hop: float | None = None, *, tail: Tail = "aligned"
-) -> Iterator[Window]:
-    """Cut blocks into windows as `windows` does, each as soon as its last sample has come.
-
-    Args:
-        blocks: (t,) at 16 kHz, of any lengths.
-        length, hop, tail: as for `windows`.
-    """
-    hop = length if hop is None else hop
     for what, seconds in (("length", length), ("hop", hop)):
         if not 1 <= seconds * SAMPLE_RATE < 2**62:
             raise ConfigError(f"the window {what} is {seconds} s; it must be above 0, at least 1/{SAMPLE_RATE}")
+
+
+def cut_windows(
+    blocks: Iterable[NDArray[np.float32]], length: float, hop: float, *, tail: Tail = "aligned"
+) -> Iterator[Window]:
+    """Cut the blocks of a sound into windows, each as soon as its last sample has arrived, without padding.
+
+    Windows start every `hop` seconds; a window that would only repeat earlier ones is left out. A sound shorter than
+    one window is one window.
+
+    Args:
+        blocks: (t,) at 16 kHz, of any lengths, such as those of `Sound.blocks`.
+        length: seconds a window.
+        hop: seconds from one start to the next.
+        tail: how the rest after the last full window is cut. "aligned": the last window has full length too and ends
+            with the sound, so it overlaps the one before; a rest under 0.15 s, less than a patch of a network, is left
+            out. "short": the last window is as short as the rest, as in the published program; models tag such windows
+            wrongly far more often.
+
+    Raises:
+        ConfigError: `length` or `hop` is shorter than one sample; raised at once.
+    """
+    check_windows(length, hop)
     return _windows(blocks, round(length * SAMPLE_RATE), round(hop * SAMPLE_RATE), tail)
 
 
 def _windows(blocks: Iterable[NDArray[np.float32]], size: int, step: int, tail: Tail) -> Iterator[Window]:
     buffer = np.zeros(0, np.float32)
-    held = 0  # the sample that the buffer begins with
-    start = 0  # the sample that the next window begins with
+    held = 0  # the first sample of the buffer
+    start = 0  # the first sample of the next window
     seen = 0  # samples before this one are in a window already
     for block in blocks:
         buffer = np.concatenate((buffer, block))

@@ -1,12 +1,17 @@
-"""Open a source of any kind (file, bytes, stream, array, address) and decode it block by block, as it is stored."""
+"""Open a source of any kind (file, bytes, stream, array, address) and decode it block by block, as stored.
+
+Plain WAV files are read here: setting up a decoder takes longer than reading ten seconds of them. All other files go to
+libsndfile or FFmpeg, after a look at their structure.
+"""
 
 import io
 import os
 import stat
+import struct
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
 from typing import IO, Any, BinaryIO
@@ -17,21 +22,20 @@ from numpy.typing import NDArray
 from ced.errors import AudioError, TooLongError
 from ced.sound.ffmpeg import open_address
 from ced.sound.libsndfile import open_part
-from ced.sound.plainwav import plain_wav
-from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading, boundary
-from ced.sound.truncation import Structure, inspect
-from ced.sound.view import View
-from ced.sound.web import is_address
+from ced.sound.reading import MOST_CHANNELS, Block, FileRange, Opened, Reading, boundary
+from ced.sound.truncation import Structure, inspect, is_chunk
 
 AUDIO_SUFFIXES = frozenset(
     {".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"}
     | {".au", ".snd", ".caf", ".voc", ".sph", ".nist", ".avr", ".paf", ".pvf", ".sf", ".ircam", ".sds"}
 )
-FULL_SCALE = 32_768  # the int16 that stands for 1.0
-LOUDEST = 1e6  # floats beyond it are not sound, but other data, or scaled by mistake; models fail at far higher ones
-_LOUD = 10.0  # floats beyond it are suspicious: integers that were stored as floats without scaling
-_KEPT_IN_MEMORY = 1 << 26  # bytes of what comes through a pipe
+FULL_SCALE = 32_768  # the int16 value of 1.0
+LOUDEST = 1e6  # larger floats are other data, or scaled by mistake; models fail at far larger ones
+_LOUD = 10.0  # larger floats are suspicious: integers stored as floats without scaling
+_KEPT_IN_MEMORY = 1 << 26  # bytes of a pipe
 _MOST_PIPED = 1 << 32
+_WAV_HEAD = 4096  # bytes that must hold the chunks before the samples
+_PCM, _BITS = 1, 16
 _NON_BLOCKING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _SPECIAL = {
     stat.S_IFDIR: "a folder",
@@ -45,13 +49,18 @@ Source = str | os.PathLike[str] | bytes | BinaryIO | tuple[NDArray[Any], int]
 
 
 def name_of(source: Source) -> str:
-    """Return what a source is called in messages and results: its path, or what kind of thing it is."""
+    """Return the name of a source in messages and results: its path, or its kind."""
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
     if isinstance(source, bytes | tuple):
         return "<bytes>" if isinstance(source, bytes) else "<array>"
     name = getattr(source, "name", None)
     return name if isinstance(name, str) else "<file>"
+
+
+def is_address(name: str) -> bool:
+    """Return whether a source given as text is an http(s) address."""
+    return name.lower().startswith(("http://", "https://"))
 
 
 def open_source(source: Source, reading: Reading, stack: ExitStack) -> Opened:
@@ -85,25 +94,74 @@ def _open_path(path: str, reading: Reading, stack: ExitStack) -> Opened:
 
 
 def _regular_file(path: str, name: str) -> io.FileIO:
-    """Open a file that has an end: pipes, devices and sockets could be waited for, or read, for ever.
+    """Open a regular file: pipes, devices and sockets could block, or be read, forever.
 
     Raises:
         AudioError: it is not a regular file.
         OSError, ValueError: it cannot be opened.
     """
     kind = stat.S_IFMT(os.stat(path).st_mode)
-    if stat.S_ISREG(kind):  # one that is replaced by a pipe at this moment is opened without waiting, and found below
+    if stat.S_ISREG(kind):  # it may be replaced by a pipe at this moment: opened without blocking, and checked again
         file = io.FileIO(os.open(path, os.O_RDONLY | _NON_BLOCKING))
         kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
         if stat.S_ISREG(kind):
             return file
         file.close()
     hint = "" if kind == stat.S_IFDIR else "; send it to standard input, and name it as -"
-    raise AudioError(f"{_SPECIAL.get(kind, 'something special')}, not a regular file{hint}", name)
+    raise AudioError(f"{_SPECIAL.get(kind, 'a special file')}, not a regular file{hint}", name)
+
+
+@dataclass(frozen=True)
+class PlainWav:
+    """Layout of a plain WAV file: complete, with 16-bit PCM samples."""
+
+    rate: int  # Hz
+    channels: int
+    frames: int
+    start: int  # byte of the first sample
+
+    def blocks(self, file: BinaryIO, frames: int) -> Iterator[Block]:
+        """Yield the samples of the open file as int16, up to `frames` frames a block."""
+        file.seek(self.start)
+        for done in range(0, self.frames, frames):
+            count = min(frames, self.frames - done) * self.channels
+            yield Block(np.fromfile(file, "<i2", count).reshape(-1, self.channels), self.rate)
+
+
+def plain_wav(file: BinaryIO) -> PlainWav | None:
+    """Return the layout of a complete, plain WAV file; None for anything unusual, which libsndfile or FFmpeg reads."""
+    head = file.read(_WAV_HEAD)
+    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
+        return None
+    form: tuple[int, ...] = ()
+    place = 12
+    while place + 8 <= len(head):
+        name, size = struct.unpack_from("<4sI", head, place)
+        place += 8
+        if name == b"data":
+            break
+        if name == b"fmt " and place + 16 <= len(head):
+            form = struct.unpack_from("<HHIIHH", head, place)
+        place += size + size % 2
+    else:
+        return None
+    if not form:
+        return None
+    kind, channels, rate, _, frame, bits = form
+    if (kind, bits, frame) != (_PCM, _BITS, 2 * channels) or not channels or not rate:
+        return None
+    there, end = os.fstat(file.fileno()).st_size, place + size + size % 2
+    if not size or size % frame or place + size > there:
+        return None
+    if there - end >= 4:  # more chunks, more samples than the header announces, or another file
+        view = FileRange(file, 0, there)
+        if not is_chunk(view, end) or view.at(end, 4) == b"RIFF":
+            return None
+    return PlainWav(rate, channels, size // frame, place)
 
 
 def _seekable(source: bytes | BinaryIO, reading: Reading, stack: ExitStack) -> IO[bytes]:
-    """Return a file in which decoders can seek: what comes through a pipe is kept, beyond some size on disk."""
+    """Return a seekable file: the bytes of a pipe are kept, beyond some size on disk."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if not hasattr(source, "read"):
@@ -121,7 +179,7 @@ def _seekable(source: bytes | BinaryIO, reading: Reading, stack: ExitStack) -> I
 
 
 class SoundBytes(io.BytesIO):
-    """The bytes of a file under a name of its own."""
+    """The bytes of a file, with a name."""
 
     def __init__(self, held: bytes, name: str = "<bytes>") -> None:
         super().__init__(held)
@@ -129,8 +187,8 @@ class SoundBytes(io.BytesIO):
 
 
 def _open_file(file: IO[bytes], reading: Reading, stack: ExitStack) -> Opened:
-    """Open the sound in a file, or the several that it has, one behind the other."""
-    view = View(file, 0, file.seek(0, os.SEEK_END))
+    """Open the sound in a file, or the several sounds of joined files, one after the other."""
+    view = FileRange(file, 0, file.seek(0, os.SEEK_END))
     if not view.size:
         raise AudioError("empty (0 bytes)", reading.name)
     reading.size = view.size
@@ -145,8 +203,8 @@ def _open_file(file: IO[bytes], reading: Reading, stack: ExitStack) -> Opened:
     return _open_joined(view, structure, reading, stack)
 
 
-def _open_joined(view: View, structure: Structure, reading: Reading, stack: ExitStack) -> Opened:
-    """Open the first of joined files that can be opened; the others follow."""
+def _open_joined(view: FileRange, structure: Structure, reading: Reading, stack: ExitStack) -> Opened:
+    """Open the first of joined files that can be opened; its blocks are followed by those of the others."""
     total = len(structure.parts)
     fault = AudioError("no samples", reading.name)
     for number, part in enumerate(structure.parts, 1):
@@ -162,14 +220,14 @@ def _open_joined(view: View, structure: Structure, reading: Reading, stack: Exit
 
 
 def _joined(
-    view: View, structure: Structure, first: int, opened: Opened, reading: Reading, frames: int
+    view: FileRange, structure: Structure, first: int, opened: Opened, reading: Reading, frames: int
 ) -> Iterator[Block]:
-    """Yield the blocks of joined files, from the `first` on, which is open already; its blocks have `frames` frames."""
+    """Yield the blocks of joined files from the `first` on, which is open already, `frames` of its frames at a time."""
     seconds, total = frames / opened.rate, len(structure.parts)
     found, fault = False, None
     for number in range(first, total + 1):
         reading.spend(0)
-        if reading.broken:  # in the part before; the sound goes on here
+        if reading.broken:  # the part before is cut short; the sound continues here
             reading.warn(f"part {number - 1} of {total} joined files: {fault.reason if fault else reading.cut}")
             reading.broken = False
         fault = None
@@ -215,16 +273,16 @@ def _array_blocks(samples: NDArray[Any], rate: int, frames: int) -> Iterator[Blo
 
 
 def _guarded(blocks: Iterable[Block], name: str) -> Iterator[Block]:
-    """Pass blocks on; whatever goes wrong in making them becomes AudioError."""
+    """Pass blocks on; any error of their decoder becomes AudioError."""
     with boundary(name):
         yield from blocks
 
 
 def checked(blocks: Iterable[Block], reading: Reading) -> Iterator[Block]:
-    """Pass blocks on as int16 or float32, count them, and check their form, their cost and their samples.
+    """Pass blocks on as int16 or float32; count them, and check their rate, channels, size and samples.
 
     Raises:
-        AudioError: a sample is not a number, or so far from [-1, 1] that it is not sound; a rate or a number of
+        AudioError: a sample is not finite, or so far outside [-1, 1] that it is not sound; a rate or a number of
             channels is out of range.
         ClosedError, TooLongError: as for `Reading.spend`.
     """
@@ -253,7 +311,7 @@ def _impossible(block: NDArray[Any], begin: float, rate: int) -> str:
     value, place = samples[frame, channel], f"{begin + frame / rate:.3f} s"
     if not np.isfinite(value):
         return f"samples that are not finite numbers, the first at {place}"
-    return f"a sample of {value:g} at {place}; sound is in [-1, 1], and beyond {LOUDEST:g} nothing is accepted"
+    return f"a sample of {value:g} at {place}; sound is in [-1, 1], and at most {LOUDEST:g} is accepted"
 
 
 def to_float(samples: NDArray[Any]) -> NDArray[np.float32]:

@@ -1,7 +1,8 @@
-"""Log-mel features: their settings, constants and filters in NumPy, the one definition for network and graph."""
+"""Log-mel features: settings, constants and filters in NumPy, shared by the torch network and the ONNX graph."""
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,10 @@ HOP_SECONDS = HOP / SAMPLE_RATE
 POWER_FLOOR = 1e-10  # -100 dB
 TOP_DB = 120.0  # features are clamped this far below the maximum of their clip
 
+MelScale = Literal["htk", "kaldi", "slaney"]
+MEL_SCALES: tuple[MelScale, ...] = get_args(MelScale)
+_SLANEY_LINEAR = 200 / 3  # Hz a mel below 1 kHz
+_SLANEY_STEP = np.log(6.4) / 27  # of log frequency, a mel above 1 kHz
 _LONGEST_FFT = 1 << 15
 
 
@@ -24,7 +29,7 @@ class FrontEnd:
     """Settings of the log-mel features; the defaults are the published ones.
 
     Raises:
-        ConfigError: a value is out of its limits.
+        ConfigError: a value is out of range.
     """
 
     n_mels: int = 64
@@ -61,9 +66,9 @@ def frames_of(samples: int, hop: int = HOP) -> int:
 
 
 def column_starts(count: int, piece: int, hop: int) -> NDArray[np.float64]:
-    """Return when each of the `count` columns of patches of a wave begins, (count,) seconds.
+    """Return the start of each of the `count` columns of patches of a wave, (count,) seconds.
 
-    A piece of a long wave that is not a whole number of patches long leaves a few frames outside every column.
+    Where a piece of a long wave is not a whole number of patches long, its last few frames are in no column.
 
     Args:
         count: columns of all pieces.
@@ -75,27 +80,77 @@ def column_starts(count: int, piece: int, hop: int) -> NDArray[np.float64]:
     return starts
 
 
+def to_mels(hertz: NDArray[np.float64], scale: MelScale = "htk") -> NDArray[np.float64]:
+    """Convert frequencies to mels.
+
+    The scales of HTK and Kaldi are 2595 log10(1 + f / 700); that of Slaney's Auditory Toolbox is linear below 1 kHz and
+    logarithmic above.
+    """
+    if scale != "slaney":
+        mels: NDArray[np.float64] = 2595.0 * np.log10(1.0 + hertz / 700.0)
+        return mels
+    above = 15 + np.log(np.maximum(hertz, 1000.0) / 1000.0) / _SLANEY_STEP
+    return np.where(hertz < 1000.0, hertz / _SLANEY_LINEAR, above)
+
+
+def to_hertz(mels: NDArray[np.float64], scale: MelScale = "htk") -> NDArray[np.float64]:
+    """Convert mels to frequencies; the inverse of `to_mels`."""
+    if scale != "slaney":
+        hertz: NDArray[np.float64] = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
+        return hertz
+    above = 1000.0 * np.exp((np.maximum(mels, 15.0) - 15) * _SLANEY_STEP)
+    return np.where(mels < 15.0, mels * _SLANEY_LINEAR, above)
+
+
+def mel_edges(n_mels: int, f_min: float, f_max: float, scale: MelScale = "htk") -> NDArray[np.float64]:
+    """Return the corners of triangular mel filters, (n_mels + 2,) Hz.
+
+    Filter j rises from corner j to its centre, corner j + 1, and falls to corner j + 2.
+    """
+    low, high = to_mels(np.array([f_min, f_max]), scale)
+    return to_hertz(np.linspace(low, high, n_mels + 2), scale)
+
+
+def mel_bank(
+    edges: NDArray[np.float64], rate: int, n_fft: int, scale: MelScale = "htk", area_norm: bool = False
+) -> NDArray[np.float32]:
+    """Return triangular filters with the given corners, (f, n_fft // 2 + 1).
+
+    Args:
+        edges: (f + 2,) Hz, from `mel_edges`.
+        rate: of the waves, Hz.
+        n_fft: samples of the Fourier transform.
+        scale: with "kaldi" the triangles are linear in mels, otherwise in Hz.
+        area_norm: whether each triangle has the area 1 (over Hz), and not the height 1.
+    """
+    bins = np.linspace(0.0, rate / 2, n_fft // 2 + 1)
+    corners = edges
+    if scale == "kaldi":
+        bins, corners = to_mels(bins, scale), to_mels(edges, scale)
+    left, centre, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
+    rising = (bins - left) / (centre - left)
+    falling = (right - bins) / (right - centre)
+    filters = np.maximum(np.minimum(rising, falling), 0.0)
+    if area_norm:
+        filters *= 2.0 / (edges[2:] - edges[:-2])[:, None]
+    return filters.astype(np.float32)
+
+
 @cache
 def mel_filters(settings: FrontEnd) -> NDArray[np.float32]:
     """Return triangular mel filters without area normalisation, (f, n_fft // 2 + 1).
 
-    The scale is HTK's, mel(f) = 2595 log10(1 + f / 700); neighbouring triangles share their feet and tops.
+    The scale is HTK's; neighbouring triangles share their feet and tops.
     """
-    low, high = 2595.0 * np.log10(1.0 + np.array([settings.f_min, settings.f_max]) / 700.0)
-    edges = 700.0 * (10.0 ** (np.linspace(low, high, settings.n_mels + 2) / 2595.0) - 1.0)
-    bins = np.linspace(0.0, SAMPLE_RATE / 2, settings.n_fft // 2 + 1)
-    left, centre, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
-    rising = (bins - left) / (centre - left)
-    falling = (right - bins) / (right - centre)
-    return np.maximum(np.minimum(rising, falling), 0.0).astype(np.float32)
+    return mel_bank(mel_edges(settings.n_mels, settings.f_min, settings.f_max), SAMPLE_RATE, settings.n_fft)
 
 
 @cache
 def hann_window(size: int) -> NDArray[np.float32]:
     """Return the periodic Hann window, (size,).
 
-    It is computed in float32, as that of the published models was: a window rounded from float64 moves features twice
-    as far from theirs.
+    It is computed in float32, like that of the published models: with a window rounded from float64, features differ
+    twice as much from theirs.
     """
     half, angles = np.float32(0.5), np.arange(size, dtype=np.float32) * np.float32(2.0 * np.pi / size)
     window: NDArray[np.float32] = half - half * np.cos(angles)

@@ -1,4 +1,4 @@
-"""Sound that libsndfile does not read: MP4, M4A, WebM and other containers, and http(s) addresses (PyAV)."""
+"""Decode with FFmpeg (PyAV): MP4, M4A, WebM and other containers, http(s) addresses, and RTSP streams."""
 
 import ctypes
 import time
@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, optional_packages
-from ced.sound.reading import Block, Opened, Reading
+from ced.sound.reading import Block, FileRange, Opened, Reading
 from ced.sound.truncation import SLACK
-from ced.sound.view import View
 from ced.sound.web import PATIENCE, TrustedAddress, Web
 
 if TYPE_CHECKING:
@@ -33,39 +32,40 @@ MEDIA_SUFFIXES = frozenset(
 )
 MEDIA_KINDS = "M4A, MP4, AAC, WebM, MKV, WMA, AVI"
 _TYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}  # FFmpeg's names, numpy's
-# Without any protocol, FFmpeg opens nothing itself: playlists lead to files or into the network through `Web` only.
+# Without any protocol, FFmpeg opens nothing itself: playlists can open files and addresses only through `Web`.
 _FROM_WEB = {
     "protocol_whitelist": "none",
-    "http_persistent": "0",  # which would need FFmpeg's own connections, as would the next
+    "http_persistent": "0",  # would need FFmpeg's own connections, as would http_multiple
     "http_multiple": "0",
-    "extension_picky": "0",  # radio stations name their playlists and parts in any way
+    "extension_picky": "0",  # radio stations use any suffix for playlists and parts
     "allowed_extensions": "ALL",
     "allowed_segment_extensions": "ALL",
 }
-_AT_ONCE = {"probesize": "32768", "analyzeduration": "1000000"}  # bytes, microseconds
-# Bytes that FFmpeg may allocate at once. Headers of a few bytes claim gigabytes, while what is needed for a file grows
-# with it: the index of an MP4 file of a day has 90 MB.
-_LEAST_ALLOCATION, _MOST_ALLOCATION, _ALLOCATION = 64 << 20, 256 << 20, 4  # the last for each byte of a file
+_NO_DELAY = {"probesize": "32768", "analyzeduration": "1000000"}  # bytes, microseconds
+# The most bytes that FFmpeg may allocate at once. A header of a few bytes can claim gigabytes, while real needs grow
+# with the file: the index of an MP4 file of a day has 90 MB.
+_LEAST_ALLOCATION, _MOST_ALLOCATION, _ALLOCATION = 64 << 20, 256 << 20, 4  # the last one per byte of the file
 _TICKS = 1_000_000  # a second, of the durations of containers
-_GUESSED = {"aac", "mp3", "ac3", "eac3", "dts", "amr", "mpeg", "mpegts", "loas"}  # FFmpeg's names of formats
-_STATED = {"matroska,webm", "avi", "flv", "asf"}  # of the container, not of each track
-_COUNTED = {"ape", "wv", "tta", "tak", "mpc", "mpc8", "shn"}  # with a count of samples
-_MOST_PADDING = 8192  # samples that encoders put behind a sound
+# FFmpeg's names of formats, by where their length comes from.
+_GUESSED = {"aac", "mp3", "ac3", "eac3", "dts", "amr", "mpeg", "mpegts", "loas"}  # from the bit rate
+_STATED = {"matroska,webm", "avi", "flv", "asf"}  # the container states it, not each track
+_COUNTED = {"ape", "wv", "tta", "tak", "mpc", "mpc8", "shn"}  # a count of samples
+_MOST_PADDING = 8192  # samples that encoders append to a sound
 _allocation = 0  # the present limit of FFmpeg
 
 
 def is_installed() -> bool:
-    """Return whether PyAV is there."""
+    """Return whether PyAV is installed."""
     return find_spec("av") is not None
 
 
 @cache
 def _max_alloc() -> Callable[[int], None] | None:
-    """Return the function of FFmpeg that limits its allocations; None where it cannot be found."""
+    """Return FFmpeg's function that limits its allocations; None where it cannot be found."""
     spec = find_spec("av._core")
     if spec is None or spec.origin is None:
         return None
-    # The extension module's own dependencies are searched too; not on Windows, where the library is beside the package.
+    # A symbol is looked up in the extension module's dependencies too; on Windows, the library is beside the package.
     libraries = Path(spec.origin).parent.parent.glob("av.libs/avutil*.dll")
     for path in (spec.origin, *map(str, libraries)):
         function = getattr(ctypes.CDLL(path), "av_max_alloc", None)
@@ -77,7 +77,7 @@ def _max_alloc() -> Callable[[int], None] | None:
 
 
 def _limit_allocations(size: int) -> None:
-    """Limit what FFmpeg allocates at once to what files of up to `size` bytes need; the process keeps the limit."""
+    """Limit FFmpeg's single allocations to the needs of files of up to `size` bytes; the process keeps the limit."""
     global _allocation
     wanted = max(_LEAST_ALLOCATION, min(_MOST_ALLOCATION, _ALLOCATION * size))
     limit = _max_alloc()
@@ -90,17 +90,17 @@ def open_address(address: str, stack: ExitStack, reading: Reading, *, live: bool
     """Open the first sound track behind an http(s) address, as it arrives.
 
     Args:
-        address: where.
+        address: http or https.
         stack: closes what is opened.
-        reading: where faults and warnings are noted.
-        live: decode as soon as the kind of sound is known; else FFmpeg waits for up to 5 s of it to be sure.
+        reading: collects faults and warnings.
+        live: decode as soon as the format is known; otherwise FFmpeg probes up to 5 s of it.
 
     Returns:
-        the track; its blocks end with complete packets, so they may be a little longer than asked for.
+        the track; its blocks end with complete packets, so they may be a little longer than requested.
 
     Raises:
         MissingPackageError: PyAV is not installed.
-        AudioError: the address cannot be read, or there is no sound; also from the blocks.
+        AudioError: the address cannot be read, or has no sound track; also from the blocks.
     """
     with optional_packages(f"reading {address}"):
         import av
@@ -109,33 +109,33 @@ def open_address(address: str, stack: ExitStack, reading: Reading, *, live: bool
     web = Web(address, private="any" if isinstance(address, TrustedAddress) else "named", live=live)
     file = stack.enter_context(web.open_stream())
     try:
-        options = {**_FROM_WEB, **(_AT_ONCE if live else {})}
-        kind = "hls" if file.is_playlist else None  # whatever the address ends with
+        options = {**_FROM_WEB, **(_NO_DELAY if live else {})}
+        kind = "hls" if file.is_playlist else None  # whatever the suffix of the address
         container = stack.enter_context(
             av.open(file, "r", kind, io_open=web.open_part, options=options, metadata_errors="replace")
         )
         return _open_track(container, reading, None, web)
     except av.FFmpegError as error:
         is_other = isinstance(error, av.error.EOFError | av.error.InvalidDataError)
-        reason = "the answer is not sound, but empty or a web page, for instance" if is_other else _reason(error)
+        reason = "the answer is not sound (it may be empty, or a web page)" if is_other else _reason(error)
         raise web.fault or web.broken or AudioError(f"cannot be read: {reason}", address) from error
 
 
 def is_rtsp(name: str) -> bool:
-    """Return whether a name is an rtsp address, as of cameras."""
+    """Return whether a name is an rtsp address, such as that of a camera."""
     return name.lower().startswith("rtsp://")
 
 
 def open_rtsp(address: str, stack: ExitStack, reading: Reading) -> Opened:
     """Open the first sound track of an RTSP stream, as it arrives, over one TCP connection to its server.
 
-    Arguments, result and errors are those of `open_address`.
+    Arguments, result and errors are as for `open_address`.
     """
     with optional_packages(f"reading {reading.name}"):
         import av
 
     _limit_allocations(0)
-    options = {"rtsp_transport": "tcp", "allowed_media_types": "audio", "protocol_whitelist": "tcp,rtp", **_AT_ONCE}
+    options = {"rtsp_transport": "tcp", "allowed_media_types": "audio", "protocol_whitelist": "tcp,rtp", **_NO_DELAY}
     try:
         container = stack.enter_context(
             av.open(address, "r", options=options, metadata_errors="replace", timeout=PATIENCE)
@@ -145,20 +145,20 @@ def open_rtsp(address: str, stack: ExitStack, reading: Reading) -> Opened:
         raise AudioError(f"cannot be read: {_reason(error)}", reading.name) from error
 
 
-def open_media(file: View, reading: Reading, complete: bool | None, stack: ExitStack) -> Opened | None:
+def open_media(file: FileRange, reading: Reading, complete: bool | None, stack: ExitStack) -> Opened | None:
     """Open the first sound track of a file.
 
     Args:
         file: the file.
-        reading: where faults and warnings are noted.
-        complete: whether all of it is known to be there.
+        reading: collects faults and warnings.
+        complete: whether the file is known to be complete; None: unknown.
         stack: closes what is opened.
 
     Returns:
-        as `open_address`; None if PyAV is not installed, or does not know this kind of file.
+        as for `open_address`; None if PyAV is not installed, or does not know the format.
 
     Raises:
-        AudioError: there is no sound in it; also from the blocks.
+        AudioError: it has no sound track; also from the blocks.
     """
     if not is_installed():
         return None
@@ -166,7 +166,7 @@ def open_media(file: View, reading: Reading, complete: bool | None, stack: ExitS
 
     _limit_allocations(file.size)
     file.seek(0)
-    try:  # without any protocol, a playlist cannot lead to other files or into the network
+    try:  # without any protocol, a playlist cannot open other files or addresses
         options = {"protocol_whitelist": "none"}
         container = stack.enter_context(av.open(file, "r", options=options, metadata_errors="replace"))
     except av.FFmpegError:
@@ -185,13 +185,13 @@ def _open_track(container: "InputContainer", reading: Reading, complete: bool | 
     first = next(frames, None)
     if first is None:
         raise AudioError(reading.cut if reading.broken else "no samples", reading.name)
-    # The first frame decides, not the header: that of an HE-AAC track gives half its rate.
+    # The form is that of the first frame, not of the header: an HE-AAC header gives half the rate.
     blocks = partial(_blocks, first, frames, reading, _length(container, seconds, first.sample_rate))
     return Opened(first.sample_rate, first.layout.nb_channels, blocks, seconds)
 
 
 def _announced(container: "InputContainer", track: "AudioStream") -> float | None:
-    """Return how many seconds a track has according to its file; None where FFmpeg guesses them from the bit rate."""
+    """Return the length of a track in seconds according to its file; None where FFmpeg guesses it from the bit rate."""
     if track.duration and track.time_base and container.format.name not in _GUESSED:
         return float(track.duration * track.time_base)
     if container.duration and container.format.name in _STATED:
@@ -202,13 +202,13 @@ def _announced(container: "InputContainer", track: "AudioStream") -> float | Non
 def _frames(
     container: "InputContainer", reading: Reading, complete: bool | None, announced: float | None, web: Web | None
 ) -> Iterator["AudioFrame"]:
-    """Decode the first sound track; packets that cannot be decoded are left out, with a warning.
+    """Decode the first sound track; packets that cannot be decoded are skipped, with a warning.
 
-    If nothing decodes behind such a packet, or the reading fails, the sound breaks off there. Gaps in the timestamps
-    are ignored: the sound is what the frames hold, end to end.
+    If nothing after such a packet can be decoded, or reading fails, the sound is cut short there. Gaps in the time
+    stamps are ignored: frames are joined end to end.
 
     Raises:
-        AudioError: nothing can be decoded, or the address of `web` leads to where it must not.
+        AudioError: nothing can be decoded, or the address of `web` points to a forbidden host.
     """
     import av
 
@@ -219,7 +219,7 @@ def _frames(
     try:
         for packet in _in_time(container, track, reading.name):
             reading.spend(0)
-            if web is not None and web.live and web.broken is not None:  # what was held back until then is old
+            if web is not None and web.live and web.broken is not None:  # what FFmpeg still buffers is old
                 break
             try:
                 frames = packet.decode()
@@ -244,34 +244,34 @@ def _frames(
             reading.warn(web.broken.reason)
             complete = False
         if web.missing:
-            reading.warn(f"{web.missing} parts of its playlist cannot be read; they are left out")
+            reading.warn(f"{web.missing} parts of its playlist cannot be read; they are skipped")
     if last is not None and not found:
         raise AudioError(f"cannot be decoded: {_reason(last)}", reading.name) from last
     if complete is None and announced is not None and container.format.name in _COUNTED:
         complete = seconds > announced - SLACK
-    # Behind the sound of an MP3 file tags of many kinds may follow, which nothing announces.
+    # Unannounced tags of many kinds may follow the sound of an MP3 file.
     if complete is False or (last is not None and complete is None and container.format.name != "mp3"):
         reading.broken = True
     reading.lost += faults
 
 
 def _in_time(container: "InputContainer", track: "AudioStream", name: str) -> Iterator["Packet[AudioStream]"]:
-    """Read packets; raises AudioError when there is none in the time that the container has for it, if any."""
+    """Read packets; raise AudioError when none arrives within the time limit of the container, if it has one."""
     import av
 
     patience = container.read_timeout
     packets = container.demux(track)
     while True:
-        asked = time.monotonic()
+        start = time.monotonic()
         try:
             packet = next(packets, None)
-            # Before FFmpeg says that the time is up, it hands out what it has; by then that is old.
-            late = patience is not None and time.monotonic() - asked >= float(patience)
+            # Before FFmpeg reports the timeout, it returns what it has buffered; by then that is old.
+            late = patience is not None and time.monotonic() - start >= float(patience)
         except av.error.ExitError:
             late = True
         except (
             IndexError
-        ):  # how PyAV ends where a stream has appeared since the beginning; the track is flushed by then
+        ):  # raised by PyAV at the end, if a track appeared after the start; this track is flushed by then
             return
         if late:
             raise AudioError(f"no sound arrived for {PATIENCE:g} s", name)
@@ -281,14 +281,14 @@ def _in_time(container: "InputContainer", track: "AudioStream", name: str) -> It
 
 
 def _length(container: "InputContainer", seconds: float | None, rate: int) -> int | None:
-    """Return how many samples of an MP4 track are sound, and not padding by the encoder; None: the file does not say.
+    """Return the samples of an MP4 track without the encoder's padding at its end; None: the file does not state it.
 
-    The padding before the sound is left out by FFmpeg, as is that behind it in other containers.
+    FFmpeg removes the padding at the start, and in other containers that at the end.
     """
     if seconds is None or "mp4" not in container.format.name:
         return None
     length = round(seconds * rate)
-    # iTunes writes: 0, samples of padding before and behind, samples of sound, all hexadecimal.
+    # iTunes writes: 0, samples of padding at the start and at the end, samples of sound, all hexadecimal.
     words = container.metadata.get("iTunSMPB", "").split()
     try:
         stated = int(words[3], 16)
@@ -300,7 +300,7 @@ def _length(container: "InputContainer", seconds: float | None, rate: int) -> in
 def _blocks(
     first: "AudioFrame", frames: Iterator["AudioFrame"], reading: Reading, length: int | None, size: int
 ) -> Iterator[Block]:
-    """Join frames to blocks of at least `size` samples, the last ones before a change of form aside."""
+    """Join frames to blocks of at least `size` samples; the last block before a change of form may be shorter."""
     parts: list[NDArray[Any]] = []
     held, form = 0, (first.sample_rate, first.layout.nb_channels)
     try:
@@ -314,7 +314,7 @@ def _blocks(
                 parts, held, form = [], 0, now
             parts.append(samples)
             held += len(samples)
-            if held >= size:  # at once, as the next frame may be long in coming
+            if held >= size:  # at once, as the next frame may take long to arrive
                 yield Block(np.concatenate(parts), form[0])
                 parts, held = [], 0
     except AudioError:
@@ -326,11 +326,11 @@ def _blocks(
 
 
 def _without_padding(frames: Iterable["AudioFrame"], length: int | None) -> Iterator[tuple[NDArray[Any], int]]:
-    """Yield the samples of frames (t, channels) and their rate, but not what is padding behind `length` samples.
+    """Yield the samples of frames (t, channels) and their rate, without padding after `length` samples.
 
-    What follows is held back, and is sound after all if there is more of it than any padding.
+    Samples after that are held back, and yielded after all if there are more of them than any padding has.
     """
-    done, behind = 0, 0
+    done, after = 0, 0
     held: list[tuple[NDArray[Any], int]] = []
     for frame in frames:
         samples, rate = _samples(frame), frame.sample_rate
@@ -342,8 +342,8 @@ def _without_padding(frames: Iterable["AudioFrame"], length: int | None) -> Iter
             yield samples[: length - done], rate
             samples, done = samples[length - done :], length
         held.append((samples, rate))
-        behind += len(samples)
-        if behind > _MOST_PADDING:
+        after += len(samples)
+        if after > _MOST_PADDING:
             length = None
             yield from held
             held = []
@@ -354,10 +354,9 @@ def _form(rate: int, channels: int) -> str:
 
 
 def _samples(frame: "AudioFrame") -> NDArray[Any]:
-    """Return the samples of a frame, (t, channels), whichever way they lie in it.
+    """Return the samples of a frame, (t, channels), whether planar or interleaved.
 
-    PyAV's own `to_ndarray` must not do this: it takes whatever follows a frame's planes in memory for more of them,
-    where there are eight or more.
+    PyAV's own `to_ndarray` reads past the planes of frames with eight or more channels.
     """
     channels, kind = frame.layout.nb_channels, _TYPES[frame.format.packed.name]
     if not frame.format.is_planar:
@@ -368,8 +367,8 @@ def _samples(frame: "AudioFrame") -> NDArray[Any]:
 
 
 def _reason(error: Exception) -> str:
-    """Return what FFmpeg says, without its number and without the name once more."""
+    """Return the message of FFmpeg, without its number and the name."""
     reason = getattr(error, "strerror", None) or str(error)
-    if reason == "Immediate exit requested":  # what a timeout comes to
+    if reason == "Immediate exit requested":  # how PyAV reports a timeout
         return f"no answer within {PATIENCE:g} s"
     return " ".join(reason.split())

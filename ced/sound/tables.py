@@ -1,4 +1,7 @@
-"""Tables of clips: reading and writing them, the labels in them, and AudioSet's segment lists as such tables."""
+"""Tables of clips: reading and writing them, the labels in them, and AudioSet's segment lists as such tables.
+
+The parser is the standard `csv`, so that a core install reads them.
+"""
 
 import csv
 import os
@@ -12,10 +15,11 @@ from numpy.typing import NDArray
 from ced.errors import TableError
 from ced.files import written_aside
 from ced.sound.audio import AUDIO_SUFFIXES
-from ced.sound.labels import ClassTable
+from ced.sound.labels import ClassTable, numbered
 from ced.text import csv_lines, open_text
 
 LABEL_SEPARATOR = ";"
+TABLE_OF_A_FOLDER = "meta.tsv"
 _BATCH = 16_384  # rows
 _AT_ONCE = 256  # rows that become columns together: more of them do not fit into a processor's cache
 
@@ -31,10 +35,10 @@ class Table:
         return len(next(iter(self.columns.values()), []))
 
     def column(self, name: str) -> list[str]:
-        """Return a column.
+        """Return a column by its name.
 
         Raises:
-            TableError: there is none of that name.
+            TableError: the table does not have it.
         """
         if name not in self.columns:
             raise TableError(f"table {self.path} has no column {name!r}; its columns are {', '.join(self.columns)}")
@@ -98,7 +102,7 @@ def read_batches(
 
 
 def _move(records: list[list[str]], columns: Mapping[str, list[str]]) -> None:
-    """Move the fields of records to the ends of their columns."""
+    """Append the fields of records to their columns, and clear the records."""
     for column, fields in zip(columns.values(), zip(*records, strict=True), strict=bool(records)):
         column.extend(fields)
     records.clear()
@@ -116,12 +120,12 @@ def write_table(path: str | os.PathLike[str], columns: Mapping[str, Sequence[str
 
 
 def parse_labels(table: Table, num_classes: int) -> list[tuple[int, ...]]:
-    """Return the class indices of each row: column `labels`, joined by ";"; an empty field has none.
+    """Return the class indices of each row, from the column `labels`: joined by ";", empty for none.
 
     Raises:
-        TableError: there is no such column, or a label is not one of 0 ... num_classes - 1 (with its row).
+        TableError: there is no such column, or a label is not one of 0 ... num_classes - 1; the error has the row.
     """
-    parsed: dict[str, tuple[int, ...]] = {"": ()}  # rows share few different fields
+    parsed: dict[str, tuple[int, ...]] = {"": ()}  # many rows have the same field
     labels = []
     for number, field in enumerate(table.column("labels"), 1):
         if field not in parsed:
@@ -131,7 +135,7 @@ def parse_labels(table: Table, num_classes: int) -> list[tuple[int, ...]]:
 
 
 def multi_hot(labels: Sequence[Sequence[int]], num_classes: int) -> NDArray[np.bool_]:
-    """Turn the class indices of n clips into rows that say which clip has which class, (n, c)."""
+    """Return whether each of n clips has each class, (n, c), from their class indices."""
     rows = np.zeros((len(labels), num_classes), np.bool_)
     for row, classes in zip(rows, labels, strict=True):
         row[list(classes)] = True
@@ -140,21 +144,84 @@ def multi_hot(labels: Sequence[Sequence[int]], num_classes: int) -> NDArray[np.b
 
 def _label(text: str, num_classes: int, table: Table, number: int) -> int:
     text = text.strip()
-    if not (text.isascii() and text.isdigit()) or int(text) >= num_classes:
+    if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) >= num_classes:
         raise TableError(f"table {table.path}, row {number}: label {text!r} is not one of 0 to {num_classes - 1}")
     return int(text)
 
 
 @dataclass(frozen=True)
+class LabelledClip:
+    """A sound file and its classes."""
+
+    path: Path
+    labels: tuple[int, ...]  # indices of the class table
+
+
+def read_labelled(table: str | os.PathLike[str], classes: ClassTable) -> list[LabelledClip]:
+    """Read a table of labelled clips: tab-separated, columns `filename` and `labels` (class indices joined by ";").
+
+    A column `label` with one class index may replace `labels`. A file is looked for in the folder of the table, in its
+    folder `audio`, and at its name as given.
+
+    Args:
+        table: the table, or a folder with a table meta.tsv.
+        classes: the classes that labels are indices of.
+
+    Raises:
+        TableError: the table cannot be read, a label is not a class or not that of the column `name` (with its row), or
+            files do not exist (their number, and the first).
+    """
+    path = Path(table)
+    if path.is_dir():
+        path = path / TABLE_OF_A_FOLDER
+    rows = read_table(path, required=("filename",))
+    if "labels" not in rows.columns and "label" in rows.columns:
+        rows = Table({**rows.columns, "labels": rows.columns["label"]}, path)
+    labels = parse_labels(rows, len(classes))
+    _check_class_names(rows, labels, classes)
+    names = rows.column("filename")
+    found = [_find_file(name, path.parent) for name in names]
+    if missing := [name for name, file in zip(names, found, strict=True) if file is None]:
+        raise TableError(
+            f"table {path}: {len(missing)} of {len(names)} files do not exist, the first is {missing[0]!r};"
+            f" they are looked for in {path.parent}, in {path.parent / 'audio'}, and as given"
+        )
+    return [LabelledClip(file, indices) for file, indices in zip(found, labels, strict=True) if file is not None]
+
+
+def _check_class_names(rows: Table, labels: list[tuple[int, ...]], classes: ClassTable) -> None:
+    """Refuse labels of another class table, if the table has their names in a column `name`.
+
+    Raises:
+        TableError: a name is not that of its class.
+    """
+    if classes.names == numbered(len(classes)).names:  # the classes have no names to compare with
+        return
+    for row, (name, indices) in enumerate(zip(rows.columns.get("name", ()), labels, strict=False), start=1):
+        if len(indices) == 1 and name.casefold() != classes.names[indices[0]].casefold():
+            raise TableError(
+                f"table {rows.path}, row {row}: label {indices[0]} has the name {name!r}, but"
+                f" {classes.names[indices[0]]!r} in the model; labels are indices of the model's classes"
+            )
+
+
+def _find_file(name: str, folder: Path) -> Path | None:
+    for place in (folder / name, folder / "audio" / name, Path(name)):
+        if place.is_file():
+            return place
+    return None
+
+
+@dataclass(frozen=True)
 class LabelsReport:
-    """What became of a segment list."""
+    """The result of turning a segment list into a table."""
 
     table: Path
     rows: int
     missing: tuple[str, ...]  # segments without a file, by YTID
     unlisted: tuple[str, ...]  # files without a segment
-    unlabelled: tuple[str, ...]  # files left out because none of their labels is a class
-    unknown_mids: tuple[str, ...]  # labels that are no class
+    unlabelled: tuple[str, ...]  # files left out because they have none of the classes
+    unknown_mids: tuple[str, ...]  # labels that are not in the class table
 
 
 def segments_to_labels(
@@ -163,21 +230,21 @@ def segments_to_labels(
     classes: ClassTable,
     out: str | os.PathLike[str],
 ) -> LabelsReport:
-    """Turn one of AudioSet's segment lists into a labelled table: filename, labels and, for a pack, hdf5path.
+    """Turn one of AudioSet's segment lists into a labelled table with filename, labels and, for a pack, hdf5path.
 
-    A file belongs to a segment when its stem is the YTID, "Y" and the YTID, or either followed by "_" and anything.
+    A file belongs to a segment if its stem is the YTID or "Y" and the YTID, also if "_" and any text follow.
 
     Args:
-        segments_csv: lines `YTID, start_seconds, end_seconds, "mid,mid"`; those that begin with "#" are comments.
-        audio: a folder, searched with all below it, or the table of a pack, whose `hdf5path` is kept.
+        segments_csv: lines `YTID, start_seconds, end_seconds, "mid,mid"`; lines that begin with "#" are comments.
+        audio: a folder, which is searched with its subfolders, or the table of a pack, whose `hdf5path` is kept.
         classes: the classes that labels are indices of.
         out: the table to write.
 
     Raises:
-        TableError: the list cannot be understood, two files belong to one segment, or no file belongs to any.
+        TableError: the list cannot be read, two files belong to one segment, or no file belongs to any.
     """
     if classes.mids is None:
-        raise TableError("these classes have no mids, which AudioSet's segment lists name classes by")
+        raise TableError("the class table has no mids, and AudioSet's segment lists have no other names of classes")
     index_of = {mid: index for index, mid in enumerate(classes.mids)}
     segments = _read_segments(Path(segments_csv))
     columns = _audio_columns(Path(audio))
@@ -221,7 +288,7 @@ def _read_segments(path: Path) -> dict[str, tuple[str, ...]]:
             raise TableError(f"segment list {path}, line {number}: {len(record)} fields; expected {wanted}")
         ytid, mids = record[0].strip(), record[3]
         if ytid in segments:
-            raise TableError(f"segment list {path}, line {number}: segment {ytid} stands there twice")
+            raise TableError(f"segment list {path}, line {number}: segment {ytid} occurs twice")
         segments[ytid] = tuple(mid.strip() for mid in mids.split(",") if mid.strip())
     if not segments:
         raise TableError(f"segment list {path} has no segments")
@@ -235,12 +302,12 @@ def _audio_columns(audio: Path) -> dict[str, list[str]]:
         return {name: table.column(name) for name in ("filename", "hdf5path")}
     files = sorted(str(path) for path in audio.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
     if not files:
-        raise TableError(f"folder {audio} holds no sound files ({', '.join(sorted(AUDIO_SUFFIXES))})")
+        raise TableError(f"folder {audio} has no sound files ({', '.join(sorted(AUDIO_SUFFIXES))})")
     return {"filename": files}
 
 
 def _segment_of(stem: str, segments: Mapping[str, object]) -> str | None:
-    """Return the YTID a file belongs to. YTIDs may hold "_" and begin with "Y", so the longest reading wins."""
+    """Return the YTID a file belongs to. YTIDs can contain "_" and begin with "Y", so the longest match counts."""
     ends = [len(stem)] + [place for place in range(len(stem) - 1, 0, -1) if stem[place] == "_"]
     for end in ends:
         for begin in (0, 1) if stem.startswith("Y") else (0,):
@@ -250,14 +317,18 @@ def _segment_of(stem: str, segments: Mapping[str, object]) -> str | None:
 
 
 def _lines(path: Path, delimiter: str, comments: bool = False) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, fields) of each line that is not blank (nor, with `comments`, begins with "#")."""
+    """Yield (line number, fields) of each row; blank lines and, with `comments`, lines that begin with "#" are skipped.
+
+    Raises:
+        TableError: the file cannot be read, or a quote is not closed.
+    """
     if len(delimiter) != 1:
         raise TableError(f"the delimiter of a table is one character; got {delimiter!r}")
     last = 0  # where the last complete row ended
     try:
-        # Bytes that are no UTF-8 pass through: they are names of files that someone will have to hear of.
+        # Bytes that are not UTF-8 become lone surrogates: they are names of files, which may be opened and shown.
         with open_text(path) as file:
-            lines = ("\n" if comments and line.startswith("#") else line for line in file)
+            lines = ("\n" if line.startswith("#") else line for line in file) if comments else file
             reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=comments)
             for record in reader:
                 last = reader.line_num

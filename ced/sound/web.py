@@ -1,7 +1,7 @@
-"""Files behind http(s) addresses, within bounds: which hosts are asked, redirects, playlists, and time.
+"""Read http(s) addresses safely: limits on hosts, redirects, playlists and time.
 
-An address, its redirects and its playlists may be a trap: they may lead to services of this machine or of the local
-network (SSRF), to each other without end, or to a name that changes its meaning between check and use (DNS rebinding).
+An address, its redirects and its playlists may be hostile: they may point to services of this machine or of the local
+network (SSRF), loop forever, or use a name that resolves to another host between check and use (DNS rebinding).
 """
 
 import base64
@@ -24,46 +24,40 @@ from ced.errors import AudioError
 
 PATIENCE = 30.0  # seconds for a server to answer, and for each read
 REDIRECTS = 5
-MOST_PLAYLISTS = 32  # that the playlist of one sound may lead to
+MOST_PLAYLISTS = 32  # that the playlist of one sound may reference
 MOST_RELOADS = 100  # of the playlists of one sound, unless it is live
-_MOST_REQUESTS = 1000  # for one file that is read here and there
-_MOST_FAILURES = 10  # parts of a playlist that cannot be read, one after the other
+_MOST_REQUESTS = 1000  # for one file that is read with many seeks
+_MOST_FAILURES = 10  # parts of a playlist in a row that cannot be read
 _RELOAD_SECONDS = 1.0  # the least time between two readings of a live playlist
-_LEAST_BYTES = 256  # that must arrive in the time of `PATIENCE`; the lowest bit rates give a hundred times as many
-_LONGEST_PLAYLIST = 4 << 20  # bytes; of a day in parts of 6 s there are 14,400 lines
-_SKIPPED = 1 << 18  # bytes: a gap up to this long is read and dropped; behind a longer one a new request begins
-_SCHEMES = ("http://", "https://")
-_UNSAFE = "%/:=&?~#+!$,;'@()*[]"  # what of an address is left as it is, so that only what is not ASCII is quoted
+_LEAST_BYTES = 256  # that must arrive within `PATIENCE`; the lowest bit rates give a hundred times as many
+_LONGEST_PLAYLIST = 4 << 20  # bytes; a day in parts of 6 s has 14,400 lines
+_SKIPPED = 1 << 18  # bytes: seeking forward up to this far reads and drops; farther, it makes a new request
+_UNSAFE = "%/:=&?~#+!$,;'@()*[]"  # characters of an address that are not quoted, so that only non-ASCII ones are
 _REDIRECTED = (301, 302, 303, 307, 308)
 _PLAYLIST = b"#EXTM3U"
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-# Special-purpose networks (IANA's registries) that `is_global` takes for public, or did in versions of Python that are
-# still in use; the last is that of a cloud provider's own services.
+# Special-purpose networks (IANA's registries) that `is_global` calls public, or did in versions of Python still in use;
+# the last one is a cloud provider's own services.
 _SPECIAL = tuple(
     ipaddress.ip_network(network)
     for network in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "3fff::/20", "168.63.129.16/32")
 )
-_UNICAST = ipaddress.IPv6Network("2000::/3")  # where all public IPv6 addresses are
+_UNICAST = ipaddress.IPv6Network("2000::/3")  # contains all public IPv6 addresses
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 class TrustedAddress(str):
-    """An http(s) address whose redirects and playlists may also lead to hosts that are not public."""
+    """An http(s) address whose redirects and playlists may also point to private hosts."""
 
     __slots__ = ()
 
 
-def is_address(name: str) -> bool:
-    """Return whether a name is an http(s) address."""
-    return name.lower().startswith(_SCHEMES)
-
-
 def without_password(address: str) -> str:
-    """Return an address for messages and results: with *** in place of a password."""
+    """Return an address with its password masked by ***, for messages and results."""
     try:
         parts = urlsplit(address)
-    except ValueError:  # brackets that are not closed, which opening it tells
+    except ValueError:  # unclosed brackets, which opening the address reports
         return address
     if parts.password is None:
         return address
@@ -72,7 +66,7 @@ def without_password(address: str) -> str:
 
 
 def is_public(address: Address) -> bool:
-    """Return whether an IP address is of the public internet, also when another one is packed into it."""
+    """Return whether an IP address, or the one that it embeds, is on the public internet."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return is_public(address.ipv4_mapped)
@@ -88,20 +82,20 @@ def is_public(address: Address) -> bool:
 
 
 class Web:
-    """What the address of one sound leads to: itself, its redirects, and the playlists and parts that it names.
+    """A client for the address of one sound, its redirects, and the playlists and parts that it references.
 
     Args:
         address: http or https.
-        private: which hosts that are not public (this machine, local networks) may be asked: "named", only the one that
-            the address names, on its port; "any"; or "none". The user's proxy is used but with "none".
-        live: playlists may be read again without end.
+        private: which private hosts (this machine, local networks) may be requested: "named", only the host of the
+            address, on its port; "any"; or "none". The user's proxy is used except with "none".
+        live: playlists may be reloaded without limit.
 
     Attributes:
         address, live: as given.
-        name: the address, for messages.
-        fault: why something that the sound needs was refused.
-        broken: why the file that the address itself holds could not be read to its end.
-        missing: how many parts of playlists could not be read.
+        name: the address without its password, for messages.
+        fault: the error of a refused request that the sound depends on.
+        broken: the error that ended the file at the address itself early.
+        missing: parts of playlists that could not be read.
 
     Raises:
         AudioError: it is not an http(s) address.
@@ -117,15 +111,15 @@ class Web:
         self._reloads = self._failures = 0
 
     def open(self) -> "WebFile":
-        """Open what the address holds.
+        """Open the file at the address.
 
         Raises:
-            AudioError: it leads to a host that may not be asked, does not answer, or answers with an error.
+            AudioError: a host is forbidden, does not answer, or answers with an error.
         """
         return WebFile(self, self.address)
 
     def open_stream(self) -> "Stream":
-        """Open what the address holds, for FFmpeg.
+        """Open the file at the address, for FFmpeg.
 
         Raises:
             AudioError: as for `open`.
@@ -136,10 +130,10 @@ class Web:
         return Stream(self, file)
 
     def open_part(self, url: str, flags: int, options: Mapping[str, str]) -> "Stream":
-        """Open what a playlist names, for FFmpeg: the `io_open` of PyAV, which gives byte ranges as options.
+        """Open a URL that a playlist references, for FFmpeg: the `io_open` of PyAV, which gives byte ranges as options.
 
-        What cannot be read is empty, and noted: PyAV would print errors raised here, and FFmpeg goes on without the
-        part in any case.
+        A part that cannot be read is empty, and counted: PyAV would print errors raised here, and FFmpeg continues
+        without the part in any case.
         """
         file = None
         if self.fault is None:
@@ -158,14 +152,14 @@ class Web:
         return Stream(self, file, is_part=True)
 
     def _note(self, error: AudioError) -> None:
-        """Note that a part of a playlist cannot be read."""
+        """Count a part of a playlist that cannot be read."""
         self.missing += 1
         self._failures += 1
         if isinstance(error, _RefusedError) or self._failures >= _MOST_FAILURES:
             self.fault = error
 
     def note(self, error: AudioError, is_part: bool) -> None:
-        """Note that a file broke off while it was read."""
+        """Note an error while a file is read."""
         if is_part or isinstance(error, _RefusedError):
             self._note(error)
         else:
@@ -175,7 +169,7 @@ class Web:
         if url in self._playlists:
             self._reloads += 1
             if not self.live and self._reloads > MOST_RELOADS:
-                raise self.refused(url, f"a playlist without an end, which was read {MOST_RELOADS} times")
+                raise self.refused(url, f"an endless playlist, which was read {MOST_RELOADS} times")
             if self.live:
                 time.sleep(max(0.0, self._playlists[url] + _RELOAD_SECONDS - time.monotonic()))
         elif len(self._playlists) > MOST_PLAYLISTS:
@@ -183,25 +177,25 @@ class Web:
         self._playlists[url] = time.monotonic()
 
     def refused(self, url: str, why: str) -> AudioError:
-        """Return the error of a URL that must not be read."""
-        to = "" if url == self.address else f"it leads to {without_password(url)[:200]}: "
+        """Return the error for a URL that is forbidden."""
+        to = "" if url == self.address else f"it points to {without_password(url)[:200]}: "
         return _RefusedError(f"cannot be read: {to}{why}", self.name)
 
     def failed(self, url: str, why: str) -> AudioError:
-        """Return the error of a URL that cannot be read."""
+        """Return the error for a URL that cannot be read."""
         return AudioError(
             f"cannot be read: {'' if url == self.address else f'{without_password(url)[:200]}: '}{why}", self.name
         )
 
     def broke_off(self, url: str, why: str) -> AudioError:
-        """Return the error of a URL that could be read up to a place."""
+        """Return the error for a URL whose reading failed later."""
         return AudioError(f"{'' if url == self.address else f'{without_password(url)[:200]}: '}{why}", self.name)
 
     def request(self, url: str, first: int) -> tuple[str, HTTPResponse]:
-        """Ask for what a URL holds from byte `first` on, and follow redirects.
+        """Request a URL from byte `first` on, and follow redirects.
 
         Returns:
-            the URL that answered, and its answer, with status 200 or 206.
+            the last URL, and its response, with status 200 or 206.
 
         Raises:
             AudioError: as for `open`.
@@ -210,7 +204,7 @@ class Web:
         for _ in range(REDIRECTS + 1):
             parts = self._split(here)
             if parts.scheme == "http" and "https" in (urlsplit(url).scheme, urlsplit(self.address).scheme):
-                raise self.refused(here, "from https to http, which others can read and change")
+                raise self.refused(here, "from https to http, which is not encrypted")
             connection, target = self._connect(parts, here)
             try:
                 response = _ask(connection, parts, target, first)
@@ -231,22 +225,22 @@ class Web:
         try:
             parts = urlsplit(url)
             known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # brackets that are not closed, a port that is not a number
+        except ValueError:  # unclosed brackets, or a port that is not a number
             known = False
         if not known:
-            raise self.refused(url, "an address begins with http:// or https:// and a host")
+            raise self.refused(url, "an address starts with http:// or https:// and a host")
         return parts
 
     def _connect(self, parts: SplitResult, url: str) -> tuple[HTTPConnection, str]:
-        """Connect to one of the IP addresses that a host was checked for, or to the user's proxy.
+        """Connect to one of a host's checked IP addresses, or to the user's proxy.
 
         Returns:
-            the connection, and what to ask it for.
+            the connection, and the target of the request.
         """
         host, port = _origin(parts)
         path = quote(parts.path or "/", safe=_UNSAFE) + (f"?{quote(parts.query, safe=_UNSAFE)}" if parts.query else "")
         if self._private != "none" and (proxy := _proxy(parts.scheme, host)) is not None:
-            self._check_host(parts, url, [])  # what a name stands for is the proxy's to know
+            self._check_host(parts, url, [])  # the proxy resolves the name
             return self._connect_to_proxy(proxy, parts, url, path)
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -262,12 +256,12 @@ class Web:
         raise self.failed(url, reason_of(fault))
 
     def _check_host(self, parts: SplitResult, url: str, places: list[str]) -> None:
-        """Refuse a host that may not be asked; `places` are the IP addresses of its name, where they are known."""
+        """Refuse a forbidden host; `places` are the IP addresses of its name, where they are known."""
         host, port = _origin(parts)
         if self._private == "any" or (self._private == "named" and (host, port) == self._named):
             return
         if port < 1024 and port not in (80, 443):
-            raise self.refused(url, f"port {port} is not one of web servers")
+            raise self.refused(url, f"port {port} is not a web server's")
         with suppress(ValueError):
             places = [*places, str(ipaddress.ip_address(host))]
         if host == "localhost" or not all(is_public(ipaddress.ip_address(place)) for place in places):
@@ -292,18 +286,18 @@ class Web:
 
 
 class _RefusedError(AudioError):
-    """Something that an address leads to, and that must not be read."""
+    """A request that is forbidden."""
 
 
 class WebFile(io.RawIOBase):
-    """A file on a web server, read as it arrives; where the server allows it, from any place.
+    """A file on a web server, read as it arrives; seekable where the server allows it.
 
     Attributes:
         name: its URL, after redirects.
-        is_playlist: it begins as one.
+        is_playlist: whether it starts like one.
 
     Raises:
-        AudioError: as for `Web.open`; reading raises it, too.
+        AudioError: as for `Web.open`; also from reading.
     """
 
     def __init__(self, web: Web, url: str, first: int = 0, end: int | None = None) -> None:
@@ -312,7 +306,7 @@ class WebFile(io.RawIOBase):
         self._size: int | None = None
         self._response: HTTPResponse | None = None
         self._since, self._arrived = time.monotonic(), 0
-        self._held = b""  # received, but not read yet
+        self._held = b""  # received, not read yet
         self.name = url
         self._ask_from(first)
         while len(self._held) < len(_PLAYLIST) and (data := self._receive(len(_PLAYLIST))):
@@ -339,7 +333,7 @@ class WebFile(io.RawIOBase):
             self._response = None
 
     def _receive(self, most: int) -> bytes:
-        """Return the next bytes that arrive, up to a number of them; none: it has ended."""
+        """Return the next bytes that arrive, at most `most`; none at the end."""
         assert self._response is not None
         try:
             data = self._response.read1(most)
@@ -362,7 +356,7 @@ class WebFile(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes that arrive, up to a number of them, without waiting for all."""
+        """Return the next bytes that arrive, at most `size`, without waiting for all of them."""
         if size < 0:
             return b"".join(iter(lambda: self.read(1 << 16), b""))
         if self._end is not None:
@@ -383,17 +377,17 @@ class WebFile(io.RawIOBase):
         return len(data)
 
     def seekable(self) -> bool:
-        """Return whether the server tells the size of the file, and sends parts of it."""
+        """Return whether the server gives the size of the file, and sends ranges of it."""
         return self._size is not None and self._end is None
 
     def tell(self) -> int:
-        """Return the place of the next byte."""
+        """Return the offset of the next byte."""
         return self._place
 
     def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a place; the server is asked for it when it is read."""
+        """Go to an offset; it is requested when it is read."""
         if self._size is None or self._end is not None:
-            raise io.UnsupportedOperation("the server sends the file from its start only")
+            raise io.UnsupportedOperation("the server sends the file only from its start")
         place += {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
         place = min(max(place, 0), self._size)
         if self._response is not None and 0 < place - self._place <= _SKIPPED:
@@ -411,16 +405,16 @@ class WebFile(io.RawIOBase):
 
 
 class Stream(io.RawIOBase):
-    """A `WebFile` as FFmpeg reads it: where that cannot be read any further, it ends, and its `Web` has the error.
+    """A `WebFile` for FFmpeg: an error ends it, and is stored in its `Web`.
 
     Args:
-        web: has the errors.
-        file: what is read; None: nothing.
-        is_part: a playlist names it.
+        web: stores errors.
+        file: the file; None: an empty one.
+        is_part: whether a playlist references it.
 
     Attributes:
-        name: the URL of the file, by which FFmpeg understands relative addresses in playlists.
-        is_playlist: it begins as one.
+        name: the URL of the file, against which FFmpeg resolves relative addresses in playlists.
+        is_playlist: whether it starts like one.
     """
 
     def __init__(self, web: Web, file: WebFile | None, is_part: bool = False) -> None:
@@ -428,14 +422,14 @@ class Stream(io.RawIOBase):
         self.name = web.address if file is None else file.name
         self.is_playlist = file is not None and file.is_playlist
         self._room = _LONGEST_PLAYLIST if self.is_playlist else -1
-        self._broken = False  # at this place
+        self._broken = False  # at this offset
 
     def readable(self) -> bool:
         """Return True."""
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes that arrive, up to a number of them; none: it has ended, or breaks off."""
+        """Return the next bytes that arrive, at most `size`; none at the end and after an error."""
         if self._file is None or self._broken or self._room == 0 or self._web.fault is not None:
             return b""
         try:
@@ -448,17 +442,17 @@ class Stream(io.RawIOBase):
         return data
 
     def seekable(self) -> bool:
-        """Return whether it can be read from any place."""
+        """Return whether it is seekable."""
         return self._file is not None and self._file.seekable()
 
     def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a place."""
+        """Go to an offset."""
         if self._file is None:
             return 0
         before = self._file.tell()
         try:
             now = self._file.seek(place, whence)
-        except AudioError as error:  # a short way is read, not asked for
+        except AudioError as error:  # seeking a short way forward reads
             self._web.note(error, self._is_part)
             self._broken = True
             return self._file.tell()
@@ -466,7 +460,7 @@ class Stream(io.RawIOBase):
         return now
 
     def tell(self) -> int:
-        """Return the place of the next byte."""
+        """Return the offset of the next byte."""
         return 0 if self._file is None else self._file.tell()
 
     def close(self) -> None:
@@ -477,7 +471,7 @@ class Stream(io.RawIOBase):
 
 
 class _Response(HTTPResponse):
-    """An answer that may begin with "ICY 200 OK" instead of "HTTP/1.0 200 OK", as those of SHOUTcast do."""
+    """A response that may start with "ICY 200 OK" instead of "HTTP/1.0 200 OK", as SHOUTcast's do."""
 
     def begin(self) -> None:
         source = self.fp
@@ -488,7 +482,7 @@ class _Response(HTTPResponse):
 
 
 class _Joined(io.RawIOBase):
-    """Some bytes, and then those of a file as they arrive."""
+    """Some bytes, followed by those of a file as they arrive."""
 
     def __init__(self, first: bytes, file: io.BufferedReader) -> None:
         self._first, self._file = first, file
@@ -538,7 +532,7 @@ def _ask(connection: HTTPConnection, parts: SplitResult, target: str, first: int
 
 
 def _credentials(parts: SplitResult, header: str) -> dict[str, str]:
-    """Return the header with the name and the password of a URL, if it has any."""
+    """Return the header with the user name and password of a URL, if it has any."""
     if parts.username is None:
         return {}
     pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
@@ -546,7 +540,7 @@ def _credentials(parts: SplitResult, header: str) -> dict[str, str]:
 
 
 def _proxy(scheme: str, host: str) -> SplitResult | None:
-    """Return the user's proxy for a host: that of http_proxy, https_proxy, no_proxy, or of the system's settings."""
+    """Return the user's proxy for a host, from http_proxy, https_proxy and no_proxy or the system's settings."""
     address = urllib.request.getproxies().get(scheme)
     if not address or urllib.request.proxy_bypass(host):
         return None
@@ -559,7 +553,7 @@ def _tls() -> ssl.SSLContext:
 
 
 def _range(response: HTTPResponse) -> tuple[int, int | None]:
-    """Return the first byte that an answer holds, and the size of the file if parts of it can be asked for."""
+    """Return the first byte of a response, and the size of the file if ranges of it can be requested."""
     if response.status == 200:
         length = response.getheader("Content-Length", "")
         ranges = response.getheader("Accept-Ranges", "").strip().lower() == "bytes"
@@ -571,7 +565,7 @@ def _range(response: HTTPResponse) -> tuple[int, int | None]:
 
 
 def reason_of(error: BaseException | None) -> str:
-    """Return what is wrong with a connection, in a few words."""
+    """Return the error of a connection in a few words."""
     if isinstance(error, TimeoutError):
         return f"no answer within {PATIENCE:g} s"
     if isinstance(error, ssl.SSLCertVerificationError):

@@ -1,6 +1,6 @@
-"""What happens with the events of live sound besides printing: a command, a webhook, an MQTT message.
+"""Actions for the events of live sound: run a command, call a webhook, publish an MQTT message.
 
-Each action has a thread and a queue of its own, so a slow command or a server that is away never holds up listening.
+Each action has a thread and a queue of its own, so a slow command or an unreachable server never delays listening.
 """
 
 import base64
@@ -28,16 +28,16 @@ from ced.text import json_line
 
 EventJson = Mapping[str, Any]  # the value of `LiveReport.to_json`
 
-WAITING = 1000  # events that may wait for an action; the oldest make room for new ones
-COMMAND_SECONDS = 60.0  # that a command may take before it is killed
-REQUEST_SECONDS = 10.0  # that a server may take to answer
-RETRIES = (1.0, 4.0, 15.0)  # seconds before each further attempt to deliver an event
-CLOSE_SECONDS = 10.0  # that events which still wait at the end may take
-_GLANCE = 0.5  # seconds; how soon a worker sees that it is to end
-_MOST_REASONS = 100  # that are remembered, so as not to give them again
-_QUIET_SECONDS = 60.0  # between two warnings of one action that say the same
+WAITING = 1000  # length of the queue of an action; the oldest events are dropped
+COMMAND_SECONDS = 60.0  # time limit of a command, after which it is killed
+REQUEST_SECONDS = 10.0  # time limit of a request
+RETRIES = (1.0, 4.0, 15.0)  # seconds before each retry
+CLOSE_SECONDS = 10.0  # time limit of the events that still wait at the end
+_GLANCE = 0.5  # seconds between two checks of a worker whether to end
+_MOST_REASONS = 100  # warnings that are remembered, to avoid repeating them
+_QUIET_SECONDS = 60.0  # between two equal warnings of one action
 _LONGEST_VARIABLE = 10_000  # characters; systems allow 128 kB
-_AGAIN = {408, 425, 429, 500, 502, 503, 504}  # answers after which a further attempt may succeed
+_AGAIN = {408, 425, 429, 500, 502, 503, 504}  # status codes after which a retry may succeed
 _MQTT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 _MQTT_TOPIC = "ced/events"
 _QOS = 1  # the broker confirms each message
@@ -46,34 +46,34 @@ logger = logging.getLogger(__name__)
 
 
 class Action(Protocol):
-    """Something that is done with each event.
+    """Something to do with each event.
 
     Attributes:
-        name: what messages call it, without passwords.
+        name: its name in messages, without passwords.
     """
 
     name: str
 
     def run(self, event: EventJson, closing: threading.Event) -> None:
-        """Deal with one event; called by one thread. `closing` is set when little time is left.
+        """Deal with one event; called by one thread. `closing` is set shortly before the end.
 
         Raises:
-            _ActionError: it did not work; the message is a reason.
+            _ActionError: it failed; the message is the reason.
         """
 
     def close(self) -> None:
-        """End it; called once, after the last event."""
+        """Release its resources; called once, after the last event."""
 
 
 class _ActionError(Exception):
-    """An event that an action could not deal with."""
+    """An action failed for an event."""
 
 
 class Actions:
-    """Gives events to actions, each in a thread of its own.
+    """Passes events to actions, each in a thread of its own.
 
     Args:
-        actions: what is done with each event.
+        actions: what to do with each event.
     """
 
     def __init__(self, actions: Sequence[Action]) -> None:
@@ -86,12 +86,12 @@ class Actions:
         self.close()
 
     def put(self, event: EventJson) -> None:
-        """Give an event to all actions; returns at once."""
+        """Queue an event for all actions, without waiting."""
         for worker in self._workers:
             worker.put(event)
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """End the actions, after at most this number of seconds for the events that wait."""
+        """End the actions; events that wait have at most this many seconds."""
         deadline = time.monotonic() + seconds
         for worker in self._workers:
             worker.end()
@@ -104,9 +104,9 @@ class _Worker:
         self._action = action
         self._waiting: queue.Queue[EventJson | None] = queue.Queue(WAITING)
         self._closing = threading.Event()
-        self._given = 0  # events, counted by the thread that gives them
+        self._given = 0  # events, counted by the calling thread
         self._delivered = 0  # events, counted by the worker's own thread
-        self._warned: dict[str, float] = {}  # when a reason was given last
+        self._warned: dict[str, float] = {}  # time of the last warning with each reason
         self._thread = threading.Thread(target=self._work, name=action.name, daemon=True)
         self._thread.start()
 
@@ -119,11 +119,11 @@ class _Worker:
             except queue.Full:
                 with suppress(queue.Empty):
                     self._waiting.get_nowait()
-                self._warn("events come faster than it takes them; the oldest are left out")
+                self._warn("events arrive faster than they are handled; the oldest are dropped")
 
     def end(self) -> None:
         self._closing.set()
-        with suppress(queue.Full):  # it sees within a moment that it is to end
+        with suppress(queue.Full):  # then the worker notices `_closing`
             self._waiting.put_nowait(None)
 
     def join(self, deadline: float) -> None:
@@ -145,7 +145,7 @@ class _Worker:
                 self._action.run(event, self._closing)
             except _ActionError as error:
                 self._warn(str(error))
-            except Exception as error:  # an unforeseen fault of one event must not end the others
+            except Exception as error:  # an unexpected error must not stop the other events
                 self._warn(f"{type(error).__name__}: {error}")
             else:
                 self._delivered += 1
@@ -159,10 +159,10 @@ class _Worker:
 
 
 class Command:
-    """Runs a command for each event, which is JSON on its standard input and variables in its environment.
+    """Runs a command for each event, with the event as JSON on standard input and as environment variables.
 
-    No shell is involved: labels and names of files are never a part of the command line. What the command prints goes
-    to standard error, as standard output is for results.
+    No shell is involved: labels and file names are never a part of the command line. The output of the command goes to
+    standard error, because standard output is for results.
 
     Args:
         line: the command with its arguments, quoted as for a shell.
@@ -175,20 +175,20 @@ class Command:
         try:
             self._words = shlex.split(line, posix=os.name != "nt")
         except ValueError as error:
-            raise ConfigError(f"cannot understand the command {line!r}: {error}") from error
+            raise ConfigError(f"cannot parse the command {line!r}: {error}") from error
         if not self._words or shutil.which(self._words[0]) is None:
             raise ConfigError(f"command not found: {self._words[0] if self._words else repr(line)}")
         self.name = f"command {self._words[0]}"
 
     def run(self, event: EventJson, closing: threading.Event) -> None:
-        """Run the command, and wait for its end."""
+        """Run the command, and wait for it."""
         try:
             process = subprocess.Popen(
                 self._words,
                 stdin=subprocess.PIPE,
                 stdout=sys.stderr.fileno() if _has_number(sys.stderr) else subprocess.DEVNULL,
                 env={**os.environ, **variables(event)},
-                start_new_session=True,  # so that all that it starts can be ended, and Ctrl-C is not its
+                start_new_session=True,  # to kill its child processes as well, and to keep Ctrl-C from it
             )
         except OSError as error:
             raise _ActionError(error.strerror or str(error)) from error
@@ -196,14 +196,14 @@ class Command:
             process.communicate(json_line(event).encode() + b"\n", timeout=COMMAND_SECONDS)
         except subprocess.TimeoutExpired as error:
             _kill(process)
-            raise _ActionError(f"killed, as it took longer than {COMMAND_SECONDS:g} s") from error
-        except OSError:  # it has ended without reading its input
+            raise _ActionError(f"killed, because it took longer than {COMMAND_SECONDS:g} s") from error
+        except OSError:  # it ended without reading its input
             process.wait()
         if process.returncode:
             raise _ActionError(f"exit code {process.returncode}")
 
     def close(self) -> None:
-        """Nothing is left to end."""
+        """Do nothing: there are no resources to release."""
 
 
 def _has_number(stream: Any) -> bool:
@@ -223,7 +223,7 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
 
 
 def variables(event: EventJson) -> dict[str, str]:
-    """Return an event as variables of an environment: CED_STATE, CED_EVENT, CED_LABEL, CED_PROB, CED_TIME, ..."""
+    """Return an event as environment variables: CED_STATE, CED_EVENT, CED_LABEL, CED_PROB, CED_TIME, ..."""
     (piece,) = event["pieces"]
     (tag,) = piece["tags"]
     values = {
@@ -242,7 +242,7 @@ def variables(event: EventJson) -> dict[str, str]:
 
 
 class Webhook:
-    """Sends each event as a POST of JSON; what is not accepted is sent again, a few times.
+    """Sends each event as a POST request with JSON, with a few retries.
 
     Redirects are not followed. A name and a password in the address are sent as HTTP Basic authentication.
 
@@ -250,7 +250,7 @@ class Webhook:
         address: http or https.
 
     Raises:
-        ConfigError: it is not such an address.
+        ConfigError: the address is not valid.
     """
 
     def __init__(self, address: str) -> None:
@@ -274,7 +274,7 @@ class Webhook:
                 raise _ActionError(reason)
 
     def _send(self, data: bytes) -> tuple[str | None, bool]:
-        """Return why the event was not accepted, and whether to send it again."""
+        """Return the reason why the event was not accepted (None: it was), and whether to retry."""
         request = urllib.request.Request(self._address, data, self._headers, method="POST")
         try:
             with self._opener.open(request, timeout=REQUEST_SECONDS) as response:
@@ -282,14 +282,14 @@ class Webhook:
             return None, False
         except urllib.error.HTTPError as error:
             error.close()
-            return f"the server answers {error.code} {error.reason}", error.code in _AGAIN
+            return f"the server answered {error.code} {error.reason}", error.code in _AGAIN
         except (OSError, HTTPException, ValueError) as error:
             cause = getattr(error, "reason", error)
             what = f"no answer within {REQUEST_SECONDS:g} s" if isinstance(cause, TimeoutError) else str(cause)
             return what or type(error).__name__, True
 
     def close(self) -> None:
-        """Nothing is left to end."""
+        """Do nothing: there are no resources to release."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -298,14 +298,14 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 class Mqtt:
-    """Publishes each event as JSON to an MQTT broker (3.1.1), which confirms it; a broker that is away is tried again.
+    """Publishes each event as JSON to an MQTT broker (3.1.1) with confirmation; reconnects to a lost broker.
 
     Args:
         address: mqtt://[NAME:PASSWORD@]HOST[:PORT][/TOPIC], or mqtts:// for TLS. Default: port 1883 or 8883, topic
             ced/events.
 
     Raises:
-        ConfigError: it is not such an address.
+        ConfigError: the address is not valid.
         MissingPackageError: paho-mqtt is not installed.
     """
 
@@ -316,22 +316,22 @@ class Mqtt:
         parts = _split(address, _MQTT_PORTS, "an MQTT broker")
         self._topic = unquote(parts.path.strip("/")) or _MQTT_TOPIC
         if set(self._topic) & set("+#\0") or "#" in address:
-            raise ConfigError(f"the topic of {without_password(address)} has + or #, which are for subscribers only")
+            raise ConfigError(f"the topic of {without_password(address)} has + or #, which only subscriptions allow")
         port = parts.port or _MQTT_PORTS[parts.scheme]
         self.name = f"MQTT broker {parts.hostname}"
-        self._closed, self._told = False, ""
+        self._closed, self._problem = False, ""
         self._client = Client(CallbackAPIVersion.VERSION2)
         self._client.max_queued_messages_set(WAITING)
         if parts.username is not None:
             self._client.username_pw_set(unquote(parts.username), unquote(parts.password or "") or None)
         if parts.scheme == "mqtts":
             self._client.tls_set()
-        self._confirmed: set[int] = set()  # messages, by their numbers
+        self._confirmed: set[int] = set()  # by message numbers
         self._client.on_publish = lambda *words: self._confirmed.add(words[2])
         self._client.reconnect_delay_set(1, 30)
         self._client.on_connect = self._connected
         self._client.on_connect_fail = lambda *_: self._lost("cannot be reached")
-        self._client.on_disconnect = lambda *words: None if self._closed else self._lost("the connection is lost")
+        self._client.on_disconnect = lambda *words: None if self._closed else self._lost("the connection was lost")
         try:
             self._client.connect_async(parts.hostname or "", port)
         except ValueError as error:
@@ -342,18 +342,18 @@ class Mqtt:
         if reason.is_failure:
             self._lost(str(reason))
         else:
-            self._told = ""
+            self._problem = ""
 
     def _lost(self, why: str) -> None:
-        if why != self._told:
-            logger.warning("%s: %s; trying again until it is there", self.name, why)
-        self._told = why
+        if why != self._problem:
+            logger.warning("%s: %s; retrying until it is back", self.name, why)
+        self._problem = why
 
     def run(self, event: EventJson, closing: threading.Event) -> None:
-        """Publish the event, and wait until the broker has confirmed it."""
+        """Publish the event, and wait for the confirmation of the broker."""
         number = self._client.publish(self._topic, json_line(event).encode(), _QOS).mid
-        while number not in self._confirmed:  # without a connection, the client keeps it until there is one
-            if closing.is_set() and self._told:
+        while number not in self._confirmed:  # the client queues it until there is a connection
+            if closing.is_set() and self._problem:
                 raise _ActionError("it is not connected")
             time.sleep(0.01)
         self._confirmed.discard(number)
@@ -374,5 +374,5 @@ def _split(address: str, schemes: Mapping[str, int], what: str) -> SplitResult:
         known = False
     if not known:
         given = without_password(address)
-        raise ConfigError(f"the address of {what} is {given}; it must begin with {allowed} and a host")
+        raise ConfigError(f"the address of {what} is {given}; it must begin with {allowed} and a host name")
     return parts

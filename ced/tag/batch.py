@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Outcome(Generic[T]):
+class SoundOutcome(Generic[T]):
     """The result of an input, or the reason why there is none."""
 
     input: InputSound
@@ -45,7 +45,7 @@ class Outcome(Generic[T]):
 
 def outcomes(
     inputs: Sequence[InputSound], process: Callable[[InputSound], T], *, jobs: int = 1
-) -> Iterator[Outcome[T]]:
+) -> Iterator[SoundOutcome[T]]:
     """Process several inputs at a time and yield the outcome of each, in the order of the inputs.
 
     An AudioError is an outcome, too. Memory is bounded: only a few inputs are processed ahead of the next outcome.
@@ -64,9 +64,9 @@ def outcomes(
     found = attempts(process, inputs, jobs, name=lambda item: item.name)
     for item, result in zip(inputs, found, strict=True):
         if isinstance(result, AudioError):
-            yield Outcome(item, None, " ".join(result.message.splitlines()), result.hint)
+            yield SoundOutcome(item, None, " ".join(result.message.splitlines()), result.hint)
         else:
-            yield Outcome(item, result)
+            yield SoundOutcome(item, result)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Summary:
 
     files: int
     failed: int
-    incomplete: int  # tagged, but cut short
+    incomplete: int  # tagged, but truncated
     skipped: int  # done by an earlier run
     seconds: float  # of sound, tagged by this run
     elapsed: float  # seconds that it took
@@ -83,7 +83,7 @@ class Summary:
     def __str__(self) -> str:
         counts = f"{self.files - self.failed - self.skipped} tagged, {self.failed} failed"
         before = f", {self.skipped} done before" if self.skipped else ""
-        cut = f", {self.incomplete} cut short" if self.incomplete else ""
+        cut = f", {self.incomplete} truncated" if self.incomplete else ""
         return f"{self.files} files: {counts}{before}{cut}"
 
 
@@ -97,7 +97,7 @@ def tag_to_folder(
     combined: bool = False,
     keep_scores: bool = False,
     jobs: int = 1,
-    finished: Callable[[Outcome[Record]], None] = lambda outcome: None,
+    finished: Callable[[SoundOutcome[Record]], None] = lambda outcome: None,
 ) -> Summary:
     """Process inputs and write their records into a folder; inputs that an earlier run finished there are skipped.
 
@@ -243,7 +243,7 @@ class _Folder:
             make_folders(self._out, path.parent.relative_to(self._out))
             write_records(kind, [record], path)
 
-    def note_failure(self, outcome: Outcome[Record]) -> None:
+    def note_failure(self, outcome: SoundOutcome[Record]) -> None:
         """Add a sound to the list of failures."""
         line = json_line({"file": outcome.input.name, "error": outcome.error})
         with writing(self.errors), open_to_append(self.errors) as file:

@@ -1,7 +1,7 @@
-"""The clock time at which a recording began, from the metadata that recorders write or from the name of the file.
+"""The clock time at which a recording began, from the metadata or the file name that recorders write.
 
 Sources: GUANO 1.0 (chunk `guan`, "Timestamp"), EBU Tech 3285 (chunk `bext`), the comment that AudioMoth writes (chunk
-`LIST`/`INFO`/`ICMT`), and the names that recorders give: AudioMoth, Song Meter, BAR-LT, SoundTrap, BirdNET-Pi, phones.
+`LIST`/`INFO`/`ICMT`), and file names of recorders: AudioMoth, Song Meter, BAR-LT, SoundTrap, BirdNET-Pi, phones.
 """
 
 import io
@@ -32,7 +32,7 @@ _NAMES = (
 )
 _HEXADECIMAL = re.compile(r"[0-9A-F]{8}")  # early AudioMoths: seconds since 1970
 _YEARS = range(1970, 2100)
-_AUDIOMOTH_YEARS = range(2016, 2051)  # other numbers of eight digits are no times
+_AUDIOMOTH_YEARS = range(2016, 2051)  # other hexadecimal numbers of eight digits are not times
 _AUDIOMOTH_COMMENT = re.compile(
     r"Recorded at (?P<hour>\d\d):(?P<minute>\d\d):(?P<second>\d\d)(?P<fraction>\.\d{1,6})?"
     r" (?P<day>\d\d)/(?P<month>\d\d)/(?P<year>\d{4}) \(UTC(?P<sign>[+-])?(?P<hours>\d{1,2})?(?::(?P<minutes>\d\d))?\)"
@@ -40,19 +40,19 @@ _AUDIOMOTH_COMMENT = re.compile(
 _TIMESTAMP = re.compile(r"^\s*Timestamp\s*:(.*)$", re.MULTILINE)
 _BEXT = struct.Struct("<320x10s8sQ")  # origination date and time, samples since midnight
 _SEPARATORS = re.compile(r"[^0-9]")
-_AGREE = 2.0  # seconds between the two clock times of a bext chunk that are one time, with and without fractions
+_AGREE = 2.0  # seconds; the two times of a bext chunk, with and without fractions, are one if they differ by less
 _MOST_CHUNKS = 200
-_LONGEST_CHUNK = 1 << 16  # bytes that are read of one
+_LONGEST_CHUNK = 1 << 16  # bytes read of a chunk
 _WANTED = (b"fmt ", b"ds64", b"bext", b"guan", b"LIST")
 
 logger = logging.getLogger(__name__)
 
 
 def parse(text: str) -> datetime | None:
-    """Return the time that a clock option gives; None: "auto".
+    """Return the time of a `clock` option; None: "auto".
 
     Raises:
-        ConfigError: it is neither "auto" nor a date and time in ISO 8601.
+        ConfigError: the option is neither "auto" nor a date and time in ISO 8601.
     """
     if text == AUTO:
         return None
@@ -63,7 +63,7 @@ def parse(text: str) -> datetime | None:
 
 
 def iso_time(text: str) -> datetime | None:
-    """Return a date and time in ISO 8601, if it is one of the years that recordings and clocks can have."""
+    """Parse a date and time in ISO 8601; None if it is not one, or its year is impossible for a recording."""
     try:
         time = datetime.fromisoformat(text)
     except ValueError:
@@ -72,7 +72,7 @@ def iso_time(text: str) -> datetime | None:
 
 
 def begin(source: object, name: str, setting: str) -> datetime | None:
-    """Return the clock time at the start of a sound as the option `clock` asks for it; a warning if nothing tells it.
+    """Return the clock time at the start of a sound for an option `clock`; log a warning if there is none.
 
     Args:
         source, name: as for `beginning`.
@@ -83,26 +83,26 @@ def begin(source: object, name: str, setting: str) -> datetime | None:
     """
     time = parse(setting) or beginning(source, name)
     if time is None:
-        logger.warning("%s: neither its metadata nor its name tells when it began; its tags have no clock time", name)
+        logger.warning("%s: neither metadata nor name has the time at its start; its tags have no clock time", name)
     return time
 
 
 def beginning(source: object, name: str) -> datetime | None:
-    """Return when a recording began; without a time zone where none is known, None where nothing tells.
+    """Return when a recording began, without a time zone if none is known; None if no source has a time.
 
-    GUANO comes first, then AudioMoth's comment, then the name; bext chunks come last, as editors write them too. Of a
-    bext chunk the samples since midnight count where they agree with the time of day, as that has no fractions.
+    The order is GUANO, AudioMoth's comment, the name, and then the bext chunk, because editors write that, too. In a
+    bext chunk the samples since midnight are more exact than the time of day, and are used if both agree.
 
     Args:
-        source: a path, the bytes of a file or a seekable binary file; of other sources only the name is used.
-        name: its path, address or file name.
+        source: a path, the bytes of a file or a seekable binary file; for other sources only the name is used.
+        name: the path, address or file name.
     """
     chunks = _chunks(source)
     return _guano(chunks) or _audiomoth_comment(chunks) or from_name(name) or _bext(chunks)
 
 
 def from_name(name: str) -> datetime | None:
-    """Return the time in the name of a file, path or address; the last one, if there are several."""
+    """Return the time in the name of a file, path or address; the last one of several."""
     if re.match(r"https?://", name, re.IGNORECASE):
         name = unquote(urlsplit(name).path)
     file = PureWindowsPath(PurePosixPath(name).name)
@@ -166,16 +166,16 @@ def _bext(chunks: Mapping[bytes, bytes]) -> datetime | None:
     rate = struct.unpack_from("<I", form, 4)[0] if len(form) >= 8 else 0
     exact = midnight + timedelta(seconds=samples / rate) if rate and samples < 86_400 * rate else None
     try:
-        told = datetime.strptime(digits + _SEPARATORS.sub("", time.decode("latin-1")), "%Y%m%d%H%M%S")
+        time_of_day = datetime.strptime(digits + _SEPARATORS.sub("", time.decode("latin-1")), "%Y%m%d%H%M%S")
     except ValueError:
-        told = None
-    if exact is not None and samples and (told is None or abs((exact - told).total_seconds()) <= _AGREE):
-        told = exact
-    return told if told is not None and told.year in _YEARS else None
+        time_of_day = None
+    if exact is not None and samples and (time_of_day is None or abs((exact - time_of_day).total_seconds()) <= _AGREE):
+        time_of_day = exact
+    return time_of_day if time_of_day is not None and time_of_day.year in _YEARS else None
 
 
 def _chunks(source: object) -> dict[bytes, bytes]:
-    """Return the chunks of a RIFF, RF64 or BW64 file that may tell a time, as far as they can be read."""
+    """Return the chunks of a RIFF, RF64 or BW64 file that may have a time, as far as they can be read."""
     with suppress(OSError, ValueError, struct.error):
         if isinstance(source, bytes):
             return _read_chunks(io.BytesIO(source))
@@ -187,7 +187,7 @@ def _chunks(source: object) -> dict[bytes, bytes]:
             place = source.tell()
             try:
                 source.seek(0)
-                return _read_chunks(source)  # type: ignore[arg-type]  # a binary file, as it was read as sound
+                return _read_chunks(source)  # type: ignore[arg-type]  # a binary file, because it was read as sound
             finally:
                 source.seek(place)
     return {}

@@ -1,9 +1,9 @@
-"""The journal of a run over many files: the settings, then the record of each file that is done, a line each.
+"""The journal of a run over many files: a line with the settings, then a line with the record of each finished file.
 
-A run that was broken off goes on from it, and outputs are made of it. The first line is
-`{"format": 1, "settings": {...}}`, every other `{"name": ..., "place": ..., "stamp": [bytes, nanoseconds] or null,
-"record": {...}}`, the place being where its outputs lie without their suffixes; of two lines with one name the later
-counts.
+An interrupted run resumes from it, and outputs are written from it. The first line is
+`{"format": 1, "settings": {...}}`, the others are `{"name": ..., "place": ..., "stamp": [bytes, nanoseconds] or null,
+"record": {...}}`, where the place is the path of the outputs without their suffixes; of two lines with one name the
+later counts.
 """
 
 import json
@@ -26,7 +26,7 @@ Stamp = tuple[int, int]  # size in bytes, time of the last change in ns since 19
 
 
 def stamp_of(item: InputSound) -> Stamp | None:
-    """Return what tells whether a file has changed; None for streams, addresses and missing files."""
+    """Return size and time of change of a file, to detect changes; None for streams, addresses and missing files."""
     if not isinstance(item.source, str | os.PathLike):
         return None
     try:
@@ -37,25 +37,25 @@ def stamp_of(item: InputSound) -> Stamp | None:
 
 
 class Journal:
-    """A journal, open to be read and added to.
+    """A journal, open for reading and appending.
 
     Args:
-        path: where it is, or is begun.
-        settings: what records depend on besides the sounds, as JSON has it; None: whatever it was begun with.
+        path: the file, created if missing.
+        settings: what records depend on besides the sounds, as JSON values; None: those in the file.
 
     Attributes:
-        settings: as they were when it was begun.
+        settings: those in the file.
 
     Raises:
-        ConfigError: it was begun under other settings.
-        StoreError: it is not a journal of this format.
+        ConfigError: the file was begun with other settings.
+        StoreError: the file is not a journal of this format.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any] | None) -> None:
         self.path = path
         self.settings: Mapping[str, Any] = settings or {}
         self._incomplete: set[str] = set()
-        self._lines: dict[str, tuple[int, Stamp | None]] = {}  # name -> where its line begins, stamp
+        self._lines: dict[str, tuple[int, Stamp | None]] = {}  # name -> offset of its line, stamp
         self._owners: dict[str, str] = {}  # place of outputs -> name
         self._file: BinaryIO = open_to_append(path) if settings is not None else _opened(path)
         try:
@@ -72,7 +72,7 @@ class Journal:
         self._file.close()
 
     def _read(self, settings: dict[str, Any] | None) -> None:
-        """Check the first line, find the others, and drop a last one that was not written to its end."""
+        """Check the first line, index the others, and drop an incomplete last one."""
         self._file.seek(0)
         place = 0
         for number, line in enumerate(self._file):
@@ -116,7 +116,7 @@ class Journal:
             raise ConfigError(f"{self.path} was begun with {then}; {_AGAIN}")
 
     def _append(self, values: dict[str, Any]) -> int:
-        """Add a line and return where it begins; it is with the operating system when this returns."""
+        """Append a line, flush it to the operating system, and return its offset."""
         with writing(self.path):
             place = self._file.seek(0, os.SEEK_END)
             self._file.write(json.dumps(values).encode() + b"\n")
@@ -124,13 +124,13 @@ class Journal:
         return place
 
     def holds(self, item: InputSound, stamp: Stamp | None) -> bool:
-        """Return whether a file is done and has not changed since; what is read from a stream never is."""
+        """Return whether a file is finished and has not changed since; a stream never is."""
         if not isinstance(item.source, str | os.PathLike) or item.key not in self._lines:
             return False
         return self._lines[item.key][1] == stamp
 
     def add(self, item: InputSound, stamp: Stamp | None, record: Record) -> None:
-        """Write down that a file is done."""
+        """Append the record of a finished file."""
         outputs = str(item.relative)
         place = self._append({"name": item.key, "place": outputs, "stamp": stamp, "record": record.to_json()})
         self._lines[item.key] = place, stamp
@@ -141,15 +141,15 @@ class Journal:
         (self._incomplete.add if complete is False else self._incomplete.discard)(key)
 
     def is_complete(self, item: InputSound) -> bool:
-        """Return whether the whole of a file was tagged, that is, whether it is not cut short."""
+        """Return whether the whole file was tagged, that is, whether it is not truncated."""
         return item.key not in self._incomplete
 
     def places(self) -> list[Path]:
-        """Return where the outputs of each file that is done lie, without their suffixes."""
+        """Return the paths of the outputs of all finished files, without their suffixes."""
         return [Path(place) for place in self._owners]
 
     def record_at(self, place: Path) -> Record:
-        """Read the record of the file whose outputs lie at a place.
+        """Read the record of the file whose outputs are at a place.
 
         Raises:
             StoreError: the journal is damaged.
@@ -157,15 +157,15 @@ class Journal:
         return self._record(self._owners[str(place)])
 
     def stamp_at(self, place: Path) -> Stamp | None:
-        """Return the stamp that the file whose outputs lie at a place had when it was tagged."""
+        """Return the stamp, when it was tagged, of the file whose outputs are at a place."""
         return self._lines[self._owners[str(place)]][1]
 
     def owner(self, item: InputSound) -> str | None:
-        """Return the name of the input whose outputs lie where those of `item` would; None if there is none."""
+        """Return the name of the input whose outputs are where those of `item` would be; None if there is none."""
         return self._owners.get(str(item.relative))
 
     def record(self, item: InputSound) -> Record:
-        """Read the record of a file that is done.
+        """Read the record of a finished file.
 
         Raises:
             StoreError: the journal is damaged.
@@ -202,7 +202,7 @@ def _name(value: Any) -> str:
 
 
 def _place(value: Any) -> str:
-    """Return the place of outputs if it is one that `add` writes: relative, and within the folder of the run."""
+    """Check that a place of outputs is one that `add` writes: relative, and within the folder of the run."""
     path = Path(_name(value))
     if path.is_absolute() or path.drive or ".." in path.parts or not path.name or str(path) != value:
         raise ValueError(f"{value!r:.40} is not a place in a folder")
@@ -212,6 +212,6 @@ def _place(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """Return a setting as messages show it."""
+    """Return a setting as shown in messages."""
     shown = "unset" if value is None else json.dumps(value, ensure_ascii=False)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."

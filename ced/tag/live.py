@@ -1,4 +1,4 @@
-"""Tagging what has no end: events are reported when they begin, and when they are over."""
+"""Tag live sound: report events when they begin and when they end."""
 
 import time
 from collections.abc import Iterator
@@ -9,31 +9,34 @@ from typing import Any, Literal
 from ced.errors import ConfigError
 from ced.sound.audio import Channel
 from ced.sound.labels import ClassTable
-from ced.sound.live import Listening, LiveSource
+from ced.sound.live import Listening
+from ced.sound.live_sources import LiveSource
 from ced.tag.events import Event, Merging
 from ced.tag.options import TagOptions
 from ced.tag.records import Record, Scored, Tags
 from ced.tag.tagger import Tagger
 
-LULL = 10.0  # seconds in which a source delivers nothing, after which open events are ended
+LULL = 10.0  # seconds without sound from a source, after which open events end
 
-# Windows that a sound fills leave room within two seconds for the hop, a block and the scoring. Short pauses belong to
-# an event: a dog that barks three times is one event.
+# A sound is reported within two seconds: the time until it fills a window, a hop, a block and the scoring. Short pauses
+# belong to an event: a dog that barks three times is one event.
 OPTIONS = TagOptions(window=1.5, hop=0.25, thresholds=0.5, events=True, gap=2.0)
 
 
 @dataclass(frozen=True)
 class LiveReport:
-    """News of one event; each begins once and ends once."""
+    """The begin or the end of an event; each event begins once and ends once."""
 
     state: Literal["begin", "end"]
-    event: int  # counts from 1, in the order in which they are reported
+    event: int  # number of the event, from 1, in order of reporting
     time: float  # when it began or ended, in seconds as of time.time()
-    piece: Tags  # its times count from the first sound heard; while it goes on, its end is how far that is known
+    piece: Tags  # times relative to the first sound received; of an event that continues, the end known so far
 
     def to_json(self, source: str, model: str, channel: Channel = "mean") -> dict[str, Any]:
-        """Return the report as a value for `json.dumps`: a record with one piece, and what is new about it."""
-        piece = Tags(round(self.piece.start, 3), round(self.piece.end, 3), self.piece.tags)  # as the clock's time
+        """Return the report as a value for `json.dumps`: a record with one piece, then state, number and time."""
+        piece = Tags(
+            round(self.piece.start, 3), round(self.piece.end, 3), self.piece.tags
+        )  # to the millisecond, as the clock time
         record = Record(source, model, piece.end, (piece,), "events", channel).to_json()
         stamp = datetime.fromtimestamp(self.time).astimezone().isoformat(timespec="milliseconds")
         return {**record, "state": self.state, "event": self.event, "time": stamp}
@@ -42,7 +45,7 @@ class LiveReport:
 class LiveEvents:
     """Turns the scored windows of live sound into reports of events that begin and end.
 
-    What ends is what `events` makes of the same windows; the memory needed does not depend on how many there are.
+    The events are those of `ced.tag.events.events` for the same windows; memory does not grow with their number.
 
     Args:
         labels: the classes of the model.
@@ -54,19 +57,19 @@ class LiveEvents:
 
     def __init__(self, labels: ClassTable, options: TagOptions) -> None:
         self._merging = Merging.of(options, labels)
-        self._told: dict[int, tuple[int, float]] = {}  # events in progress, by class: number, when they began
+        self._begun: dict[int, tuple[int, float]] = {}  # open events, by class: number, time of begin
         self._count = 0
-        self._zero = 0.0  # clock time of second 0 for the last window; a stream that stalls moves it
+        self._zero = 0.0  # clock time of second 0 for the last window; moves when a stream stalls
 
     def add(self, scored: Scored, clock: float) -> Iterator[LiveReport]:
-        """Add a window whose last sample came at `clock` (seconds as of time.time()); yield what is new."""
-        yield from self._over(self._merging.add(scored))  # these are events of the windows before
+        """Add a window whose last sample arrived at `clock` (seconds as of time.time()); yield new reports."""
+        yield from self._over(self._merging.add(scored))  # events of earlier windows
         self._zero = clock - scored.end
         for event in self._merging.begun():
             yield self._begin(event)
 
     def pass_to(self, time: float) -> Iterator[LiveReport]:
-        """Yield the end of events that nothing from `time` on (seconds of sound) can belong to."""
+        """Yield the end of events that no window from `time` on (seconds of sound) can belong to."""
         yield from self._over(self._merging.pass_to(time))
 
     def finish(self) -> Iterator[LiveReport]:
@@ -75,14 +78,14 @@ class LiveEvents:
 
     def _begin(self, event: Event) -> LiveReport:
         self._count += 1
-        self._told[event.index] = self._count, self._zero + event.onset
-        return LiveReport("begin", *self._told[event.index], event.piece(self._merging.selection))
+        self._begun[event.index] = self._count, self._zero + event.onset
+        return LiveReport("begin", *self._begun[event.index], event.piece(self._merging.selection))
 
     def _over(self, events: list[Event]) -> Iterator[LiveReport]:
         for event in sorted(events):
-            if event.index not in self._told:  # only now it is sure to be long enough
+            if event.index not in self._begun:  # only now it is certain to be long enough
                 yield self._begin(event)
-            number, began = self._told.pop(event.index)
+            number, began = self._begun.pop(event.index)
             yield LiveReport("end", number, began + event.offset - event.onset, event.piece(self._merging.selection))
 
 
@@ -90,20 +93,20 @@ class Listener:
     """Listens to a live source and reports events.
 
     Args:
-        tagger: who scores, one window after the other.
-        source: what is listened to.
+        tagger: scores the windows one by one.
+        source: the live source.
         options: windows, thresholds, and how windows are merged into events.
 
     Attributes:
-        stopped: set to True, from anywhere, it ends `reports` within a fraction of a second.
+        stopped: set it to True, from any thread, to end `reports` within a fraction of a second.
 
     Raises:
-        ConfigError: the options are not of events, or do not fit the model.
+        ConfigError: the options do not ask for events, or do not fit the model.
     """
 
     def __init__(self, tagger: Tagger, source: LiveSource, options: TagOptions = OPTIONS) -> None:
         if not options.events or options.columns:
-            raise ConfigError("live tagging reports events of whole windows; set events, and leave out columns")
+            raise ConfigError("live tagging reports events of whole windows; set events, and do not set columns")
         tagger.windows.check(options)
         self._windows, self._options = tagger.windows, options
         self._events = LiveEvents(tagger.labels, options)
@@ -112,18 +115,18 @@ class Listener:
 
     @property
     def left_out(self) -> int:
-        """How many windows were not scored, because others had come by then."""
+        """The number of windows that were not scored, because newer ones had arrived."""
         return self._listening.left_out
 
     def reports(self) -> Iterator[LiveReport]:
-        """Listen, and yield what is heard, until the source ends or `stopped` is set; what goes on then ends there.
+        """Listen and yield reports until the source ends or `stopped` is set; open events end there.
 
         Raises:
             AudioError: the source could not be opened for the first time, or one that is not endless failed.
-            ConfigError: it was called before; the times of a listener are those of one listening.
+            ConfigError: it was called before; the times of a listener are those of a single run.
         """
         with self._listening as listening:
-            last, seen = 0.0, time.monotonic()  # where the last window ended, and when it was seen
+            last, seen = 0.0, time.monotonic()  # end of the last window, and when it was taken
             while not self.stopped and not listening.ended:
                 arrival = listening.take()
                 if arrival is not None:

@@ -1,6 +1,6 @@
 """The options of tagging: everything that a record depends on besides the sound and the model.
 
-The command line shows their defaults, so importing this module imports neither numpy nor what reads sounds.
+The command line shows their defaults, so importing this module must not import NumPy or the sound decoders.
 """
 
 import math
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from ced.sound.labels import ClassTable
     from ced.tag.select import Selection
 
-EACH = "each"  # in place of a channel, where the command line tags every channel on its own
-BATCH = 32  # windows that share a call of the model on an accelerator, unless given
-TOP_K = 3  # tags of a window, where neither `top_k` nor thresholds are given
-EVENT_THRESHOLD = 0.5  # of events, where no thresholds are given
-Tail = Literal["aligned", "short"]
-_SHORTEST, _LONGEST = 0.001, 2.0**31  # seconds of a window or hop
+EACH = "each"  # instead of a channel: the command line tags each channel on its own
+BATCH = 32  # windows in one call of the model on an accelerator
+TOP_K = 3  # tags of a window without `top_k` and thresholds
+EVENT_THRESHOLD = 0.5  # threshold of events without thresholds
+Tail = Literal["aligned", "short"]  # as in `ced.sound.audio`, which is not imported here
+_SHORTEST, _LONGEST = 0.001, 2.0**31  # limits of a window or hop in seconds
 
 
 class TagKeywords(TypedDict, total=False):
@@ -49,30 +49,30 @@ class TagKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class TagOptions:
-    """How sounds are tagged: windows, which classes are kept, and whether windows are merged into events.
+    """How sounds are tagged: windows, selection of classes, and merging of windows into events.
 
-    Numbers are checked when the options are made; `check` adds what depends on the classes of a model.
+    Values are validated on creation, except for what depends on the classes of a model, which `check` validates.
 
     Attributes:
-        window: seconds of a window.
-        hop: seconds from one window's start to the next, at most `window`; None: windows lie end to end.
-        columns: score every 0.16 s of a window instead of the window as a whole; windows then lie end to end.
-        tail: the rest behind the last window of full length. "aligned": the last window has full length too and ends
-            with the sound; a rest under 0.15 s is left out. "short": the last window is as short as the rest, as in the
+        window: length of a window in seconds.
+        hop: seconds from one window's start to the next, at most `window`; None: the window length.
+        columns: score every 0.16 s of a window instead of the window as a whole; windows then do not overlap.
+        tail: the rest after the last window of full length. "aligned": the last window has full length too and ends
+            with the sound; a rest under 0.15 s is skipped. "short": the last window is as short as the rest, as in the
             published program, and often tagged wrongly.
-        silence: windows of a lower level (root mean square, in dB of full scale, below 0) are not scored.
-        channel: what is tagged of a sound of several channels: "mean", "left", "right", or a channel's number, from 1.
-        strict: refuse files that are cut short, instead of tagging what can be read of them.
+        silence: do not score windows below this level (root mean square, in dB of full scale, below 0).
+        channel: the channel to tag: "mean" (of all), "left", "right", or a channel's number, from 1.
+        strict: refuse truncated files, instead of tagging the part that can be read.
         top_k: the most tags of a window; None: 3, or with thresholds all. Events have one tag each.
-        thresholds: what a class's probability must reach, one number or one for each class of the model (above 1:
-            never a tag); None: no threshold, or 0.5 for events.
-        only: labels to keep, as `Selection` reads them; none: all.
+        thresholds: the least probability of a tag, one number or one for each class of the model (above 1: never a
+            tag); None: no threshold, or 0.5 for events.
+        only: labels to keep, as in `Selection`; empty: all.
         exclude: labels to leave out.
-        rollup: give classes the highest probability of the kinds of them, and add headings of AudioSet's ontology.
+        rollup: raise each class to the highest probability of its descendants, and add headings of AudioSet's ontology.
         events: merge windows into events.
-        release: part of the threshold that keeps an event going, above 0, at most 1.
-        gap: seconds; events of one class that are no further apart are merged.
-        shortest: seconds; shorter events are dropped, after merging.
+        release: an event continues above this fraction of its threshold; above 0, at most 1.
+        gap: merge events of one class at most this many seconds apart.
+        shortest: drop events shorter than this many seconds, after merging.
         clock: the clock time at the start of the sound, for `Record.began`: "auto", from its metadata or name, or a
             date and time in ISO 8601.
 
@@ -99,7 +99,7 @@ class TagOptions:
     clock: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("only", "exclude"):  # lists are common, but could change later
+        for name in ("only", "exclude"):  # lists are common, but mutable
             if isinstance(value := getattr(self, name), str):
                 raise ConfigError(f"{name} is the text {value!r}; it must be a list of labels, as [{value!r}]")
             object.__setattr__(self, name, tuple(value))
@@ -117,7 +117,7 @@ class TagOptions:
             parse_clock(self.clock)
 
     def _check_types(self) -> None:
-        """Refuse values of other types than the fields have, as texts; NumPy's numbers become Python's."""
+        """Check the types of values, and convert thresholds to Python numbers."""
         for name in ("window", "hop", "silence", "release", "gap", "shortest", "top_k"):
             value, kind = getattr(self, name), Integral if name == "top_k" else Real
             if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
@@ -140,9 +140,9 @@ class TagOptions:
     def _check_windows(self) -> None:
         for name, seconds in (("window", self.window), ("hop", self.step)):
             if not _SHORTEST <= seconds <= _LONGEST:
-                raise ConfigError(f"{name} is {seconds} s; it must be above 0, at least {_SHORTEST} s")
+                raise ConfigError(f"{name} is {seconds} s; it must be at least {_SHORTEST} s")
         if self.step > self.window:
-            raise ConfigError(f"hop is {self.hop} s, window {self.window} s; a longer hop would leave out sound")
+            raise ConfigError(f"hop is {self.hop} s, window {self.window} s; a longer hop would skip sound")
         if self.columns and self.hop is not None:
             raise ConfigError(f"hop is {self.hop} s; leave it out: overlapping windows would score columns twice")
         if self.silence is not None and not self.silence < 0:
@@ -152,7 +152,7 @@ class TagOptions:
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k is {self.top_k}; it must be at least 1")
         if self.events and self.top_k is not None:
-            raise ConfigError(f"top_k {self.top_k} does not apply to events, which have one class each; leave it out")
+            raise ConfigError(f"top_k {self.top_k} does not apply to events, which have one tag each; leave it out")
         given = self.thresholds if isinstance(self.thresholds, tuple) else (self.thresholds,)
         for threshold in given:
             if threshold is not None and not threshold >= 0:
@@ -163,14 +163,14 @@ class TagOptions:
             if not 0 <= seconds < math.inf:
                 raise ConfigError(f"{name} is {seconds}; it must be 0 seconds or more")
         if not self.events and (self.release, self.gap, self.shortest) != (0.5, 0.0, 0.0):
-            raise ConfigError("release, gap and shortest are options of events, which are not asked for")
+            raise ConfigError("release, gap and shortest are options of events; set events")
 
     def check(self, labels: "ClassTable") -> None:
-        """Check what depends on the classes of a model, before any sound is read.
+        """Validate what depends on the classes of a model, before any sound is read.
 
         Raises:
-            ConfigError: a label is unknown, none is left, there are not as many thresholds as classes, or roll-up is
-                asked of classes without AudioSet's mids.
+            ConfigError: a label is unknown, no label remains, the number of thresholds is not that of the classes, or
+                roll-up is applied to classes without AudioSet's mids.
         """
         self.selection(labels)
 
@@ -180,7 +180,7 @@ class TagOptions:
         return self.window if self.hop is None else self.hop
 
     def selection(self, labels: "ClassTable") -> "Selection":
-        """Return which of these classes become tags.
+        """Return the selection of tags among these classes.
 
         Raises:
             ConfigError: as for `check`.
@@ -188,7 +188,7 @@ class TagOptions:
         return _selection(self, labels)
 
     def settings(self) -> dict[str, Any]:
-        """Return the options as JSON has them, with the values that stand for None."""
+        """Return the options as JSON values, with defaults in place of None."""
         return {**asdict(self), "hop": self.step, "top_k": self._top_k, "thresholds": self._thresholds}
 
     @property

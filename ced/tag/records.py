@@ -1,4 +1,4 @@
-"""The results of tagging: the scores of a window, its tags, and one record for each sound."""
+"""The results of tagging: scores and tags of windows, embeddings, and the record of a sound."""
 
 import math
 from collections.abc import Iterator
@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import ConfigError
+from ced.sound.audio import Channel
 from ced.tag.clock import iso_time
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 1  # of the record, and so of every output that is made of it
+FORMAT_VERSION = 1  # of the record, and so of all outputs
 CLOCK_KEYS = ("start_time", "end_time")  # of windows and events, with a clock: ISO 8601
 
 
@@ -30,13 +31,13 @@ class Scored:
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """The embeddings of the windows of one sound."""
+    """The embeddings of the windows of a sound."""
 
     starts: NDArray[np.float64]  # (w,) seconds
     ends: NDArray[np.float64]
     vectors: NDArray[np.float32]  # (w, d)
     channel: str | int = "mean"
-    complete: bool = True  # False: the file is cut short
+    complete: bool = True  # False: the file is truncated
 
     @property
     def seconds(self) -> float:
@@ -52,17 +53,17 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Tag:
-    """A class that a window or an event is tagged with."""
+    """A class and its probability in a window or an event."""
 
     label: str
-    index: int | None  # in the model's class table; None: a heading that the roll-up added
+    index: int | None  # in the model's class table; None: a heading added by the roll-up
     mid: str | None  # AudioSet's machine identifier, where the class has one
     prob: float
 
 
 @dataclass(frozen=True)
 class Tags:
-    """The tags of one window, most probable first; or an event, which has one tag."""
+    """The tags of a window, most probable first; or an event, which has one tag."""
 
     start: float  # seconds
     end: float
@@ -70,21 +71,20 @@ class Tags:
 
     @property
     def label(self) -> str:
-        """The most probable class; of a window without tags an empty text."""
+        """The most probable class; an empty text if the window has no tags."""
         return self.tags[0].label if self.tags else ""
 
     @property
     def prob(self) -> float:
-        """The probability of `label`; of a window without tags 0."""
+        """The probability of `label`; 0 if the window has no tags."""
         return self.tags[0].prob if self.tags else 0.0
 
 
 Kind = Literal["windows", "events"]
-Channel = str | int  # "mean", "left", "right", or a number from 1
 
 
 class Timeline(Protocol):
-    """The tags of one sound as writers take them: a `Record`, or a `TagStream` whose pieces are still to come.
+    """The tags of one sound, as writers take them: a `Record`, or a `TagStream` whose pieces are not known yet.
 
     `seconds`, `complete` and `expected_seconds` are final once the pieces have been iterated over.
     """
@@ -103,47 +103,47 @@ class Timeline(Protocol):
 
     @property
     def channel(self) -> Channel:
-        """What was tagged of a sound of several channels."""
+        """The channel that was tagged: "mean", "left", "right", or a number from 1."""
 
     @property
     def rate(self) -> int | None:
-        """The sampling rate of the sound, in Hz, before it was resampled."""
+        """The sampling rate of the file in Hz."""
 
     @property
     def began(self) -> datetime | None:
-        """The time of the clock at the start of the sound."""
+        """The clock time at the start of the sound."""
 
     @property
     def seconds(self) -> float:
-        """How much of the sound was tagged, from its start."""
+        """The seconds that were tagged, from the start of the sound."""
 
     @property
     def complete(self) -> bool:
-        """Whether that is the whole sound."""
+        """Whether these are the whole sound."""
 
     @property
     def expected_seconds(self) -> float | None:
         """The length of the sound according to its header."""
 
     def __iter__(self) -> Iterator[Tags]:
-        """Yield the windows or events, by time."""
+        """Yield the windows or events in order of time."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """The tags of one sound: a sequence of its windows or, if events were asked for, of its events.
+    """The tags of one sound: a sequence of its windows or, with the option `events`, of its events.
 
     Attributes:
         file: the name of the sound.
         model: the name of the model.
-        seconds: how much of the sound was tagged, from its start.
-        pieces: the windows or events, by time.
-        kind: which of both the pieces are.
-        channel: what was tagged of a sound of several channels: "mean", "left", "right", or a number from 1.
-        complete: False if the file is cut short, so that `pieces` cover only a part of the sound.
-        expected_seconds: the length of the sound according to its header; None if that does not say.
-        rate: the sampling rate of the sound, in Hz, before it was resampled; None: not known.
-        began: the time of the clock at the start of the sound; without a time zone where none is known.
+        seconds: the seconds that were tagged, from the start of the sound.
+        pieces: the windows or events in order of time.
+        kind: whether the pieces are windows or events.
+        channel: the channel that was tagged: "mean", "left", "right", or a number from 1.
+        complete: False if the file is truncated, so that `pieces` cover only a part of the sound.
+        expected_seconds: the length of the sound according to its header; None if the header has none.
+        rate: the sampling rate of the file in Hz; None if not known.
+        began: the clock time at the start of the sound; without a time zone if none is known.
     """
 
     file: str
@@ -172,10 +172,10 @@ class Record:
 
     @property
     def events(self) -> tuple[Tags, ...]:
-        """The events, by onset.
+        """The events in order of their onset.
 
         Raises:
-            ConfigError: the sound was tagged window by window.
+            ConfigError: the pieces are windows.
         """
         if self.kind != "events":
             raise ConfigError(f"the record of {self.file} has windows; tag it with events=True to get events")
@@ -184,7 +184,7 @@ class Record:
     def to_rows(self) -> list[dict[str, Any]]:
         """Return a row for each tag, with the columns of the CSV output: file, start, end, label, mid, prob.
 
-        With a clock there are `start_time` and `end_time`, too, in ISO 8601.
+        If the clock time is known, rows also have `start_time` and `end_time`, in ISO 8601.
         """
         return [
             {
@@ -201,19 +201,19 @@ class Record:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as a value for `json.dumps`; with a clock, pieces have `start_time` and `end_time`."""
+        """Return the record as a value for `json.dumps`; with a clock time, pieces have `start_time` and `end_time`."""
         head, pieces, tail = json_head(self), [json_piece(self, piece) for piece in self], json_tail(self)
         return {**head, "pieces": pieces, **tail}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Record":
-        """Return the record that `to_json` described.
+        """Return a record from a value of `to_json`.
 
         Raises:
-            ValueError, LookupError, TypeError: it is of another format version, or not a record.
+            ValueError, LookupError, TypeError: the value has another format version, or is not a record.
         """
         if values.get("format") != FORMAT_VERSION:
-            raise ValueError(f"a record of format {values.get('format')}; this program reads format {FORMAT_VERSION}")
+            raise ValueError(f"a record has format {values.get('format')}; this program reads format {FORMAT_VERSION}")
         kind, rate, began = values.get("kind", "windows"), values.get("rate"), values.get("began")
         expected = values.get("expected_seconds")
         if kind not in ("windows", "events"):
@@ -236,7 +236,7 @@ class Record:
 
 
 def clock_times(began: datetime | None, piece: Tags) -> tuple[str, str] | tuple[None, None]:
-    """Return when a window or event of a sound started and ended by the clock, in ISO 8601; None if not known."""
+    """Return the clock times at the start and end of a window or event, in ISO 8601; None if not known."""
     if began is None:
         return None, None
     start, end = (began + timedelta(seconds=seconds) for seconds in (piece.start, piece.end))
@@ -244,7 +244,7 @@ def clock_times(began: datetime | None, piece: Tags) -> tuple[str, str] | tuple[
 
 
 def json_head(record: Timeline) -> dict[str, Any]:
-    """Return what the JSON of a record has before its pieces, which is known before they are."""
+    """Return the JSON of a record before its pieces, which is known before they are."""
     clock = {} if record.began is None else {"began": record.began.isoformat()}
     return {
         "format": FORMAT_VERSION,
@@ -258,13 +258,13 @@ def json_head(record: Timeline) -> dict[str, Any]:
 
 
 def json_piece(record: Timeline, piece: Tags) -> dict[str, Any]:
-    """Return the JSON of one piece of a record; with a clock it has `start_time` and `end_time`."""
+    """Return the JSON of one piece of a record; with a clock time it has `start_time` and `end_time`."""
     times = {} if record.began is None else dict(zip(CLOCK_KEYS, clock_times(record.began, piece), strict=True))
     return {**asdict(piece), **times}
 
 
 def json_tail(record: Timeline) -> dict[str, Any]:
-    """Return what the JSON of a record has after its pieces."""
+    """Return the JSON of a record after its pieces."""
     return {"seconds": record.seconds, "complete": record.complete, "expected_seconds": record.expected_seconds}
 
 
@@ -284,25 +284,25 @@ def _tag(values: dict[str, Any]) -> Tag:
 
 def _checked(value: Any, kind: type[T]) -> T:
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{value!r:.40} in place of a {kind.__name__}")
+        raise ValueError(f"{value!r:.40} where a {kind.__name__} is expected")
     return value
 
 
 def _time(value: Any) -> datetime:
     time = iso_time(_checked(value, str))
     if time is None:
-        raise ValueError(f"{value!r:.40} in place of a date and time")
+        raise ValueError(f"{value!r:.40} where a date and time is expected")
     return time
 
 
 def _seconds(value: Any) -> float:
     seconds = _number(value)
     if not 0 <= seconds < 1e10:
-        raise ValueError(f"{seconds} in place of a number of seconds")
+        raise ValueError(f"{seconds} where a number of seconds is expected")
     return seconds
 
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r:.40} in place of a number")
+        raise ValueError(f"{value!r:.40} where a number is expected")
     return value

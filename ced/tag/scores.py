@@ -1,11 +1,11 @@
 """Files of window scores, from which tags can be made again without the sound.
 
-A file grows while its sound is tagged, so that a run that was broken off goes on within the sound; with `--keep-scores`
-it stays. It begins with a line of JSON: `{"format": 1, "classes": c, "type": "float32" or "float16", "about": {...}}`.
+A file grows while its sound is tagged, so that an interrupted run resumes within the sound; `--keep-scores` keeps it.
+It begins with a line of JSON: `{"format": 1, "classes": c, "type": "float32" or "float16", "about": {...}}`.
 Chunks follow, each for a few windows: four little-endian uint32 (windows, rows, bytes, CRC-32 of the bytes), then these
 bytes, which zlib expands to the number of rows of each window (uint32), starts and ends in seconds (float64), whether a
 row is silent (uint8), and scores (rows, c), first the first byte of each, then the second and so on. A window has one
-row, or one for each column of 0.16 s. A last chunk that is not whole is left out.
+row, or one for each column of 0.16 s. An incomplete last chunk is ignored.
 """
 
 import json
@@ -26,8 +26,8 @@ from ced.files import make_folders, open_to_append, writing
 from ced.tag.records import Scored
 
 FORMAT_VERSION = 1
-UNFINISHED = ".unfinished"  # the folder of scores of sounds that are being tagged
-KEPT = ".scores"  # suffix of those that are kept, behind the place of the sound's outputs
+UNFINISHED = ".unfinished"  # the folder of scores of unfinished sounds
+KEPT = ".scores"  # suffix of kept scores, after the place of the sound's outputs
 ScoreType = Literal["float32", "float16"]
 _KINDS: Mapping[str, str] = {"float32": "<f4", "float16": "<f2"}
 _HEAD = struct.Struct("<4I")
@@ -39,16 +39,16 @@ WindowScores = Sequence[Scored]  # the rows of one window
 
 
 class ScoreLog:
-    """The scores of one sound while it is tagged: what an earlier run left, then what this one adds.
+    """The scores of one sound while it is tagged: those of an earlier run, then those that this run adds.
 
-    Nothing is written during the first seconds, so that short sounds leave no file.
+    Nothing is written during the first seconds, so short sounds leave no file.
 
     Args:
-        out: the folder that the file is in.
+        out: the folder of the file.
         relative: its place there.
-        classes: how many scores a row has.
-        about: what the scores depend on, as JSON has it; a file about something else is begun again.
-        kind: "float32" keeps scores exactly; "float16" rounds them to 4e-4 or less, in the tags made from them, too.
+        classes: the number of scores in a row.
+        about: what the scores depend on, as JSON values; a file with other values is overwritten.
+        kind: "float32" keeps scores exactly; "float16" rounds them by 4e-4 at most, also for the tags of this run.
 
     Raises:
         WriteError: the file is a link, or cannot be opened.
@@ -73,14 +73,14 @@ class ScoreLog:
         self.close()
 
     def stored(self) -> Iterator[WindowScores]:
-        """Yield the windows that an earlier run left."""
+        """Yield the windows of an earlier run."""
         if self._file is not None:
             self._file.seek(len(self._header))
             for windows in _chunks(self._file, self._classes, self._type):
                 yield from windows
 
     def add(self, window: WindowScores) -> WindowScores:
-        """Take a window, and return it with the scores that are kept of it."""
+        """Add a window, and return it with its scores as they are kept."""
         if self._type.itemsize < 4:
             window = [Scored(row.start, row.end, _rounded(row.probs, self._type), row.silent) for row in window]
         self._waiting.append(window)
@@ -90,7 +90,7 @@ class ScoreLog:
         return window
 
     def flush(self) -> None:
-        """Write what is waiting; it is with the operating system when this returns.
+        """Write the waiting windows, and flush them to the operating system.
 
         Raises:
             WriteError: the disk is full, or the file cannot be written.
@@ -107,7 +107,7 @@ class ScoreLog:
         self._waiting = []
 
     def close(self, *, finish: bool = False) -> None:
-        """Close the file, with what is waiting if there is a file already, or if `finish` asks for one."""
+        """Close the file; waiting windows are written if there is a file already, or if `finish` is set."""
         try:
             if self._file is not None or finish:
                 self.flush()
@@ -117,7 +117,7 @@ class ScoreLog:
                 self._file = None
 
     def _open(self) -> None:
-        """Open the file, and drop what is not whole of it, or all of it if it is about something else."""
+        """Open the file, and drop an incomplete last chunk, or everything if `about` differs."""
         make_folders(self._out, self._relative.parent)
         self._file = open_to_append(self.path)
         with writing(self.path):
@@ -135,10 +135,10 @@ class ScoreLog:
 
 
 def read_scores(path: Path, classes: int) -> Iterator[WindowScores]:
-    """Yield the windows of a file that was kept.
+    """Yield the windows of a file of kept scores.
 
     Raises:
-        StoreError: it is missing, damaged, of another format version, or of another number of classes.
+        StoreError: the file is missing or damaged, or has another format version or number of classes.
     """
     try:
         with path.open("rb") as file:
@@ -172,7 +172,7 @@ def _chunk(windows: Sequence[WindowScores], kind: np.dtype[Any]) -> bytes:
         np.array([row.start for row in rows], "<f8").tobytes(),
         np.array([row.end for row in rows], "<f8").tobytes(),
         np.array([row.silent for row in rows], np.uint8).tobytes(),
-        # Bytes of one place lie together: the first bytes of small scores are alike, and compress well.
+        # Grouped by byte position: the first bytes of small scores are alike, and compress well.
         scores.view(np.uint8).reshape(-1, kind.itemsize).T.tobytes(),
     )
     packed = zlib.compress(b"".join(parts))
@@ -180,7 +180,7 @@ def _chunk(windows: Sequence[WindowScores], kind: np.dtype[Any]) -> bytes:
 
 
 def _chunks(file: BinaryIO, classes: int, kind: np.dtype[Any]) -> Iterator[list[WindowScores]]:
-    """Yield the windows of each whole chunk, from the place of a file on to the first that is not whole."""
+    """Yield the windows of each complete chunk, from the position of a file to the first incomplete one."""
     while len(head := file.read(_HEAD.size)) == _HEAD.size:
         count, rows, size, check = _HEAD.unpack(head)
         expanded = 4 * count + rows * (17 + classes * kind.itemsize)

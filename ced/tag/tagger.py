@@ -553,7 +553,7 @@ def pieces(scored: Iterable[Scored], options: TagOptions, labels: ClassTable) ->
 
 
 def _cut(sound: Sound, options: TagOptions) -> Iterator[Window]:
-    return audio.cut(sound.blocks(), options.window, options.step, tail=options.tail)
+    return audio.cut_windows(sound.blocks(), options.window, options.step, tail=options.tail)
 
 
 def _taken(found: "SimpleQueue[Tags | BaseException | None]") -> Iterator[Tags]:
@@ -601,7 +601,7 @@ def _open_scorer(
             raise ConfigError(
                 f"precision is {precision}; a torch network runs in its own precision, pass a name or a file instead"
             )
-        from ced.model.torch_scorer import TorchScorer
+        from ced.model.loading import TorchScorer
 
         return TorchScorer(model, device)
     if not isinstance(model, str | os.PathLike):

@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import ConfigError, TableError
-from ced.progress import NotedProgress, silent
+from ced.progress import Progress, silent
 from ced.sound.audio import Source
-from ced.sound.labelled import read_labelled
 from ced.sound.labels import ClassTable
-from ced.sound.tables import Table, multi_hot, read_table, write_table
+from ced.sound.tables import Table, multi_hot, read_labelled, read_table, write_table
 from ced.tag.batch import outcomes
 from ced.tag.inputs import InputSound
 from ced.tag.options import TagOptions
@@ -48,10 +47,10 @@ class Calibration:
 
     out: Path
     clips: int  # that were scored
-    unreadable: tuple[str, ...]  # the errors of the clips that were left out
+    unreadable: tuple[str, ...]  # the errors of the clips that were skipped
     classes: int  # with positives
-    unseen: tuple[str, ...]  # names of classes without positives, which got a threshold common to all
-    never: tuple[str, ...]  # names of classes that no threshold makes precise enough, and that are never tagged
+    unseen: tuple[str, ...]  # names of classes without positives, which got the common threshold
+    never: tuple[str, ...]  # names of classes that are never tagged, as no threshold is precise enough
     f1_before: float  # mean over classes with positives, with `USUAL_THRESHOLD` for all
     f1_after: float
 
@@ -81,15 +80,15 @@ def calibrate_thresholds(
     window: float = TagOptions.window,
     hop: float | None = None,
     jobs: int = 1,
-    progress: NotedProgress = silent,
+    progress: Progress = silent,
 ) -> Calibration:
     """Fit a threshold for each class to labelled clips, and write them to a file.
 
-    A clip's probability is the highest of its windows: a clip then has a tag exactly when one of its windows has it,
-    which is how thresholds are used. Clips that cannot be read are left out and named.
+    The probability of a clip is the highest of its windows, so a clip has a tag exactly if one of its windows has it,
+    which is how thresholds are used. Clips that cannot be read are skipped and logged.
 
     Args:
-        tagger: what scores.
+        tagger: scores the clips.
         table: as for `read_labelled`.
         out: the file of thresholds.
         precision: the least precision of each class; None: the best F1.
@@ -110,7 +109,7 @@ def calibrate_thresholds(
     for number, (clip, outcome) in enumerate(zip(clips, outcomes(inputs, score, jobs=jobs), strict=True), 1):
         if outcome.result is None:
             unreadable.append(outcome.error)
-            logger.warning("left out: %s", outcome.error)
+            logger.warning("skipped: %s", outcome.error)
         else:
             rows.append(outcome.result.probs)
             labels.append(clip.labels)
@@ -142,11 +141,11 @@ def _check_precision(precision: float | None) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """Thresholds and what they reach on the scores they were fitted to; arrays are (c,)."""
+    """Thresholds, and their measures on the scores that they were fitted to; arrays are (c,)."""
 
     thresholds: NDArray[np.float32]
-    precision: NDArray[np.float64]  # nan where no score reaches the threshold
-    recall: NDArray[np.float64]  # nan where there are no positives, as is F1
+    precision: NDArray[np.float64]  # NaN if no score reaches the threshold
+    recall: NDArray[np.float64]  # NaN without positives, as is F1
     f1: NDArray[np.float64]
     positives: NDArray[np.int64]
 
@@ -154,24 +153,24 @@ class Fit:
 def fit_thresholds(probs: NDArray[np.float32], targets: NDArray[np.bool_], *, precision: float | None = None) -> Fit:
     """Fit a threshold for each class.
 
-    It is the one of the best F1 or, with `precision`, the one of the best recall among those whose precision is no
-    lower; of equals the highest. If no threshold reaches the precision, the class gets `NEVER`. A class without
-    positives gets the threshold that is best for all classes together. A threshold lies half-way between two scores.
+    It is the threshold with the best F1 or, with `precision`, with the best recall among those of at least this
+    precision; of equals the highest. If no threshold reaches the precision, the class gets `NEVER`. A class without
+    positives gets the threshold that is best for all classes together. A threshold is half-way between two scores.
 
     Args:
         probs: scores, (n, c).
-        targets: what is there, (n, c).
+        targets: the true labels, (n, c).
         precision: above 0, at most 1.
 
     Raises:
         ConfigError: `precision` is out of range.
-        TableError: there is no positive at all, or a score is not a number.
+        TableError: there are no positives, or a score is NaN.
     """
     _check_precision(precision)
     if not targets.any():
         raise TableError(f"none of {len(targets)} clips has a label, so there is nothing to fit thresholds to")
     if np.isnan(probs).any():
-        raise TableError("the model answers a clip with scores that are not numbers")
+        raise TableError("the scores of a clip are not numbers (NaN)")
     seen = targets.sum(0) > 0
     thresholds = np.empty(seen.shape, np.float32)
     for index in np.flatnonzero(seen):
@@ -182,15 +181,15 @@ def fit_thresholds(probs: NDArray[np.float32], targets: NDArray[np.bool_], *, pr
 
 
 def measure(probs: NDArray[np.float32], targets: NDArray[np.bool_], thresholds: NDArray[np.float32]) -> Fit:
-    """Say what thresholds (c,) reach on scores (n, c) and what is there (n, c)."""
-    said = probs >= thresholds
-    hits, called, positives = (said & targets).sum(0), said.sum(0), targets.sum(0)
-    there = positives > 0
+    """Measure thresholds (c,) on scores (n, c) and true labels (n, c)."""
+    predicted = probs >= thresholds
+    hits, called, positives = (predicted & targets).sum(0), predicted.sum(0), targets.sum(0)
+    has_positives = positives > 0
     return Fit(
         thresholds=thresholds,
         precision=_ratio(hits, called, called > 0),
-        recall=_ratio(hits, positives, there),
-        f1=_ratio(2 * hits, called + positives, there),
+        recall=_ratio(hits, positives, has_positives),
+        f1=_ratio(2 * hits, called + positives, has_positives),
         positives=positives,
     )
 
@@ -202,29 +201,31 @@ def _ratio(above: NDArray[np.int64], below: NDArray[np.int64], valid: NDArray[np
 
 
 def _best(scores: NDArray[np.float32], targets: NDArray[np.bool_], precision: float | None) -> float:
-    """Return the best threshold of one class, from scores (n,) and what is there (n,), some of it true."""
+    """Return the best threshold of one class, from scores (n,) and true labels (n,), some of them positive."""
     order = np.argsort(-scores, kind="stable")
     falling = scores[order]
-    hits = np.cumsum(targets[order])  # when the highest 1, 2, ... n scores are called
+    hits = np.cumsum(targets[order])  # if the highest 1, 2, ... n scores are positive
     called = np.arange(1, len(falling) + 1)
     worth = 2 * hits / (called + hits[-1]) if precision is None else np.where(hits / called >= precision, hits, -1)
-    worth[:-1][falling[:-1] == falling[1:]] = -1  # equal scores are called together
+    worth[:-1][falling[:-1] == falling[1:]] = -1  # equal scores are positive together
     count = int(np.argmax(worth))
     if worth[count] <= 0:
         return NEVER
     lowest = falling[count]
     below = falling[count + 1] if count + 1 < len(falling) else np.float32(0)
     between = np.float32((float(lowest) + float(below)) / 2)
-    return float(between if between > below else lowest)  # two scores may have no number between them
+    return float(between if between > below else lowest)  # two scores may be neighbouring floats
 
 
 def write_thresholds(path: str | os.PathLike[str], fit: Fit, labels: ClassTable) -> None:
-    """Write thresholds and what they reach: tab-separated, a class a row."""
+    """Write thresholds and their measures: tab-separated, a row for each class."""
     columns = {"index": [str(index) for index in range(len(labels))]}
     if labels.mids is not None:
         columns["mid"] = list(labels.mids)
     columns["name"] = list(labels.names)
-    columns["threshold"] = [str(threshold) for threshold in fit.thresholds]  # as short as float32 can be read again
+    columns["threshold"] = [
+        str(threshold) for threshold in fit.thresholds
+    ]  # the shortest text that reads back as the same float32
     for name, values in (("precision", fit.precision), ("recall", fit.recall), ("f1", fit.f1)):
         columns[name] = ["" if math.isnan(value) else f"{value:.4f}" for value in values]
     columns["positives"] = [str(count) for count in fit.positives]
@@ -237,13 +238,13 @@ def read_thresholds(path: str | os.PathLike[str], labels: ClassTable, default: f
     Lines that begin with "#" are comments; other columns are ignored.
 
     Args:
-        path: the file, as `write_thresholds` leaves it or written by hand.
+        path: a file of `write_thresholds`, or one written by hand.
         labels: the classes of the model.
         default: the threshold of classes that are not listed.
 
     Raises:
-        TableError: the file cannot be understood or is of another format version, a class is none of the model's or
-            there twice, or a threshold is no number of 0 or more (with the row).
+        TableError: the file is not valid or has another format version, a class is unknown or is listed twice, or a
+            threshold is not a number of 0 or more (with the row).
     """
     _check_version(Path(path))
     table = read_table(path, required=("threshold",), comments=True)
@@ -259,7 +260,7 @@ def read_thresholds(path: str | os.PathLike[str], labels: ClassTable, default: f
     for row in range(len(table)):
         index = _class_of(table, row, places, labels)
         if index in listed:
-            raise TableError(f"thresholds {path}, row {row + 1}: class {labels.names[index]!r} is there twice")
+            raise TableError(f"thresholds {path}, row {row + 1}: class {labels.names[index]!r} is listed twice")
         listed.add(index)
         thresholds[index] = _number(table, row)
     return tuple(thresholds.tolist())
@@ -274,24 +275,25 @@ def _check_version(path: Path) -> None:
         raise TableError(f"cannot read thresholds {path}: {reason}") from error
     version = re.match(r"# ced thresholds, format (\d+)", line)
     if version and int(version[1]) != FORMAT_VERSION:
-        raise TableError(f"thresholds {path} are of format {version[1]}; this program reads format {FORMAT_VERSION}")
+        raise TableError(f"thresholds {path} have format {version[1]}; this program reads format {FORMAT_VERSION}")
 
 
 def _class_of(table: Table, row: int, places: dict[str, dict[str, int]], labels: ClassTable) -> int:
-    """Return the class that a row (from 0) is about, by all columns that say it."""
+    """Return the class of a row (from 0), by all columns that identify it."""
     found: dict[str, int] = {}
     for column, indices in places.items():
-        said = table.column(column)[row]
-        if said not in indices:
+        value = table.column(column)[row]
+        if value not in indices:
             raise TableError(
-                f"thresholds {table.path}, row {row + 1}: {column} {said!r} is none of the model's {len(labels)}"
-                f" classes ({labels.names[0]}, ... {labels.names[-1]})"
+                f"thresholds {table.path}, row {row + 1}: {column} {value!r} is not one of the model's"
+                f" {len(labels)} classes ({labels.names[0]}, ... {labels.names[-1]})"
             )
-        found[column] = indices[said]
+        found[column] = indices[value]
     if len(set(found.values())) > 1:
-        said = ", ".join(f"{column} {table.column(column)[row]}" for column in found)
+        values = ", ".join(f"{column} {table.column(column)[row]}" for column in found)
         raise TableError(
-            f"thresholds {table.path}, row {row + 1}: {said} are not one class of the model; are they of another model?"
+            f"thresholds {table.path}, row {row + 1}: {values} are different classes of this model;"
+            " was the file made for another model?"
         )
     return next(iter(found.values()))
 
@@ -304,6 +306,6 @@ def _number(table: Table, row: int) -> float:
         number = math.nan
     if not number >= 0:
         raise TableError(
-            f"thresholds {table.path}, row {row + 1}: threshold {text!r} is no number of 0 or more (inf: never)"
+            f"thresholds {table.path}, row {row + 1}: threshold {text!r} is not a number of 0 or more (inf: never)"
         )
     return number

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from ced.errors import ConfigError, MissingPackageError
 from ced.files import written_aside
+from ced.sound.decode import is_address
 from ced.sound.tables import write_table
-from ced.sound.web import is_address
 from ced.tag.records import (
     CLOCK_KEYS,
     FORMAT_VERSION,
@@ -50,20 +50,20 @@ RAVEN_COLUMNS = (
     "Label",
     "Score",
 )
-CHANNEL_KEY = "channel"  # a further column where each channel was tagged on its own
+CHANNEL_KEY = "channel"  # a further column if each channel was tagged on its own
 _SIDES: Mapping[str | int, int] = {"mean": 1, "left": 1, "right": 2}  # the channel that Raven shows
-_HIGHEST = 8000.0  # Hz; the upper edge of the mel filters of all models
+_HIGHEST = 8000.0  # Hz; upper edge of the mel filters of all models
 _ROW_GROUP, _VECTOR_GROUP = 1 << 16, 1024  # rows of a Parquet file that are in memory at a time: tags, vectors
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a cell begins with that spreadsheet programs take for a formula
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a cell that begins with these is a formula for spreadsheet programs
 EMBEDDINGS_VERSION = 1
 EMBEDDING_SUFFIXES = (".npy", ".parquet")
-_MARK = "\ufeff"  # byte-order mark, without which Excel takes UTF-8 for another encoding
+_MARK = "\ufeff"  # byte-order mark; without it Excel does not recognise UTF-8
 
 
 def text(records: Iterable[Timeline], *, channel: bool = False) -> Iterator[str]:
-    """Yield lines for a reader: a heading with the name, then each window's tags, a blank line after each window.
+    """Yield plain text: a heading with the name, then the tags of each window, with a blank line after each window.
 
-    All text is printable.
+    Unprintable characters become escapes.
 
     Args:
         records: what to write.
@@ -81,7 +81,7 @@ def text(records: Iterable[Timeline], *, channel: bool = False) -> Iterator[str]
 
 
 def jsonl(records: Iterable[Timeline]) -> Iterator[str]:
-    """Yield each record as a line of JSON, piece by piece; an interrupted one is closed, as not complete."""
+    """Yield each record as a line of JSON, piece by piece; an interrupted record is closed, with complete: false."""
     for record in records:
         yield f'{json_line(json_head(record))[:-1]}, "pieces": ['
         try:
@@ -101,16 +101,16 @@ def csv(records: Iterable[Timeline], *, channel: bool = False, clock: bool = Fal
     Args:
         records: what to write.
         channel: add the column `channel`.
-        clock: add `CLOCK_KEYS`, empty for sounds whose clock time is not known.
+        clock: add the columns `CLOCK_KEYS`, empty for sounds without a clock time.
     """
     for line in csv_lines(_table(records, channel, clock)):
         yield f"{line}\n"
 
 
 def spreadsheet(records: Iterable[Timeline], *, channel: bool = False, clock: bool = False) -> Iterator[str]:
-    """Yield CSV for spreadsheet programs: with a byte-order mark, and an apostrophe before what could be a formula.
+    """Yield CSV for spreadsheet programs: with a byte-order mark, and an apostrophe before text like a formula.
 
-    A file may be named `=HYPERLINK(...).wav`, which Excel, LibreOffice and Google Sheets would run.
+    A file may be named `=HYPERLINK(...).wav`, which Excel, LibreOffice and Google Sheets would execute.
     """
     rows = (tuple(_inert(value) for value in row) for row in _table(records, channel, clock))
     for number, line in enumerate(csv_lines(rows)):
@@ -136,17 +136,17 @@ def _table(records: Iterable[Timeline], channel: bool, clock: bool) -> Iterator[
 def audacity(records: Iterable[Timeline]) -> Iterator[str]:
     """Yield a label for each tag, for Audacity's File > Import > Labels.
 
-    Audacity shows nothing but the label, so the probability is a part of its text.
+    Audacity shows only the label, so its text includes the probability.
     """
     for _, piece, tag in _rows(records):
         yield f"{piece.start:.6f}\t{piece.end:.6f}\t{cell(tag.label)} {tag.prob:.2f}\n"
 
 
 def raven(records: Iterable[Timeline]) -> Iterator[str]:
-    """Yield a selection table for Raven: a header and a row for each tag, over all frequencies of models and sound.
+    """Yield a selection table for Raven: a header and a row for each tag, over all frequencies of model and sound.
 
-    Raven opens several sounds as one sequence: "Begin Time (s)" counts from the start of the first sound of the table,
-    "File Offset (s)" from the start of each.
+    Raven opens several sounds as one sequence: "Begin Time (s)" is relative to the start of the first sound of the
+    table, "File Offset (s)" to the start of each.
     """
     yield "\t".join(RAVEN_COLUMNS) + "\n"
     number, before = 0, 0.0
@@ -163,7 +163,7 @@ def raven(records: Iterable[Timeline]) -> Iterator[str]:
 
 
 def _whole_path(file: str) -> str:
-    """Return the absolute path of a file, which Raven needs; an address or a name such as <stdin> as it is."""
+    """Return the absolute path of a file, which Raven needs; addresses and names such as <stdin> are unchanged."""
     return file if is_address(file) or file.startswith("<") else os.path.abspath(file)
 
 
@@ -184,7 +184,7 @@ def tag_schema(*, channel: bool = False, clock: bool = False) -> "pa.Schema":
 
 
 def tag_tables(records: Iterable[Timeline], *, channel: bool = False, clock: bool = False) -> "Iterator[pa.Table]":
-    """Yield Arrow tables with a row for each tag, a limited number of rows at a time; arguments as for `csv`."""
+    """Yield Arrow tables with a row for each tag, in groups of rows; arguments as for `csv`."""
     rows = (
         (
             as_utf8(record.file),
@@ -213,7 +213,7 @@ def _in_groups(schema: "pa.Schema", rows: Iterable[tuple[Any, ...]], size: int) 
 
 
 def write_tables(path: Path, schema: "pa.Schema", tables: "Iterable[pa.Table]") -> int:
-    """Write tables to a Parquet file, one after the other; return how many rows there are."""
+    """Write tables to a Parquet file, one after the other; return the number of rows."""
     from pyarrow import parquet
 
     count = 0
@@ -225,20 +225,20 @@ def write_tables(path: Path, schema: "pa.Schema", tables: "Iterable[pa.Table]") 
 
 
 def as_utf8(name: str) -> str:
-    """Return a file name with escapes in place of bytes that are not text, which Parquet cannot hold."""
+    """Return a file name with escapes for bytes that are not text, because Parquet requires UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write records.
+    """An output format of records.
 
     Attributes:
-        suffix: of its files, behind the name of the sound.
-        text: yields what a file holds as the pieces of records come; None: not text.
+        suffix: of its files, after the name of the sound.
+        text: yields the text of a file while the pieces of records arrive; None: not a text format.
         file: writes a file that is not text.
-        shared: whether the sounds of several files can share one output.
-        package: what writing needs beyond the core installation.
+        shared: whether several sounds can share one output.
+        package: an optional package that writing needs.
     """
 
     suffix: str
@@ -260,7 +260,7 @@ FORMATS: Mapping[str, Format] = {
 
 
 def _with_columns(name: str, channel: bool, clock: bool) -> Format:
-    """Return a format that writes channels and clock times, too, if it does so in columns or headings of their own."""
+    """Return a format that also writes channels and clock times, if it has columns or headings for them."""
     changed: Mapping[str, Format] = {
         "text": replace(FORMATS["text"], text=partial(text, channel=channel)),
         "csv": replace(FORMATS["csv"], text=partial(csv, channel=channel, clock=clock)),
@@ -273,17 +273,17 @@ def _with_columns(name: str, channel: bool, clock: bool) -> Format:
 def formats(
     names: Sequence[str], *, shared: bool = False, printed: bool = False, channel: bool = False, clock: bool = False
 ) -> list[Format]:
-    """Look formats up by name, before any work is done for them.
+    """Look up formats by name, before any work is done.
 
     Args:
-        names: some of `FORMATS`, in capitals or not.
-        shared: the sounds of several files go into one output.
+        names: names of `FORMATS`; case is ignored.
+        shared: several sounds go into one output.
         printed: the output is printed, line by line.
         channel: tables and headings have the channel of tags.
         clock: tables have the clock times of tags.
 
     Raises:
-        ConfigError: a name is unknown, or a format cannot do what is asked.
+        ConfigError: a name is unknown, or a format does not allow this.
         MissingPackageError: its package is not installed.
     """
     chosen = []
@@ -302,7 +302,7 @@ def formats(
 
 
 def write_records(chosen: Format, records: Iterable[Timeline], path: Path) -> None:
-    """Write records to a file at once; of any number of records few are in memory.
+    """Write records to a file, in memory that does not grow with their number.
 
     Text is UTF-8; bytes of a file name that are not text become escapes.
 
@@ -319,7 +319,7 @@ def write_records(chosen: Format, records: Iterable[Timeline], path: Path) -> No
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingRow:
-    """One vector, and the piece of a sound that it stands for."""
+    """One vector, and the piece of a sound that it represents."""
 
     file: str
     start: float  # seconds
@@ -329,7 +329,7 @@ class EmbeddingRow:
 
 
 def embedding_rows(file: str, found: Embedding, *, windows: bool = False) -> Iterator[EmbeddingRow]:
-    """Yield the rows of a sound: one for the whole of it, or one for each window."""
+    """Yield the rows of a sound: one for the whole sound, or one for each window."""
     if not windows:
         yield EmbeddingRow(file, 0.0, found.seconds, found.clip, found.channel)
         return
@@ -338,25 +338,26 @@ def embedding_rows(file: str, found: Embedding, *, windows: bool = False) -> Ite
 
 
 def check_embeddings_path(path: Path) -> None:
-    """Make sure that a path names a format, and one that can be written here.
+    """Check that a path has the suffix of a format that can be written here.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: its suffix is another one.
+        MissingPackageError: the package for Parquet is not installed.
     """
     if path.suffix not in EMBEDDING_SUFFIXES:
-        raise ConfigError(f"embeddings go to a file named {' or '.join(EMBEDDING_SUFFIXES)}; got {path}")
+        raise ConfigError(f"embeddings are written to a file with suffix {' or '.join(EMBEDDING_SUFFIXES)}; got {path}")
     if path.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise MissingPackageError("pyarrow", f"writing {path}")
 
 
 def write_embeddings(path: Path, rows: Iterable[EmbeddingRow]) -> int:
-    """Write vectors in order, unless there are none; return how many.
+    """Write vectors in order, unless there are none; return their number.
 
     `.npy`: (rows, d) float32, and beside it `<name>.tsv` with the columns file, start, end, channel. `.parquet`: these
-    columns and `vector`. No file is left half-written.
+    columns and `vector`. An incomplete file is never left behind.
 
     Raises:
-        ConfigError: the suffix is neither.
+        ConfigError: the suffix is another one.
     """
     check_embeddings_path(path)
     rows = iter(rows)
@@ -403,6 +404,6 @@ def embedding_schema() -> "pa.Schema":
 
 
 def embedding_tables(rows: Iterable[EmbeddingRow]) -> "Iterator[pa.Table]":
-    """Yield Arrow tables of embeddings, a limited number of rows at a time."""
+    """Yield Arrow tables of embeddings, in groups of rows."""
     values = ((as_utf8(row.file), row.start, row.end, str(row.channel), row.vector) for row in rows)
     return _in_groups(embedding_schema(), values, _VECTOR_GROUP)

@@ -23,12 +23,12 @@ SETTINGS = DemoSettings(
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoReport, list[str]]:
-    said: list[str] = []
-    return run_demo(tmp_path_factory.mktemp("unbroken"), settings=SETTINGS, say=said.append), said
+    announced: list[str] = []
+    return run_demo(tmp_path_factory.mktemp("unbroken"), settings=SETTINGS, say=announced.append), announced
 
 
 def test_a_run_goes_from_sounds_to_tags(unbroken: tuple[DemoReport, list[str]]) -> None:
-    report, said = unbroken
+    report, announced = unbroken
     assert list(report.scores) == ["teacher_a", "teacher_b", "ensemble", "student"]
     for found in report.scores.values():
         assert 0 < found.map <= 1
@@ -39,7 +39,7 @@ def test_a_run_goes_from_sounds_to_tags(unbroken: tuple[DemoReport, list[str]]) 
     assert all(path.exists() for path in report.written.values())
     assert len(report.tagged) == 4
     assert all("-4.wav" in name and len(tags.tags) == 3 for name, tags in report.tagged.items())  # of fold 5
-    assert len(said) == len(report.seconds) == 8
+    assert len(announced) == len(report.seconds) == 8
 
 
 def test_the_report_is_a_table(unbroken: tuple[DemoReport, list[str]]) -> None:
@@ -57,14 +57,14 @@ def test_an_interrupted_run_resumes_to_the_same_results(unbroken: tuple[DemoRepo
     class PowerCutError(Exception):
         pass
 
-    said: list[str] = []
+    announced: list[str] = []
 
-    def cut(task: str, done: int, total: int) -> None:
-        if "teacher_b" in said[-1] and task.startswith("epoch 2"):
+    def cut(task: str, done: int, total: int, _: str = "") -> None:
+        if "teacher_b" in announced[-1] and task.startswith("epoch 2"):
             raise PowerCutError
 
     with pytest.raises(PowerCutError):
-        run_demo(tmp_path, settings=SETTINGS, say=said.append, progress=cut)
+        run_demo(tmp_path, settings=SETTINGS, say=announced.append, progress=cut)
     report = run_demo(tmp_path, settings=SETTINGS)
     experiments = tmp_path / "generated_fold5" / "experiments"
     assert sorted(path.parent.name for path in experiments.glob("*/*/")) == ["student", "teacher_a", "teacher_b"]

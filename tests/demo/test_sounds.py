@@ -9,7 +9,7 @@ from ced.sound.tables import read_table
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sound_is_loud_enough_and_never_clips(kind: str) -> None:
+def test_a_generated_sound_is_audible_and_does_not_clip(kind: str) -> None:
     for seed in range(3):
         wave = generate(kind, np.random.default_rng(seed), 1.25)
         assert wave.shape == (20_000,)
@@ -23,7 +23,7 @@ def test_the_same_seed_makes_the_same_sound_and_another_seed_another() -> None:
     assert not np.allclose(first, other)
 
 
-def test_a_set_is_files_and_a_table(tmp_path: Path) -> None:
+def test_sounds_are_written_as_files_with_a_table(tmp_path: Path) -> None:
     write_sounds(tmp_path, clips_per_class=6, seconds=0.25, seed=0)
     table = read_table(tmp_path / "meta.tsv")
     assert list(table.columns) == ["filename", "fold", "label", "name"]

@@ -1,4 +1,4 @@
-"""What the paper rests on: teacher and student see the same picture, bit for bit."""
+"""The basis of the paper: teacher and student get the same mel, bit for bit."""
 
 import importlib
 import os
@@ -35,14 +35,14 @@ def teach(mel):
     seen.append(mel.clone())
     return torch.sigmoid(mel.mean(2)[:, :10] / 20)
 """
-SECONDS = [2.0, 5.0, 1.0, 3.3, 2.0, 1.7, 4.0001]  # whole chunks, rests that are kept, rests that are dropped
+SECONDS = [2.0, 5.0, 1.0, 3.3, 2.0, 1.7, 4.0001]  # whole chunks, with rests that are kept and rests that are dropped
 ROWS = 12  # 1 + 3 + 1 + 2 + 1 + 1 + 2 chunks, and one of a clip kept in float32
 BATCH = 5  # the teacher's
 
 
 @pytest.fixture
 def teacher_mels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Store two epochs; give what the teacher heard in each, (n, f, frames), in the order of the store's rows."""
+    """Store two epochs; return the mel that the teacher got in each, (n, f, frames), in the order of the rows."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "recorder", raising=False)
@@ -50,7 +50,7 @@ def teacher_mels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Tensor
     rng = np.random.default_rng(0)
     with h5py.File("mine_0.h5", "w") as file:
         for clip, seconds in enumerate(SECONDS):
-            wave = rng.normal(0, 0.1 * clip, round(seconds * 16_000))  # the first is silence
+            wave = rng.normal(0, 0.1 * clip, round(seconds * 16_000))  # the first clip is silent
             file[f"clip{clip}.wav"] = np.round(wave * 32_768).clip(-32_768, 32_767).astype(np.int16)
         file["float.wav"] = rng.normal(0, 0.1, 32_000).astype(np.float32)
     names = [*(f"clip{clip}.wav" for clip in range(len(SECONDS))), "float.wav"]
@@ -58,7 +58,9 @@ def teacher_mels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Tensor
     config = {"train_data": "mine.tsv", "outputpath": "out", "model": "recorder:teach", "topk": 3, "chunk_length": 2}
     config |= {"batch_size": BATCH, "epochs": 2, "num_workers": 2}
     assert store(check(StoreConfig, config, "test")) == Path("out/recorder_teach/mine/chunk_2")
-    seen = importlib.import_module("recorder").seen[1:]  # without the probe
+    seen = importlib.import_module("recorder").seen[
+        1:
+    ]  # without the first call, which only finds out the number of classes
     assert [len(mel) for mel in seen] == 2 * [BATCH, BATCH, 2]
     return [torch.cat(seen[:3]), torch.cat(seen[3:])]
 
@@ -79,7 +81,7 @@ def student_mel(views: ViewDataset, items: Sequence[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, ROWS])
-def test_the_student_sees_what_the_teacher_saw(teacher_mels: list[Tensor], batch_size: int) -> None:
+def test_the_student_gets_the_mel_of_the_teacher(teacher_mels: list[Tensor], batch_size: int) -> None:
     rng = np.random.default_rng(batch_size)
     for epoch, expected in enumerate(teacher_mels, start=1):
         views = student_views(epoch)
@@ -95,10 +97,10 @@ def test_the_two_epochs_are_different_views(teacher_mels: list[Tensor]) -> None:
         assert not torch.equal(first, second), row
 
 
-def test_training_feeds_the_network_what_the_teacher_saw(
+def test_training_gives_the_network_the_mel_of_the_teacher(
     teacher_mels: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real run: every picture of its two epochs is the teacher's, and none is left out."""
+    """In a real run of two epochs, every mel is one of the teacher, and all of them occur."""
     fed: list[Tensor] = []
     forward_mel = CED.forward_mel
 
@@ -129,7 +131,7 @@ def test_a_short_chunk_is_padded_after_the_shift(teacher_mels: list[Tensor]) -> 
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="no published store here")
-def test_a_published_store_replays() -> None:
+def test_views_of_a_published_store_are_reproduced() -> None:
     opened = ViewStore(PUBLISHED)
     pack = AudioPack(PUBLISHED / "pack" / "labels" / "mine.tsv")
     shifts: list[int] = []

@@ -62,8 +62,8 @@ def test_a_rest_of_half_a_chunk_is_kept_and_a_shorter_one_dropped(tmp_path: Path
     assert chunks.stops.tolist() == [32000, 64000, 80000, 32000, 64000, 16000, 32000, 64000]
 
 
-def test_rows_of_a_store_give_back_the_chunks_that_were_cut(tmp_path: Path) -> None:
-    """A clip of 20 minutes: its seconds in float32 do not tell neighbouring samples apart."""
+def test_rows_of_a_store_are_mapped_to_the_chunks_that_were_cut(tmp_path: Path) -> None:
+    """In a clip of 20 minutes, seconds in float32 are the same for neighbouring samples."""
     pack = make_pack(tmp_path, {"a": ramp(2.5), "long": np.zeros(1200 * SECOND + 5 * SECOND + 1, np.int16)})
     chunks = cut_chunks(pack.lengths(), 10.0)
     seconds = [(array / SECOND).astype(np.float32).tolist() for array in (chunks.starts, chunks.stops)]
@@ -97,7 +97,7 @@ def test_a_store_whose_pack_lacks_a_clip_is_refused(tmp_path: Path) -> None:
         chunks_of_rows(pack, rows(["a", "gone"], [0.0, 0.0], [2.0, 2.0]), 2.0)
 
 
-def test_a_batch_holds_shifted_and_padded_waves_whatever_its_order(tmp_path: Path) -> None:
+def test_waves_of_a_batch_are_shifted_and_padded_in_any_order(tmp_path: Path) -> None:
     pack = make_pack(tmp_path, {"a": ramp(2), "b": ramp(1.5)})
     seeds = np.array([2, 0, 5], np.int32)
     chunks = Chunks(np.array([0, 1, 0]), np.array([0, 8000, 16000]), np.array([16000, 24000, 32000]))
@@ -149,7 +149,7 @@ def test_prefetching_keeps_the_order_and_the_batches(tmp_path: Path, workers: in
     assert torch.equal(torch.cat([batch.waves for batch in batches]), expected.waves)
 
 
-def test_prefetching_passes_errors_on_and_stops_when_left(tmp_path: Path) -> None:
+def test_prefetching_raises_errors_and_stops_when_closed(tmp_path: Path) -> None:
     pack = make_pack(tmp_path, {"a": ramp(2)})
     dataset = ViewDataset(pack, whole(pack, [0] * 50))
     with pytest.raises(IndexError):
@@ -175,7 +175,7 @@ def test_a_dataset_survives_pickling(tmp_path: Path) -> None:
     assert torch.equal(again.waves, expected.waves)
 
 
-def test_shuffled_batches_cover_everything_once_a_round_and_depend_on_the_seed_alone() -> None:
+def test_shuffled_batches_cover_all_items_in_each_round_and_depend_only_on_the_seed() -> None:
     batches = shuffled(10, 4, [1, 2])
     drawn = np.concatenate([next(batches) for _ in range(5)])
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))

@@ -26,7 +26,7 @@ RATE = 16_000
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 
 
-def test_average_precision_of_a_written_out_case() -> None:
+def test_average_precision_of_a_small_example() -> None:
     targets = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]], bool)
     scores = np.array([[0.9, 0.5, 0.1], [0.8, 0.5, 0.2], [0.7, 0.5, 0.3], [0.6, 0.5, 0.4]], np.float32)
     # Class 0: hits at ranks 1 and 3. Class 1: all scores equal, so one step of precision 2 / 4.
@@ -46,7 +46,7 @@ def cases(draw: st.DrawFn) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
 
 @given(cases())
 @settings(max_examples=150, deadline=None)
-def test_average_precision_is_that_of_scikit_learn(case: tuple[NDArray[np.bool_], NDArray[np.float32]]) -> None:
+def test_average_precision_equals_that_of_scikit_learn(case: tuple[NDArray[np.bool_], NDArray[np.float32]]) -> None:
     targets, scores = case
     found = average_precision(targets, scores)
     for column in range(targets.shape[1]):
@@ -58,7 +58,7 @@ def test_average_precision_is_that_of_scikit_learn(case: tuple[NDArray[np.bool_]
             assert np.isnan(found[column])
 
 
-def test_a_nan_score_is_refused_by_its_place() -> None:
+def test_a_nan_score_is_refused_with_its_clip_and_class() -> None:
     scores = np.array([[0.1, 0.2], [0.3, np.nan]])
     with pytest.raises(TrainingError, match=r"clip 1 for class 1 is NaN"):
         average_precision(np.ones((2, 2), bool), scores)
@@ -87,7 +87,7 @@ def network(classes: tuple[str, ...] = ("a", "b", "c"), seed: int = 0) -> CED:
         return model.eval()
 
 
-def test_scores_are_those_of_each_clip_alone(tmp_path: Path) -> None:
+def test_the_score_of_a_clip_does_not_depend_on_its_batch(tmp_path: Path) -> None:
     """Clips of several lengths, some longer than one forward pass, in batches of any size."""
     seconds, labels = [1.0, 0.5, 1.0, 2.5, 0.05, 2.5, 1.0], ["0", "1", "0;1", "", "1", "0", "1"]
     table, model = write_labelled(tmp_path, seconds, labels), network()
@@ -107,10 +107,10 @@ def test_scores_are_those_of_each_clip_alone(tmp_path: Path) -> None:
 
 def test_long_clips_go_into_smaller_batches(tmp_path: Path) -> None:
     table = write_labelled(tmp_path, [1.0] * 4 + [3.0] * 4, ["0"] * 8)
-    told: list[tuple[str, int, int]] = []
-    evaluate(network(), table, batch_size=4, progress=lambda *report: told.append(report))
+    reports: list[tuple[str, int, int]] = []
+    evaluate(network(), table, batch_size=4, progress=lambda *report: reports.append(report))
     # 112 frames are 17,920 samples: of 48,000 samples, one clip at a time fills a batch of 4 * 17,920.
-    assert told == [("evaluate", done, 5) for done in range(1, 6)]
+    assert reports == [("evaluate", done, 5) for done in range(1, 6)]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_long_clips_go_into_smaller_batches(tmp_path: Path) -> None:
     ],
 )
 def test_a_long_clip_in_blocks_scores_as_it_does_whole(pieces: int, rest: int, changes: dict[str, Any]) -> None:
-    """Lengths around the ends of blocks and pieces; digital silence shows where features are clamped."""
+    """Lengths near multiples of blocks and pieces; digital silence shows at which level features are clamped."""
     config = ModelConfig(**{"embed_dim": 16, "num_heads": 1, "depth": 1, "target_length": 32, "outputdim": 3} | changes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -146,7 +146,7 @@ def test_a_long_clip_in_blocks_scores_as_it_does_whole(pieces: int, rest: int, c
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
 def test_an_hour_long_clip_takes_little_memory(tmp_path: Path) -> None:
-    """Whole, its spectra alone would take 1.5 GB."""
+    """In one piece, its spectra alone would take 1.5 GB."""
     table = write_labelled(tmp_path, [1.0, 1.0, 1.0], ["0", "1", "2"])
     with h5py.File(tmp_path / "clips.h5", "a") as file:
         second = file["0.wav"][:]
@@ -174,7 +174,7 @@ def test_an_hour_long_clip_takes_little_memory(tmp_path: Path) -> None:
     assert megabytes < 400  # of which 115 are the mapped file
 
 
-def test_accuracy_is_told_when_each_clip_has_one_label(tmp_path: Path) -> None:
+def test_accuracy_is_measured_when_each_clip_has_one_label(tmp_path: Path) -> None:
     model = network()
     with torch.no_grad():
         model.get_parameter("outputlayer.1.weight").zero_()
@@ -205,7 +205,7 @@ def test_a_clip_that_is_not_in_its_pack_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"), [(["", ""], "no clip of .* has a class"), (["0", "3"], "label '3' is not one of 0 to 2")]
 )
-def test_labels_that_make_no_sense_are_refused(tmp_path: Path, labels: list[str], message: str) -> None:
+def test_invalid_labels_are_refused(tmp_path: Path, labels: list[str], message: str) -> None:
     with pytest.raises(TableError, match=message):
         evaluate(network(), write_labelled(tmp_path, [0.5] * 2, labels))
 

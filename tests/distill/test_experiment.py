@@ -26,7 +26,7 @@ def test_runs_begun_in_one_second_get_folders_of_their_own(tmp_path: Path) -> No
     assert {folder.parent for folder in folders} == {tmp_path / "student"}
 
 
-def test_the_best_are_kept_the_earlier_of_equals_first() -> None:
+def test_the_best_networks_are_kept_and_of_equals_the_earlier() -> None:
     state = State()
     files = [
         state.add_validation(map, epoch, n_saved=2) for epoch, map in enumerate([0.3, 0.5, 0.2, 0.5, 0.6], start=1)
@@ -51,7 +51,7 @@ def test_validations_without_gain_are_counted() -> None:
     assert stale == [0, 1, 2, 0, 1]
 
 
-def test_what_is_not_kept_is_removed(tmp_path: Path) -> None:
+def test_networks_that_are_not_kept_are_removed(tmp_path: Path) -> None:
     names = ["best_ep001_mAP_0.3000.safetensors", "best_ep002_mAP_0.4000.safetensors", "last.safetensors"]
     for name in [*names, "resume.pt.partial"]:
         (tmp_path / name).touch()
@@ -80,7 +80,7 @@ def test_a_network_is_saved_as_a_tagger_of_the_same_weights() -> None:
     assert network.config.pooling == "logit"
 
 
-def test_a_log_is_written_only_while_it_is_open(tmp_path: Path) -> None:
+def test_messages_are_logged_only_within_the_context(tmp_path: Path) -> None:
     logger = logging.getLogger("ced.somewhere")
     with logging_to(tmp_path / "train.log"):
         logger.info("inside")

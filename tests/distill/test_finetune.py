@@ -16,35 +16,19 @@ from ced.model.config import ModelConfig
 from ced.model.loading import load_model
 from ced.model.vit import CED
 from ced.sound.labels import ClassTable, read_classes
+from tests.distill.trainings import MASKS, SMALL, settings
 
 CLASSES = ClassTable(("low", "middle", "high", "noise"))
-SMALL = {"embed_dim": 32, "num_heads": 2, "depth": 2, "target_length": 112}
-MASKS = {"TimeMasking": {"time_mask_param": 20}, "FrequencyMasking": {"freq_mask_param": 8}}
 
 
 def config_of(sounds: Path, out: Path, **changes: Any) -> FinetuneConfig:
-    values = {
-        "train_data": sounds / "train.tsv",
-        "eval_data": sounds / "eval.tsv",
-        "outputpath": out,
-        "classes": sounds / "classes.tsv",
-        "model": "ced_tiny",
-        "model_args": SMALL,
-        "pretrained": False,
-        "chunk_length": 1,
-        "spectransforms": MASKS,
-        "batch_size": 16,
-        "epochs": 2,
-        "optimizer": "AdamW",
-        "optimizer_args": {"lr": 0.005},
-        "mode": "off",
-        "num_workers": 1,
-    }
+    values = settings(sounds, out, eval_data=sounds / "eval.tsv", classes=sounds / "classes.tsv", optimizer="AdamW")
+    values |= {"chunk_length": 1, "spectransforms": MASKS}
     return check(FinetuneConfig, values | changes, "test")
 
 
 def save_tagger(path: Path, classes: tuple[str, ...] = ("one", "two")) -> dict[str, torch.Tensor]:
-    """Save a network that heard other classes, with statistics of its own, and return its weights."""
+    """Save a network with other classes and its own BatchNorm statistics, and return its weights."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
         network = CED(ModelConfig(outputdim=len(classes), **SMALL), ClassTable(classes))  # type: ignore[arg-type]
@@ -70,7 +54,7 @@ def test_a_tagger_learns_labels_from_scratch(sounds: Path, tmp_path: Path, task:
         torch.testing.assert_close(probs.sum(1), torch.ones(2))
 
 
-def test_only_the_head_learns_if_so_asked(sounds: Path, tmp_path: Path) -> None:
+def test_only_the_head_is_trained_with_trainable_head(sounds: Path, tmp_path: Path) -> None:
     before = save_tagger(tmp_path / "start.safetensors")
     config = config_of(sounds, tmp_path, model=str(tmp_path / "start.safetensors"), pretrained=True, trainable="head")
     after = load_file(finetune(config, name="tiny") / "last.safetensors")
@@ -79,7 +63,7 @@ def test_only_the_head_learns_if_so_asked(sounds: Path, tmp_path: Path) -> None:
     assert after["outputlayer.1.weight"].shape == (4, 32)
 
 
-def test_a_checkpoint_of_other_classes_gives_all_but_its_head(sounds: Path, tmp_path: Path) -> None:
+def test_all_weights_but_the_head_are_taken_from_a_checkpoint_with_other_classes(sounds: Path, tmp_path: Path) -> None:
     before = save_tagger(tmp_path / "start.safetensors")
     changes = {"pretrained": str(tmp_path / "start.safetensors"), "optimizer_args": {"lr": 1e-12}, "epochs": 1}
     after = load_file(finetune(config_of(sounds, tmp_path, **changes), name="tiny") / "last.safetensors")
@@ -109,7 +93,7 @@ def test_epochs_have_crops_and_views_of_their_own(sounds: Path) -> None:
 
 
 def test_rare_classes_are_drawn_as_often_as_common_ones(sounds: Path, tmp_path: Path) -> None:
-    """Of 48 clips, 12 have each class; without most of those of one, they come up four times as often."""
+    """Of 48 clips, 12 have each class; most clips of one class are removed, and the others drawn more often."""
     rows = (sounds / "train.tsv").read_text().splitlines()
     rare = [row for row in rows if "\t3\t" in row]
     table = tmp_path / "rare.tsv"
@@ -123,7 +107,7 @@ def test_rare_classes_are_drawn_as_often_as_common_ones(sounds: Path, tmp_path: 
     assert (folder / "averaged.safetensors").exists()
 
 
-def test_several_classes_or_none_are_balanced_too() -> None:
+def test_balancing_counts_each_label_of_a_clip_and_clips_without_any() -> None:
     found = balancing([(0,), (0, 1), (), (0,), (2,), ()])
     np.testing.assert_allclose(found, [1 / 3, 1 / 3 + 1, 1 / 2, 1 / 3, 1, 1 / 2])
 
@@ -141,7 +125,7 @@ def test_labels_are_smoothed(sounds: Path, task: str, expected: list[float]) -> 
         torch.testing.assert_close(torch.nn.functional.cross_entropy(logits, targets), loss)
 
 
-def test_short_clips_are_filled_up(sounds: Path) -> None:
+def test_short_clips_are_padded(sounds: Path) -> None:
     batch = LabelledClips(config_of(sounds, sounds, chunk_length=1.5), CLASSES).epoch(1).dataset[0]
     assert batch.waves.shape == (1, 24_000)
     assert batch.waves[0, :16_000].any()
@@ -186,7 +170,7 @@ def test_a_table_without_labels_is_refused(sounds: Path, tmp_path: Path) -> None
 def test_a_frozen_network_resumes_to_the_same_weights(
     sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of fresh weights, too: its BatchNorm keeps the statistics it has, in whatever order batches come."""
+    """Also with random weights: its BatchNorm statistics do not change, whatever the first batch is."""
     config = config_of(sounds, tmp_path / "unbroken", trainable="head")
     unbroken = finetune(config, name="tiny")
     killed = config.model_copy(update={"outputpath": tmp_path / "killed"})
@@ -203,7 +187,7 @@ def interrupt(recorder: Recorder) -> None:
     raise KeyboardInterrupt
 
 
-def test_several_labels_or_none_are_welcome_with_task_multi(sounds: Path, tmp_path: Path) -> None:
+def test_task_multi_accepts_clips_with_several_labels_or_none(sounds: Path, tmp_path: Path) -> None:
     for label in ("0;3", ""):
         table = relabelled(sounds, tmp_path, label)
         finetune(config_of(sounds, tmp_path, train_data=table, eval_data=None, epochs=1), name="tiny")
@@ -216,8 +200,6 @@ def test_several_labels_or_none_are_welcome_with_task_multi(sounds: Path, tmp_pa
         ({"task": "single", "model_args": {"activation": "sigmoid"}}, "model_args.activation is 'sigmoid'"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(
-    sounds: Path, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_impossible_settings_are_refused(sounds: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         finetune(config_of(sounds, tmp_path, **changes), name="tiny")

@@ -1,4 +1,4 @@
-"""Commands on disks that are too small: one line, no half file, and a rerun with more room ends as an unbroken run.
+"""Commands on disks that are too small: a one-line error, no partial file, and a rerun with more space completes.
 
 All of them run in one process, in a mount namespace of its own, on a file system in memory whose size is changed.
 """
@@ -117,7 +117,7 @@ def teach(mel):
 
 @pytest.fixture(scope="module")
 def report(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What each command did on disks of several sizes."""
+    """The outcome of each command on disks of several sizes."""
     here = tmp_path_factory.mktemp("full")
     alone = ["unshare", "--map-root-user", "--mount"]
     mounts = [*alone, "mount", "-t", "tmpfs", "-o", "size=4096", "tmpfs", str(here)]
@@ -158,7 +158,7 @@ def report(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_full_disk_is_one_line_and_costs_nothing_that_was_done(
+def test_a_full_disk_is_a_one_line_error_and_a_rerun_completes_the_work(
     report: dict[str, list[dict[str, Any]]], command: str
 ) -> None:
     cases = report[command]

@@ -1,10 +1,9 @@
-"""Losses of tiny deterministic runs: a change of the data order, the views, the targets or the arithmetic shows here.
+"""Losses of tiny deterministic runs, which change with the data order, the views, the targets or the arithmetic.
 
 The values are those of this project's first release on a CPU in float32. They may differ in the last digits from one
-processor to another, never by what a change of the training would bring.
+processor to another, far less than by a change of the training.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from ced.config import FinetuneConfig, PretrainConfig, TrainConfig, check
 from ced.distill.finetune import finetune
 from ced.distill.pretrain import pretrain
 from ced.distill.train import train
+from tests.distill.trainings import MASKS, measurements, settings
 
-SMALL = {"embed_dim": 32, "num_heads": 2, "depth": 2, "target_length": 112}
-MASKS = {"TimeMasking": {"time_mask_param": 20}, "FrequencyMasking": {"freq_mask_param": 8}}
 GOLDEN = {
     "train": [0.56241328, 0.53225011, 0.51990384, 0.49298859],
     "finetune": [0.54750675, 0.51765412, 0.49171281, 0.47536540],
@@ -25,28 +23,26 @@ GOLDEN = {
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [epoch["loss"] for epoch in measurements(folder)]
 
 
 def values(sounds: Path, out: Path, **more: Any) -> dict[str, Any]:
-    common = {"train_data": sounds / "train.tsv", "outputpath": out, "model": "ced_tiny", "model_args": SMALL}
-    common |= {"pretrained": False, "batch_size": 16, "epochs": 4, "warmup_epochs": 1, "optimizer": "Adam"}
-    return common | {"optimizer_args": {"lr": 0.003}, "mode": "off", "num_workers": 1} | more
+    return settings(sounds, out, epochs=4, warmup_epochs=1, optimizer_args={"lr": 0.003}, **more)
 
 
-def test_a_student_loses_what_it_did(sounds: Path, tmp_path: Path) -> None:
+def test_the_losses_of_distillation_are_unchanged(sounds: Path, tmp_path: Path) -> None:
     config = values(sounds, tmp_path, logitspath=sounds / "store", num_classes=4, mixup=0.5, label_type="last_random")
     found = losses(train(check(TrainConfig, config, "test"), name="golden"))
     assert found == pytest.approx(GOLDEN["train"], rel=1e-4)
 
 
-def test_a_fine_tuned_network_loses_what_it_did(sounds: Path, tmp_path: Path) -> None:
+def test_the_losses_of_fine_tuning_are_unchanged(sounds: Path, tmp_path: Path) -> None:
     config = values(sounds, tmp_path, classes=sounds / "classes.tsv", chunk_length=0.8, spectransforms=MASKS)
     found = losses(finetune(check(FinetuneConfig, config, "test"), name="golden"))
     assert found == pytest.approx(GOLDEN["finetune"], rel=1e-4)
 
 
-def test_a_masked_autoencoder_loses_what_it_did(sounds: Path, tmp_path: Path) -> None:
+def test_the_losses_of_masked_pre_training_are_unchanged(sounds: Path, tmp_path: Path) -> None:
     decoder = {"embed_dim": 24, "num_heads": 2, "depth": 1}
     config = values(sounds, tmp_path, chunk_length=0.8, decoder_args=decoder)
     found = losses(pretrain(check(PretrainConfig, config, "test"), name="golden"))

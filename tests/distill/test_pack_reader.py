@@ -31,7 +31,7 @@ def table_of(path: Path, filenames: list[str], **columns: list[str]) -> Path:
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
-    """A pack as others may write it: all ways to store the same samples, 0 ... 9999 scaled."""
+    """A pack of another program: the same samples, 0 ... 9999 scaled, in every storage layout."""
     ramp = np.arange(10_000, dtype=np.int16)
     floats = ramp.astype(np.float32) / 32768
     both = np.stack([ramp, ramp + 2], axis=1)
@@ -59,7 +59,7 @@ def foreign(tmp_path: Path) -> Path:
     return table_of(table, [f"x/{name}" for name in names], hdf5path=paths)
 
 
-def test_any_way_of_storing_is_read(foreign: Path) -> None:
+def test_every_storage_layout_is_read(foreign: Path) -> None:
     packed = AudioPack(foreign)
     assert len(packed) == 13
     for row, name in enumerate(packed.names()):
@@ -103,7 +103,7 @@ class _Read:
         return np.array(self.packed.read(row, 0, self.packed.samples(row)))
 
 
-def test_reads_that_are_refused(foreign: Path) -> None:
+def test_reads_out_of_range_and_of_unknown_clips_are_refused(foreign: Path) -> None:
     packed = AudioPack(foreign)
     row = packed.find(["plain"])[0]
     assert packed.find(["x/plain"]) == row
@@ -116,7 +116,7 @@ def test_reads_that_are_refused(foreign: Path) -> None:
         packed.read(row, 0, 5)[0] = 1
 
 
-def test_packs_that_are_refused(tmp_path: Path) -> None:
+def test_invalid_packs_are_refused(tmp_path: Path) -> None:
     part = tmp_path / "p.h5"
     with h5py.File(part, "w") as file:
         file["a"] = np.zeros(50_000, np.int16)
@@ -147,7 +147,7 @@ def test_packs_that_are_refused(tmp_path: Path) -> None:
         AudioPack(table_of(tmp_path / "p.tsv", ["a"]))
 
 
-def test_how_others_name_their_clips(tmp_path: Path) -> None:
+def test_clip_names_in_packs_of_other_programs(tmp_path: Path) -> None:
     def write(stem: str, clips: dict[str, int]) -> str:
         with h5py.File(tmp_path / f"{stem}.h5", "w") as file:
             for name, value in clips.items():
@@ -171,7 +171,7 @@ def test_how_others_name_their_clips(tmp_path: Path) -> None:
         read(["x/0", "y/0"], [whole] * 2)
 
 
-def test_a_pack_of_ours_that_was_stored_otherwise(tmp_path: Path) -> None:
+def test_a_pack_that_another_tool_compressed_is_read(tmp_path: Path) -> None:
     """Tools that compress HDF5 files keep the attributes."""
     waves = {f"{seed}.wav": np.arange(seed, 5_000 + seed, dtype=np.int16) for seed in range(2)}
     for name, wave in waves.items():
@@ -187,7 +187,7 @@ def test_a_pack_of_ours_that_was_stored_otherwise(tmp_path: Path) -> None:
         np.testing.assert_array_equal(packed.read(row, 0, 5_000), wave)
 
 
-def test_many_clips_take_little_room(tmp_path: Path) -> None:
+def test_memory_of_many_clips(tmp_path: Path) -> None:
     """A pack of millions of clips has to fit into memory: bytes for each clip, when opened and when indexed."""
     count = 2_000
     with h5py.File(tmp_path / "p.h5", "w") as file:
@@ -208,7 +208,7 @@ def test_many_clips_take_little_room(tmp_path: Path) -> None:
     assert taken < 40 * count
 
 
-def test_where_the_files_of_a_pack_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_in_which_the_files_of_a_pack_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(path: Path, value: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with h5py.File(path, "w") as file:
@@ -272,7 +272,7 @@ def test_clips_are_found_by_base_name_or_whole_filename(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="no published store here")
-def test_a_published_pack() -> None:
+def test_a_published_pack_is_read() -> None:
     packed = AudioPack(PUBLISHED / "pack" / "labels" / "mine.tsv")
     assert packed.names().tolist() == [f"clip{number}.wav" for number in range(6)]
     assert [packed.samples(row) for row in range(6)] == [48_000, 32_000, 16_000, 35_000, 64_000, 31_000]
@@ -290,8 +290,8 @@ def packed_noise(folder: Path, count: int = 3) -> Path:
     return pack(table_of(folder / "p.tsv", names, labels=["0"] * count), folder / "out").index
 
 
-def test_a_flipped_bit_in_audio_is_named_wherever_it_is(tmp_path: Path) -> None:
-    """The samples are right or the file is named; nothing else comes of any single bit of a file."""
+def test_any_flipped_bit_in_audio_is_detected(tmp_path: Path) -> None:
+    """With any single bit of a file flipped, the samples are right or the error names the file."""
     index = packed_noise(tmp_path)
     part = tmp_path / "out/hdf5/p_0.h5"
     whole = AudioPack(index)
@@ -315,7 +315,7 @@ def test_a_flipped_bit_in_audio_is_named_wherever_it_is(tmp_path: Path) -> None:
     assert len(refused) > 100  # the rest is free space, names of attributes, and the like
 
 
-def test_a_table_that_is_not_as_it_was_packed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_changed_table_gives_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     index = packed_noise(tmp_path)
     AudioPack(index)
     assert not caplog.records
@@ -332,7 +332,7 @@ def test_a_table_that_is_not_as_it_was_packed_is_told(tmp_path: Path, caplog: py
 
 
 def test_links_to_other_files_are_refused(tmp_path: Path) -> None:
-    """Their offsets are those of the other file: read from this one, they would give a neighbour's samples."""
+    """Offsets in the other file, applied to this one, would give the samples of another clip."""
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["a"] = np.arange(50, dtype=np.int16)
     np.arange(50, dtype=np.int16).tofile(tmp_path / "raw.bin")
@@ -351,7 +351,7 @@ def test_links_to_other_files_are_refused(tmp_path: Path) -> None:
             elif kind == "virtual":
                 file.create_virtual_dataset("x/a", layout)
             else:
-                file.create_dataset("x/a", (10**12,), np.int16)  # no samples were ever written
+                file.create_dataset("x/a", (10**12,), np.int16)  # samples were never written
         packed = AudioPack(table_of(tmp_path / "p.tsv", ["x/a", "b"], hdf5path=[str(path)] * 2))
         with pytest.raises(PackError, match="damaged" if kind == "nothing" else "another file"):
             packed.samples(0)
@@ -365,11 +365,11 @@ def test_links_to_other_files_are_refused(tmp_path: Path) -> None:
     ("attribute", "value"),
     [("dtype", "iht16"), ("dtype", "int17"), ("dtype", 5), ("sample_rate", 16_001), ("stereo", "x" * 9)],
 )
-def test_attributes_that_cannot_be_are_damage(tmp_path: Path, attribute: str, value: object) -> None:
+def test_attributes_out_of_range_are_reported_as_damage(tmp_path: Path, attribute: str, value: object) -> None:
     index = packed_noise(tmp_path)
     with h5py.File(tmp_path / "out/hdf5/p_0.h5", "a") as file:
         file.attrs[attribute] = value
-    if attribute == "stereo":  # then the layout of every clip is looked at
+    if attribute == "stereo":  # the layout of every clip is then read
         assert AudioPack(index).samples(0) == 700
     else:
         with pytest.raises(PackError, match=r"p_0\.h5 is damaged"):

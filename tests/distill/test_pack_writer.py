@@ -70,7 +70,7 @@ def test_sixteen_bit_clips_are_packed_as_they_are(tmp_path: Path) -> None:
         "hdf5path": [str(part)] * 3,
     }
     assert files_in(tmp_path / "out").keys() == {"labels/mine.tsv", "labels/mine.tsv.sha256", "hdf5/mine_0.h5"}
-    with h5py.File(part) as file:  # as any other program sees it
+    with h5py.File(part) as file:  # as other programs read it
         assert list(file) == list(waves)
         for name, wave in waves.items():
             assert file[name].dtype == np.int16
@@ -113,7 +113,7 @@ def test_stereo_is_kept_on_request_and_averaged_on_reading(tmp_path: Path) -> No
     np.testing.assert_array_equal(packed.read(1, 0, 300), mono)
 
 
-def test_options_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_delimiter_filename_column_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = write_clips(Path("clips"), 5)
     Path("mine.csv").write_text("path,note\n" + "".join(f'{name},"a, b"\n' for name in names))
@@ -129,7 +129,7 @@ def test_options_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(AudioPack(report.index)) == 5
 
 
-def test_two_clips_with_one_name(tmp_path: Path) -> None:
+def test_two_clips_with_one_name_are_refused(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         soundfile.write(tmp_path / folder / "x.wav", samples_of(ord(folder)), RATE)
@@ -155,7 +155,7 @@ def test_two_clips_with_one_name(tmp_path: Path) -> None:
         pack(twice, tmp_path / "out", fullname=True)
 
 
-def test_a_failed_clip_is_not_taken_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_clip_is_not_confused_with_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("x").mkdir()
     for seed, name in enumerate(("0.wav", "x/zz.wav")):
@@ -172,14 +172,16 @@ def test_a_failed_clip_is_not_taken_for_another(tmp_path: Path, monkeypatch: pyt
     assert packed.names().tolist() == ["0.wav", "zz.wav"]
     for row in (0, 1):
         np.testing.assert_array_equal(packed.read(row, 0, 800), samples_of(row))
-    # Nor by whoever writes the table.
+    # The same for a table that the user wrote.
     part = "out/hdf5/mine_0.h5"
     packed = AudioPack(table_of(Path("all.tsv"), ["0.wav", "x/0.wav"], hdf5path=[part, part]))
     with pytest.raises(PackError, match=r"mine_0\.h5 lacks clip x/0\.wav, row 2 of all\.tsv$"):
         packed.samples(1)
 
 
-def test_a_root_clip_is_not_taken_for_one_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clip_without_a_folder_is_not_confused_with_one_in_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a").mkdir()
     for seed, name in enumerate(("x.wav", "a/x.wav")):
@@ -204,30 +206,30 @@ def test_unreadable_files_are_listed_and_the_rest_is_packed(tmp_path: Path) -> N
     assert listed["filename"] == [names[1], names[3], missing]
     assert listed["reason"][0] == f"{names[1]}: empty (0 bytes)"
     assert "No such file" in listed["reason"][2]
-    # Rows decide which part a clip goes to, so that what fails moves nothing.
+    # The row of a clip decides its file, so a clip that fails does not move others.
     index = read_table(report.index)
     assert index.column("filename") == [names[0], names[2], names[5], names[6]]
     assert [path[-4] for path in index.column("hdf5path")] == ["0", "1", "2", "3"]
     packed = AudioPack(report.index)
     np.testing.assert_allclose(packed.read(1, 0, 50) / 32768, load(names[2])[:50], atol=2**-16)
-    # Nothing has changed: nothing is done, and the same is said.
+    # Nothing has changed: nothing is written, and the report is the same.
     before = files_in(out)
     again = pack(tmp_path / "mine.tsv", out, size_per_file=2, duration=True)
     assert (again.kept, again.failed) == (4, report.failed)
     assert files_in(out) == before
-    # One is repaired: its part is done again, the others are kept.
+    # One clip is repaired: its file is written again, the others are kept.
     soundfile.write(names[3], samples_of(3), RATE, format="WAV")
     mended = pack(tmp_path / "mine.tsv", out, size_per_file=2, duration=True)
     assert (mended.packed, mended.kept) == (5, 3)
     assert AudioPack(mended.index).find(["clip3.ogg"]) == 2
-    # All are there: the list is gone.
+    # All clips can be read: the list of failures is removed.
     soundfile.write(names[1], samples_of(1), RATE, format="WAV")
     soundfile.write(missing, samples_of(9), RATE)
     assert pack(tmp_path / "mine.tsv", out, size_per_file=2).failures is None
     assert not failures.exists()
 
 
-def test_when_nothing_can_be_read(tmp_path: Path) -> None:
+def test_a_table_without_readable_clips_is_refused(tmp_path: Path) -> None:
     table = table_of(tmp_path / "mine.tsv", ["no.wav", "nothing.wav"])
     with pytest.raises(
         PackError, match=r"^none of 2 clips could be read; the first: no\.wav: cannot be read: No such file"
@@ -248,7 +250,7 @@ def test_the_result_is_the_same_with_any_number_of_workers(tmp_path: Path) -> No
         results.append(files_in(out))
         for path in out.rglob("*.h5"):
             path.unlink()
-        time.sleep(0.6)  # no time of day may be in the files; HDF5 notes seconds
+        time.sleep(0.6)  # HDF5 could write the time in seconds; files must not depend on it
     assert results[0] == results[1] == results[2]
     assert len(results[0]) == 6
 
@@ -289,7 +291,9 @@ def test_a_killed_run_is_finished_by_the_next(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("change", ["rows", "order", "dtype", "stereo", "fullname", "size", "clip", "part", "foreign"])
-def test_parts_of_another_making_are_not_kept(tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_of_other_clips_or_settings_are_not_kept(
+    tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
     names = write_clips(tmp_path / "clips", 6)
     table, out = table_of(tmp_path / "mine.tsv", names), tmp_path / "out"
     pack(table, out, size_per_file=3)
@@ -327,15 +331,15 @@ def test_parts_of_another_making_are_not_kept(tmp_path: Path, change: str, caplo
     assert left == ([expected] if change == "size" else [])
 
 
-def test_no_index_without_its_parts(tmp_path: Path) -> None:
-    """While parts change, there is no index that would mix the new with the old."""
+def test_there_is_no_index_while_files_are_written(tmp_path: Path) -> None:
+    """While files change, an index would list old files with new ones."""
     names = write_clips(tmp_path / "clips", 4)
     table, out = table_of(tmp_path / "mine.tsv", names), tmp_path / "out"
     index = pack(table, out).index
     table_of(table, names[::-1])
     seen = []
 
-    def look(task: str, done: int, total: int) -> None:
+    def look(task: str, done: int, total: int, _: str = "") -> None:
         seen.append((task, done, total, index.exists()))
         if done == 3:
             raise KeyboardInterrupt
@@ -348,7 +352,7 @@ def test_no_index_without_its_parts(tmp_path: Path) -> None:
     assert AudioPack(index).names().tolist() == ["clip3.ogg", "clip2.wav", "clip1.flac", "clip0.wav"]
 
 
-def test_calls_that_are_refused(tmp_path: Path) -> None:
+def test_options_out_of_range_are_refused(tmp_path: Path) -> None:
     table, out = table_of(tmp_path / "mine.tsv", write_clips(tmp_path / "clips", 1)), tmp_path / "out"
     cases: list[tuple[dict[str, Any], type[CedError], str]] = [
         ({"size_per_file": 0}, ConfigError, "size_per_file is 0"),
@@ -368,7 +372,7 @@ def test_calls_that_are_refused(tmp_path: Path) -> None:
         pack(table, out)
 
 
-def test_two_runs_do_not_destroy_each_other(tmp_path: Path) -> None:
+def test_a_second_run_at_the_same_time_is_refused(tmp_path: Path) -> None:
     table = table_of(tmp_path / "mine.tsv", write_clips(tmp_path, 1))
     with (
         claimed(tmp_path / "out" / "labels" / "mine.tsv"),
@@ -379,7 +383,7 @@ def test_two_runs_do_not_destroy_each_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are text here")
-def test_a_name_that_is_no_utf8_is_listed_and_the_rest_is_packed(tmp_path: Path) -> None:
+def test_a_clip_whose_name_is_not_utf8_is_listed_and_the_rest_is_packed(tmp_path: Path) -> None:
     names = [str(tmp_path / name) for name in ("a.wav", os.fsdecode(b"caf\xe9.wav"))]
     for name in names:
         soundfile.write(os.fsencode(name), samples_of(0), RATE, format="WAV", subtype="PCM_16")

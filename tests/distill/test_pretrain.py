@@ -1,6 +1,4 @@
-import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,53 +20,36 @@ from ced.model import loading, weights
 from ced.model.config import ModelConfig
 from ced.model.loading import load_model
 from ced.model.vit import CED
+from tests.distill.trainings import SMALL, free_ports, measurements, settings
 
 REPOSITORY = Path(__file__).parents[2]
-SMALL = {"embed_dim": 32, "num_heads": 2, "depth": 2, "target_length": 112}
 
 
 def values_of(sounds: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    values = {
-        "train_data": sounds / "train.tsv",
-        "outputpath": out,
-        "model": "ced_tiny",
-        "model_args": SMALL,
-        "decoder_args": {"embed_dim": 24, "num_heads": 2, "depth": 1},
-        "chunk_length": 1,
-        "batch_size": 16,
-        "epochs": 2,
-        "warmup_epochs": 1,
-        "optimizer_args": {"lr": 0.003},
-        "mode": "off",
-        "num_workers": 1,
-    }
-    return values | changes
+    values = settings(sounds, out, chunk_length=1, warmup_epochs=1, optimizer_args={"lr": 0.003})
+    return values | {"decoder_args": {"embed_dim": 24, "num_heads": 2, "depth": 1}} | changes
 
 
 def config_of(sounds: Path, out: Path, **changes: Any) -> PretrainConfig:
     return check(PretrainConfig, values_of(sounds, out, **changes), "test")
 
 
-def lines(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def learned(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The experiment of a short run."""
+    """An experiment of a short run."""
     return pretrain(config_of(sounds, tmp_path_factory.mktemp("learned"), epochs=8, picture_every=4), name="tiny")
 
 
-def test_it_learns_to_fill_in_what_is_hidden(learned: Path) -> None:
-    """Guessing the mean of each patch gives 1."""
-    losses = [line["loss"] for line in lines(learned)]
+def test_hidden_patches_are_filled_in_better_with_training(learned: Path) -> None:
+    """Predicting the mean of each patch has a loss of 1."""
+    losses = [line["loss"] for line in measurements(learned)]
     assert len(losses) == 8
     assert losses[0] == pytest.approx(1, abs=0.05)
     assert losses[-1] < 0.9
-    assert [line["lr"] for line in lines(learned)][-1] < 0.0003
+    assert [line["lr"] for line in measurements(learned)][-1] < 0.0003
 
 
-def test_an_experiment_holds_the_network_and_a_picture(learned: Path) -> None:
+def test_an_experiment_has_the_network_and_a_picture(learned: Path) -> None:
     names = {path.name for path in learned.iterdir() if "tfevents" not in path.name}
     records = {"config.yaml", "train.log", "metrics.jsonl", "curves.png", "resume.pt"}
     assert names == records | {"last.safetensors", "reconstruction.png"}
@@ -89,7 +70,7 @@ def test_the_result_is_a_network_without_a_trained_head(learned: Path, caplog: p
 
 
 def starts_from(after: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> None:
-    """Check that all weights but the head's are those of pre-training, after a training that learned nothing."""
+    """Check that all weights but the head's are still those of pre-training, after a training at a rate of almost 0."""
     for key in after.keys() - {key for key in after if key.startswith(("outputlayer.", "init_bn."))}:
         torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-8)
     moved = after["init_bn.1.running_var"] / before["init_bn.1.running_var"]
@@ -98,7 +79,9 @@ def starts_from(after: dict[str, torch.Tensor], before: dict[str, torch.Tensor])
 
 
 @pytest.mark.parametrize("by", ["pretrained", "model"])
-def test_a_teacher_and_a_student_start_from_it(sounds: Path, tmp_path: Path, learned: Path, by: str) -> None:
+def test_a_teacher_and_a_student_start_from_pre_trained_weights(
+    sounds: Path, tmp_path: Path, learned: Path, by: str
+) -> None:
     start: dict[str, Any] = {"pretrained": str(learned), "model": "ced_tiny", "model_args": SMALL}
     if by == "model":
         start = {"pretrained": True, "model": str(learned)}
@@ -116,8 +99,8 @@ def test_a_teacher_and_a_student_start_from_it(sounds: Path, tmp_path: Path, lea
         assert "cls_token" not in after
 
 
-def test_pre_training_goes_on_from_any_weights(sounds: Path, tmp_path: Path, learned: Path) -> None:
-    """Those of another pre-training with their class token, those of a tagger without their head."""
+def test_pre_training_starts_from_any_weights(sounds: Path, tmp_path: Path, learned: Path) -> None:
+    """From those of another pre-training with the class token, from those of a tagger without the head."""
     still = {"epochs": 1, "optimizer_args": {"lr": 1e-12}}
     again = pretrain(config_of(sounds, tmp_path, pretrained=str(learned), **still), name="again")
     starts_from(load_file(again / "last.safetensors"), load_file(learned / "last.safetensors"))
@@ -159,7 +142,9 @@ def test_random_weights_are_drawn_from_the_seed() -> None:
 
 def test_bf16_computes_nearly_the_same(sounds: Path, tmp_path: Path) -> None:
     modes = ("off", "amp_bf16")
-    losses = [lines(pretrain(config_of(sounds, tmp_path, epochs=1, mode=mode), name=mode))[0]["loss"] for mode in modes]
+    losses = [
+        measurements(pretrain(config_of(sounds, tmp_path, epochs=1, mode=mode), name=mode))[0]["loss"] for mode in modes
+    ]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
@@ -175,7 +160,7 @@ def test_bf16_computes_nearly_the_same(sounds: Path, tmp_path: Path) -> None:
         ({"pretrained": "nowhere.safetensors"}, "no checkpoint at nowhere.safetensors"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_a_line_before_anything_is_written(
+def test_impossible_settings_are_refused_in_one_line_before_anything_is_written(
     sounds: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CedError) as caught:
@@ -187,7 +172,7 @@ def test_what_cannot_be_done_is_refused_in_a_line_before_anything_is_written(
 
 @pytest.mark.parametrize("key", ["eval_data", "early_stop", "mixup", "average"])
 def test_keys_that_need_labels_are_refused_with_the_reason(sounds: Path, key: str) -> None:
-    with pytest.raises(ConfigError, match=f"{key}: pre-training knows no labels") as caught:
+    with pytest.raises(ConfigError, match=f"{key}: pre-training uses no labels") as caught:
         config_of(sounds, sounds, **{key: 1, "mask_ratio": 1})
     assert "2 error(s)" in str(caught.value)
 
@@ -208,8 +193,8 @@ def run_elsewhere(path: Path, **environment: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=os.environ | threads | environment)
 
 
-def test_a_run_cut_short_in_an_epoch_resumes_to_the_same_bytes(sounds: Path, tmp_path: Path) -> None:
-    def kill(task: str, done: int, total: int) -> None:
+def test_a_run_interrupted_in_an_epoch_resumes_to_the_same_bytes(sounds: Path, tmp_path: Path) -> None:
+    def kill(task: str, done: int, total: int, _: str = "") -> None:
         if (task, done) == ("epoch 3 of 4", 2):
             raise KeyboardInterrupt
 
@@ -217,28 +202,26 @@ def test_a_run_cut_short_in_an_epoch_resumes_to_the_same_bytes(sounds: Path, tmp
     with pytest.raises(KeyboardInterrupt):
         pretrain(config, name="run", progress=kill)
     (folder,) = (tmp_path / "killed/run").iterdir()
-    assert len(lines(folder)) == 2
+    assert len(measurements(folder)) == 2
     assert pretrain(load_config(PretrainConfig, folder / "config.yaml"), name="other", resume=folder) == folder
     unbroken = pretrain(config.model_copy(update={"outputpath": tmp_path / "unbroken"}), name="run")
     for name in ("last.safetensors", "reconstruction.png"):
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes()
-    assert [line["loss"] for line in lines(folder)] == [line["loss"] for line in lines(unbroken)]
+    assert [line["loss"] for line in measurements(folder)] == [line["loss"] for line in measurements(unbroken)]
 
 
 def test_two_processes_pre_train_as_one_does(sounds: Path, tmp_path: Path) -> None:
     """With the statistics of the whole batch, and the same patches hidden in each clip."""
     config = config_of(sounds, tmp_path / "two", epochs=1)
     (tmp_path / "config.yaml").write_text(dump(config))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_ports(1)[0]}
     processes = [
         run_elsewhere(tmp_path / "config.yaml", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     (together,) = (tmp_path / "two/run").iterdir()
     alone = pretrain(config.model_copy(update={"outputpath": tmp_path / "one"}), name="run")
-    assert lines(together)[0]["loss"] == pytest.approx(lines(alone)[0]["loss"], rel=1e-4)
+    assert measurements(together)[0]["loss"] == pytest.approx(measurements(alone)[0]["loss"], rel=1e-4)
     first, second = (load_file(folder / "last.safetensors") for folder in (alone, together))
     for key, value in first.items():
         torch.testing.assert_close(second[key], value, rtol=1e-2, atol=1e-3)

@@ -36,7 +36,7 @@ Transform = tuple[str, dict[str, Any]]
 
 
 class MetaWriter:
-    """Writes a meta.pt as torch.save does when the modules of the published program are there."""
+    """Writes a meta.pt as torch.save does with the modules of the published program."""
 
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.path, self.monkeypatch = path, monkeypatch
@@ -110,8 +110,8 @@ def test_other_settings_are_read(write: MetaWriter) -> None:
     assert str(meta.config["out"]) == "logits"
 
 
-def test_a_meta_written_after_the_transforms_ran_is_read(write: MetaWriter) -> None:
-    """They keep what they drew last, as tensors of several types."""
+def test_metadata_written_after_the_transforms_ran_is_read(write: MetaWriter) -> None:
+    """Transforms keep their last draws, as tensors of several types."""
     drawn = {
         "should_apply": torch.tensor([True, False]),
         "num_samples_to_shift": torch.tensor([3], dtype=torch.int32),
@@ -128,16 +128,16 @@ def test_no_transforms_are_an_empty_recipe(write: MetaWriter) -> None:
 @pytest.mark.parametrize(
     ("transform", "change", "reason"),
     [
-        ("Shift", {"_p": 1.0}, "its Shift has p 1.0; replayed is only 0.5"),
-        ("Shift", {"rollover": False}, "its Shift has rollover False; replayed is only True"),
-        ("Shift", {"shift_unit": "samples"}, "its Shift has shift_unit 'samples'; replayed is only 'fraction'"),
-        ("Shift", {"mode": "per_batch"}, "its Shift has mode 'per_batch'; replayed is only 'per_example'"),
-        ("TimeMasking", {"iid_masks": True}, "its TimeMasking has iid_masks True; replayed is only False"),
-        ("TimeMasking", {"axis": 1}, "its TimeMasking has axis 1; replayed is only 2"),
-        ("FrequencyMasking", {"p": 0.5}, "its FrequencyMasking has p 0.5; replayed is only 1.0"),
+        ("Shift", {"_p": 1.0}, "its Shift has p 1.0; only 0.5 can be reproduced"),
+        ("Shift", {"rollover": False}, "its Shift has rollover False; only True can be reproduced"),
+        ("Shift", {"shift_unit": "samples"}, "its Shift has shift_unit 'samples'; only 'fraction' can be reproduced"),
+        ("Shift", {"mode": "per_batch"}, "its Shift has mode 'per_batch'; only 'per_example' can be reproduced"),
+        ("TimeMasking", {"iid_masks": True}, "its TimeMasking has iid_masks True; only False can be reproduced"),
+        ("TimeMasking", {"axis": 1}, "its TimeMasking has axis 1; only 2 can be reproduced"),
+        ("FrequencyMasking", {"p": 0.5}, "its FrequencyMasking has p 0.5; only 1.0 can be reproduced"),
     ],
 )
-def test_what_is_not_replayed_is_refused(
+def test_transforms_that_cannot_be_reproduced_are_refused(
     write: MetaWriter, transform: str, change: dict[str, Any], reason: str
 ) -> None:
     steps = {"Shift": SHIFT, "TimeMasking": TIME, "FrequencyMasking": FREQUENCY}
@@ -169,7 +169,7 @@ def test_a_missing_setting_is_named(write: MetaWriter) -> None:
 
 
 class Calls:
-    """Pickles as a call."""
+    """Is pickled as a call of a function."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.function, self.arguments = function, arguments
@@ -183,7 +183,9 @@ class Calls:
     [(os.system, f"{os.system.__module__}.system"), (eval, "builtins.eval"), (getattr, "builtins.getattr")],
 )
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_malicious_meta_runs_nothing(tmp_path: Path, function: Callable[..., Any], name: str, protocol: int) -> None:
+def test_malicious_metadata_runs_nothing(
+    tmp_path: Path, function: Callable[..., Any], name: str, protocol: int
+) -> None:
     trace = tmp_path / "ran"
     arguments = {
         os.system: (f"touch {trace}",),
@@ -198,14 +200,14 @@ def test_a_malicious_meta_runs_nothing(tmp_path: Path, function: Callable[..., A
     # The first refused global is a builtin, or the path that getattr is given.
     assert f"it names {shown}, which is not one of the globals" in str(caught.value)
     assert not trace.exists()
-    pickle.loads(content)  # the pickle does harm where it is trusted
+    pickle.loads(content)  # the pickle runs its call when it is trusted
     assert trace.exists() or function is getattr
 
 
-def test_what_a_file_does_to_a_placeholder_does_not_last(tmp_path: Path) -> None:
+def test_a_file_cannot_change_the_placeholders_of_the_next(tmp_path: Path) -> None:
     # A pickle that sets an attribute of the class `utils.Config` itself.
     content = b"\x80\x02cutils\nConfig\nN}(X\x05\x00\x00\x00topkyK\x01u\x86b."
-    with pytest.raises(StoreError, match="it sets attributes of something else"):
+    with pytest.raises(StoreError, match="it sets attributes of a value that is not an object"):
         read_meta_pt(write_pickle(tmp_path / "meta.pt", content))
     with pytest.raises(StoreError, match="lacks 'wavtransforms'"):
         read_meta_pt(write_pickle(tmp_path / "meta.pt", pickle.dumps({})))
@@ -217,7 +219,7 @@ def test_damaged_pickles_are_refused(tmp_path: Path, content: bytes) -> None:
         read_meta_pt(write_pickle(tmp_path / "meta.pt", content))
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_metadata_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "meta.pt"
     with pytest.raises(StoreError, match=r"meta\.pt is not a published meta\.pt: FileNotFoundError"):
         read_meta_pt(path)
@@ -238,20 +240,20 @@ def long_text(text: bytes) -> bytes:
 
 
 LARGE = [
-    b"\x80\x02}r\xff\xff\xff\x7f.",  # a memo of two thousand million places: 16 GB
+    b"\x80\x02}r\xff\xff\xff\x7f.",  # a memo with 2 billion entries: 16 GB
     b"\x80\x02}p2000000000\n.",
     b"\x80\x05\x96" + (12 << 30).to_bytes(8, "little") + b".",  # a bytearray of 12 GB
     b"\x80\x04\x8d" + (12 << 30).to_bytes(8, "little") + b".",  # text of 12 GB
     b"\x80\x02]q\x00" + b"h\x00h\x00\x86q\x000" * 1000 + b".",  # pairs of pairs
-    b"\x80\x02K\x01K\x02\x86q\x00" + b"h\x00h\x00\x86q\x000" * 60 + b"}h\x00K\x01s.",  # such a pair, as a key
-    # Paths of paths, each ten times as long as the last.
+    b"\x80\x02K\x01K\x02\x86q\x00" + b"h\x00h\x00\x86q\x000" * 60 + b"}h\x00K\x01s.",  # such a pair as a key
+    # Paths made of paths, each ten times as long as the one before.
     b"\x80\x02cpathlib\nPurePosixPath\nq\x00" + long_text(b"a" * 50) + b"q\x01"
     b"h\x00(" + b"h\x01" * 10 + b"tRq\x01" + (b"h\x00(" + b"h\x01" * 10 + b"tRq\x01") * 8 + b".",
 ]
 
 
 @pytest.mark.parametrize("number", range(len(LARGE)))
-def test_a_small_meta_takes_no_memory(tmp_path: Path, number: int) -> None:
+def test_a_small_file_cannot_take_much_memory(tmp_path: Path, number: int) -> None:
     path = write_pickle(tmp_path / "meta.pt", LARGE[number])
     tracemalloc.start()
     began = time.monotonic()
@@ -264,8 +266,8 @@ def test_a_small_meta_takes_no_memory(tmp_path: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize("key", ["model", "topk", "chunk_length", "mask_param", "iid_masks"])
-def test_a_configuration_of_nested_lists_is_not_made_into_text(write: MetaWriter, key: str) -> None:
-    """Each list holds the one before ten times: as text it would not end."""
+def test_nested_lists_are_not_converted_to_text(write: MetaWriter, key: str) -> None:
+    """Each list has the one before ten times: as text they would take all memory."""
     nested: list[Any] = ["x"]
     for _ in range(30):
         nested = [nested] * 10

@@ -30,7 +30,7 @@ SECONDS = {"a.wav": 2.0, "b.wav": 5.0, "c.wav": 0.5, "d.wav": 1.0, "e.wav": 1.5}
 CHUNKS = [("a.wav", 0, 2), ("b.wav", 0, 2), ("b.wav", 2, 4), ("b.wav", 4, 5), ("d.wav", 0, 1), ("e.wav", 0, 1.5)]
 ROOT = Path(__file__).parents[2]
 
-# Teachers as a user writes them.
+# Teachers of a user.
 TEACHERS = """
 import torch
 from ced.sound.labels import ClassTable
@@ -73,7 +73,7 @@ def moody(mel):
 number = 5
 """
 
-# Runs `ced store` as torchrun or a shell would; set KILL_AT_SYNC to die where that file is written but not yet named.
+# Runs the store walk, alone or under torchrun; KILL_AT_SYNC kills it after writing that file, before its renaming.
 PROGRAM = """
 import os, signal, sys
 import torch
@@ -98,7 +98,7 @@ for out, batch_size in (run.split(":") for run in sys.argv[1].split(",")):
 
 @pytest.fixture(autouse=True)
 def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Work in a folder with a pack and teachers of its own, on one thread."""
+    """Work in a folder with a pack and teachers, on one thread."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "homemade", raising=False)
@@ -172,7 +172,7 @@ def test_stored_rows_are_the_mean_of_the_teachers() -> None:
             np.testing.assert_array_equal(rows.indexes[items], indexes.numpy())
 
 
-def test_a_store_says_how_it_was_made() -> None:
+def test_the_metadata_of_a_store() -> None:
     save_tiny("one.safetensors", 1)
     spectrum = [{"TimeMasking": {"time_mask_param": 20}}]
     folder = run(model=["one.safetensors", "homemade:linear"], spectransforms=spectrum, mode="amp", epochs=1)
@@ -212,7 +212,7 @@ def test_folders_are_named_after_teachers_and_data(changes: Mapping[str, Any], f
     assert store_folder(check(StoreConfig, settings(**changes), "test")) == Path("out") / folder
 
 
-def test_seeds_are_golden_and_the_same_for_any_run() -> None:
+def test_seeds_are_golden_and_do_not_depend_on_the_run() -> None:
     seeds = epoch_seeds(42, 1, 1_000)
     assert seeds.dtype == np.int32
     assert seeds[:3].tolist() == [1874818602, 1563416367, 207128527]
@@ -223,11 +223,11 @@ def test_seeds_are_golden_and_the_same_for_any_run() -> None:
     assert epoch_seeds(43, 1, 3).tolist() != seeds[:3].tolist()
 
 
-def test_a_killed_run_ends_as_an_unbroken_one() -> None:
+def test_a_killed_and_repeated_run_gives_the_bytes_of_an_uninterrupted_one() -> None:
     unbroken = contents(run())
     # Files are synced in the order meta.json, then for each epoch .parquet, .h5 and meta.json.
     folder = Path("killed/homemade_ten/mine/chunk_2")
-    for sync in (6, 4):  # before the .h5 of epoch 2 has its name; before meta.json has the digests of epoch 1
+    for sync in (6, 4):  # before the .h5 of epoch 2 is renamed; before meta.json has the digests of epoch 1
         killed = subprocess_run([], "killed:2", KILL_AT_SYNC=str(sync))
         assert killed.returncode == -signal.SIGKILL
         left = {name for name in contents(folder) if not name.endswith(".partial")}
@@ -236,7 +236,7 @@ def test_a_killed_run_ends_as_an_unbroken_one() -> None:
         )
         times = {name: (folder / name).stat().st_mtime_ns for name in ("logits_ep1_0.h5", "logits_ep1_0.parquet")}
         assert run(outputpath="killed") == folder
-        assert contents(folder) == unbroken  # and nothing is left of the killed run
+        assert contents(folder) == unbroken  # and no temporary file is left
         assert {name: (folder / name).stat().st_mtime_ns for name in times} == times
         shutil.rmtree(folder)
 
@@ -247,13 +247,13 @@ def test_a_damaged_part_is_stored_again(damage: str, caplog: pytest.LogCaptureFi
     before = contents(folder)
     path = folder / "logits_ep1_0.h5"
     content = bytearray(path.read_bytes())
-    if damage == "zeros":  # as a full disk could leave it
+    if damage == "zeros":  # as after a full disk
         content[:] = bytes(len(content))
     elif damage == "cut":
         del content[-100:]
     elif damage == "bit":
         content[-1] ^= 1
-    else:  # whole, but of another epoch, in a store without digests
+    else:  # undamaged, but of another epoch, in a store without digests
         content[:] = (folder / "logits_ep2_0.h5").read_bytes()
         meta = json.loads((folder / "meta.json").read_text())
         del meta["digests"], meta["sha256"]
@@ -268,7 +268,7 @@ def test_a_damaged_part_is_stored_again(damage: str, caplog: pytest.LogCaptureFi
     assert ViewStore(folder).rows(1)
 
 
-def test_a_store_of_the_first_release_is_added_to() -> None:
+def test_epochs_are_added_to_a_store_of_format_version_1() -> None:
     folder = run()
     meta = json.loads((folder / "meta.json").read_text())
     digests = meta.pop("digests")
@@ -281,12 +281,12 @@ def test_a_store_of_the_first_release_is_added_to() -> None:
     assert {"logits_ep3_0.h5", "logits_ep3_0.parquet"} == found.keys() - digests
 
 
-def test_two_processes_give_the_store_of_one() -> None:
+def test_two_processes_give_the_rows_of_one_and_end_together_on_an_error() -> None:
     ran = subprocess_run(
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], "many:2,many_empty:8,many:4"
     )
     assert "StoreError: many/homemade_ten/mine/chunk_2 was stored with other settings: batch_size" in ran.stderr
-    assert ran.returncode != 0  # and the process that found nothing wrong has ended, too
+    assert ran.returncode != 0  # and the other process has ended too
     for out, batch_size, parts in (("many", 2, [4, 2]), ("many_empty", 8, [6, 0])):
         together = ViewStore(Path(out) / "homemade_ten/mine/chunk_2")
         alone = ViewStore(run(outputpath=f"alone{batch_size}", batch_size=batch_size))
@@ -297,7 +297,7 @@ def test_two_processes_give_the_store_of_one() -> None:
         for rank, count in enumerate(parts):
             with h5py.File(together.folder / f"logits_ep1_{rank}.h5") as file:
                 assert len(file["seeds"]) == count
-    # The finished store serves one process as well; more epochs are work that two would have to do.
+    # One process accepts the complete store, but cannot add epochs to it.
     assert run(outputpath="many") == Path("many/homemade_ten/mine/chunk_2")
     with pytest.raises(StoreError, match="world_size was 2 and is now 1"):
         run(outputpath="many", epochs=3)
@@ -326,7 +326,7 @@ def test_more_epochs_are_added_and_fewer_change_nothing() -> None:
         ),
     ],
 )
-def test_other_settings_need_another_folder(changes: Mapping[str, Any], said: str) -> None:
+def test_a_folder_with_other_settings_is_refused(changes: Mapping[str, Any], said: str) -> None:
     before = contents(run())
     with pytest.raises(StoreError) as caught:
         run(**changes)
@@ -335,7 +335,7 @@ def test_other_settings_need_another_folder(changes: Mapping[str, Any], said: st
     assert contents(Path("out/homemade_ten/mine/chunk_2")) == before
 
 
-def test_another_teacher_of_the_same_name_is_noticed() -> None:
+def test_another_teacher_of_the_same_name_is_detected() -> None:
     save_tiny("one.safetensors", 1)
     run(model="one.safetensors")
     run(model="one.safetensors")
@@ -344,7 +344,7 @@ def test_another_teacher_of_the_same_name_is_noticed() -> None:
         run(model="one.safetensors")
 
 
-def test_other_data_of_the_same_name_are_noticed() -> None:
+def test_other_data_of_the_same_name_are_detected() -> None:
     run()
     lines = Path("mine.tsv").read_text().splitlines()
     Path("mine.tsv").write_text("\n".join(lines[:-1]) + "\n")
@@ -352,7 +352,7 @@ def test_other_data_of_the_same_name_are_noticed() -> None:
         run()
 
 
-def test_other_audio_of_the_same_names_and_lengths_is_noticed() -> None:
+def test_other_audio_of_the_same_names_and_lengths_is_detected() -> None:
     run()
     with h5py.File("mine_0.h5", "a") as file:
         file["a.wav"][0] += 1
@@ -360,7 +360,7 @@ def test_other_audio_of_the_same_names_and_lengths_is_noticed() -> None:
         run()
 
 
-def test_views_of_unknown_origin_are_left_alone() -> None:
+def test_a_folder_with_views_but_no_metadata_is_refused() -> None:
     (run() / "meta.json").unlink()
     with pytest.raises(StoreError, match=r"has views but no meta\.json; choose another outputpath"):
         run()
@@ -404,7 +404,7 @@ def test_views_of_unknown_origin_are_left_alone() -> None:
         ),
     ],
 )
-def test_what_cannot_be_stored_is_said_in_one_line(changes: Mapping[str, Any], kind: type[CedError], said: str) -> None:
+def test_errors_are_one_line(changes: Mapping[str, Any], kind: type[CedError], said: str) -> None:
     Path("broken.py").write_text("1 / 0\n")
     with pytest.raises(kind) as caught:
         run(**changes)
@@ -416,7 +416,7 @@ def test_teachers_with_other_class_tables_are_refused() -> None:
     torch.manual_seed(0)
     config = ModelConfig(embed_dim=32, num_heads=1, depth=1, outputdim=10)
     loading.save(Path("other.safetensors"), CED(config, ClassTable(tuple("klmnopqrst"))))
-    with pytest.raises(ConfigError, match=r"teachers homemade:linear, other\.safetensors do not have the same class"):
+    with pytest.raises(ConfigError, match=r"teacher other\.safetensors has no class in common"):
         run(model=["homemade:linear", "other.safetensors"])
 
 
@@ -432,7 +432,7 @@ def test_a_module_is_set_to_evaluation() -> None:
     assert rows.values.min() > 0  # dropout would have made zeros
 
 
-def test_lower_precision_is_close() -> None:
+def test_bf16_scores_are_close_to_fp32() -> None:
     save_tiny("one.safetensors", 1)
     exact, bf16 = (
         ViewStore(run(model="one.safetensors", mode=mode, outputpath=mode, topk=10)).rows(1)
@@ -443,9 +443,10 @@ def test_lower_precision_is_close() -> None:
     np.testing.assert_allclose(left, right, atol=0.03)
 
 
-def test_progress_is_one_task_an_epoch() -> None:
+def test_progress_has_one_task_for_each_epoch() -> None:
     reports: list[tuple[str, int, int]] = []
     store(
-        check(StoreConfig, settings(), "test"), progress=lambda task, done, total: reports.append((task, done, total))
+        check(StoreConfig, settings(), "test"),
+        progress=lambda task, done, total, _="": reports.append((task, done, total)),
     )
     assert reports == [(f"epoch {epoch} of 2", done, 3) for epoch in (1, 2) for done in (1, 2, 3)]

@@ -35,14 +35,14 @@ def test_spread_draws_each_class_below_the_last_value() -> None:
     assert torch.equal(filled, expected)
 
 
-def test_rows_that_are_spread_are_their_own() -> None:
-    """A fill that is one number a row must not be one number in memory."""
+def test_spread_rows_do_not_share_memory() -> None:
+    """The fill of a row must not be one expanded value in memory."""
     filled = spread(VALUES, INDEXES, 5, "last_half")
     filled[0, 1] = 9
     assert filled.tolist() == [[0.5, 9.0, 0.25, 0.75, 0.25], [0.0625, 0.25, 0.0625, 0.0625, 0.125]]
 
 
-def test_spread_of_all_classes_leaves_nothing_to_fill() -> None:
+def test_spread_of_all_classes_fills_nothing() -> None:
     values = torch.tensor([[0.5, 0.25]])
     for fill in ("zero", "last_mean", "last_half", "last_random", "527"):
         assert torch.equal(spread(values, torch.tensor([[1, 0]]), 2, fill), torch.tensor([[0.25, 0.5]]))

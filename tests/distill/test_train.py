@@ -1,10 +1,8 @@
-import json
 import logging
 import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,45 +30,26 @@ from ced.distill.views import ViewRecipe
 from ced.errors import ConfigError, PackError, TrainingError
 from ced.model.loading import load_model
 from ced.model.weights import average
+from tests.distill.trainings import free_ports, measurements, settings
 
 REPOSITORY = Path(__file__).parents[2]
-SMALL = {"embed_dim": 32, "num_heads": 2, "depth": 2, "target_length": 112}
 
 
 def config_of(sounds: Path, out: Path, **changes: Any) -> TrainConfig:
-    values = {
-        "train_data": sounds / "train.tsv",
-        "eval_data": sounds / "eval.tsv",
-        "logitspath": sounds / "store",
-        "outputpath": out,
-        "num_classes": 4,
-        "model": "ced_tiny",
-        "model_args": SMALL,
-        "pretrained": False,
-        "batch_size": 16,
-        "epochs": 2,
-        "optimizer": "Adam",
-        "optimizer_args": {"lr": 0.005},
-        "mode": "off",
-        "num_workers": 1,
-    }
+    values = settings(sounds, out, eval_data=sounds / "eval.tsv", logitspath=sounds / "store", num_classes=4)
     return check(TrainConfig, values | changes, "test")
 
 
-def lines(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_a_student_learns_from_views_alone(sounds: Path, tmp_path: Path) -> None:
-    """Its training sees no label; on the labels of other clips it is far above chance (0.25)."""
-    told: list[tuple[str, int, int]] = []
+def test_a_student_learns_from_stored_views_without_labels(sounds: Path, tmp_path: Path) -> None:
+    """Its mAP on the labels of other clips is far above chance (0.25)."""
+    reports: list[tuple[str, int, int]] = []
     config = config_of(sounds, tmp_path, epochs=14, batch_size=8, valid_every=5, n_saved=2, warmup_epochs=1)
-    folder = train(config, name="tiny", progress=lambda *report: told.append(report))
-    metrics = lines(folder)
+    folder = train(config, name="tiny", progress=lambda *report: reports.append(report))
+    metrics = measurements(folder)
     assert [line["epoch"] for line in metrics] == list(range(1, 15))
     assert [line["epoch"] for line in metrics if "mAP" in line] == [5, 10, 14]
     assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"]
-    assert told[:6] == [("epoch 1 of 14", step, 6) for step in range(1, 7)]
+    assert reports[:6] == [("epoch 1 of 14", step, 6) for step in range(1, 7)]
 
     model = load_model(folder)
     assert (model.config.pooling, model.labels.names) == ("mean", ("low", "middle", "high", "noise"))
@@ -85,7 +64,7 @@ def test_a_student_learns_from_views_alone(sounds: Path, tmp_path: Path) -> None
         np.testing.assert_array_equal(value.numpy(), mean[key])
 
 
-def test_an_experiment_holds_what_was_asked_and_measured(sounds: Path, tmp_path: Path) -> None:
+def test_an_experiment_has_configuration_log_and_measurements(sounds: Path, tmp_path: Path) -> None:
     logger = logging.getLogger("ced")
     before = (logger.level, list(logger.handlers))
     config = config_of(sounds, tmp_path, logfile="my.log", mixup=0.5, label_type="last_random")
@@ -93,14 +72,16 @@ def test_an_experiment_holds_what_was_asked_and_measured(sounds: Path, tmp_path:
     assert folder.parent == tmp_path / "tiny"
     assert load_config(TrainConfig, folder / "config.yaml") == config
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    said = (folder / "my.log").read_text()
-    assert "epoch 2 of 2: loss" in said
-    assert "averaged.safetensors is the mean of the best 2: mAP" in said
+    log = (folder / "my.log").read_text()
+    assert "epoch 2 of 2: loss" in log
+    assert "averaged.safetensors is the mean of the best 2: mAP" in log
     assert (logger.level, logger.handlers) == before
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1  # two may be read in the wrong order
     events = EventAccumulator(str(folder)).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
-    assert [event.value for event in events.Scalars("mAP")] == pytest.approx([line["mAP"] for line in lines(folder)])
+    assert [event.value for event in events.Scalars("mAP")] == pytest.approx(
+        [line["mAP"] for line in measurements(folder)]
+    )
 
 
 def test_without_labels_the_last_network_is_the_result(sounds: Path, tmp_path: Path) -> None:
@@ -108,7 +89,7 @@ def test_without_labels_the_last_network_is_the_result(sounds: Path, tmp_path: P
     names = {path.name for path in folder.iterdir() if "tfevents" not in path.name}
     assert names == {"config.yaml", "train.log", "metrics.jsonl", "curves.png", "last.safetensors", "resume.pt"}
     assert load_model(folder).config.embed_dim == 32
-    assert "mAP" not in lines(folder)[-1]
+    assert "mAP" not in measurements(folder)[-1]
 
 
 def test_the_best_network_is_the_result_when_none_are_averaged(sounds: Path, tmp_path: Path) -> None:
@@ -118,13 +99,13 @@ def test_the_best_network_is_the_result_when_none_are_averaged(sounds: Path, tmp
     assert all(torch.equal(value, result[key]) for key, value in load_file(best).items())
 
 
-def test_training_stops_when_validation_gains_nothing(sounds: Path, tmp_path: Path) -> None:
+def test_training_stops_early_without_gain_in_validation(sounds: Path, tmp_path: Path) -> None:
     config = config_of(sounds, tmp_path, early_stop=2, epochs=9, optimizer_args={"lr": 1e-12})
     folder = train(config, name="tiny")
-    assert [line["epoch"] for line in lines(folder)] == [1, 2, 3]
+    assert [line["epoch"] for line in measurements(folder)] == [1, 2, 3]
 
 
-def test_stored_epochs_serve_in_turn(sounds: Path) -> None:
+def test_stored_epochs_are_used_in_turn(sounds: Path) -> None:
     store, pack = ViewStore(sounds / "store"), AudioPack(sounds / "train.tsv")
     first, second = (store.rows(epoch).seeds.tolist() for epoch in (1, 2))
 
@@ -168,10 +149,10 @@ def test_published_configurations_train_on_a_published_store(tmp_path: Path) -> 
     words += ["--epoch_length", "1", "--model_args.target_length", "208"]
     path = REPOSITORY / "trainconfig/balanced_mixup_tiny_T_ensemble5014_chunk10.yaml"
     folder = train(load_config(TrainConfig, path, [str(word) for word in words]), name=path.stem)
-    assert [line["lr"] for line in lines(folder)] == pytest.approx([0.0, 0.001 / 5000])
-    said = (folder / "train.log").read_text()
+    assert [line["lr"] for line in measurements(folder)] == pytest.approx([0.0, 0.001 / 5000])
+    log = (folder / "train.log").read_text()
     for warning in ("mode amp needs a GPU", "Adam8bit needs a CUDA GPU", "warm-up of 5000 steps"):
-        assert warning in said
+        assert warning in log
 
 
 @pytest.mark.parametrize(
@@ -191,7 +172,7 @@ def test_published_configurations_train_on_a_published_store(tmp_path: Path) -> 
         ({"train_data": Path("eval.tsv")}, PackError, "has no clip train0.wav"),
     ],
 )
-def test_contradictions_are_refused_before_anything_is_written(
+def test_contradicting_settings_are_refused_before_anything_is_written(
     sounds: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     changes = {key: sounds / value if isinstance(value, Path) else value for key, value in changes.items()}
@@ -201,7 +182,7 @@ def test_contradictions_are_refused_before_anything_is_written(
 
 
 def with_fingerprint(sounds: Path, folder: Path) -> Path:
-    """Return a copy of the store that knows what its audio was."""
+    """Return a copy of the store with the digest of its audio."""
     store = ViewStore(shutil.copytree(sounds / "store", folder))
     pack, rows = AudioPack(sounds / "train.tsv"), store.rows(1)
     print_of = fingerprint(pack, chunks_of_rows(pack, rows, 1.0), rows.filenames, rows.starts, rows.ends)
@@ -222,7 +203,7 @@ def test_other_audio_under_the_same_names_and_lengths_is_refused(sounds: Path, t
         train(config_of(sounds, tmp_path / "out", logitspath=store, train_data=table), name="tiny")
 
 
-def test_a_store_of_blanked_views_is_told(sounds: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_store_of_blanked_views_is_warned_of(sounds: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = shutil.copytree(sounds / "store", tmp_path / "store")
     meta = ViewStore(folder).meta
     write_meta(folder, replace(meta, recipe=replace(meta.recipe, time_mask=192)))
@@ -230,19 +211,21 @@ def test_a_store_of_blanked_views_is_told(sounds: Path, tmp_path: Path, caplog: 
     assert "the mask blanks 47% of the views" in caplog.text
 
 
-def test_a_warm_up_longer_than_the_run_is_told_with_the_value_to_use(sounds: Path, tmp_path: Path) -> None:
+def test_a_warm_up_longer_than_the_run_is_warned_of_with_a_value_to_use(sounds: Path, tmp_path: Path) -> None:
     folder = train(config_of(sounds, tmp_path, warmup_iters=5000, epochs=10, epoch_length=2, eval_data=None), name="a")
     assert "set warmup_iters to 2, a tenth" in (folder / "train.log").read_text()
 
 
-def test_a_loss_that_is_no_number_stops_training_at_its_step(sounds: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_training_at_its_step(sounds: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d of epoch [12]"):
         train(config_of(sounds, tmp_path, optimizer_args={"lr": 1e30}), name="tiny")
 
 
 def test_bf16_computes_nearly_the_same(sounds: Path, tmp_path: Path) -> None:
     modes = ("off", "amp_bf16")
-    losses = [lines(train(config_of(sounds, tmp_path, epochs=1, mode=mode), name=mode))[0]["loss"] for mode in modes]
+    losses = [
+        measurements(train(config_of(sounds, tmp_path, epochs=1, mode=mode), name=mode))[0]["loss"] for mode in modes
+    ]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
@@ -275,7 +258,7 @@ def test_a_killed_run_resumes_to_the_same_weights(sounds: Path, tmp_path: Path) 
     process.send_signal(signal.SIGKILL)
     process.wait()
     (folder,) = (tmp_path / "killed/run").iterdir()
-    assert 2 <= len(lines(folder)) < 6
+    assert 2 <= len(measurements(folder)) < 6
     assert not (folder / "averaged.safetensors").exists()
     # What an epoch cut short may leave behind.
     (folder / "best_ep005_mAP_1.0000.safetensors").write_bytes(b"unfinished")
@@ -289,7 +272,7 @@ def test_a_killed_run_resumes_to_the_same_weights(sounds: Path, tmp_path: Path) 
     assert names[0] == names[1]
     for name in names[0]:
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes()
-    for before, after in zip(lines(unbroken), lines(folder), strict=True):
+    for before, after in zip(measurements(unbroken), measurements(folder), strict=True):
         assert before | {"seconds": 0} == after | {"seconds": 0}
     assert not list(folder.glob("*.partial"))
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1  # two may be read in the wrong order
@@ -321,9 +304,9 @@ def test_a_run_killed_before_its_last_record_is_recorded(
         with pytest.raises(KeyboardInterrupt):
             train(config, name="tiny")
     (folder,) = (tmp_path / "tiny").iterdir()
-    assert lines(folder) == []
+    assert measurements(folder) == []
     train(config, name="tiny", resume=folder)
-    assert [line["epoch"] for line in lines(folder)] == [1]
+    assert [line["epoch"] for line in measurements(folder)] == [1]
     assert (folder / "curves.png").exists()
 
 
@@ -338,7 +321,7 @@ def test_a_run_begun_on_other_hardware_is_refused(sounds: Path, tmp_path: Path) 
         train(config, name="tiny", resume=folder)
 
 
-def test_a_run_is_resumed_as_it_was_begun(sounds: Path, tmp_path: Path) -> None:
+def test_a_run_is_resumed_only_from_an_undamaged_experiment(sounds: Path, tmp_path: Path) -> None:
     folder = train(config_of(sounds, tmp_path, epochs=1), name="tiny")
     train(config_of(sounds, tmp_path, epochs=1, num_workers=0), name="tiny", resume=folder)
     with pytest.raises(TrainingError, match="is not an experiment"):
@@ -348,8 +331,8 @@ def test_a_run_is_resumed_as_it_was_begun(sounds: Path, tmp_path: Path) -> None:
         train(config_of(sounds, tmp_path, epochs=1), name="tiny", resume=folder)
 
 
-def test_a_result_is_trained_further_by_a_new_experiment(sounds: Path, tmp_path: Path) -> None:
-    """The error of other settings has the command for it."""
+def test_a_result_is_trained_further_in_a_new_experiment(sounds: Path, tmp_path: Path) -> None:
+    """The error about changed settings has the command for it."""
     folder = train(config_of(sounds, tmp_path, epochs=1), name="tiny run")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ConfigError, match=r"epochs is 2, but .* was begun with 1") as caught:
@@ -362,15 +345,17 @@ def test_a_result_is_trained_further_by_a_new_experiment(sounds: Path, tmp_path:
     assert ran.returncode == 0, ran.stderr
     further = Path(ran.stdout.strip())
     assert further.parent == folder.parent
-    assert [line["epoch"] for line in lines(further)] == [1, 2]
-    assert lines(further)[0]["loss"] < lines(folder)[0]["loss"]
+    assert [line["epoch"] for line in measurements(further)] == [1, 2]
+    assert measurements(further)[0]["loss"] < measurements(folder)[0]["loss"]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize(
     "changes", [{"optimizer_args": {"lr": 0.001}}, {"eval_data": None}, {"average": False}, {"logfile": "my log.txt"}]
 )
-def test_the_command_for_other_settings_says_them(sounds: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_the_command_in_the_error_has_the_changed_settings(
+    sounds: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     begun = config_of(sounds, tmp_path)
     folder = create_folder(begun, "tiny")
     with pytest.raises(ConfigError) as caught:
@@ -380,7 +365,7 @@ def test_the_command_for_other_settings_says_them(sounds: Path, tmp_path: Path, 
     assert asked == config_of(sounds, tmp_path, **changes, pretrained=str(folder))
 
 
-def test_results_are_not_trained_over_when_the_state_is_gone(sounds: Path, tmp_path: Path) -> None:
+def test_results_are_not_overwritten_when_the_state_is_missing(sounds: Path, tmp_path: Path) -> None:
     config = config_of(sounds, tmp_path, epochs=2)
     folder = train(config, name="tiny")
     (folder / "resume.pt").unlink()
@@ -391,7 +376,7 @@ def test_results_are_not_trained_over_when_the_state_is_gone(sounds: Path, tmp_p
 
 
 def test_a_run_killed_in_its_first_epoch_is_resumed(sounds: Path, tmp_path: Path) -> None:
-    """Even if it left its first network already: nothing that was recorded is lost by it."""
+    """Even if it has saved a network, as long as no epoch was recorded."""
     config = config_of(sounds, tmp_path / "killed", epochs=1)
     unbroken = train(config_of(sounds, tmp_path / "unbroken", epochs=1), name="tiny")
     folder = create_folder(config, "tiny")
@@ -403,7 +388,7 @@ def test_a_run_killed_in_its_first_epoch_is_resumed(sounds: Path, tmp_path: Path
     assert not (folder / "best_ep001_mAP_0.9000.safetensors").exists()
 
 
-def test_a_configuration_that_changed_under_way_is_noticed(sounds: Path, tmp_path: Path) -> None:
+def test_a_configuration_changed_during_a_run_is_refused(sounds: Path, tmp_path: Path) -> None:
     folder = train(config_of(sounds, tmp_path, epochs=1), name="tiny")
     path = folder / "config.yaml"
     path.write_text(path.read_text().replace("lr: 0.005", "lr: 0.004"))
@@ -470,19 +455,9 @@ for port, config, folder in zip(ports, ("plain", "whole", "whole"), ("plain", No
 PLAIN = {"mixup": 0.5, "label_type": "last_random", "epochs": 6}
 
 
-def free_ports(count: int) -> list[str]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [str(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def by_two(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what two processes trained: see TWO."""
+    """A folder with the experiments that two processes trained: see TWO."""
     here = tmp_path_factory.mktemp("two")
     plain, whole = config_of(sounds, here, **PLAIN), config_of(sounds, here, mixup=0.5)
     for config, name in ((plain, "plain"), (whole, "whole")):
@@ -499,7 +474,7 @@ def test_two_processes_train_as_one_does(sounds: Path, tmp_path: Path, by_two: P
     """A step's gradient is that of the whole batch, and so are the statistics of the BatchNorm."""
     alone = train(config_of(sounds, tmp_path, **PLAIN), name="run")
     (together,) = (by_two / "plain").iterdir()
-    for one, two in zip(lines(alone), lines(together), strict=True):
+    for one, two in zip(measurements(alone), measurements(together), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert two["mAP"] == pytest.approx(one["mAP"], abs=0.02)
     first, second = (load_file(folder / "last.safetensors") for folder in (alone, together))
@@ -511,11 +486,11 @@ def test_two_processes_resume_to_the_same_weights(by_two: Path) -> None:
     killed, (unbroken,) = by_two / "killed", (by_two / "whole").iterdir()
     for name in ("last.safetensors", "averaged.safetensors"):
         assert (killed / name).read_bytes() == (unbroken / name).read_bytes()
-    assert [line["loss"] for line in lines(killed)] == [line["loss"] for line in lines(unbroken)]
+    assert [line["loss"] for line in measurements(killed)] == [line["loss"] for line in measurements(unbroken)]
     assert "resuming after epoch 1" in (killed / "train.log").read_text()
 
 
-def test_a_run_without_a_whole_epoch_is_begun_by_those_who_resume_it(by_two: Path) -> None:
+def test_resuming_a_run_without_a_complete_epoch_counts_as_its_begin(by_two: Path) -> None:
     (folder,) = (by_two / "plain").iterdir()
     assert "begun with" not in (folder / "train.log").read_text()
     state = load_state(folder)

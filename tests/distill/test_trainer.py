@@ -11,7 +11,7 @@ from ced.model.config import ModelConfig
 from ced.model.vit import CED
 
 
-def test_a_process_alone_takes_the_whole_batch_in_order() -> None:
+def test_a_single_process_has_the_whole_batch_in_order() -> None:
     assert batch_share(0, 1, 5).tolist() == [0, 1, 2, 3, 4]
 
 
@@ -25,7 +25,7 @@ def test_processes_share_a_batch_with_both_ends_of_each_mixup_pair() -> None:
     assert sorted(np.concatenate(shares).tolist()) == list(range(12))
 
 
-def test_a_batch_that_cannot_be_shared_evenly_is_refused() -> None:
+def test_a_batch_that_cannot_be_divided_evenly_is_refused() -> None:
     with pytest.raises(ConfigError, match="batch_size is 6; for 2 processes it must be a multiple of 4"):
         batch_share(0, 2, 6)
 

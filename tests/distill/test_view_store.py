@@ -54,7 +54,7 @@ META = StoreMeta(
 
 
 def make_rows(count: int, first: int = 0, topk: int = 3) -> Rows:
-    """Return rows that can be told apart by their seeds, `first`, `first` + 1, ..."""
+    """Return rows with the seeds `first`, `first` + 1, ..."""
     numbers = np.arange(first, first + count)
     return Rows(
         values=np.linspace(0.9, 0.1, count * topk).astype(np.float16).reshape(count, topk),
@@ -67,7 +67,7 @@ def make_rows(count: int, first: int = 0, topk: int = 3) -> Rows:
 
 
 def make_store(folder: Path, epochs: int = 2, ranks: int = 1, meta: StoreMeta = META) -> Path:
-    """Write a store of 4 rows an epoch, whose seeds are 100 * epoch + row."""
+    """Write a store with 4 rows in each epoch, whose seeds are 100 * epoch + row."""
     write_meta(folder, replace(meta, world_size=ranks))
     bounds = [rank * 4 // ranks for rank in range(ranks + 1)]
     for epoch in range(1, epochs + 1):
@@ -86,7 +86,7 @@ def same(left: Rows, right: Rows) -> bool:
     )
 
 
-def test_a_part_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_part_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     write_meta(tmp_path, META)
     rows = make_rows(4)
     write_part(tmp_path, 1, 0, rows)
@@ -124,16 +124,16 @@ def test_a_published_store_is_read() -> None:
     assert rows.ends.tolist() == [2, 3, 2, 1, 2, 2, 4, 1.9375]
 
 
-def test_the_same_rows_are_the_same_bytes(tmp_path: Path) -> None:
+def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_meta(tmp_path / name, META)
         write_part(tmp_path / name, 1, 0, make_rows(4))
-        time.sleep(1.1)  # HDF5 counts time in seconds
+        time.sleep(1.1)  # HDF5 could write the time in seconds
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_an_empty_part_is_a_part(tmp_path: Path) -> None:
+def test_an_empty_part_is_read(tmp_path: Path) -> None:
     write_meta(tmp_path, replace(META, world_size=2))
     write_part(tmp_path, 1, 0, make_rows(4))
     write_part(tmp_path, 1, 1, make_rows(0))
@@ -156,7 +156,7 @@ def test_ten_ranks_are_not_sorted_as_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("epochs", "served"), [(1, [1, 1, 1, 1]), (3, [1, 2, 3, 1, 2, 3, 1])])
-def test_training_epochs_go_round_all_stored_epochs(tmp_path: Path, epochs: int, served: list[int]) -> None:
+def test_training_epochs_repeat_all_stored_epochs(tmp_path: Path, epochs: int, served: list[int]) -> None:
     store = ViewStore(make_store(tmp_path, epochs))
     assert store.epochs == epochs
     assert [store.epoch_of(epoch) for epoch in range(1, len(served) + 1)] == served
@@ -167,7 +167,7 @@ def test_the_last_stored_epoch_is_read(tmp_path: Path) -> None:
     assert store.rows(store.epoch_of(3)).seeds.tolist() == [300, 301, 302, 303]
 
 
-def test_a_part_is_complete_with_both_files(tmp_path: Path) -> None:
+def test_a_part_is_complete_if_both_files_exist(tmp_path: Path) -> None:
     assert not part_complete(tmp_path, 1, 0)
     write_part(tmp_path, 1, 0, make_rows(4))
     assert part_complete(tmp_path, 1, 0)
@@ -175,7 +175,7 @@ def test_a_part_is_complete_with_both_files(tmp_path: Path) -> None:
     assert not part_complete(tmp_path, 1, 0)
 
 
-def test_a_part_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+def test_a_part_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
     rows = make_rows(4)
     with pytest.raises(ValueError, match="could not convert"):
         write_part(tmp_path, 1, 0, replace(rows, values=np.array([["x"]])))
@@ -185,20 +185,20 @@ def test_a_part_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     assert part_complete(tmp_path, 1, 0)
 
 
-def test_unfinished_and_foreign_files_are_not_parts(tmp_path: Path) -> None:
+def test_temporary_and_other_files_are_ignored(tmp_path: Path) -> None:
     make_store(tmp_path)
     for name in ("logits_ep3_0.h5.partial", "logits_ep3_0.parquet.partial", "notes.txt"):
         (tmp_path / name).write_bytes(b"")
     assert ViewStore(tmp_path).epochs == 2
 
 
-def test_meta_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_metadata_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     for meta in (META, replace(META, recipe=ViewRecipe(None, None, None), labels=None, weights=None, seed=42)):
         write_meta(tmp_path, meta)
         assert read_meta(tmp_path) == meta
 
 
-def test_meta_says_what_it_is(tmp_path: Path) -> None:
+def test_the_content_of_meta_json(tmp_path: Path) -> None:
     write_meta(tmp_path / "new" / "store", META)
     content = json.loads((tmp_path / "new" / "store" / "meta.json").read_text())
     assert (content["format"], content["version"]) == ("ced view store", 2)
@@ -255,7 +255,7 @@ def drop_dataset(path: Path) -> None:
     [
         ("meta.json", Path.unlink, "is not a view store: it has neither meta.json nor meta.pt"),
         ("meta.json", truncate, "meta.json is damaged: JSONDecodeError"),
-        ("meta.json", lambda path: edit(path, '"topk": 3', '"topk": 4'), "meta.json does not have the digest"),
+        ("meta.json", lambda path: edit(path, '"topk": 3', '"topk": 4'), "meta.json does not match its own digest"),
         ("logits_ep2_1.h5", Path.unlink, "logits_ep2_1.h5 is missing; the store has 3 epochs of 2 part(s)"),
         ("logits_ep3_1.parquet", Path.unlink, "logits_ep3_1.parquet is missing"),
         ("logits_ep2_0.h5", truncate, "logits_ep2_0.h5 is damaged: OSError: Unable to"),
@@ -278,7 +278,7 @@ def drop_dataset(path: Path) -> None:
         ),
     ],
 )
-def test_damage_is_one_line_that_names_the_file(
+def test_damage_gives_a_one_line_error_with_the_file(
     tmp_path: Path, name: str, damage: Callable[[Path], object], said: str
 ) -> None:
     make_store(tmp_path / "other", epochs=1)
@@ -294,27 +294,27 @@ def test_damage_is_one_line_that_names_the_file(
     assert "\n" not in message
 
 
-def test_missing_rows_are_noticed(tmp_path: Path) -> None:
+def test_missing_rows_are_detected(tmp_path: Path) -> None:
     make_store(tmp_path, epochs=2)
     write_part(tmp_path, 2, 0, make_rows(3))
-    with pytest.raises(StoreError, match=r"epoch 2 of view store .* has 3 rows; meta\.json says 4"):
+    with pytest.raises(StoreError, match=r"epoch 2 of view store .* has 3 rows; meta\.json has 4"):
         ViewStore(tmp_path).rows(2)
 
 
 def test_other_format_versions_are_refused(tmp_path: Path) -> None:
-    edit(make_store(tmp_path) / "meta.json", '"version": 2', '"version": 3')
-    with pytest.raises(StoreError, match=r"is 'ced view store' version 3; this program reads version 1 and 2"):
+    edit(make_store(tmp_path) / "meta.json", '"version": 2', '"version": 4')
+    with pytest.raises(StoreError, match=r"is 'ced view store' version 4; this program reads versions 1, 2, 3"):
         ViewStore(tmp_path)
 
 
 def without_digests(folder: Path) -> None:
-    """Turn a store into one of the first release."""
+    """Turn a store into one of format version 1."""
     content = json.loads((folder / "meta.json").read_text())
     del content["digests"], content["sha256"]
     (folder / "meta.json").write_text(json.dumps(content | {"version": 1}))
 
 
-def test_a_store_of_the_first_release_is_read(tmp_path: Path) -> None:
+def test_a_store_of_format_version_1_is_read(tmp_path: Path) -> None:
     rows = ViewStore(make_store(tmp_path)).rows(2)
     without_digests(tmp_path)
     store = ViewStore(tmp_path)
@@ -322,8 +322,8 @@ def test_a_store_of_the_first_release_is_read(tmp_path: Path) -> None:
     assert same(store.rows(2), rows)
 
 
-def test_a_flipped_bit_is_named_wherever_it_is(tmp_path: Path) -> None:
-    """In a store with digests; without, as those of the first release, what is left to see is that nothing crashes."""
+def test_any_flipped_bit_is_detected(tmp_path: Path) -> None:
+    """In a store with digests; without them (format version 1), the only requirement is that reading does not crash."""
     folder = make_store(tmp_path, epochs=1)
     digests = digests_of(folder, 1, 0)
     add_digests(folder, digests)
@@ -350,7 +350,7 @@ def test_a_flipped_bit_is_named_wherever_it_is(tmp_path: Path) -> None:
     assert same(ViewStore(folder).rows(1), rows)
 
 
-def test_a_file_of_another_epoch_is_noticed_by_its_seeds(tmp_path: Path) -> None:
+def test_a_file_of_another_epoch_is_detected_by_its_seeds(tmp_path: Path) -> None:
     write_meta(tmp_path, replace(META, seed=42))
     for epoch in (1, 2):
         write_part(tmp_path, epoch, 0, replace(make_rows(4), seeds=epoch_seeds(42, epoch, 4)))
@@ -362,7 +362,7 @@ def test_a_file_of_another_epoch_is_noticed_by_its_seeds(tmp_path: Path) -> None
 
 
 def hostile(path: Path, name: str, **how: Any) -> None:
-    """Put an array of another kind in place of one of a part."""
+    """Replace an array of a part by another one."""
     with h5py.File(path, "a") as file:
         del file[name]
         if "link" in how:
@@ -374,16 +374,16 @@ def hostile(path: Path, name: str, **how: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "how", "said"),
     [
-        ("seeds", {"link": h5py.ExternalLink("other.h5", "seeds")}, "seeds lies in another file"),
-        ("seeds", {"shape": (4,), "dtype": "i4", "external": [("/etc/hostname", 0, 16)]}, "lies in another file"),
+        ("seeds", {"link": h5py.ExternalLink("other.h5", "seeds")}, "seeds is stored in another file"),
+        ("seeds", {"shape": (4,), "dtype": "i4", "external": [("/etc/hostname", 0, 16)]}, "stored in another file"),
         ("topk_values", {"shape": (10**9, 3), "dtype": "f2"}, "topk_values is (1000000000, 3), expected (4, 3)"),
         ("seeds", {"shape": (10**9,), "dtype": "i4"}, "topk_values is (4, 3), expected (1000000000, 3)"),
-        ("seeds", {"data": ["a", "b", "c", "d"]}, "seeds is of type object"),
-        ("seeds", {"data": np.zeros(4)}, "seeds is of type float64"),
-        ("seeds", {"shape": (4,), "dtype": "i4", "chunks": None}, "claims 16 bytes"),
+        ("seeds", {"data": ["a", "b", "c", "d"]}, "seeds has type object"),
+        ("seeds", {"data": np.zeros(4)}, "seeds has type float64"),
+        ("seeds", {"shape": (4,), "dtype": "i4", "chunks": None}, "needs 16 bytes"),
     ],
 )
-def test_arrays_that_are_not_there_are_refused(tmp_path: Path, name: str, how: dict[str, Any], said: str) -> None:
+def test_arrays_of_another_type_or_place_are_refused(tmp_path: Path, name: str, how: dict[str, Any], said: str) -> None:
     folder = make_store(tmp_path, epochs=1)
     shutil.copy(folder / "logits_ep1_0.h5", folder / "other.h5")
     hostile(folder / "logits_ep1_0.h5", name, **how)
@@ -392,17 +392,17 @@ def test_arrays_that_are_not_there_are_refused(tmp_path: Path, name: str, how: d
     assert said in str(caught.value)
 
 
-def test_arrays_that_claim_more_than_there_is_take_no_memory(tmp_path: Path) -> None:
+def test_arrays_larger_than_their_file_take_no_memory(tmp_path: Path) -> None:
     folder = make_store(tmp_path, epochs=1)
-    with h5py.File(folder / "logits_ep1_0.h5", "w") as file:  # 10^9 rows of nothing
+    with h5py.File(folder / "logits_ep1_0.h5", "w") as file:  # 10^9 rows without data
         for name, width, kind in (("topk_values", 3, "f2"), ("topk_indexes", 3, "i2")):
             file.create_dataset(name, shape=(10**9, width), dtype=kind)
         file.create_dataset("seeds", shape=(10**9,), dtype="i4")
-    with pytest.raises(StoreError, match=r"damaged: topk_values claims 6,000,000,000 bytes and has 0"):
+    with pytest.raises(StoreError, match=r"damaged: topk_values needs 6,000,000,000 bytes and has 0"):
         ViewStore(folder)
 
 
-def test_names_that_are_no_text_are_damage(tmp_path: Path) -> None:
+def test_filenames_that_are_not_text_are_reported_as_damage(tmp_path: Path) -> None:
     folder = make_store(tmp_path, epochs=1)
     path = folder / "logits_ep1_0.parquet"
     table = pq.read_table(path)
@@ -410,9 +410,14 @@ def test_names_that_are_no_text_are_damage(tmp_path: Path) -> None:
     pq.write_table(table.set_column(0, "filename", names), path)
     with pytest.raises(StoreError, match=r"logits_ep1_0\.parquet is damaged: UnicodeDecodeError"):
         ViewStore(folder).rows(1)
-    pq.write_table(table.set_column(0, "filename", pa.array(["a", None, "b", "c"])), path)
-    with pytest.raises(StoreError, match=r"logits_ep1_0\.parquet is damaged: a row has no filename"):
-        ViewStore(folder).rows(1)
+    for missing in (["a", None, "b", "c"], [None] * 4):
+        pq.write_table(table.set_column(0, "filename", pa.array(missing, pa.string())), path)
+        with pytest.raises(StoreError, match=r"logits_ep1_0\.parquet is damaged: a row has no filename"):
+            ViewStore(folder).rows(1)
+    for values in (pa.array([1, 2, 3, 4]), pa.array([b"a"] * 4)):
+        pq.write_table(table.set_column(0, "filename", values), path)
+        with pytest.raises(StoreError, match=r"logits_ep1_0\.parquet is damaged"):
+            ViewStore(folder).rows(1)
 
 
 def test_one_long_name_in_many_rows_is_in_memory_once(tmp_path: Path) -> None:

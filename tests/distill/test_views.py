@@ -28,7 +28,7 @@ RECIPE = ViewRecipe()
     [
         (0, 160_000, View(72_326, 0.08847743272781372, 0.13203048706054688)),
         (0, 31_000, View(-3_395, 0.08847743272781372, 0.13203048706054688)),
-        (1, 160_000, View(0, 0.2793108820915222, 0.40306925773620605)),  # not applied: the uniforms follow at once
+        (1, 160_000, View(0, 0.2793108820915222, 0.40306925773620605)),  # not applied: the uniforms are drawn next
         (42, 160_000, View(0, 0.9150039553642273, 0.38286375999450684)),
         (1_965_479_068, 32_000, View(486, 0.6652854681015015, 0.5838112235069275)),
         (2**31 - 1, 160_000, View(0, 0.3542391061782837, 0.10543233156204224)),
@@ -39,7 +39,7 @@ def test_draws_are_golden(seed: int, samples: int, view: View) -> None:
 
 
 @pytest.mark.parametrize("samples", [160_000, 80_001, 31_000, 3])
-def test_draws_are_those_of_the_global_generator(samples: int) -> None:
+def test_draws_equal_those_of_the_global_generator(samples: int) -> None:
     shifted = 0
     for seed in [0, 7, 2**31 - 1, *range(1_000, 1_050)]:
         torch.manual_seed(seed)
@@ -53,7 +53,7 @@ def test_draws_are_those_of_the_global_generator(samples: int) -> None:
     assert 15 < shifted < 40
 
 
-def test_drawing_leaves_the_global_generator_alone() -> None:
+def test_drawing_does_not_use_the_global_generator() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -61,7 +61,7 @@ def test_drawing_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_generator_that_was_used_before_changes_nothing() -> None:
+def test_the_state_of_the_given_generator_does_not_matter() -> None:
     generator = torch.Generator().manual_seed(99)
     torch.rand(17, generator=generator)
     assert draw(RECIPE, 3, 160_000, generator) == draw(RECIPE, 3, 160_000)
@@ -97,14 +97,14 @@ def test_a_shift_rolls_the_wave(shift: int, rolled: list[int]) -> None:
     assert out.tolist() == [*rolled, 9, 9]
 
 
-def test_a_shift_of_an_empty_wave_is_nothing() -> None:
+def test_an_empty_wave_can_be_shifted() -> None:
     out = np.ones(2, np.int16)
     shift_into(out, np.empty(0, np.int16), 3)
     assert out.tolist() == [1, 1]
 
 
 def masked(size: tuple[int, int], uniforms: Sequence[tuple[float, float]], recipe: ViewRecipe) -> list[str]:
-    """Return which places of ones are blanked: a row of "." and "0" a mel bin, the clips side by side."""
+    """Return which values are blanked: a row of "." and "0" for each mel bin, with the clips side by side."""
     mel = torch.ones(len(uniforms), *size)
     after = mask(mel, mask_uniforms([View(0, *pair) for pair in uniforms]), recipe)
     assert mel.eq(1).all()
@@ -124,7 +124,7 @@ def test_masks_are_golden() -> None:
     ]
 
 
-def test_a_mask_may_be_left_out() -> None:
+def test_masks_are_optional() -> None:
     uniforms = [(0.5, 0.5)]
     assert masked((2, 8), uniforms, ViewRecipe(time_mask=6, freq_mask=None)) == ["..000...", "..000..."]
     assert masked((2, 8), uniforms, ViewRecipe(time_mask=None, freq_mask=2)) == ["00000000", "........"]
@@ -137,7 +137,7 @@ def test_a_mask_may_be_left_out() -> None:
         ((0.0, 0.9), "......"),  # no width
         ((0.08, 0.9), "......"),  # less than a frame
         ((0.25, 0.0), "000..."),
-        ((0.25, 0.99), "..000."),  # start = floor(2.97): the last frame is out of reach
+        ((0.25, 0.99), "..000."),  # start = floor(2.97): the last frame is never masked
         ((0.5, 0.7), "000000"),  # as wide as the axis
         ((0.75, 0.9), "000000"),  # wider: start = floor(0.9 * (6 - 9)) = -3, end = 6
     ],
@@ -147,7 +147,7 @@ def test_masks_at_the_edges(pair: tuple[float, float], row: str) -> None:
     assert masked((1, 6), [pair], ViewRecipe(time_mask=12, freq_mask=None)) == [row]
 
 
-def test_mask_places_are_float32() -> None:
+def test_mask_positions_are_computed_in_float32() -> None:
     for seed in range(200):
         view = draw(RECIPE, seed, 160_000)
         width = np.float32(view.u1) * np.float32(192)
@@ -157,7 +157,7 @@ def test_mask_places_are_float32() -> None:
         assert blank == list(range(start, start + math.floor(width)))
 
 
-def test_a_mask_does_not_depend_on_its_neighbours() -> None:
+def test_a_mask_does_not_depend_on_other_clips_of_the_batch() -> None:
     mel = torch.randn(5, 64, 201, generator=torch.Generator().manual_seed(0))
     uniforms = mask_uniforms([draw(RECIPE, seed, 32_000) for seed in range(5)])
     together = mask(mel, uniforms, RECIPE)
@@ -165,12 +165,12 @@ def test_a_mask_does_not_depend_on_its_neighbours() -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
-def test_no_views_have_no_uniforms() -> None:
+def test_uniforms_of_an_empty_batch() -> None:
     assert mask_uniforms([]).shape == (0, 2)
 
 
 @pytest.mark.parametrize(("seconds", "share"), [(0.5, 0.73), (1.0, 0.47), (1.5, 0.21), (1.91, 0.0), (10.0, 0.0)])
-def test_the_share_of_blanked_views_is_that_of_many_draws(seconds: float, share: float) -> None:
+def test_the_share_of_blanked_views_equals_that_of_many_draws(seconds: float, share: float) -> None:
     samples, recipe = round(seconds * 16_000), ViewRecipe()
     assert blanked(recipe, samples) == pytest.approx(share, abs=0.005)
     views = [draw(recipe, seed, samples) for seed in range(600)]
@@ -180,7 +180,11 @@ def test_the_share_of_blanked_views_is_that_of_many_draws(seconds: float, share:
     assert found == pytest.approx(share, abs=0.05)
 
 
-def test_a_mask_without_a_width_follows_the_chunk() -> None:
+def test_a_recipe_without_masks_blanks_nothing() -> None:
+    assert blanked(ViewRecipe(time_mask=None, freq_mask=None), 16_000) == 0
+
+
+def test_the_default_mask_width_depends_on_the_chunk_length() -> None:
     def width(seconds: float, given: int | None = None) -> int | None:
         masks = SpecTransforms(TimeMasking=TimeMaskingArgs(time_mask_param=given))
         return recipe_of(WavTransforms(), masks, round(seconds * 16_000)).time_mask
@@ -189,7 +193,7 @@ def test_a_mask_without_a_width_follows_the_chunk() -> None:
     assert width(0.5, given=192) == 192
 
 
-def test_masks_that_blank_are_refused_or_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_masks_that_blank_chunks_are_refused_or_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     check_masks(ViewRecipe(time_mask=51), 8_000)
     assert not caplog.records
     check_masks(ViewRecipe(time_mask=55), 8_000)

@@ -12,7 +12,6 @@ from ced.errors import AudioError, CheckpointError
 from ced.integrations import hear
 from ced.model import loading
 from ced.model.config import ModelConfig
-from ced.model.embedding import grid
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
 from ced.model.runtime import OnnxModel
@@ -33,7 +32,7 @@ def noise(clips: int, seconds: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", ["ced_tiny", "ced_mini", "ced_small", "ced_base"])
-def test_what_the_hear_validator_checks(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_of_the_hear_validator(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig(MODELS[size].config.embed_dim, MODELS[size].config.num_heads, depth=1)
     monkeypatch.setattr(loading, "load_model", lambda name: {size: CED(config)}[name])
     model = hear.load_model(size)
@@ -51,7 +50,7 @@ def test_what_the_hear_validator_checks(size: str, monkeypatch: pytest.MonkeyPat
     assert scenes.shape == (8, model.scene_embedding_size)
 
 
-def test_what_the_xares_checker_checks(network: CED) -> None:
+def test_checks_of_the_xares_checker(network: CED) -> None:
     encoder = hear.CedEncoder(network)
     assert type(encoder).__name__.endswith("Encoder")
     assert isinstance(encoder, nn.Module)
@@ -63,18 +62,18 @@ def test_what_the_xares_checker_checks(network: CED) -> None:
 @pytest.mark.parametrize(
     "audio", [torch.zeros(1, 16_000, dtype=torch.int16), torch.zeros(1, 0), torch.zeros(1, 2, 16_000)]
 )
-def test_what_is_no_wave_is_refused(audio: torch.Tensor, network: CED) -> None:
+def test_invalid_waves_are_refused(audio: torch.Tensor, network: CED) -> None:
     with pytest.raises(AudioError, match=r"audio is torch\.\w+ \(.*\); it must be floats"):
         hear.CedEncoder(network)(audio)
 
 
-def test_an_encoder_of_16_bits_hears_what_one_of_32_hears(network: CED) -> None:
+def test_a_16_bit_encoder_gets_float32_features(network: CED) -> None:
     half = hear.CedEncoder(copy.deepcopy(network)).bfloat16()
     expected = hear.CedEncoder(network)(noise(1, 1.0))
     torch.testing.assert_close(half(noise(1, 1.0)).float(), expected, atol=0.05, rtol=0.05)
 
 
-def test_a_benchmark_need_not_name_a_model(monkeypatch: pytest.MonkeyPatch, network: CED) -> None:
+def test_the_default_model(monkeypatch: pytest.MonkeyPatch, network: CED) -> None:
     monkeypatch.setattr(loading, "load_model", lambda name: {"ced_mini": network}[name])
     assert hear.load_model().network is network
     assert hear.CedEncoder().network is network
@@ -90,7 +89,7 @@ def test_a_checkpoint_is_loaded_by_its_path(tmp_path: Path, network: CED) -> Non
         hear.load_model(str(tmp_path / "nothing.safetensors"))
 
 
-def test_a_scene_is_what_ced_embed_gives(tmp_path: Path, network: CED) -> None:
+def test_scene_embeddings_are_those_of_ced_embed(tmp_path: Path, network: CED) -> None:
     export(weights_of(network), tmp_path / "mine.onnx")
     waves = noise(2, 3.0)
     expected = OnnxModel(tmp_path / "mine.onnx").embed(waves.numpy())
@@ -98,7 +97,7 @@ def test_a_scene_is_what_ced_embed_gives(tmp_path: Path, network: CED) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_a_time_is_the_middle_of_the_frames_that_a_column_covers(network: CED) -> None:
+def test_timestamps_are_the_centres_of_columns(network: CED) -> None:
     waves = torch.zeros(1, 32_000)
     waves[:, 16_000:16_160] = noise(1, 0.01)  # between 1000 and 1010 ms
     model = hear.CedEncoder(network)
@@ -109,18 +108,18 @@ def test_a_time_is_the_middle_of_the_frames_that_a_column_covers(network: CED) -
     assert abs(float(times[0, column]) - 1_005.0) <= 80.0
 
 
-def test_long_sounds_keep_an_even_grid(network: CED) -> None:
+def test_columns_of_long_sounds_are_evenly_spaced(network: CED) -> None:
     model = hear.CedEncoder(network)
     waves = noise(1, 25.0)
     embeddings, times = hear.get_timestamp_embeddings(waves, model)
     assert embeddings.shape == (1, 2_501 // 16, 64)
     assert torch.all(torch.diff(times) == 160.0)
     mel = network.front_end(waves)
-    second = grid(network, mel[..., 63 * 16 : 2 * 63 * 16]).mean(1)  # pieces of 63 columns are encoded alone
+    second = network.patch_tokens(mel[..., 63 * 16 : 2 * 63 * 16]).mean(1)  # pieces of 63 columns are encoded alone
     torch.testing.assert_close(embeddings[:, 63:126], second)
 
 
-def test_a_clip_is_embedded_alone_whatever_its_neighbours_and_the_mode(network: CED) -> None:
+def test_embeddings_do_not_depend_on_the_batch_or_the_mode(network: CED) -> None:
     model = hear.CedEncoder(network).train()
     waves = noise(20, 0.5)
     together = hear.get_scene_embeddings(waves, model)

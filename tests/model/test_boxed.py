@@ -20,7 +20,7 @@ GRAPH = BOXED["esc10"]
 DATA = os.environ.get("CED_ESC10")
 
 
-def test_it_is_small_and_knows_its_classes() -> None:
+def test_size_and_classes() -> None:
     assert GRAPH.stat().st_size < 6e6
     labels = open_model("esc10").labels
     assert labels.names == (
@@ -36,7 +36,7 @@ def test_a_generated_clock_is_a_clock() -> None:
     assert window.tags[0].label == "Clock tick"
 
 
-def test_those_it_learned_from_are_credited() -> None:
+def test_the_sources_of_its_recordings_are_credited() -> None:
     credit = read_table(GRAPH.with_name("esc10_credits.tsv"), required=("filename", "author", "license", "source"))
     licences = credit.column("license")
     assert len(licences) == 318
@@ -45,7 +45,7 @@ def test_those_it_learned_from_are_credited() -> None:
 
 
 @pytest.mark.skipif(DATA is None, reason="CED_ESC10 does not name the data set")
-def test_it_is_as_good_as_its_card_says(tmp_path: Path) -> None:
+def test_accuracy_of_the_model_card(tmp_path: Path) -> None:
     clips, _ = split.read_clips(Path(str(DATA)))
     held_out = [clip for clip in clips if clip.fold == EXTRA_FOLD]
     columns = {

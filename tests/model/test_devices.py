@@ -18,8 +18,8 @@ import torch
 from ced.errors import CheckpointError, ConfigError
 from ced.integrations.ray import Model
 from ced.model import ort
+from ced.model.loading import TorchScorer
 from ced.model.runtime import OnnxModel, open_model
-from ced.model.torch_scorer import TorchScorer
 from ced.tag.tagger import Tagger
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"

@@ -110,13 +110,13 @@ def test_a_file_and_its_progress(site: Site, tmp_path: Path) -> None:
 def test_continues_from_the_byte_where_a_connection_broke(site: Site, tmp_path: Path) -> None:
     site.cuts = [100_000, 50_000]
     reports: list[int] = []
-    download(site.url, tmp_path / "model.pt", progress=lambda task, done, total: reports.append(done))
+    download(site.url, tmp_path / "model.pt", progress=lambda _, done, *rest: reports.append(done))
     assert (tmp_path / "model.pt").read_bytes() == CONTENT
     assert site.asked == [None, "bytes=100000-", "bytes=150000-"]
     assert reports == sorted(reports)
 
 
-def test_a_later_run_continues_too(site: Site, tmp_path: Path) -> None:
+def test_a_later_run_resumes(site: Site, tmp_path: Path) -> None:
     site.cuts, site.statuses = [100_000], []
     site.cuts += [0, 0, 0]
     with pytest.raises(DownloadError, match=r"the connection broke after 100000 of 256000 bytes, which are kept in"):
@@ -129,7 +129,7 @@ def test_a_later_run_continues_too(site: Site, tmp_path: Path) -> None:
     assert left(tmp_path) == ["model.pt"]
 
 
-def test_a_server_without_ranges_begins_again(site: Site, tmp_path: Path) -> None:
+def test_a_server_without_ranges_restarts_the_download(site: Site, tmp_path: Path) -> None:
     site.ranges, site.cuts = False, [100_000]
     download(site.url, tmp_path / "model.pt")
     assert site.asked == [None, "bytes=100000-"]
@@ -137,21 +137,21 @@ def test_a_server_without_ranges_begins_again(site: Site, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("headers", [{}, {"ETag": 'W/"weak"'}])
-def test_nothing_vouches_for_the_rest(site: Site, tmp_path: Path, headers: dict[str, str]) -> None:
+def test_without_a_validator_the_download_restarts(site: Site, tmp_path: Path, headers: dict[str, str]) -> None:
     site.headers, site.cuts = headers, [100_000]
     download(site.url, tmp_path / "model.pt")
     assert site.asked == [None, None]
     assert (tmp_path / "model.pt").read_bytes() == CONTENT
 
 
-def test_a_date_vouches_for_the_rest(site: Site, tmp_path: Path) -> None:
+def test_a_modification_date_allows_resuming(site: Site, tmp_path: Path) -> None:
     site.headers, site.cuts = {"Last-Modified": "Tue, 22 Aug 2023 10:00:00 GMT"}, [100_000]
     download(site.url, tmp_path / "model.pt")
     assert site.asked == [None, "bytes=100000-"]
     assert (tmp_path / "model.pt").read_bytes() == CONTENT
 
 
-def test_a_file_that_changed_in_the_meantime(site: Site, tmp_path: Path) -> None:
+def test_a_file_that_changed_restarts_the_download(site: Site, tmp_path: Path) -> None:
     site.cuts = [100_000, 0, 0, 0]
     with pytest.raises(DownloadError):
         download(site.url, tmp_path / "model.pt")
@@ -160,7 +160,7 @@ def test_a_file_that_changed_in_the_meantime(site: Site, tmp_path: Path) -> None
     assert (tmp_path / "model.pt").read_bytes() == CONTENT[::-1]
 
 
-def test_a_part_of_another_address_is_not_continued(site: Site, tmp_path: Path) -> None:
+def test_a_part_of_another_address_is_not_resumed(site: Site, tmp_path: Path) -> None:
     (tmp_path / "model.pt.part").write_bytes(b"x" * 100)
     notes = {"url": "http://127.0.0.1/other.pt", "validator": '"first"', "md5": None}
     (tmp_path / "model.pt.part.json").write_text(json.dumps(notes))
@@ -170,7 +170,7 @@ def test_a_part_of_another_address_is_not_continued(site: Site, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("notes", ["", "{", "[]", '{"colour": 1}', None])
-def test_a_part_without_notes_is_not_continued(site: Site, tmp_path: Path, notes: str | None) -> None:
+def test_a_part_without_notes_is_not_resumed(site: Site, tmp_path: Path, notes: str | None) -> None:
     (tmp_path / "model.pt.part").write_bytes(b"x" * 100)
     if notes is not None:
         (tmp_path / "model.pt.part.json").write_text(notes)
@@ -179,7 +179,7 @@ def test_a_part_without_notes_is_not_continued(site: Site, tmp_path: Path, notes
     assert (tmp_path / "model.pt").read_bytes() == CONTENT
 
 
-def test_a_part_longer_than_the_file_is_thrown_away(site: Site, tmp_path: Path) -> None:
+def test_a_part_longer_than_the_file_is_discarded(site: Site, tmp_path: Path) -> None:
     site.cuts = [0, 0, 0]
     with pytest.raises(DownloadError):
         download(site.url, tmp_path / "model.pt")
@@ -212,7 +212,7 @@ def test_right_checksums(site: Site, tmp_path: Path) -> None:
 )
 def test_a_wrong_checksum(site: Site, tmp_path: Path, headers: dict[str, str]) -> None:
     site.headers = headers
-    with pytest.raises(DownloadError, match=r"its md5 is [0-9a-f]+, the server promised 0{32}; removed"):
+    with pytest.raises(DownloadError, match=r"its md5 is [0-9a-f]+, but .* 0{32}; removed"):
         download(site.url, tmp_path / "model.pt")
     assert left(tmp_path) == []
     site.headers = {"ETag": '"good"'}
@@ -221,7 +221,7 @@ def test_a_wrong_checksum(site: Site, tmp_path: Path, headers: dict[str, str]) -
 
 
 @pytest.mark.parametrize("headers", [{"Content-MD5": "@"}, {"Content-MD5": "abc"}, {"ETag": "md5"}])
-def test_a_checksum_that_cannot_be_read_is_none(site: Site, tmp_path: Path, headers: dict[str, str]) -> None:
+def test_an_invalid_checksum_is_ignored(site: Site, tmp_path: Path, headers: dict[str, str]) -> None:
     site.headers = headers
     download(site.url, tmp_path / "model.pt")
     assert (tmp_path / "model.pt").read_bytes() == CONTENT
@@ -236,9 +236,9 @@ def test_content_that_does_not_verify_is_removed(site: Site, tmp_path: Path) -> 
     assert seen == [CONTENT]
 
 
-def test_an_encoding_that_was_not_asked_for(site: Site, tmp_path: Path) -> None:
+def test_an_unrequested_encoding(site: Site, tmp_path: Path) -> None:
     site.headers = {"Content-Encoding": "gzip"}
-    with pytest.raises(DownloadError, match="came in encoding gzip"):
+    with pytest.raises(DownloadError, match="in encoding gzip"):
         download(site.url, tmp_path / "model.pt")
     assert left(tmp_path) == []
 
@@ -254,7 +254,7 @@ def test_a_length_that_is_not_a_number(site: Site, tmp_path: Path, length: str) 
 def test_https_is_never_followed_to_http(tmp_path: Path) -> None:
     redirects = download_module._Redirects()
     secure = Request("https://zenodo.org/records/1/files/a.pt")
-    with pytest.raises(DownloadError, match=r"leads to http://mirror\.example/a\.pt, which is not encrypted"):
+    with pytest.raises(DownloadError, match=r"redirects to http://mirror\.example/a\.pt, which is not encrypted"):
         redirects.redirect_request(secure, None, 302, "Found", {}, "http://mirror.example/a.pt")
     followed = redirects.redirect_request(secure, None, 302, "Found", {}, "https://mirror.example/a.pt")
     assert followed is not None
@@ -263,13 +263,13 @@ def test_https_is_never_followed_to_http(tmp_path: Path) -> None:
 
 def test_an_address_without_a_file(site: Site, tmp_path: Path) -> None:
     site.statuses = [404]
-    with pytest.raises(DownloadError, match=r"^cannot fetch http://127.*model\.pt\?download=1: 404 Not Found$"):
+    with pytest.raises(DownloadError, match=r"^cannot download http://127.*model\.pt\?download=1: 404 Not Found$"):
         download(site.url, tmp_path / "model.pt")
     assert len(site.asked) == 1  # no use in asking again
     assert left(tmp_path) == []
 
 
-def test_a_server_that_is_busy_for_a_moment(site: Site, tmp_path: Path) -> None:
+def test_a_busy_server_is_retried(site: Site, tmp_path: Path) -> None:
     site.statuses = [503, 429]
     download(site.url, tmp_path / "model.pt")
     assert (tmp_path / "model.pt").read_bytes() == CONTENT
@@ -278,18 +278,16 @@ def test_a_server_that_is_busy_for_a_moment(site: Site, tmp_path: Path) -> None:
         download(site.url, tmp_path / "other.pt")
 
 
-def test_nobody_answers(tmp_path: Path) -> None:
+def test_an_unreachable_server(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(DownloadError, match=r"cannot fetch http://127\.0\.0\.1.*refused") as caught:
+    with pytest.raises(DownloadError, match=r"cannot download http://127\.0\.0\.1.*refused") as caught:
         download(f"http://127.0.0.1:{port}/model.pt", tmp_path / "model.pt")
     assert "\n" not in str(caught.value)
 
 
-def test_offline_asks_nobody_but_takes_what_is_there(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_uses_only_the_cache(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CED_OFFLINE", "1")
     with pytest.raises(DownloadError, match="CED_OFFLINE is set"):
         download(site.url, tmp_path / "model.pt")
@@ -307,7 +305,7 @@ def test_a_cache_that_cannot_be_written(site: Site, tmp_path: Path) -> None:
         download(site.url, tmp_path / "file" / "model.pt")
 
 
-def test_several_processes_fetch_one_file_once(site: Site, tmp_path: Path) -> None:
+def test_several_processes_download_a_file_once(site: Site, tmp_path: Path) -> None:
     site.cuts = [100_000]
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=download, args=(site.url, tmp_path / "model.pt")) for _ in range(3)]

@@ -108,5 +108,5 @@ def test_stays_float32_under_autocast() -> None:
     assert torch.equal(mel, front_end(waves))
 
 
-def test_its_tables_are_not_in_checkpoints() -> None:
+def test_window_and_filters_are_not_in_checkpoints() -> None:
     assert LogMel().state_dict() == {}

@@ -90,7 +90,7 @@ def feats(tagger: CED, tmp_path_factory: pytest.TempPathFactory) -> ExportReport
 
 
 class TestWave:
-    def test_what_is_written(self, report: ExportReport) -> None:
+    def test_the_exported_files(self, report: ExportReport) -> None:
         assert os.listdir(report.path.parent) == ["ced_v0.1.onnx"]
         assert report.labels_path is None
         assert report.largest_difference is not None
@@ -171,12 +171,12 @@ class TestWave:
         found = export(weights_of(model), tmp_path / "a.onnx")
         assert_agree(found.path, model, [waves(2, 20_000), waves(1, 5_000), waves(2, 40_000)])
 
-    def test_the_network_is_left_as_it_was(self, tmp_path: Path) -> None:
+    def test_the_network_is_not_changed(self, tmp_path: Path) -> None:
         model = network(SMALL, OWN).train()
         export(weights_of(model), tmp_path / "a.onnx")
         assert model.training
 
-    def test_a_front_end_that_has_no_graph(self, tmp_path: Path) -> None:
+    def test_a_front_end_that_cannot_be_exported(self, tmp_path: Path) -> None:
         with pytest.raises(ExportError, match="only a centred front end"):
             export(weights_of(network(replace(SMALL, center=False), OWN)), tmp_path / "a.onnx")
 
@@ -219,7 +219,7 @@ class TestFrontEnd:
 
 
 class TestFeats:
-    def test_what_is_written(self, feats: ExportReport) -> None:
+    def test_the_exported_files(self, feats: ExportReport) -> None:
         folder = feats.path.parent
         assert sorted(os.listdir(folder)) == ["ced_v0.1.onnx", "class_labels_indices.csv"]
         assert feats.labels_path == folder / "class_labels_indices.csv"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ced.errors import ChecksumError, DownloadError
-from ced.model import download, hub, loading, zoo
+from ced.model import download, loading, zoo
 from ced.model.vit import CED
 from ced.sound.labels import audioset
 from tests.local_hub import LocalHub, hub_weights, published, random_network, running
@@ -43,7 +43,7 @@ def cached_files(tmp_path: Path) -> list[Path]:
     return [path for path in (tmp_path / "hub").rglob("*") if path.is_file() and path.stat().st_size > 1_000]
 
 
-def test_a_name_asks_for_its_pinned_revision_once(site: LocalHub, network: CED) -> None:
+def test_a_name_downloads_its_pinned_revision_once(site: LocalHub, network: CED) -> None:
     reports: list[tuple[str, int, int]] = []
     found = loading.load_model("ced_tiny", progress=lambda *report: reports.append(report))
     assert found.labels is audioset()
@@ -109,14 +109,14 @@ def test_an_endpoint_that_cannot_be_used_is_one_line(
 def test_a_blank_endpoint_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str | None] = []
 
-    def download(*_: object, endpoint: str | None, **__: object) -> str:
+    def refuse(*_: object, endpoint: str | None, **__: object) -> str:
         seen.append(endpoint)
         return "file"
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     for given in ("", "  ", "https://mirror.example/"):
         monkeypatch.setenv("HF_ENDPOINT", given)
-        hub.fetch("a/b", "c", "d")
+        download.hub_file("a/b", "c", "d")
     assert seen == [None, None, "https://mirror.example"]
 
 
@@ -124,7 +124,9 @@ def test_a_changed_file_is_refused_and_removed(site: LocalHub, tmp_path: Path) -
     site.files["mispeech/ced-tiny", "model.safetensors"] = hub_weights(random_network("ced_tiny", seed=1))
     (tmp_path / "cache").mkdir()
     torch.save({}, tmp_path / "cache" / zoo.MODELS["ced_tiny"].zenodo.file)  # must not stand in for it
-    with pytest.raises(ChecksumError, match=r"mispeech/ced-tiny.* sha256 is [0-9a-f]{64}, published is .*; removed"):
+    with pytest.raises(
+        ChecksumError, match=r"mispeech/ced-tiny.* sha256 is [0-9a-f]{64}, not the published .*; removed"
+    ):
         zoo.fetch("ced_tiny")
     assert cached_files(tmp_path) == []
 
@@ -153,7 +155,7 @@ def test_only_content_of_the_repository_is_removed(tmp_path: Path) -> None:
     (tmp_path / "mine").write_bytes(b"of the user")
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "model.safetensors").symlink_to(tmp_path / "mine")
-    hub.forget(tmp_path / "hub" / "model.safetensors")
+    download.remove_hub_file(tmp_path / "hub" / "model.safetensors")
     assert list((tmp_path / "hub").iterdir()) == []
     assert (tmp_path / "mine").exists()
 

@@ -11,11 +11,12 @@ import torch
 
 from ced.errors import ConfigError, ExportError
 from ced.model.config import ModelConfig
-from ced.model.graph import Input
+from ced.model.graph import GraphInput
 from ced.model.graph import compare as compare_module
-from ced.model.graph.compare import Comparison, Figures, export_int8
+from ced.model.graph.compare import Comparison, export_int8
 from ced.model.graph.export import export
 from ced.model.loading import weights_of
+from ced.model.metrics import Figures
 from ced.model.runtime import OnnxModel
 from ced.model.vit import CED
 from ced.sound.labels import ClassTable
@@ -47,7 +48,7 @@ def clips(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("source", ["wave", "feats"])
-def test_what_is_in_8_bits(network: CED, source: Input, tmp_path: Path) -> None:
+def test_the_blocks_weights_are_in_8_bits(network: CED, source: GraphInput, tmp_path: Path) -> None:
     report = export(weights_of(network), tmp_path / "a.onnx", source)
     assert export_int8(report.path) is None
     made = onnx.load(tmp_path / "a.int8.onnx")
@@ -94,7 +95,7 @@ def test_refused_past_the_bound(network: CED, clips: Path, tmp_path: Path, monke
     (tmp_path / "a.int8.onnx").write_bytes(b"of an earlier export")
     bad = Comparison(6, Figures(0.9, 1.0), Figures(0.89, 1.0), 0.01, 0.1)
     monkeypatch.setattr(compare_module, "compare", lambda *_: bad)
-    with pytest.raises(ExportError, match=r"int8 costs .*a\.onnx 1\.00 points of mAP; at most 0\.3 are allowed"):
+    with pytest.raises(ExportError, match=r"int8 loses 1\.00 points of mAP of .*a\.onnx; at most 0\.3 are allowed"):
         export_int8(report.path, check=clips)
     assert sorted(os.listdir(tmp_path)) == ["a.onnx", "clips"]
     assert export_int8(report.path, check=clips, bound=1.1) is bad

@@ -28,7 +28,7 @@ def hidden_of(autoencoder: MaskedAutoencoder, count: int = 2, seed: int = 5) -> 
     return autoencoder.hide(count, torch.Generator().manual_seed(seed))
 
 
-def test_patches_are_counted_along_the_time_first_as_tokens_are() -> None:
+def test_patches_are_in_the_order_of_tokens() -> None:
     mel = torch.arange(64.0 * 50).reshape(1, 64, 50)
     cut = patches(mel)
     assert cut.shape == (1, 12, 256)
@@ -46,7 +46,7 @@ def test_a_patch_is_normalised_by_its_own_mean_and_variance() -> None:
 
 
 @pytest.mark.parametrize(("ratio", "hidden"), [(0.75, 9), (0.5, 6), (0.9, 11), (0.1, 1)])
-def test_every_picture_hides_the_same_number_of_patches(ratio: float, hidden: int) -> None:
+def test_the_same_number_of_patches_is_hidden_in_each_clip(ratio: float, hidden: int) -> None:
     autoencoder = autoencoder_of(ratio=ratio)
     drawn = hidden_of(autoencoder, 40)
     assert drawn.sum(1).tolist() == [hidden] * 40
@@ -56,7 +56,7 @@ def test_every_picture_hides_the_same_number_of_patches(ratio: float, hidden: in
     assert drawn.any(0).all()  # no patch is never hidden
 
 
-def test_the_encoder_sees_the_visible_patches_only() -> None:
+def test_the_encoder_gets_only_visible_patches() -> None:
     autoencoder, cut = autoencoder_of(), patches(mel_of())
     hidden = hidden_of(autoencoder)
     noise = torch.randn(cut.shape, generator=torch.Generator().manual_seed(2)) * 30
@@ -82,7 +82,7 @@ def test_a_visible_patch_keeps_its_place() -> None:
     hidden[0, [1, 5, 10]] = False
     encoder = autoencoder.encoder
     with torch.no_grad():
-        every = encoder.embed(encoder.init_bn(mel))
+        every = encoder.embed_patches(encoder.init_bn(mel))
         expected = encoder.relate(every[:, [1, 5, 10]])
         torch.testing.assert_close(autoencoder.encode(mel, autoencoder.places(hidden)), expected)
 
@@ -112,7 +112,7 @@ def test_only_hidden_patches_are_learned_from() -> None:
     assert float(error_of_hidden(errors, hidden)) == 3.0
 
 
-def test_everything_but_the_unread_output_layer_learns() -> None:
+def test_all_parameters_but_the_output_layer_get_gradients() -> None:
     autoencoder, mel = autoencoder_of(), mel_of()
     hidden = hidden_of(autoencoder)
     error_of_hidden(autoencoder(mel, hidden), hidden).backward()
@@ -122,7 +122,7 @@ def test_everything_but_the_unread_output_layer_learns() -> None:
     assert {"mask_token", "encoder.cls_token", "decoder_time_pos_embed", "decoder_freq_pos_embed"} <= learned
 
 
-def test_what_is_hidden_is_filled_in_and_the_rest_stays() -> None:
+def test_only_hidden_patches_are_replaced() -> None:
     autoencoder, mel = autoencoder_of(), mel_of()
     hidden = hidden_of(autoencoder)
     with torch.no_grad():
@@ -143,6 +143,6 @@ def test_what_is_hidden_is_filled_in_and_the_rest_stays() -> None:
         (1, 0.1, r"mask_ratio 0\.1 leaves 4 of 4 patches visible"),
     ],
 )
-def test_what_cannot_be_hidden_is_refused(columns: int, ratio: float, message: str) -> None:
+def test_impossible_mask_ratios_are_refused(columns: int, ratio: float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         autoencoder_of(columns, ratio)

@@ -23,9 +23,8 @@ from ced.model import loading, zoo
 from ced.model.config import ModelConfig
 from ced.model.frontend import LogMel
 from ced.model.graph.export import export
-from ced.model.loading import weights_of
+from ced.model.loading import TorchScorer, weights_of
 from ced.model.runtime import OnnxModel, open_model
-from ced.model.torch_scorer import TorchScorer
 from ced.model.vit import CED
 from ced.sound.audio import load
 from ced.sound.labels import ClassTable, audioset
@@ -100,7 +99,7 @@ class TestOurGraphs:
                 expected = network.probs(torch.from_numpy(wave)).numpy()
             np.testing.assert_allclose(model(wave), expected, atol=1e-5)
 
-    def test_its_classes_travel_with_it(self, graph: Path) -> None:
+    def test_the_graph_contains_its_classes(self, graph: Path) -> None:
         assert OnnxModel(graph).labels == OWN
 
     @pytest.mark.parametrize("samples", [1_000, 20_000, 70_000])  # 160, 8 and 2 of them are scored together
@@ -109,7 +108,7 @@ class TestOurGraphs:
         for answer in (model, model.embed, model.columns):
             np.testing.assert_array_equal(answer(waves), np.concatenate([answer(wave[None]) for wave in waves]))
 
-    def test_columns_begin_where_their_frames_do(self, tmp_path: Path) -> None:
+    def test_columns_start_at_their_frames(self, tmp_path: Path) -> None:
         network = CED(replace(SMALL, target_length=96, hop_size=320), OWN).eval()
         model = OnnxModel(export(weights_of(network), tmp_path / "a.onnx").path)
         expected = [0.0, 0.32, 0.64, 0.96, 1.28, 1.6, 1.92, 2.24, 2.56]  # 16 frames of 20 ms each, six in a piece
@@ -139,7 +138,7 @@ class TestOurGraphs:
 
 
 class TestForeignGraphs:
-    def test_logits_become_probabilities_and_probabilities_stay(self, tmp_path: Path) -> None:
+    def test_logits_become_probabilities_and_probabilities_are_unchanged(self, tmp_path: Path) -> None:
         waves = noise(2, 5_000)
         expected = sigmoid(waves.mean(1, keepdims=True) + np.arange(3.0) - 1)
         for kind in ("logits", "probabilities"):
@@ -175,7 +174,7 @@ class TestForeignGraphs:
         path = export(weights_of(CED(replace(SMALL, depth=1), own)), tmp_path / "a.onnx", "feats").path
         assert OnnxModel(path).labels == own
 
-    def test_class_tables_beside_it(self, tmp_path: Path) -> None:
+    def test_class_tables_beside_the_graph(self, tmp_path: Path) -> None:
         path = foreign(tmp_path / "a.onnx", "logits", ["b", "t"])
         assert OnnxModel(path).labels.names == ("class 0", "class 1", "class 2")
         (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "a", "1": "b", "2": "c"}}))
@@ -189,7 +188,7 @@ class TestForeignGraphs:
     def test_527_scores_are_audioset(self, tmp_path: Path) -> None:
         assert OnnxModel(foreign(tmp_path / "a.onnx", "logits", ["b", "t"], classes=527)).labels is audioset()
 
-    def test_the_published_config_beside_it_gives_full_names(self, tmp_path: Path) -> None:
+    def test_a_published_config_gives_full_names(self, tmp_path: Path) -> None:
         path = foreign(tmp_path / "model.onnx", "logits", ["b", "t"], classes=527)
         shutil.copy(HUB_CONFIGS / "tiny.json", tmp_path / "config.json")
         assert OnnxModel(path).labels is audioset()
@@ -243,7 +242,7 @@ def limited(path: Path, longest: int) -> Path:
 
 
 class TestWindows:
-    def test_a_window_that_the_graph_cannot_take_is_refused_with_the_limit(self, tmp_path: Path) -> None:
+    def test_a_window_beyond_the_limit_of_the_graph_is_refused(self, tmp_path: Path) -> None:
         model = OnnxModel(limited(tmp_path / "model.onnx", 163_840))
         model.check_window(10.0)
         for seconds in (12.0, 1e6, 12.0):
@@ -276,7 +275,7 @@ class TestWindows:
         ("classes", "{}"),
     ],
 )
-def test_metadata_that_is_wrong(graph: Path, tmp_path: Path, key: str, value: str) -> None:
+def test_invalid_metadata(graph: Path, tmp_path: Path, key: str, value: str) -> None:
     made = onnx.load(graph)
     for each in made.metadata_props:
         if each.key == key:
@@ -324,7 +323,7 @@ class TestOpen:
             path.unlink()
         assert open_model("ced_tiny").path == model.path  # from the cached graph alone
 
-    def test_weights_of_zenodo_in_the_cache_stand_in_for_the_hub(
+    def test_cached_weights_of_zenodo_replace_those_of_the_hub(
         self, cache: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         with pytest.raises(DownloadError, match="ced_tiny is not cached"):
@@ -335,7 +334,7 @@ class TestOpen:
             model = open_model("ced_tiny")
         assert model.path.parent == cache / "graphs"
         fallback, made = caplog.messages
-        assert "audiotransformer_tiny_mAP_4814.pt, of which no checksum is published" in fallback
+        assert "audiotransformer_tiny_mAP_4814.pt, for which no checksum is published" in fallback
         assert made == f"making the float32 graph of ced_tiny, once: {model.path}"
 
     def test_the_graph_of_a_checkpoint_is_made_once(
@@ -351,7 +350,7 @@ class TestOpen:
         assert open_model(tmp_path / "run").path != model.path
         assert len(list((cache / "graphs").glob("*.onnx"))) == 2
 
-    def test_changed_graph_code_never_meets_an_old_graph(
+    def test_changed_graph_code_makes_new_graphs(
         self, cache: Path, network: CED, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         loading.save(tmp_path / "a.safetensors", network)
@@ -370,7 +369,7 @@ class TestOpen:
         from ced.model import graph as package
 
         names = {path.name for path in package._SOURCES}
-        assert {"network.py", "frontend.py", "builder.py", "int8.py", "features.py", "config.py", "labels.py"} <= names
+        assert {"network.py", "builder.py", "export.py", "runtime.py", "features.py", "config.py", "labels.py"} <= names
         before = package.code_digest()
         changed = tmp_path / "network.py"
         changed.write_bytes(Path(package.__file__).with_name("network.py").read_bytes() + b"\n# changed\n")
@@ -391,7 +390,7 @@ class TestOpen:
             out.write_bytes(b"half a graph")
             raise CheckpointError("stopped")
 
-        monkeypatch.setattr("ced.model.graph.int8.quantize", fail)
+        monkeypatch.setattr("ced.model.graph.export.quantize", fail)
         with pytest.raises(CheckpointError, match="stopped"):
             open_model(tmp_path / "a.safetensors", precision="int8")
         assert [path.suffix for path in (cache / "graphs").iterdir()] == [".lock"]
@@ -414,7 +413,7 @@ class TestOpen:
 
     def test_int8_of_a_graph_from_elsewhere_is_refused(self, tmp_path: Path) -> None:
         path = foreign(tmp_path / "a.onnx", "logits", ["b", "t"])
-        with pytest.raises(CheckpointError, match=r"a\.onnx was not made by ced"):
+        with pytest.raises(CheckpointError, match=r"a\.onnx is not one of ced"):
             open_model(path, precision="int8")
         with pytest.raises(ConfigError, match="'int4'; allowed: float32, int8"):
             open_model(path, precision="int4")  # type: ignore[arg-type]
@@ -434,7 +433,7 @@ class TestOpen:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ("ced_tinny", "no model and no file is called 'ced_tinny'; did you mean ced_tiny"),
+            ("ced_tinny", "no model and no file is named 'ced_tinny'; did you mean ced_tiny"),
             ("nowhere.onnx", r"no graph at nowhere\.onnx"),
             ("nowhere.pt", r"no checkpoint at nowhere\.pt"),
             ("nowhere/ced_tiny", "no checkpoint at nowhere/ced_tiny"),

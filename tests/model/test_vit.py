@@ -138,7 +138,7 @@ def test_matches_a_second_derivation(pooling: Pooling, frames: int) -> None:
     np.testing.assert_allclose(model.forward_mel(mel).detach().numpy(), expected, atol=2e-5)
 
 
-def test_logits_are_what_the_probabilities_come_from() -> None:
+def test_probabilities_are_the_activation_of_the_logits() -> None:
     mel = mels(3, 40)
     scores = {pooling: network(replace(SMALL, pooling=pooling)) for pooling in POOLINGS[:2]}
     logits = scores["logit"].forward_mel(mel)
@@ -174,7 +174,7 @@ def test_long_inputs_are_cut_and_joined(frames: int) -> None:
     torch.testing.assert_close(loudest.forward_mel(mel), expected.amax(0), atol=1e-6, rtol=0)
 
 
-def test_without_filling_the_last_piece_is_as_long_as_it_is() -> None:
+def test_without_padding_the_last_piece_keeps_its_length() -> None:
     model = network(replace(SMALL, pad_last=False))
     first, last = model.forward_mel(mels(2, 104)[..., :64]), model.forward_mel(mels(2, 104)[..., 64:])
     torch.testing.assert_close(model.forward_mel(mels(2, 104)), (first + last) / 2, atol=1e-6, rtol=0)
@@ -184,7 +184,7 @@ def test_without_filling_the_last_piece_is_as_long_as_it_is() -> None:
     torch.testing.assert_close(twice, first, atol=1e-6, rtol=0)
 
 
-def test_short_waves_are_filled_up_to_one_patch() -> None:
+def test_short_waves_are_padded_to_one_patch() -> None:
     model = network()
     wave = torch.rand(1, 1_000, generator=torch.Generator().manual_seed(2)) - 0.5
     filled = torch.cat([wave, torch.zeros(1, 1_400)], dim=1)

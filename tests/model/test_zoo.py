@@ -35,7 +35,7 @@ def test_the_published_names_sizes_and_addresses() -> None:
     assert zoo.list_models() == [*zoo.MODELS, "esc10"]
 
 
-def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert zoo.cache_dir() == tmp_path / "cache"
     monkeypatch.delenv("CED_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -69,7 +69,7 @@ def test_the_checkpoint_of_a_folder(tmp_path: Path) -> None:
         zoo.checkpoint_file(tmp_path)
 
 
-def test_what_looks_like_a_name_is_taken_for_one(tmp_path: Path) -> None:
+def test_misspelt_names(tmp_path: Path) -> None:
     assert zoo.local_path("runs/ced_tiny") == Path("runs/ced_tiny")
     assert zoo.local_path("student.pt") == Path("student.pt")
     with pytest.raises(CheckpointError, match="'ced_tinny'; did you mean ced_tiny"):
@@ -82,7 +82,7 @@ def test_neither_a_name_nor_a_path_is_one_error(given: str) -> None:
         zoo.checkpoint_file(zoo.local_path(given))
 
 
-def test_a_folder_stands_for_its_newest_experiment_only(tmp_path: Path) -> None:
+def test_a_folder_means_its_newest_experiment(tmp_path: Path) -> None:
     for folder, name in (
         ("zz", "model.safetensors"),
         ("2026-01-02", "last.safetensors"),
@@ -93,7 +93,7 @@ def test_a_folder_stands_for_its_newest_experiment_only(tmp_path: Path) -> None:
     assert zoo.checkpoint_file(tmp_path) == tmp_path / "2026-01-02" / "last.safetensors"
 
 
-def test_without_torch_nothing_is_downloaded_that_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torch_files_that_need_it_are_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo, "find_spec", lambda _: None)
     with pytest.raises(MissingPackageError, match=r"audiotransformer_tiny.*torch"):
         zoo.fetch("audiotransformer_tiny")

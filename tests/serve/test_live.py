@@ -18,7 +18,7 @@ from websockets.sync.client import ClientConnection, connect
 from ced.serve.app import Application
 from ced.serve.body import Limits
 from ced.serve.schema import LIVE_PATH, LIVE_PROTOCOL
-from ced.sound import live as sources
+from ced.sound import live_sources as sources
 from ced.tag.live import Listener
 from ced.tag.options import TagOptions
 from ced.tag.tagger import Tagger

@@ -96,7 +96,7 @@ def test_cut_short(files: dict[str, Path], tmp_path: Path, suffix: str) -> None:
     half = tmp_path / f"half{suffix}"
     half.write_bytes(data[: len(data) // 2])
     blocks: list[NDArray[np.float32]] = []
-    with pytest.raises(AudioError, match=rf"half{suffix}: cut short: it breaks off after 1\.\d\d s"):
+    with pytest.raises(AudioError, match=rf"half{suffix}: cut short: it ends after 1\.\d\d s"):
         blocks.extend(stream(half, 0.3))
     wave = np.concatenate(blocks)
     np.testing.assert_allclose(wave[:16_000], load(files[suffix])[:16_000], atol=1e-5)
@@ -141,7 +141,7 @@ def test_many_channels(codec: str) -> None:
     assert load_stored(file.getvalue(), stereo=True).ndim == 1
 
 
-def test_a_title_that_is_no_text(files: dict[str, Path]) -> None:
+def test_a_title_that_is_not_text(files: dict[str, Path]) -> None:
     data = files[".m4a"].read_bytes()
     assert b"Lavf" in data
     np.testing.assert_array_equal(load(data.replace(b"Lavf", b"\xb2avf")), load(data))
@@ -151,7 +151,7 @@ def test_a_title_that_is_no_text(files: dict[str, Path]) -> None:
     "playlist",
     ["#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:3,\n{}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile {}\n"],
 )
-def test_a_playlist_leads_nowhere(files: dict[str, Path], playlist: str) -> None:
+def test_a_playlist_file_is_not_followed(files: dict[str, Path], playlist: str) -> None:
     path = files[".m4a"].with_name("list.m3u8")
     path.write_text(playlist.format(files[".m4a"].name))
     with pytest.raises(AudioError, match=r"cannot be decoded: Format not recognised; readable are .*, M4A, MP4"):
@@ -190,7 +190,7 @@ def test_without_pyav_the_extra_is_named(files: dict[str, Path], monkeypatch: py
         load("http://x/a")
 
 
-def test_padding_is_removed_where_an_mp4_file_tells_how_much_it_is(tmp_path: Path) -> None:
+def test_padding_of_mp4_files_is_removed(tmp_path: Path) -> None:
     """By the length of the track (edit list), or in the words of iTunes; Opus in WebM and OGG has its own."""
     for rate, codec in ((44_100, "aac"), (48_000, "aac"), (48_000, "libopus")):
         path = write(tmp_path / "a.mp4", "mp4", codec, rate, tones(rate, 10.0))
@@ -206,7 +206,7 @@ def box(name: bytes, body: bytes) -> bytes:
     return (8 + len(body)).to_bytes(4) + name + body
 
 
-def test_padding_in_the_words_of_itunes(tmp_path: Path) -> None:
+def test_padding_in_itunes_metadata(tmp_path: Path) -> None:
     frames = 3 * 44_100
     path = tmp_path / "a.m4a"
     samples = np.pad(tones(44_100), ((0, 0), (0, 1000)))
@@ -234,7 +234,7 @@ def test_padding_in_the_words_of_itunes(tmp_path: Path) -> None:
     assert len(load(path)) == 3 * SAMPLE_RATE
 
 
-def test_a_recording_that_was_not_finished_says_so(files: dict[str, Path], tmp_path: Path) -> None:
+def test_an_unfinished_recording_is_an_error(files: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "a.m4a"
     with av.open(str(path), "w", format="ipod") as out:
         track = out.add_stream("aac", rate=44_100)
@@ -326,7 +326,7 @@ def test_joined_programme_streams(tmp_path: Path) -> None:
     assert abs(len(load(data + film.getvalue() + data)) / SAMPLE_RATE - 6) < 0.3
 
 
-def test_pyav_s_own_error_where_streams_appear(files: dict[str, Path]) -> None:
+def test_a_track_that_appears_late(files: dict[str, Path]) -> None:
     """PyAV looks for streams that it does not know, at the end and by chance of memory."""
 
     class Container:
@@ -347,7 +347,7 @@ def test_pyav_s_own_error_where_streams_appear(files: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     "fault", [ValueError("odd"), IndexError("0"), RuntimeError("x\ny"), MemoryError(), OSError(5, "I/O")]
 )
-def test_whatever_a_library_raises_is_an_error_of_the_sound(
+def test_any_error_of_a_library_is_an_audio_error(
     files: dict[str, Path], fault: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -426,13 +426,13 @@ def test_an_address_of_a_file_that_libsndfile_reads(site: str) -> None:
     np.testing.assert_allclose(load(f"{site}/tone.wav"), soxr.resample(stored, 8_000, SAMPLE_RATE, "HQ"), atol=1e-4)
 
 
-def test_an_address_that_leads_nowhere(site: str) -> None:
+def test_an_unreachable_address(site: str) -> None:
     with pytest.raises(AudioError, match=r"/none.mp3: .*the server answers 404 Not Found"):
         load(f"{site}/none.mp3")
 
 
-def test_an_address_that_breaks_off(files: dict[str, Path]) -> None:
+def test_an_address_that_is_cut_short(files: dict[str, Path]) -> None:
     made = Site({"/tone.webm": files[".webm"].read_bytes()}, lost=10_000)
-    with pytest.raises(AudioError, match=r"tone\.webm: cut short: it breaks off after [12]\.\d\d s"):
+    with pytest.raises(AudioError, match=r"tone\.webm: cut short: it ends after [12]\.\d\d s"):
         load(f"{made.url}/tone.webm")
     made.server.shutdown()

@@ -24,9 +24,10 @@ import soundfile
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError, MissingPackageError
-from ced.sound import device, live, web
-from ced.sound.audio import SAMPLE_RATE, Channel, Window, windows
-from ced.sound.live import Arrival, Listening, LiveSource
+from ced.sound import live, live_sources, web
+from ced.sound.audio import SAMPLE_RATE, Channel, Window, cut_windows, stream
+from ced.sound.live import Arrival, Listening
+from ced.sound.live_sources import LiveSource
 
 Waves = Iterator[NDArray[np.float32]]
 ROOT = Path(__file__).parents[2]
@@ -78,21 +79,21 @@ class Flaky:
         raise AudioError("the cable is out")
 
 
-def test_windows_are_those_of_the_whole_sound() -> None:
+def test_windows_are_those_of_the_complete_sound() -> None:
     rate = 44_100
     samples = np.stack([tone(3.0, rate), 0 * tone(3.0, rate)], 1)
     scaled = (samples * 32767).astype(np.int16)
-    source = live.blocks(np.array_split(scaled, 40), rate)
+    source = live_sources.blocks(np.array_split(scaled, 40), rate)
     with Listening(source, 0.5, 0.25) as listening:
         found = taken(listening)
-    expected = list(windows((scaled, rate), 0.5, 0.25))
+    expected = list(cut_windows(stream((scaled, rate)), 0.5, 0.25))
     assert [(each.start, each.end) for each in found] == [(each.start, each.end) for each in expected]
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one.wave, other.wave)
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_lost_source_is_opened_until_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lost_source_is_reopened_until_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
     flaky = Flaky(7, 0, 0, 0, 0)
     caplog.set_level(logging.INFO, "ced")
     with Listening(LiveSource("the shed", flaky), 0.5, 0.25) as listening:
@@ -107,26 +108,24 @@ def test_a_lost_source_is_opened_until_it_is_back(caplog: pytest.LogCaptureFixtu
     listening_to, lost, back = caplog.messages
     assert (listening_to, lost) == (
         "listening to the shed",
-        "the cable is out; opening it again until it is back",
+        "the cable is out; reopening it until it is back",
     )
     assert re.fullmatch(r"the shed is back after \d s", back)
 
 
-def test_a_source_that_is_not_there_at_first_is_an_error() -> None:
+def test_a_source_that_cannot_be_opened_is_an_error() -> None:
     with Listening(LiveSource("nowhere", Flaky(0)), 0.5, 0.25) as listening, pytest.raises(AudioError, match="cable"):
         taken(listening)
 
 
-def test_what_is_not_endless_ends_with_its_fault() -> None:
+def test_a_finite_source_ends_with_its_error() -> None:
     with Listening(LiveSource("once", Flaky(6), endless=False), 0.5, 0.5) as listening:
         assert len(taken(listening, lambda found: len(found) == 1)) == 1
         with pytest.raises(AudioError, match="cable"):
             taken(listening)
 
 
-def test_an_outage_is_as_long_as_nothing_was_heard(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_times_include_outages(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(live, "_DELAYS", (0.01,))
     visits = 0
 
@@ -154,34 +153,34 @@ def test_an_outage_is_as_long_as_nothing_was_heard(
     ],
 )
 @pytest.mark.parametrize("rate", [16_000, 44_100])
-def test_blocks_that_are_no_sound(block: NDArray[Any], said: str, rate: int) -> None:
+def test_invalid_blocks(block: NDArray[Any], said: str, rate: int) -> None:
     good = np.zeros((rate // 10, 1), np.float32)
     with pytest.raises(AudioError, match=re.escape(said)):
-        list(live.blocks([good, block], rate).open())
+        list(live_sources.blocks([good, block], rate).open())
 
 
-def test_it_is_listened_to_once() -> None:
-    listening = Listening(live.blocks([np.zeros((1600, 1))], SAMPLE_RATE), 0.1, 0.1)
+def test_a_listener_can_be_used_once() -> None:
+    listening = Listening(live_sources.blocks([np.zeros((1600, 1))], SAMPLE_RATE), 0.1, 0.1)
     with listening:
         assert len(taken(listening)) == 1
-    with pytest.raises(ConfigError, match="<blocks> was listened to before"), listening:
+    with pytest.raises(ConfigError, match="<blocks> was used before"), listening:
         pass
 
 
-def test_the_oldest_windows_are_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_oldest_windows_are_dropped(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(live, "_WAITING", 1.0)
-    source = live.blocks((np.full((1600, 1), number, np.float32) for number in range(100)), SAMPLE_RATE)
+    source = live_sources.blocks((np.full((1600, 1), number, np.float32) for number in range(100)), SAMPLE_RATE)
     with Listening(source, 0.1, 0.1) as listening:
         listening._thread.join(10)  # nobody takes any until all have come
         found = taken(listening)
     assert [int(each.wave[0]) for each in found] == list(range(90, 100))
     assert listening.left_out == 90
     assert [record.getMessage() for record in caplog.records] == [
-        "sound comes faster than it is scored: 1 windows left out so far; a longer hop or a smaller model would help"
+        "sound arrives faster than it is scored: 1 windows dropped so far; a longer hop or a smaller model would help"
     ]
 
 
-def test_a_window_comes_with_the_time_of_its_last_sample() -> None:
+def test_windows_have_the_time_of_their_last_sample() -> None:
     before = time.time()
     with Listening(LiveSource("clock", Flaky(20)), 0.5, 0.5) as listening:
         arrival: Arrival | None = None
@@ -192,13 +191,13 @@ def test_a_window_comes_with_the_time_of_its_last_sample() -> None:
 
 def test_a_window_shorter_than_a_sample_is_refused() -> None:
     with pytest.raises(ConfigError, match="window hop is 0"):
-        Listening(live.blocks([], SAMPLE_RATE), 1.0, 0.0)
+        Listening(live_sources.blocks([], SAMPLE_RATE), 1.0, 0.0)
 
 
 @pytest.mark.parametrize("word", ["a.wav", "file:///etc/passwd", "rtmp://host/a", "concat:a|b"])
 def test_only_http_and_rtsp_addresses_are_streams(word: str) -> None:
     with pytest.raises(ConfigError, match="is not an http"):
-        live.address(word)
+        live_sources.address(word)
 
 
 class Radio(ThreadingHTTPServer):
@@ -251,10 +250,10 @@ def radio(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("radio", ["WAV", "OGG", "MP3"], indirect=True)
-def test_a_station_that_breaks_off_is_heard_again(radio: str) -> None:
+def test_a_lost_station_is_reopened(radio: str) -> None:
     pytest.importorskip("av")
     began = time.monotonic()
-    with Listening(live.address(radio), 0.5, 0.25) as listening:
+    with Listening(live_sources.address(radio), 0.5, 0.25) as listening:
         found = taken(listening, lambda found: bool(found) and found[-1].start > 1.2)
     assert time.monotonic() - began > 0.9  # it was heard as it came
     pauses = [later.start - earlier.end for earlier, later in pairwise(found)]
@@ -265,7 +264,7 @@ def test_a_station_that_breaks_off_is_heard_again(radio: str) -> None:
         assert np.argmax(spectrum) * SAMPLE_RATE / 4000 == pytest.approx(440, abs=4)
 
 
-def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("av")
     monkeypatch.setattr(web, "PATIENCE", 0.5)
     release = threading.Event()
@@ -278,7 +277,10 @@ def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}/"
-    with Listening(live.address(url), 0.5, 0.25) as listening, pytest.raises(AudioError, match="no answer within"):
+    with (
+        Listening(live_sources.address(url), 0.5, 0.25) as listening,
+        pytest.raises(AudioError, match="no answer within"),
+    ):
         taken(listening)
     release.set()
     server.shutdown()
@@ -304,12 +306,12 @@ def server() -> Iterator[Callable[[type[Station]], str]]:
 
 
 @pytest.mark.parametrize("kind", ["WAV", "MP3", "OGG", "FLAC"])
-def test_a_stream_that_stalls_is_given_up_for_what_it_is(
+def test_a_stalled_stream_is_cut_short(
     monkeypatch: pytest.MonkeyPatch, server: Callable[[type[Station]], str], kind: str
 ) -> None:
     pytest.importorskip("av")
     monkeypatch.setattr(web, "PATIENCE", 0.5)
-    monkeypatch.setattr(live, "_HASTE", 100)
+    monkeypatch.setattr(live_sources, "_SPEED", 100)
     release = threading.Event()
     file = io.BytesIO()
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, 6 * 16_000)
@@ -326,7 +328,7 @@ def test_a_stream_that_stalls_is_given_up_for_what_it_is(
     came = []
 
     def hear() -> None:
-        for block in live.address(url).open():
+        for block in live_sources.address(url).open():
             came.append((time.monotonic(), len(block)))
 
     with pytest.raises(AudioError, match=rf"^{url}: .*no sound arrived for 0\.5 s$"):
@@ -353,14 +355,14 @@ def test_an_answer_without_sound(server: Callable[[type[Station]], str], page: s
     url = server(Page) + page
     why = {"nothing": ".*closed connection", "loop": ".*more than 5 redirects"}.get(page, "the answer is not sound")
     with pytest.raises(AudioError, match=f"{re.escape(url)}: cannot be read: {why}"):
-        next(live.address(url).open())
+        next(live_sources.address(url).open())
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "a" * 80 + ".com", "["])
-def test_a_host_that_is_not_there(host: str) -> None:
+def test_an_unknown_host(host: str) -> None:
     pytest.importorskip("av")
     with pytest.raises(AudioError, match=r"the host .* cannot be found|a host$"):
-        next(live.address(f"http://{host}").open())
+        next(live_sources.address(f"http://{host}").open())
 
 
 class FakePortAudio(SimpleNamespace):
@@ -414,21 +416,19 @@ class FakeStream:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_device_that_is_pulled_out_is_looked_for(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_lost_device_is_reopened(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     port = FakePortAudio()
     monkeypatch.setitem(sys.modules, "sounddevice", port)
-    assert device.devices() == [device.Device(1, "microphone", 2, 48_000, True)]
-    with Listening(device.device("micro"), 0.2, 0.2) as listening:
+    assert live_sources.devices() == [live_sources.Device(1, "microphone", 2, 48_000, True)]
+    with Listening(live_sources.device("micro"), 0.2, 0.2) as listening:
         found = taken(listening, lambda found: bool(found) and found[-1].start > 0.6)
     assert port.looked == 3  # in vain once
     assert found[0].wave[2000] == pytest.approx(0.25, abs=1e-3)
-    assert "input device micro is lost; opening it again until it is back" in caplog.messages
+    assert "input device micro is lost; reopening it until it is back" in caplog.messages
 
 
 @pytest.mark.usefixtures("impatient")
-def test_portaudio_that_does_not_start_again_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_restart_of_portaudio_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     class Restarting(FakePortAudio):
         started = True
 
@@ -445,62 +445,62 @@ def test_portaudio_that_does_not_start_again_is_tried_again(monkeypatch: pytest.
 
     port = Restarting()
     monkeypatch.setitem(sys.modules, "sounddevice", port)
-    with Listening(device.device("micro"), 0.2, 0.2) as listening:
+    with Listening(live_sources.device("micro"), 0.2, 0.2) as listening:
         taken(listening, lambda found: bool(found) and found[-1].start > 0.6)
     assert port.looked == 4  # twice in vain
 
 
 @pytest.mark.parametrize("name", ["0", "7", "99999999999999999999"])
-def test_an_input_of_no_such_number(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_an_unknown_device_number(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", FakePortAudio())
-    said = f"input device {name} cannot be heard: there is none; `ced live --list-devices` says which there are"
+    said = f"cannot record from input device {name}: no such input device; `ced live --list-devices` lists them"
     with pytest.raises(AudioError, match=re.escape(said)):
-        next(device.device(name).open())
+        next(live_sources.device(name).open())
 
 
-def test_a_device_that_gives_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_device_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", FakePortAudio())
-    monkeypatch.setattr(device, "_STALL", 0.1)
+    monkeypatch.setattr(live_sources, "_SILENT_SECONDS", 0.1)
     monkeypatch.setattr(FakeStream, "run", lambda _: None)
     with pytest.raises(AudioError, match=r"the default input device gives no sound for 0\.1 s"):
-        next(device.device().open())
+        next(live_sources.device().open())
 
 
 @pytest.mark.parametrize(("channel", "level"), [("left", 0.25), ("right", -0.75), (2, -0.75), ("mean", -0.25)])
 def test_a_channel_of_a_device(monkeypatch: pytest.MonkeyPatch, channel: Channel, level: float) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", FakePortAudio())
-    heard = device.device(channel=channel).open()
+    heard = live_sources.device(channel=channel).open()
     next(heard)  # the resampler begins with it
     assert float(np.median(next(heard))) == pytest.approx(level, abs=1e-3)
     monkeypatch.setitem(sys.modules, "sounddevice", FakePortAudio())
     with pytest.raises(AudioError, match="no channel 3; it has 2 channels"):
-        next(device.device(channel=3).open())
+        next(live_sources.device(channel=3).open())
     with pytest.raises(ConfigError, match="mean, left, right"):
-        device.device(channel="middle")
+        live_sources.device(channel="middle")
 
 
 def test_a_channel_of_blocks_and_addresses() -> None:
     stereo = np.tile(np.array([0.5, -0.25], np.float32), (1600, 1))
     for channel, level in (("left", 0.5), ("right", -0.25), ("mean", 0.125)):
-        (wave,) = live.blocks([stereo], SAMPLE_RATE, channel=channel).open()
+        (wave,) = live_sources.blocks([stereo], SAMPLE_RATE, channel=channel).open()
         assert set(wave.tolist()) == {level}
     with pytest.raises(AudioError, match="no channel 3; it has 2 channels"):
-        list(live.blocks([stereo], SAMPLE_RATE, channel=3).open())
+        list(live_sources.blocks([stereo], SAMPLE_RATE, channel=3).open())
     with pytest.raises(ConfigError, match="mean, left, right"):
-        live.blocks([stereo], SAMPLE_RATE, channel=0)
+        live_sources.blocks([stereo], SAMPLE_RATE, channel=0)
     with pytest.raises(ConfigError, match="mean, left, right"):
-        live.address("http://x/a", "both")
+        live_sources.address("http://x/a", "both")
 
 
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", None)
     with pytest.raises(MissingPackageError, match=r"sounddevice: pip install 'ced-audio\[live\]'$"):
-        device.devices()
+        live_sources.devices()
     monkeypatch.delitem(sys.modules, "sounddevice")
     (tmp_path / "sounddevice.py").write_text("raise OSError('PortAudio library not found')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(AudioError, match=r"need the PortAudio library \(.* not found\); .* libportaudio2"):
-        device.devices()
+        live_sources.devices()
 
 
 ALSA = Path("/usr/share/alsa/alsa.conf")
@@ -523,11 +523,11 @@ def inputs(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
 
 
-def test_portaudio_is_heard(inputs: dict[str, str]) -> None:
+def test_recording_through_portaudio(inputs: dict[str, str]) -> None:
     program = """
 import numpy as np
 from ced.errors import AudioError
-from ced.sound.device import device, devices
+from ced.sound.live_sources import device, devices
 assert "cedtone" in [each.name for each in devices()]
 source = device("cedtone")
 for again in range(2):
@@ -541,7 +541,7 @@ except AudioError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", program], env=inputs, capture_output=True, text=True, check=False)
-    missing = "input device no such thing cannot be heard: No input device matching 'no such thing'"
+    missing = "cannot record from input device no such thing: No input device matching 'no such thing'"
     assert done.stdout.splitlines() == ["0.5 440", "0.5 440", missing], done.stderr
 
 
@@ -604,9 +604,9 @@ def camera() -> Iterator[Camera]:
 
 
 @pytest.mark.parametrize(("channel", "level"), [("mean", 0.25), ("left", 0.5), ("right", 0.0)])
-def test_a_camera_is_heard(camera: Camera, channel: str, level: float) -> None:
+def test_a_camera_is_read(camera: Camera, channel: str, level: float) -> None:
     pytest.importorskip("av")
-    source = live.address(f"rtsp://me:secret@127.0.0.1:{camera.port}/stream", channel)
+    source = live_sources.address(f"rtsp://me:secret@127.0.0.1:{camera.port}/stream", channel)
     assert source.name == f"rtsp://me:***@127.0.0.1:{camera.port}/stream"
     with Listening(source, 0.5, 0.25) as listening:
         found = taken(listening, lambda found: len(found) == 2)
@@ -618,28 +618,28 @@ def test_a_camera_is_heard(camera: Camera, channel: str, level: float) -> None:
 def test_a_channel_that_a_device_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", FakePortAudio())
     with pytest.raises(AudioError, match="there is no channel 3; it has 2 channels"):
-        next(device.device("micro", 3).open())
+        next(live_sources.device("micro", 3).open())
     with pytest.raises(ConfigError, match="channel"):
-        device.device("micro", "middle")
+        live_sources.device("micro", "middle")
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_camera_that_is_lost_is_opened_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lost_camera_is_reopened(caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("av")
     camera = Camera(seconds=1.0)
-    with Listening(live.address(f"rtsp://me:secret@127.0.0.1:{camera.port}/stream"), 0.5, 0.25) as listening:
+    with Listening(live_sources.address(f"rtsp://me:secret@127.0.0.1:{camera.port}/stream"), 0.5, 0.25) as listening:
         taken(listening, lambda found: bool(found) and found[-1].start > 1.2)
     camera.close()
     assert sum(line.startswith("PLAY") for line in camera.asked) >= 2
-    assert "opening it again" in caplog.text
+    assert "reopening it" in caplog.text
     assert "secret" not in caplog.text
 
 
-def test_a_camera_that_is_not_there() -> None:
+def test_an_unreachable_camera() -> None:
     pytest.importorskip("av")
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with pytest.raises(
         AudioError, match=rf"^rtsp://me:\*\*\*@127\.0\.0\.1:{port}/: cannot be read: Connection refused"
     ):
-        next(live.address(f"rtsp://me:secret@127.0.0.1:{port}/").open())
+        next(live_sources.address(f"rtsp://me:secret@127.0.0.1:{port}/").open())

@@ -14,7 +14,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from ced.errors import AudioError
-from ced.sound import cstderr
+from ced.sound import libsndfile
 from ced.sound.audio import SAMPLE_RATE, load, load_stored, open_sound, stream
 
 HEADER = 44  # bytes of a plain WAV file
@@ -96,7 +96,7 @@ def test_a_cut_file_in_the_middle_and_at_the_end_of_joined_ones(tmp_path: Path) 
     assert not [warning for warning in warnings if "cut short: " in warning and "joined" not in warning]
 
 
-def test_one_of_joined_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_an_unreadable_joined_file(tmp_path: Path) -> None:
     """Wherever it is, the others are read."""
     data = encoded("OGG", "VORBIS", 2.0)
     bad = bytearray(data)
@@ -147,7 +147,7 @@ def frames_of(data: bytes) -> bytes:
     return data[data.index(b"\xff\xfb", 4) :]
 
 
-def test_an_mp3_file_that_changes_its_rate(tmp_path: Path) -> None:
+def test_an_mp3_file_with_two_rates(tmp_path: Path) -> None:
     pytest.importorskip("av")
     first, second = encoded("MP3", "MPEG_LAYER_III", 3.0, 44_100), encoded("MP3", "MPEG_LAYER_III", 2.0, 32_000)
     seconds, complete, (warning,) = read(frames_of(first) + frames_of(second), tmp_path)
@@ -215,7 +215,7 @@ def test_a_wav_file_beyond_4_gib(tmp_path: Path) -> None:
                 break
 
 
-def test_a_size_that_was_never_written(tmp_path: Path) -> None:
+def test_a_header_that_was_never_finished(tmp_path: Path) -> None:
     for data in (
         resized(wav(2.5), 0),
         resized(resized(wav(2.5), 0), 0, 4),
@@ -239,7 +239,7 @@ def test_recorders_that_count_the_header_as_sound(tmp_path: Path) -> None:
         assert f"{more} bytes more" in warning
 
 
-def test_what_may_follow_the_samples(tmp_path: Path) -> None:
+def test_chunks_after_the_samples(tmp_path: Path) -> None:
     data = wav(2.5)
     tags = struct.pack("<4sI", b"LIST", 4) + b"INFO"
     foreign = struct.pack("<4sI", b"xyzw", 3) + b"abc\0"
@@ -257,12 +257,12 @@ def test_a_flac_file_of_unknown_length(tmp_path: Path) -> None:
     unknown = data[:21] + bytes([data[21] & 0xF0]) + bytes(4) + data[26:]
     seconds, complete, (warning,) = read(unknown, tmp_path)
     assert (seconds, complete) == (2.0, True)
-    assert "does not say how long" in warning
+    assert "gives no length" in warning
     assert not read(unknown[: len(data) // 2], tmp_path)[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file descriptors are named here")
-def test_a_file_that_grows_is_read_to_the_length_it_had(tmp_path: Path) -> None:
+def test_a_growing_file_is_read_to_its_initial_length(tmp_path: Path) -> None:
     data = encoded("FLAC", "PCM_16", 2.0)
     path = tmp_path / "a.flac"
     path.write_bytes(data[:21] + bytes([data[21] & 0xF0]) + bytes(4) + data[26:])
@@ -356,17 +356,17 @@ def test_cut_files_of_rarer_kinds(tmp_path: Path, kind: str, subtype: str) -> No
         load(data[: len(data) // 2])
 
 
-@pytest.mark.skipif(cstderr._streams() is None, reason="only glibc lets standard error be caught")
-def test_what_c_prints_is_caught_for_its_thread_only() -> None:
+@pytest.mark.skipif(libsndfile._c_streams() is None, reason="only glibc lets standard error be caught")
+def test_stderr_of_c_is_captured_per_thread() -> None:
     program = """
 import ctypes, os, threading
-from ced.sound.cstderr import catching
+from ced.sound.libsndfile import captured_stderr
 libc = ctypes.CDLL(None)
 def say(words):
     stream = ctypes.c_void_p.in_dll(libc, "stderr")
     libc.fputs(words, stream)
 caught = []
-with catching(caught):
+with captured_stderr(caught):
     say(b"caught ")
     other = threading.Thread(target=say, args=(b"of another thread\\n",))
     other.start()
@@ -380,7 +380,7 @@ assert b"".join(caught) == b"caught too", caught
     assert done.stderr == b"of another thread\nof Python\nbehind\n"
 
 
-def test_samples_need_not_be_read_to_the_end() -> None:
+def test_a_reader_can_stop_early() -> None:
     """A reader that stops early leaves nothing behind."""
     data: Any = encoded("MP3", "MPEG_LAYER_III", 4.0, 44_100)
     assert len(next(stream(data, 0.5)))

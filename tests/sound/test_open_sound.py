@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ced.errors import AudioError, ClosedError, ConfigError, TooLongError
 from ced.sound import decode, reading
-from ced.sound.audio import SAMPLE_RATE, Channel, load, load_stored, open_sound, stream, windows
+from ced.sound.audio import SAMPLE_RATE, Channel, load, load_stored, open_sound, stream
 
 
 def tone(seconds: float, rate: int = SAMPLE_RATE, hertz: float = 440, level: float = 0.4) -> NDArray[np.float32]:
@@ -41,7 +41,7 @@ def test_what_is_known_before_and_after_reading(tmp_path: Path) -> None:
     np.testing.assert_array_equal(wave, load(path))
 
 
-def test_a_cut_sound_is_read_as_far_as_it_goes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_truncated_sound_is_read_to_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "a.wav"
     path.write_bytes(wav(tone(4))[: 44 + 3 * 2 * SAMPLE_RATE])
     with open_sound(path) as sound:
@@ -53,7 +53,7 @@ def test_a_cut_sound_is_read_as_far_as_it_goes(tmp_path: Path, caplog: pytest.Lo
     assert len(wave) == 3 * SAMPLE_RATE
     np.testing.assert_array_equal(load(path, strict=False), wave)
     assert f"{path}: cut short" in caplog.text
-    np.testing.assert_array_equal(np.concatenate([w.wave for w in windows(path, 1.0, strict=False)]), wave)
+    np.testing.assert_array_equal(np.concatenate(list(stream(path, 1.0, strict=False))), wave)
     with open_sound(path, strict=True) as sound, pytest.raises(AudioError) as caught:
         list(sound.blocks())
     assert caught.value.name == str(path)
@@ -83,7 +83,7 @@ def test_one_channel(channel: Channel, hertz: int, rate: int) -> None:
             np.testing.assert_array_equal(np.concatenate(list(stream(source, seconds, channel=channel))), wave)
 
 
-def test_a_channel_that_is_not_there() -> None:
+def test_a_missing_channel() -> None:
     np.testing.assert_array_equal(load((tone(1), SAMPLE_RATE), channel="left"), tone(1))
     with pytest.raises(AudioError, match="no channel 2; it has 1 channel"):
         load((tone(1), SAMPLE_RATE), channel="right")
@@ -159,7 +159,7 @@ def test_reading_can_be_cancelled() -> None:
 
 
 @pytest.mark.parametrize("rate", [1, 4, 999, 768_001, 2**31 - 1])
-def test_rates_that_no_recording_has(rate: int) -> None:
+def test_implausible_rates_are_refused(rate: int) -> None:
     samples = np.zeros(100_000, np.int16)
     data = bytearray(wav(samples, 8_000))
     data[24:28] = rate.to_bytes(4, "little")
@@ -180,7 +180,7 @@ def test_too_many_channels() -> None:
     assert len(load(wav(np.zeros((10, 64), np.int16)))) == 10
 
 
-def test_a_block_is_bounded_whatever_the_rate_and_the_channels() -> None:
+def test_blocks_are_bounded_at_any_rate_and_channels() -> None:
     samples = np.zeros((768_000 // 4, 64), np.int16)
     lengths = [len(block) for block in stream((samples, 768_000), 60.0)]
     assert len(lengths) > 2
@@ -224,7 +224,7 @@ class Pipe(io.RawIOBase):
         return len(part)
 
 
-def test_what_comes_through_a_pipe_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipes_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     data = wav(tone(2))
     np.testing.assert_array_equal(load(cast(BinaryIO, Pipe(data, 0))), tone_of(data))
     monkeypatch.setattr(decode, "_KEPT_IN_MEMORY", 1000)  # the rest is kept on disk
@@ -243,7 +243,7 @@ def tone_of(data: bytes) -> NDArray[np.float32]:
     return np.asarray(samples, np.float32)
 
 
-def test_samples_out_of_all_proportion_to_their_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decompression_bombs(monkeypatch: pytest.MonkeyPatch) -> None:
     """FLAC has a minute of silence in a few hundred bytes a second; a file of much less is made to exhaust us."""
     file = io.BytesIO()
     soundfile.write(file, np.zeros((SAMPLE_RATE * 60, 2), np.int16), SAMPLE_RATE, format="FLAC")

@@ -15,8 +15,8 @@ import pytest
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError
-from ced.sound import live
-from ced.sound.pipe import FORMATS, Samples, standard_input
+from ced.sound import live_sources
+from ced.sound.live_sources import FORMATS, Samples, standard_input
 
 RATE = 16_000
 
@@ -24,7 +24,7 @@ RATE = 16_000
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let what is in the pipe be read as fast as it comes."""
-    monkeypatch.setattr(live, "_HASTE", 1e6)
+    monkeypatch.setattr(live_sources, "_SPEED", 1e6)
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def test_channels(channel: str | int, level: float) -> None:
     np.testing.assert_allclose(found, level * wave[:, 0], atol=1e-3)
 
 
-def test_a_channel_that_is_not_there() -> None:
+def test_a_missing_channel() -> None:
     with pytest.raises(AudioError, match="standard input: there is no channel 3; it has 2 channels"):
         heard(encoded(tone(2), "s16le"), Samples(RATE, 2), 3)
     with pytest.raises(ConfigError, match="channel"):
@@ -109,14 +109,14 @@ def test_a_wav_header_without_a_length(kind: int, bits: int, name: str, size: in
     np.testing.assert_allclose(found, wave.mean(1), atol=0.01 if bits == 8 else 1e-4)
 
 
-def test_what_follows_the_samples_of_a_file_is_not_sound() -> None:
+def test_data_after_the_samples_is_not_sound() -> None:
     data = encoded(tone(), "s16le")
     listed = b"LIST" + struct.pack("<I", 5) + b"INFOx\0"
     found = heard(header(size=len(data), extra=listed) + data + b"LIST" + b"\xff" * 5000)
     assert len(found) == len(data) // 2
 
 
-def test_another_rate_is_resampled_and_a_broken_frame_left_out() -> None:
+def test_resampling_and_an_incomplete_last_frame() -> None:
     assert len(heard(encoded(tone(2), "s16le") + b"\1\2\3", Samples(2 * RATE, 2))) == pytest.approx(RATE / 4, abs=2)
 
 
@@ -125,15 +125,15 @@ def test_another_rate_is_resampled_and_a_broken_frame_left_out() -> None:
     [
         (b"", "empty"),
         (b"fLaC" + bytes(100), "--rate"),
-        (header()[:20], "breaks off"),
+        (header()[:20], "cut short"),
         (header(kind=2), "format 2 with 16 bits"),
         (header(bits=12), "format 1 with 12 bits"),
         (header(channels=0), "channels is 0"),
-        (b"RIFF\0\0\0\0WAVEdata\0\0\0\0", "does not tell"),
+        (b"RIFF\0\0\0\0WAVEdata\0\0\0\0", "no sample format"),
         (b"RIFF\0\0\0\0WAVEjunk\xff\xff\xff\x7f" + bytes(1 << 21), "a chunk of 2147483647 bytes"),
     ],
 )
-def test_input_that_is_refused(data: bytes, said: str) -> None:
+def test_invalid_input(data: bytes, said: str) -> None:
     with pytest.raises(AudioError, match=f"standard input: .*{said}"):
         heard(data)
 
@@ -144,7 +144,7 @@ def test_samples_that_are_refused(wrong: dict[str, int | str]) -> None:
         Samples(**{"rate": RATE, **wrong})  # type: ignore[arg-type]
 
 
-def test_sound_is_heard_as_it_comes() -> None:
+def test_sound_is_read_as_it_arrives() -> None:
     read, write = os.pipe()
     found = standard_input(read, Samples(RATE)).open()
     os.write(write, bytes(2 * RATE))
@@ -156,7 +156,7 @@ def test_sound_is_heard_as_it_comes() -> None:
     os.close(read)
 
 
-def test_what_sox_and_ffmpeg_write() -> None:
+def test_pipes_of_sox_and_ffmpeg() -> None:
     commands = {
         "sox": "sox -n -r 16000 -c 2 -b 16 -t wav - synth 1 sine 440",
         "ffmpeg": "ffmpeg -v error -f lavfi -i sine=frequency=440:duration=1:sample_rate=16000 -f wav -",
@@ -178,7 +178,7 @@ def test_what_sox_and_ffmpeg_write() -> None:
 def test_the_pipe_is_read_without_a_lock() -> None:
     """A daemon thread that waits in a buffered reader would abort the interpreter when it ends."""
     code = (
-        "import sys, threading, time\nfrom ced.sound.pipe import Samples, standard_input\n"
+        "import sys, threading, time\nfrom ced.sound.live_sources import Samples, standard_input\n"
         "source = standard_input(0, Samples(16000))\n"
         "threading.Thread(target=lambda: list(source.open()), daemon=True).start()\n"
         "time.sleep(0.2); print('ends')\n"

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -5,11 +6,13 @@ import pytest
 from ced.errors import TableError
 from ced.sound.labels import ClassTable, numbered, read_classes
 from ced.sound.tables import (
+    LabelledClip,
     LabelsReport,
     Table,
     multi_hot,
     parse_labels,
     read_batches,
+    read_labelled,
     read_table,
     segments_to_labels,
     write_table,
@@ -28,7 +31,7 @@ def refused(path: Path, text: str, delimiter: str = "\t", required: tuple[str, .
     return message
 
 
-def test_read(tmp_path: Path) -> None:
+def test_quotes_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     path.write_text('\ufefffilename\tlabels\r\na b.wav\t1;2\r\n\r\n"q ""x"".wav"\t\r\n', encoding="utf-8", newline="")
     table = read_table(path, required=("labels",))
@@ -38,7 +41,7 @@ def test_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_read_what_windows_programs_write(tmp_path: Path, encoding: str) -> None:
+def test_encodings_of_windows_programs(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "a.tsv"
     path.write_bytes("filename\tname\r\nKäfer 虫.wav\tx\r\n".encode(encoding))
     assert read_table(path).columns == {"filename": ["Käfer 虫.wav"], "name": ["x"]}
@@ -46,7 +49,7 @@ def test_read_what_windows_programs_write(tmp_path: Path, encoding: str) -> None
     assert read_classes(path).names == ("Käfer",)
 
 
-def test_a_table_reads_back_whatever_its_cells_hold(tmp_path: Path) -> None:
+def test_any_cell_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     cells = ["plain", "a\rb", "a\nb", "a\r\nb", "a\tb", 'a"b', "", " a ", "\x1b[0m", "\udce9.wav"]
     write_table(tmp_path / "a.tsv", {"x": cells, "y": cells[::-1]})
     assert read_table(tmp_path / "a.tsv").columns == {"x": cells, "y": cells[::-1]}
@@ -66,7 +69,7 @@ def test_large_tables_come_in_batches_and_errors_name_their_line(tmp_path: Path)
         list(read_batches(path))
 
 
-def test_a_table_that_is_not_the_text_it_claims_to_be(tmp_path: Path) -> None:
+def test_a_damaged_utf16_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_bytes(b"\xff\xfe" + "a\tb\r\n".encode("utf-16-le") + b"\x00")
     with pytest.raises(TableError, match=r"cannot read table .*a\.tsv"):
         read_table(tmp_path / "a.tsv")
@@ -97,7 +100,7 @@ def test_tables_that_are_refused(tmp_path: Path) -> None:
         read_table(tmp_path)
 
 
-def test_names_that_are_no_text_pass_through(tmp_path: Path) -> None:
+def test_file_names_that_are_not_utf8_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     path.write_bytes("filename\nä.wav\n".encode("latin-1"))
     table = read_table(path)
@@ -106,7 +109,7 @@ def test_names_that_are_no_text_pass_through(tmp_path: Path) -> None:
     assert (tmp_path / "b.tsv").read_bytes() == path.read_bytes()
 
 
-def test_written_tables_come_back(tmp_path: Path) -> None:
+def test_written_tables_are_read_back(tmp_path: Path) -> None:
     columns = {"filename": ["a\tb.wav", 'say "x".wav', "ü.wav", "two\nlines"], "labels": ["", "1", "2;3", "4"]}
     path = tmp_path / "new" / "folder" / "a.tsv"
     write_table(path, columns)
@@ -117,7 +120,7 @@ def test_written_tables_come_back(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_file_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     write_table(path, {"x": ["1"]})
     with pytest.raises(ValueError, match="argument"):
@@ -126,19 +129,19 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_labels() -> None:
+def test_labels_are_parsed() -> None:
     table = Table({"labels": ["0", "2;1", "", " 3 ; 0 ", "2;1"]}, Path("a.tsv"))
     assert parse_labels(table, 4) == [(0,), (2, 1), (), (3, 0), (2, 1)]
 
 
-@pytest.mark.parametrize("label", ["4", "-1", "dog", "1.0", "1,2", "1;", "0;²"])
+@pytest.mark.parametrize("label", ["4", "-1", "dog", "1.0", "1,2", "1;", "0;²", "9" * 5000])
 def test_labels_out_of_range(label: str) -> None:
     table = Table({"labels": ["0", "0;3", label, "9"]}, Path("a.tsv"))
     with pytest.raises(TableError, match=r"^table a\.tsv, row 3: label '.*' is not one of 0 to 3$"):
         parse_labels(table, 4)
 
 
-def test_labels_without_their_column() -> None:
+def test_a_missing_column_of_labels() -> None:
     with pytest.raises(TableError, match=r"^table a\.tsv has no column 'labels'; its columns are filename$"):
         parse_labels(Table({"filename": ["a"]}, Path("a.tsv")), 4)
 
@@ -219,7 +222,7 @@ def test_segments_that_are_refused(tmp_path: Path) -> None:
         return str(caught.value)
 
     audio.mkdir()
-    assert "holds no sound files" in refused(SEGMENTS)
+    assert "has no sound files" in refused(SEGMENTS)
     touch(audio, "unrelated.wav")
     assert "none of 1 files" in refused(SEGMENTS)
     touch(audio, "ddddddddddd.wav", "sub/Yddddddddddd_20.wav")
@@ -227,10 +230,95 @@ def test_segments_that_are_refused(tmp_path: Path) -> None:
         f"two files belong to segment ddddddddddd: {audio}/ddddddddddd.wav and {audio}/sub/Yddddddddddd_20.wav"
     )
     assert "line 2: 2 fields; expected YTID" in refused('# x\naaaaaaaaaaa, "/m/dog"\n')
-    assert "line 2: segment aaaaaaaaaaa stands there twice" in refused('aaaaaaaaaaa, 0, 1, "/m/dog"\n' * 2)
+    assert "line 2: segment aaaaaaaaaaa occurs twice" in refused('aaaaaaaaaaa, 0, 1, "/m/dog"\n' * 2)
     assert "has no segments" in refused("# nothing\n")
     assert "no mids" in refused(SEGMENTS, numbered(3))
 
 
 def test_multi_hot_marks_the_labels() -> None:
     assert multi_hot([(0, 2), (), (1,)], 3).tolist() == [[True, False, True], [False] * 3, [False, True, False]]
+
+
+NAMED = ClassTable(("dog", "cat", "rain"))
+
+
+def labelled_table(folder: Path, text: str, files: tuple[str, ...] = ()) -> Path:
+    """Write a table and empty files beside it."""
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    path = folder / "meta.tsv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_clips_with_several_labels(tmp_path: Path) -> None:
+    path = labelled_table(
+        tmp_path, "filename\tlabels\na.wav\t0;2\nb.wav\t\nsub/c.wav\t1\n", ("a.wav", "b.wav", "sub/c.wav")
+    )
+    assert read_labelled(path, NAMED) == [
+        LabelledClip(tmp_path / "a.wav", (0, 2)),
+        LabelledClip(tmp_path / "b.wav", ()),
+        LabelledClip(tmp_path / "sub" / "c.wav", (1,)),
+    ]
+
+
+def test_a_folder_with_one_label_for_each_clip(tmp_path: Path) -> None:
+    labelled_table(tmp_path, "filename\tfold\tlabel\tname\na.ogg\t1\t2\train\n", ("audio/a.ogg",))
+    assert read_labelled(tmp_path, NAMED) == [LabelledClip(tmp_path / "audio" / "a.ogg", (2,))]
+
+
+def test_folders_in_which_files_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "c.wav").touch()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    absolute = tmp_path / "d.wav"
+    absolute.touch()
+    home = tmp_path / "home"
+    path = labelled_table(
+        home,
+        f"filename\tlabels\na.wav\t0\nb.wav\t0\nc.wav\t0\n{absolute}\t0\n",
+        ("a.wav", "audio/a.wav", "audio/b.wav"),
+    )
+    found = [clip.path for clip in read_labelled(path, NAMED)]
+    assert found == [home / "a.wav", home / "audio" / "b.wav", Path("c.wav"), absolute]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("filename\tlabels\na.wav\t0\nb.wav\t1;3\n", "row 2: label '3' is not one of 0 to 2"),
+        ("filename\tlabel\na.wav\tdog\n", "row 1: label 'dog' is not one of 0 to 2"),
+        ("filename\tname\na.wav\tdog\n", "has no column 'labels'; its columns are filename, name"),
+        ("file\tlabels\na.wav\t0\n", "has no column 'filename'"),
+        (
+            "filename\tlabels\na.wav\t0\ny.wav\t0\nz.wav\t1\n",
+            "2 of 3 files do not exist, the first is 'y.wav'; they are looked for in ",
+        ),
+    ],
+)
+def test_labelled_tables_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = labelled_table(tmp_path, text, ("a.wav", "b.wav"))
+    with pytest.raises(TableError) as caught:
+        read_labelled(path, NAMED)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_labelled_table(tmp_path: Path) -> None:
+    with pytest.raises(TableError, match=r"cannot read table .*meta\.tsv"):
+        read_labelled(tmp_path, NAMED)
+
+
+@pytest.mark.skipif("CED_ESC10" not in os.environ, reason="CED_ESC10 names no copy of ESC-10")
+def test_the_table_of_esc10() -> None:
+    clips = read_labelled(os.environ["CED_ESC10"], numbered(10))
+    assert len(clips) == 400
+    assert [sum(clip.labels == (label,) for clip in clips) for label in range(10)] == [40] * 10
+
+
+def test_labels_of_another_class_table_are_refused(tmp_path: Path) -> None:
+    path = labelled_table(tmp_path, "filename\tlabel\tname\na.wav\t1\tCat\nb.wav\t0\tSpeech\n", ("a.wav", "b.wav"))
+    with pytest.raises(TableError, match=r"row 2: label 0 has the name 'Speech', but 'dog' in the model"):
+        read_labelled(path, NAMED)

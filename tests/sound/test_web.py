@@ -121,7 +121,7 @@ def test_a_file_is_read_from_any_place_if_the_server_allows_it(serve: Callable[.
         assert file.read() == DATA
 
 
-def test_redirects_are_followed_but_not_for_ever(serve: Callable[..., Server]) -> None:
+def test_redirects_are_limited(serve: Callable[..., Server]) -> None:
     hops: dict[str, bytes | Answer] = {"/0": b"found"}
     for number in range(1, 8):
         hops[f"/{number}"] = lambda handler, to=f"/{number - 1}": handler.redirect(to)  # type: ignore[misc]
@@ -168,7 +168,7 @@ def test_private_hosts(serve: Callable[..., Server], private: Any) -> None:
         *("gopher://8.8.8.8/", "data:audio/wav;base64,AAAA", "http://", "http://[", "http://a:b/", "http://a:0/", "//"),
     ],
 )
-def test_targets_that_are_never_asked(
+def test_private_hosts_are_never_requested(
     serve: Callable[..., Server], target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connected: list[object] = []
@@ -186,7 +186,7 @@ def test_targets_that_are_never_asked(
     assert "\n" not in str(raised.value)
 
 
-def test_a_name_is_looked_up_once(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_name_is_resolved_once(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
     """DNS rebinding: a name that stands for a public address when it is checked, and for this machine afterwards."""
     server = serve({"/": b"secret"})
     answers = iter(["93.184.216.34", "127.0.0.1"])
@@ -209,7 +209,7 @@ def test_a_name_is_looked_up_once(serve: Callable[..., Server], monkeypatch: pyt
     assert (looked_up, connected) == (["rebinding.test"], ["93.184.216.34"])
 
 
-def test_all_addresses_of_a_name_are_public_or_none_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_private_address_of_a_name_refuses_all(monkeypatch: pytest.MonkeyPatch) -> None:
     places = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (place, 80)) for place in ("8.8.8.8", "10.0.0.1")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: places)
     with pytest.raises(AudioError, match="is not a public address"):
@@ -347,7 +347,7 @@ def test_old_radio_stations(serve: Callable[..., Server]) -> None:
         ),
     ],
 )
-def test_answers_that_are_none(serve: Callable[..., Server], answer: Answer, said: str | None) -> None:
+def test_invalid_answers(serve: Callable[..., Server], answer: Answer, said: str | None) -> None:
     server = serve({"/a": answer})
     if said is None:
         assert Web(f"{server.url}/a").open().read() == b""
@@ -358,7 +358,7 @@ def test_answers_that_are_none(serve: Callable[..., Server], answer: Answer, sai
     assert str(raised.value).startswith(f"{server.url}/a: ")
 
 
-def test_a_host_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_host(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with pytest.raises(AudioError, match="refused"):
@@ -373,7 +373,7 @@ def test_a_host_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("drip", [b"", b"x"])
-def test_a_server_that_hardly_sends_anything(
+def test_a_very_slow_server_times_out(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, drip: bytes
 ) -> None:
     def slow(handler: Handler) -> None:
@@ -470,7 +470,7 @@ def test_parts_of_one_file(serve: Callable[..., Server], parts: list[bytes]) -> 
     assert f"bytes={len(parts[0])}-" in asked
 
 
-def test_a_part_that_is_missing_is_said(
+def test_missing_parts_are_reported(
     serve: Callable[..., Server], parts: list[bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     server = serve(site(parts, list=playlist("0.ts", "none.ts", "2.ts")))
@@ -479,7 +479,7 @@ def test_a_part_that_is_missing_is_said(
 
 
 @pytest.mark.parametrize("target", ["{other}/0.ts", "file:///etc/passwd", "crypto+http://127.0.0.1/x", "{other}/list"])
-def test_a_playlist_does_not_lead_elsewhere(
+def test_a_playlist_cannot_reach_private_hosts(
     serve: Callable[..., Server], parts: list[bytes], target: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     other = serve(site(parts, list=playlist("0.ts")))
@@ -496,7 +496,7 @@ def test_a_playlist_does_not_lead_elsewhere(
         assert len(load(TrustedAddress(f"{server.url}/list"))) > SAMPLE_RATE / 2
 
 
-def test_a_redirect_of_a_part_does_not_lead_elsewhere(serve: Callable[..., Server], parts: list[bytes]) -> None:
+def test_a_redirect_of_a_part_cannot_reach_private_hosts(serve: Callable[..., Server], parts: list[bytes]) -> None:
     other = serve(site(parts))
     server = serve(site(parts, list=playlist("away"), away=lambda handler: handler.redirect(f"{other.url}/0.ts")))
     with pytest.raises(AudioError, match="not a public address"):
@@ -504,7 +504,7 @@ def test_a_redirect_of_a_part_does_not_lead_elsewhere(serve: Callable[..., Serve
     assert other.asked == []
 
 
-def test_playlists_of_playlists_end(serve: Callable[..., Server]) -> None:
+def test_nested_playlists_are_limited(serve: Callable[..., Server]) -> None:
     server = serve({})
 
     class Endless(dict[str, bytes | Answer]):
@@ -518,7 +518,7 @@ def test_playlists_of_playlists_end(serve: Callable[..., Server]) -> None:
 
 
 @pytest.mark.parametrize("names", [[], ["0.ts"]])
-def test_a_playlist_without_an_end_is_left(
+def test_an_endless_playlist_is_refused(
     serve: Callable[..., Server], parts: list[bytes], names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(web, "MOST_RELOADS", 2)
@@ -528,7 +528,7 @@ def test_a_playlist_without_an_end_is_left(
     assert len(server.asked) < 10
 
 
-def test_many_parts_that_are_not_there_end_the_reading(serve: Callable[..., Server], parts: list[bytes]) -> None:
+def test_many_missing_parts_are_an_error(serve: Callable[..., Server], parts: list[bytes]) -> None:
     server = serve(site(parts, list=playlist("0.ts", *(f"none{number}.ts" for number in range(1000)))))
     with pytest.raises(AudioError, match="404"):
         load(f"{server.url}/list")

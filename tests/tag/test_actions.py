@@ -78,7 +78,7 @@ def test_an_environment_takes_any_label() -> None:
     assert variables(event(label="a\0b"))["CED_LABEL"] == "ab"
 
 
-def test_what_a_command_prints_is_not_a_result(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_of_a_command_goes_to_standard_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with Actions([Command(script(tmp_path / "hook.py", "print('printed')"))]) as running:
         running.put(event())
     out, err = capfd.readouterr()
@@ -90,7 +90,7 @@ def test_what_a_command_prints_is_not_a_result(tmp_path: Path, capfd: pytest.Cap
     ("code", "said"),
     [("raise SystemExit(3)", "exit code 3"), ("import os; os.close(0); raise SystemExit(4)", "exit code 4")],
 )
-def test_a_command_that_fails_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture, code: str, said: str) -> None:
+def test_a_failing_command_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture, code: str, said: str) -> None:
     with Actions([Command(script(tmp_path / "hook.py", code))]) as running:
         for number in range(3):
             running.put(event(number, "x" * 200_000))  # more than a pipe holds
@@ -101,7 +101,7 @@ def test_a_command_that_fails_is_named(tmp_path: Path, caplog: pytest.LogCapture
 
 
 @pytest.mark.skipif(os.name == "nt", reason="process groups as POSIX has them")
-def test_a_command_that_hangs_is_killed_with_all_that_it_started(
+def test_a_hanging_command_is_killed_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(actions, "COMMAND_SECONDS", 1.0)
@@ -146,7 +146,7 @@ class Slow:
         self.closed = True
 
 
-def test_giving_events_never_waits(caplog: pytest.LogCaptureFixture) -> None:
+def test_queueing_an_event_never_blocks(caplog: pytest.LogCaptureFixture) -> None:
     slow, quick = Slow(0.3), Slow(0.0)
     running = Actions([slow, quick])
     began = time.monotonic()
@@ -157,13 +157,13 @@ def test_giving_events_never_waits(caplog: pytest.LogCaptureFixture) -> None:
     wait_for(lambda: len(quick.seen) == actions.WAITING + 50)
     running.close(0.5)
     assert quick.closed
-    assert "slow action: events come faster than it takes them" in caplog.text
+    assert "slow action: events arrive faster" in caplog.text
     assert "quick" not in caplog.text
     assert caplog.messages[-1].startswith("slow action: ")
     assert caplog.messages[-1].endswith("events were not delivered")
 
 
-def test_what_waits_at_the_end_is_still_done() -> None:
+def test_waiting_events_are_handled_at_the_end() -> None:
     slow = Slow(0.02)
     with Actions([slow]) as running:
         for number in range(20):
@@ -172,7 +172,7 @@ def test_what_waits_at_the_end_is_still_done() -> None:
     assert slow.closed
 
 
-def test_an_unforeseen_fault_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unexpected_error_does_not_stop_an_action(caplog: pytest.LogCaptureFixture) -> None:
     class Faulty(Slow):
         def run(self, given: Mapping[str, Any], closing: threading.Event) -> None:
             if given["event"] == 0:
@@ -246,7 +246,7 @@ def test_a_webhook_gets_the_event(receive: Callable[..., Receiver]) -> None:
     ("answers", "tries", "delivered"),
     [((503, 500, 200), 3, True), ((503, 503, 503, 503), 3, False), ((400,), 1, False), ((302,), 1, False)],
 )
-def test_events_are_sent_again_where_that_may_help(
+def test_requests_are_retried_after_temporary_errors(
     receive: Callable[..., Receiver],
     caplog: pytest.LogCaptureFixture,
     answers: tuple[int, ...],
@@ -263,10 +263,10 @@ def test_events_are_sent_again_where_that_may_help(
     assert delivered == (not caplog.messages)
     assert "secret" not in caplog.text
     if not delivered:
-        assert f"the server answers {answers[0]}" in caplog.text
+        assert f"the server answered {answers[0]}" in caplog.text
 
 
-def test_a_server_that_is_away_or_slow(
+def test_an_unreachable_or_slow_server(
     receive: Callable[..., Receiver], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(actions, "REQUEST_SECONDS", 0.2)
@@ -282,7 +282,7 @@ def test_a_server_that_is_away_or_slow(
     assert "secret" not in caplog.text
 
 
-def test_a_server_that_comes_back_gets_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_back_gets_the_waiting_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actions, "RETRIES", (0.1,) * 50)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
@@ -307,12 +307,12 @@ def test_a_server_that_comes_back_gets_what_waits(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("address", ["ftp://a/", "a.b/hook", "http://", "http://[", "http://a:b/", ""])
-def test_addresses_that_are_no_webhooks(address: str) -> None:
+def test_invalid_webhook_addresses(address: str) -> None:
     with pytest.raises(ConfigError, match="must begin with http:// or https://"):
         Webhook(address)
 
 
-def test_passwords_are_not_told() -> None:
+def test_messages_have_no_passwords() -> None:
     with pytest.raises(ConfigError) as raised:
         Webhook("ftp://me:secret@a/")
     assert "secret" not in str(raised.value)
@@ -418,7 +418,7 @@ def test_a_broker_that_asks_for_a_password(
 
 
 @with_broker
-def test_a_broker_that_is_away_gets_what_waits(
+def test_a_broker_that_is_back_gets_the_waiting_events(
     start_broker: Callable[..., Broker], caplog: pytest.LogCaptureFixture
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -438,7 +438,7 @@ def test_a_broker_that_is_away_gets_what_waits(
 
 
 @with_broker
-def test_a_broker_that_never_comes_does_not_hold_the_end_up(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreachable_broker_does_not_delay_the_end(caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     running = Actions([Mqtt(f"mqtt://127.0.0.1:{port}")])
@@ -459,7 +459,7 @@ def test_a_broker_that_never_comes_does_not_hold_the_end_up(caplog: pytest.LogCa
         ("mqtt://a/x/#", "the topic of mqtt://a/x/# "),
     ],
 )
-def test_addresses_that_are_no_brokers(address: str, said: str) -> None:
+def test_invalid_broker_addresses(address: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Mqtt(address)
 

@@ -20,7 +20,7 @@ import soundfile
 
 from ced.errors import AudioError, BusyError, CheckpointError, ConfigError, StoreError, WriteError
 from ced.sound import audio
-from ced.tag.batch import Outcome, Summary, outcomes, tag_to_folder
+from ced.tag.batch import SoundOutcome, Summary, outcomes, tag_to_folder
 from ced.tag.inputs import InputSound, find_inputs
 from ced.tag.records import Record, Tag, Tags
 
@@ -46,7 +46,7 @@ print(tag_to_folder(inputs, process, out, settings=SETTINGS, output=["csv", "tex
 def loudness(item: InputSound) -> Record:
     """Tag each second with how loud it is: as much of a model as a batch needs."""
     pieces, end = [], 0.0
-    for window in audio.windows(item.source, 1.0):
+    for window in audio.cut_windows(audio.stream(item.source), 1.0, 1.0):
         level = float(np.sqrt(np.mean(window.wave**2)))
         pieces.append(Tags(window.start, window.end, (Tag("Sound", 0, None, level),)))
         end = window.end
@@ -86,7 +86,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_results_come_in_order_whoever_is_first(tree: Path) -> None:
+def test_results_are_in_the_order_of_the_inputs(tree: Path) -> None:
     inputs = find_inputs(["in"])
 
     def process(item: InputSound) -> Record:
@@ -99,7 +99,7 @@ def test_results_come_in_order_whoever_is_first(tree: Path) -> None:
     assert [record.file for record in alone if record] == [item.name for item in inputs]
 
 
-def test_workers_work_at_once_and_not_too_far_ahead() -> None:
+def test_inputs_are_processed_concurrently_with_bounded_read_ahead() -> None:
     inputs = [InputSound(str(number), b"", Path(str(number))) for number in range(500)]
     both = threading.Barrier(2, timeout=5)
     begun: list[int] = []
@@ -117,7 +117,7 @@ def test_workers_work_at_once_and_not_too_far_ahead() -> None:
     assert [outcome.input.name for outcome in found] == [str(number) for number in range(1, 500)]
 
 
-def test_a_failure_is_an_outcome_and_a_wrong_model_is_not() -> None:
+def test_an_unreadable_sound_is_an_outcome_and_a_model_error_is_raised() -> None:
     inputs = [InputSound(str(number), b"", Path(str(number))) for number in range(4)]
     raised: dict[str, Exception] = {
         "0": AudioError("0 is cut\nshort"),
@@ -140,7 +140,7 @@ def test_a_failure_is_an_outcome_and_a_wrong_model_is_not() -> None:
 
 
 def test_a_run_writes_a_tree_like_the_inputs(tree: Path) -> None:
-    finished: list[Outcome[Record]] = []
+    finished: list[SoundOutcome[Record]] = []
     summary = tag_to_folder(
         find_inputs(["in"]),
         loudness,
@@ -179,11 +179,11 @@ def test_a_run_writes_combined_outputs(tree: Path) -> None:
     assert not Path("new").exists()
 
 
-def test_a_bad_file_is_reported_and_tried_again(tree: Path) -> None:
+def test_an_unreadable_file_is_reported_and_retried(tree: Path) -> None:
     Path("in/0/03.wav").write_bytes(b"RIFF")
     Path("in/0/04.wav").write_text("no sound")
     inputs = [*find_inputs(["in"]), *find_inputs(["missing.wav"])]
-    finished: list[Outcome[Record]] = []
+    finished: list[SoundOutcome[Record]] = []
     summary = tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, jobs=2, finished=finished.append)
     assert (summary.files, summary.failed) == (14, 3)
     errors = lines(Path("out/errors.jsonl"))
@@ -202,7 +202,7 @@ def test_a_bad_file_is_reported_and_tried_again(tree: Path) -> None:
     assert not Path("out/errors.jsonl").exists()
 
 
-def test_a_file_that_has_changed_is_done_again(tree: Path) -> None:
+def test_a_changed_file_is_processed_again(tree: Path) -> None:
     inputs = find_inputs(["in"])
     tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
     process = Counting()
@@ -219,7 +219,7 @@ def test_a_file_that_has_changed_is_done_again(tree: Path) -> None:
     assert len(lines(Path("out/tags.jsonl"))) == 11
 
 
-def test_other_formats_are_made_of_the_journal(tree: Path) -> None:
+def test_other_formats_are_written_from_the_journal(tree: Path) -> None:
     inputs = find_inputs(["in"])
     tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
     process = Counting()
@@ -244,7 +244,7 @@ def test_other_settings_are_refused_by_name(tree: Path) -> None:
 
 
 @pytest.mark.parametrize("junk", ["no json\n", "[1]\n", '{"format": 2, "settings": {}}\n', '{"settings": {}}\n'])
-def test_another_file_is_no_journal(tree: Path, junk: str) -> None:
+def test_a_file_that_is_not_a_journal_is_refused(tree: Path, junk: str) -> None:
     Path("out").mkdir()
     Path("out/journal.jsonl").write_text(junk)
     with pytest.raises(StoreError, match=r"remove that file to start again"):
@@ -253,7 +253,7 @@ def test_another_file_is_no_journal(tree: Path, junk: str) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 40, 200, 100_000])
-def test_a_half_line_is_dropped(tree: Path, cut: int) -> None:
+def test_an_incomplete_last_line_is_dropped(tree: Path, cut: int) -> None:
     inputs = find_inputs(["in"])
     tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
     whole = contents(tree / "out")
@@ -265,7 +265,7 @@ def test_a_half_line_is_dropped(tree: Path, cut: int) -> None:
     assert len(process.names) == {1: 1, 40: 1, 200: 1, 100_000: 12}[cut]
 
 
-def test_two_inputs_of_one_output_are_refused(tree: Path) -> None:
+def test_two_inputs_with_the_same_output_are_refused(tree: Path) -> None:
     sound(Path("other/0/00.wav"))
     inputs = find_inputs(["in", "other"])
     with pytest.raises(
@@ -288,7 +288,7 @@ def test_two_runs_in_one_folder_are_refused(tree: Path) -> None:
     assert tag_to_folder(inputs[:1], process, Path("out"), settings=SETTINGS).failed == 0
 
 
-def test_sound_on_standard_input_is_never_done(tree: Path) -> None:
+def test_standard_input_is_processed_in_every_run(tree: Path) -> None:
     data = Path("in/0/00.wav").read_bytes()
     for _ in range(2):
         inputs = find_inputs(["-"], io.BytesIO(data))
@@ -297,7 +297,7 @@ def test_sound_on_standard_input_is_never_done(tree: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are text here")
-def test_names_that_are_no_text(tree: Path) -> None:
+def test_names_that_are_not_valid_text(tree: Path) -> None:
     sound(Path("in/a.wav")).rename(os.fsdecode(b"in/caf\xe9.wav"))
     process = Counting()
     for _ in range(2):
@@ -322,7 +322,7 @@ def broken_off(folder: Path, stop: Callable[["subprocess.Popen[str]"], None], af
         return child.wait(timeout=20)
 
 
-def test_a_killed_run_goes_on_and_ends_like_an_unbroken_one(tree: Path) -> None:
+def test_a_killed_run_resumes_and_ends_like_an_uninterrupted_one(tree: Path) -> None:
     for number in range(60):
         sound(Path("in/more", f"{number:02}.wav"), 0.3, number / 100)
     inputs = find_inputs(["in"])

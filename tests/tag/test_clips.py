@@ -13,7 +13,7 @@ def event(start: float, end: float, label: str = "Dog") -> Tags:
     return Tags(start, end, (Tag(label, 0, None, 0.75),))
 
 
-def test_clips_are_stretches_of_the_sound_with_its_rate_and_channels(tmp_path: Path) -> None:
+def test_clips_keep_samples_rate_and_channels_of_the_sound(tmp_path: Path) -> None:
     samples = np.random.default_rng(0).integers(-(2**15), 2**15, (35 * 44_100, 2), np.int16)
     soundfile.write(tmp_path / "a.wav", samples, 44_100)
     events = [event(0.0, 1.0), event(0.5, 21.25, "Bark/woof"), event(9.5, 10.5, "Cat"), event(34.0, 35.0001)]
@@ -40,7 +40,7 @@ def test_floats_have_24_bits_and_many_channels_are_wav(tmp_path: Path) -> None:
     np.testing.assert_allclose(clip, samples[2_000:6_000].clip(-1, 1), atol=2e-7)
 
 
-def test_a_sound_that_breaks_off_leaves_no_half_clip(tmp_path: Path) -> None:
+def test_a_truncated_sound_leaves_no_incomplete_clip(tmp_path: Path) -> None:
     samples = np.zeros(20 * 8_000, np.float32)
     samples[100_000] = np.nan
     soundfile.write(tmp_path / "a.wav", samples, 8_000, "FLOAT")

@@ -87,7 +87,7 @@ def test_names_of_recorders(name: str, time: datetime) -> None:
         *("10000101_000000.wav", "20240230_000000.wav", "20240501_053000/a.wav"),
     ],
 )
-def test_names_that_tell_no_time(name: str) -> None:
+def test_names_without_a_time(name: str) -> None:
     assert clock.from_name(name) is None
 
 
@@ -128,7 +128,7 @@ def test_metadata_of_recorders(tmp_path: Path, chunks: bytes, time: datetime | N
     assert stream.tell() == 3
 
 
-def test_metadata_count_more_than_names_but_for_bext() -> None:
+def test_metadata_precede_names_except_for_bext() -> None:
     name = "20240501_053001.WAV"
     assert clock.beginning(wav(guano("2024-05-01T05:30:02Z")), name) == datetime(2024, 5, 1, 5, 30, 2, tzinfo=UTC)
     moth = comment("Recorded at 05:30:03 01/05/2024 (UTC) by AudioMoth")
@@ -156,7 +156,7 @@ def test_metadata_count_more_than_names_but_for_bext() -> None:
         b"RF64\xff\xff\xff\xffWAVEds64\x02\0\0\0\0\0data\xff\xff\xff\xff",
     ],
 )
-def test_damaged_metadata_tell_no_time(data: bytes) -> None:
+def test_damaged_metadata_have_no_time(data: bytes) -> None:
     assert clock.beginning(data, "a.wav") is None
 
 

@@ -31,7 +31,7 @@ def heard(pieces: Iterator[Tags]) -> list[Found]:
     return [(piece.start, piece.end, piece.tags[0].label, round(piece.tags[0].prob, 6)) for piece in pieces]
 
 
-def test_an_event_goes_on_above_the_release() -> None:
+def test_an_event_continues_above_the_release_threshold() -> None:
     scored = windows(end_to_end(8), [0.3, 0.75, 0.4, 0.2, 0.1, 0.4, 0.5, 0.0])
     found = list(events(scored, Selection(numbered(1), thresholds=0.5), release=0.5))
     assert found == [
@@ -40,7 +40,7 @@ def test_an_event_goes_on_above_the_release() -> None:
     ]
 
 
-def test_near_events_merge_and_short_ones_go() -> None:
+def test_near_events_merge_and_short_ones_are_dropped() -> None:
     scored = windows(end_to_end(9), [0.9, 0, 0.8, 0, 0, 0.7, 0.7, 0, 0])
     selection = Selection(numbered(1), thresholds=0.5)
     one = "class 0"
@@ -59,14 +59,14 @@ def test_overlapping_windows_meet_half_way() -> None:
     assert found == [(0, 2.5, "b", 0.9), (2.5, 4.5, "a", 0.9), (5.5, 7.5, "b", 0.8)]
 
 
-def test_windows_with_time_between_them_are_no_neighbours() -> None:
+def test_windows_with_a_pause_between_them_do_not_adjoin() -> None:
     scored = windows([(0, 1), (10, 11), (20, 21)], [0.9, 0.4, 0.9])
     selection = Selection(numbered(1), thresholds=0.5)
     assert heard(events(scored, selection)) == [(0, 1, "class 0", 0.9), (20, 21, "class 0", 0.9)]
     assert heard(events(scored, selection, gap=19)) == [(0, 21, "class 0", 0.9)]
 
 
-def test_nothing_is_heard_in_silence() -> None:
+def test_silent_windows_end_events() -> None:
     scored = windows(end_to_end(3), [0.9, 0, 0.9])
     scored[1] = Scored(1.0, 2.0, scored[1].probs, silent=True)
     always = Selection(numbered(1), thresholds=0.0)
@@ -74,7 +74,7 @@ def test_nothing_is_heard_in_silence() -> None:
     assert heard(events(scored, always, gap=1.0)) == [(0, 3, "class 0", 0.9)]
 
 
-def test_rounding_of_times_parts_no_event() -> None:
+def test_rounding_of_times_splits_no_event() -> None:
     times = [(step * 0.1, step * 0.1 + 0.1) for step in range(50)]
     scored = windows(times, [0.9] + [0.3] * 49)
     (event,) = events(scored, Selection(numbered(1), thresholds=0.5))
@@ -122,7 +122,7 @@ def test_labels_roll_up_and_thresholds_of_classes() -> None:
     assert heard(events(scored, parent)) == [(0, 3, "Dog", 0.7)]
 
 
-def test_a_long_sound_is_held_as_one_event() -> None:
+def test_memory_does_not_grow_with_the_length_of_an_event() -> None:
     probs = np.array([0.9], np.float32)
 
     def endless() -> Iterator[Scored]:
@@ -136,7 +136,7 @@ def test_a_long_sound_is_held_as_one_event() -> None:
     assert blocks[1] - blocks[0] < 1000
 
 
-def test_what_is_refused() -> None:
+def test_invalid_windows_and_selections_are_refused() -> None:
     selection = Selection(AB, thresholds=0.5)
     with pytest.raises(ConfigError, match="events need a threshold"):
         events([], Selection(AB))
@@ -145,7 +145,7 @@ def test_what_is_refused() -> None:
             events([], selection, **{name: value})
     assert list(events([], selection)) == []
     for times in ([(0, 2), (0, 3)], [(1, 2), (0, 3)], [(0, 5), (1, 4)]):
-        with pytest.raises(ConfigError, match="they must come in order of time"):
+        with pytest.raises(ConfigError, match="must be in order of time"):
             list(events(windows(times, [1, 1], [0, 0]), selection))
 
 
@@ -212,7 +212,7 @@ def whole(
     st.sampled_from([0.0, 0.5, 2.0, 4.25]),
     st.sampled_from([0.0, 1.0, 3.0]),
 )
-def test_streaming_equals_looking_at_all_at_once(
+def test_streaming_equals_the_brute_force_result(
     scored: list[Scored], release: float, gap: float, shortest: float
 ) -> None:
     thresholds = (0.5, 0.375, 0.75)
@@ -234,7 +234,7 @@ def test_an_event_begins_with_its_first_window() -> None:
     assert merging.finish() == []
 
 
-def test_time_that_passes_without_windows_ends_events() -> None:
+def test_a_pause_without_windows_ends_events() -> None:
     merging = Merging(Selection(numbered(1), thresholds=0.5), gap=2.0)
     (first, second) = windows([(0, 1), (8, 9)], [0.9, 0.4])
     merging.add(first)
@@ -244,7 +244,7 @@ def test_time_that_passes_without_windows_ends_events() -> None:
     assert merging.add(second) == merging.begun() == merging.finish() == []  # held, but nothing was there to hold
 
 
-def test_a_short_event_begins_when_it_is_sure_to_be_long_enough() -> None:
+def test_an_event_is_reported_once_it_is_certain_to_be_long_enough() -> None:
     merging = Merging(Selection(numbered(1), thresholds=0.5), shortest=2.0)
     told = []
     for window in windows(end_to_end(6), [0.9, 0.9, 0.9, 0, 0.9, 0]):
@@ -255,7 +255,7 @@ def test_a_short_event_begins_when_it_is_sure_to_be_long_enough() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(scored_sounds(), st.sampled_from([0.0, 0.5, 2.0]), st.sampled_from([0.0, 1.0, 3.0]))
-def test_what_begins_is_what_ends(scored: list[Scored], gap: float, shortest: float) -> None:
+def test_each_reported_event_begins_and_ends_once(scored: list[Scored], gap: float, shortest: float) -> None:
     selection = Selection(numbered(3), thresholds=0.5)
     merging = Merging(selection, gap=gap, shortest=shortest)
     begun: set[tuple[float, int]] = set()
@@ -273,7 +273,7 @@ def test_what_begins_is_what_ends(scored: list[Scored], gap: float, shortest: fl
 
 @settings(max_examples=200, deadline=None)
 @given(scored_sounds(), st.sampled_from([0.0, 0.5, 2.0]))
-def test_what_holds_for_all_events(scored: list[Scored], gap: float) -> None:
+def test_properties_of_all_events(scored: list[Scored], gap: float) -> None:
     found = heard(events(iter(scored), Selection(numbered(3), thresholds=0.5), gap=gap))
     assert found == sorted(found, key=lambda event: (event[0], event[2]))
     bounds = stretches(scored)

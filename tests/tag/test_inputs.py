@@ -43,25 +43,27 @@ def test_files_as_they_are_named(tree: Path) -> None:
     ]
 
 
-def test_documents_that_a_shell_names_beside_sounds_are_left_out(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_text_and_images_named_beside_sounds_are_skipped(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     words = ["in/b.wav", "in/README.md", "in/cover.jpg", "in/gone.wav", "in/unknown.xyz"]
     assert [name for name, _ in found(*words)] == ["in/b.wav", "in/gone.wav", "in/unknown.xyz"]
-    assert caplog.messages == ["left out: 1 .jpg, 1 .md"]
+    assert caplog.messages == ["skipped: 1 .jpg, 1 .md"]
     assert [name for name, _ in found("in/notes.txt", "in/README.md")] == ["in/notes.txt", "in/README.md"]
 
 
-def test_a_folder_with_its_folders(tree: Path) -> None:
+def test_folders_are_searched_recursively(tree: Path) -> None:
     inside = [("a/z.mp3"), ("a.FLAC"), ("a.b/y.m4a"), ("b.wav")]
     assert found("in") == [(f"in/{name}", name) for name in inside]
     assert found("in/")[0] == ("in/a/z.mp3", "a/z.mp3")
     assert found(str(tree / "in")) == [(f"{tree}/in/{name}", name) for name in inside]
     assert found("in/a", "in/a/z.mp3") == [("in/a/z.mp3", "z.mp3")]
-    with pytest.raises(AudioError, match=r"^folder none holds no sound files: 1 \.txt; known are .*\.flac, .*\.m4a, "):
+    with pytest.raises(
+        AudioError, match=r"^folder none contains no sound files: 1 \.txt; known suffixes: .*\.flac, .*\.m4a, "
+    ):
         find_inputs(["in", "none"])
 
 
-def test_what_is_left_out_of_a_folder_is_counted(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_files_of_a_folder_are_counted(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = ["a.txt", "b.TXT", "c.jpg", "d", "deep/e.txt", "f.png", "g.gif", "h.bmp", "i.pdf", ".j", "sound.wav"]
     for name in names:
         path = tree / "mixed" / name
@@ -70,8 +72,8 @@ def test_what_is_left_out_of_a_folder_is_counted(tree: Path, caplog: pytest.LogC
     caplog.set_level("INFO")
     assert found("mixed") == [("mixed/sound.wav", "sound.wav")]
     (note,) = caplog.messages
-    assert note.startswith("mixed: left out: 3 .txt, ")
-    assert note.endswith(" 3 of other kinds")
+    assert note.startswith("mixed: skipped: 3 .txt, ")
+    assert note.endswith(" 3 others")
     caplog.clear()
     assert found("other") == [("other/b.wav", "b.wav")]
     assert caplog.messages == []
@@ -81,13 +83,13 @@ KINDS = "ts mxf vob mts m2ts m4v eac3 dts spx gsm voc ogv awb tak mpc bwf BWF"
 
 
 @pytest.mark.parametrize("suffix", KINDS.split())
-def test_kinds_of_recorders_and_films_are_taken(tree: Path, suffix: str) -> None:
+def test_suffixes_of_recorders_and_films_are_known(tree: Path, suffix: str) -> None:
     (tree / f"none/a.{suffix}").write_bytes(b"\x47@\0\x10" + bytes(184))
     assert found("none") == [(f"none/a.{suffix}", f"a.{suffix}")]
 
 
 @pytest.mark.parametrize("suffix", ["ts", "mts"])
-def test_sources_of_programs_are_no_films(tree: Path, caplog: pytest.LogCaptureFixture, suffix: str) -> None:
+def test_typescript_sources_are_not_films(tree: Path, caplog: pytest.LogCaptureFixture, suffix: str) -> None:
     (tree / f"none/a.{suffix}").write_text('import { Graph } from "./graph";\n')
     (tree / f"none/b.{suffix}").write_bytes(bytes(4) + b"\x47@\0\x10" + bytes(184))  # packets with a time stamp
     caplog.set_level("INFO")
@@ -105,10 +107,10 @@ def test_only_files_are_taken_from_a_folder(tree: Path, caplog: pytest.LogCaptur
     (tree / "other/named.wav").mkdir()
     caplog.set_level("INFO")
     assert [name for name, _ in found("other")] == ["other/b.wav", "other/broken.wav", "other/link.wav"]
-    assert caplog.messages == ["other: left out: 2 pipe or device, 1 linked folder"]
+    assert caplog.messages == ["other: skipped: 2 pipe or device, 1 linked folder"]
 
 
-def test_a_folder_that_cannot_be_searched_is_named(
+def test_a_folder_that_cannot_be_searched_is_reported(
     tree: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     scandir = os.scandir
@@ -146,7 +148,7 @@ def test_a_list(tree: Path, ends: str) -> None:
     (tree / "list").write_bytes(text)
     assert found("@list") == expected
     assert found("@-", stdin=text) == expected
-    with pytest.raises(AudioError, match="the list standard input names no file"):
+    with pytest.raises(AudioError, match="the list standard input is empty"):
         found("@-", stdin=b"\n \n")
     with pytest.raises(AudioError, match="cannot read the list nothing: No such file"):
         find_inputs(["@nothing"])
@@ -163,7 +165,7 @@ def test_a_list(tree: Path, ends: str) -> None:
     ],
 )
 @pytest.mark.parametrize("ends", ["\r\n", "\n"])
-def test_a_list_as_windows_programs_write_it(tree: Path, mark: bytes, encoding: str, ends: str) -> None:
+def test_lists_of_windows_programs_in_utf_16(tree: Path, mark: bytes, encoding: str, ends: str) -> None:
     (tree / "Käfer 虫.wav").touch()
     text = mark + ends.join(["in/b.wav", "Käfer 虫.wav", ""]).encode(encoding)
     (tree / "list").write_bytes(text)
@@ -171,9 +173,9 @@ def test_a_list_as_windows_programs_write_it(tree: Path, mark: bytes, encoding: 
     assert [name for name, _ in found("@-", stdin=text)] == ["in/b.wav", "Käfer 虫.wav"]
 
 
-def test_a_list_that_is_not_the_text_it_claims_to_be(tree: Path) -> None:
+def test_a_list_with_invalid_utf_16(tree: Path) -> None:
     (tree / "list").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(AudioError, match="the list list: it begins as UTF-16 text"):
+    with pytest.raises(AudioError, match="the list list: it begins like UTF-16 text"):
         found("@list")
 
 
@@ -205,13 +207,13 @@ def test_addresses(address: str, place: str) -> None:
     assert trusted == InputSound(name, address, Path(place))
 
 
-def test_no_words() -> None:
+def test_no_arguments() -> None:
     with pytest.raises(ConfigError, match="nothing to tag"):
         find_inputs([])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are text here")
-def test_names_that_are_no_text(tree: Path) -> None:
+def test_names_that_are_not_valid_text(tree: Path) -> None:
     name = os.fsdecode(b"caf\xe9.wav")
     (tree / "none" / name).touch()
     assert found("none") == [(f"none/{name}", name)]

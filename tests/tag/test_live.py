@@ -12,10 +12,10 @@ import pytest
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError
-from ced.sound import live
+from ced.sound import live, live_sources
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable
-from ced.sound.live import LiveSource
+from ced.sound.live_sources import LiveSource
 from ced.tag.events import events
 from ced.tag.live import OPTIONS, Listener, LiveReport
 from ced.tag.options import TagOptions
@@ -54,7 +54,7 @@ def unhurried(wave: Waves, scorer: Loudness, hop: float) -> LiveSource:
             assert scorer.answered.acquire(timeout=10)
             yield wave[start : start + size, None]
 
-    return live.blocks(blocks(), SAMPLE_RATE)
+    return live_sources.blocks(blocks(), SAMPLE_RATE)
 
 
 def heard(reports: Iterator[LiveReport], label: str = "loud") -> list[tuple[str, float]]:
@@ -67,7 +67,7 @@ def heard(reports: Iterator[LiveReport], label: str = "loud") -> list[tuple[str,
 
 
 @pytest.mark.parametrize(("gap", "shortest"), [(0.0, 0.0), (2.0, 0.0), (0.0, 1.5)])
-def test_what_is_reported_are_the_events_of_the_sound(gap: float, shortest: float) -> None:
+def test_reported_events_are_those_of_the_tagged_sound(gap: float, shortest: float) -> None:
     wave = sound((3, 0), (2, 0.8), (1.5, 0), (1, 0.9), (4, 0.1), (0.75, 1), (3, 0), (2, 0.7))
     options = replace(OPTIONS, thresholds=0.6, gap=gap, shortest=shortest, only=("loud",))
     scorer = Loudness(8)  # six make the first window
@@ -95,7 +95,7 @@ def test_a_line_is_a_record() -> None:
     assert datetime.fromisoformat(values["time"]) == stamp
 
 
-def test_times_in_a_line_are_of_milliseconds() -> None:
+def test_times_in_a_line_have_milliseconds() -> None:
     piece = Tags(7.098539215003257, 7.349000000000001, (Tag("loud", 0, None, 0.75),))
     values = LiveReport("begin", 1, 0.0, piece).to_json("the shed", "small.onnx")
     assert (values["pieces"][0]["start"], values["pieces"][0]["end"], values["seconds"]) == (7.099, 7.349, 7.349)
@@ -116,7 +116,9 @@ def test_an_event_is_reported_within_two_seconds_of_its_sound() -> None:
             yield np.full((BLOCK, 1), number >= 13, np.float32)
 
     listener = Listener(
-        Tagger(Loudness()), live.blocks(blocks(), SAMPLE_RATE), replace(OPTIONS, thresholds=0.99, only=("loud",))
+        Tagger(Loudness()),
+        live_sources.blocks(blocks(), SAMPLE_RATE),
+        replace(OPTIONS, thresholds=0.99, only=("loud",)),
     )
     report = next(listener.reports())
     assert time.time() - began < 2.0
@@ -124,7 +126,7 @@ def test_an_event_is_reported_within_two_seconds_of_its_sound() -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_an_outage_ends_what_goes_on_and_its_time_counts() -> None:
+def test_an_outage_ends_open_events_and_delays_later_ones() -> None:
     visits = 0
 
     def open_shed() -> Iterator[Waves]:
@@ -168,22 +170,22 @@ def test_a_stream_that_stalls_is_reported_once() -> None:
     assert [(report.state, report.event) for report in listener.reports()] == [("begin", 1), ("end", 1)]
 
 
-def test_an_event_takes_as_long_by_the_clock_as_it_sounds() -> None:
+def test_clock_times_of_an_event_differ_by_its_duration() -> None:
     def blocks() -> Iterator[Waves]:
         for number in range(50):
             time.sleep(0.01)  # ten times as fast as it sounds
             yield np.full((BLOCK, 1), number < 30, np.float32)
 
     options = replace(OPTIONS, window=0.5, hop=0.5, gap=0.0, only=("loud",))
-    begin, end = Listener(Tagger(Loudness()), live.blocks(blocks(), SAMPLE_RATE), options).reports()
+    begin, end = Listener(Tagger(Loudness()), live_sources.blocks(blocks(), SAMPLE_RATE), options).reports()
     assert (begin.state, end.state, end.piece.end - end.piece.start) == ("begin", "end", 3.0)
     assert end.time - begin.time == pytest.approx(3.0, abs=1e-3)
 
 
-def test_a_listener_listens_once() -> None:
-    listener = Listener(Tagger(Loudness()), live.blocks([], SAMPLE_RATE))
+def test_a_listener_can_be_used_once() -> None:
+    listener = Listener(Tagger(Loudness()), live_sources.blocks([], SAMPLE_RATE))
     assert list(listener.reports()) == []
-    with pytest.raises(ConfigError, match="was listened to before; each time needs a listener of its own"):
+    with pytest.raises(ConfigError, match="was used before; make a new one each time"):
         next(listener.reports())
 
 
@@ -199,7 +201,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ced.tag.live.LULL", 0.3)
 
 
-def test_a_model_that_is_too_slow_hears_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_model_gets_the_newest_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "_WAITING", 1.0)
 
     class Slow(Loudness):
@@ -213,7 +215,9 @@ def test_a_model_that_is_too_slow_hears_what_is_new(monkeypatch: pytest.MonkeyPa
             yield np.full((BLOCK, 1), number >= 60, np.float32)
 
     listener = Listener(
-        Tagger(Slow()), live.blocks(blocks(), SAMPLE_RATE), replace(OPTIONS, window=0.1, hop=0.1, only=("loud",))
+        Tagger(Slow()),
+        live_sources.blocks(blocks(), SAMPLE_RATE),
+        replace(OPTIONS, window=0.1, hop=0.1, only=("loud",)),
     )
     reports = list(listener.reports())
     assert [report.state for report in reports] == ["begin", "end"]
@@ -222,8 +226,8 @@ def test_a_model_that_is_too_slow_hears_what_is_new(monkeypatch: pytest.MonkeyPa
     assert reports[1].piece.end == pytest.approx(10.0)
 
 
-def test_options_that_are_not_of_events_are_refused() -> None:
-    source = live.blocks([], SAMPLE_RATE)
+def test_options_without_events_are_refused() -> None:
+    source = live_sources.blocks([], SAMPLE_RATE)
     for options in (TagOptions(), TagOptions(events=True, columns=True)):
         with pytest.raises(ConfigError, match="events of whole windows"):
             Listener(Tagger(Loudness()), source, options)
@@ -250,7 +254,7 @@ def test_a_day_of_sound_needs_no_more_memory_than_an_hour() -> None:
             yield blocks[number % every == 0]
 
     options = replace(OPTIONS, window=10.0, hop=10.0, gap=0.0, only=("loud",))
-    listener = Listener(Tagger(scorer), live.blocks(day(), SAMPLE_RATE), options)
+    listener = Listener(Tagger(scorer), live_sources.blocks(day(), SAMPLE_RATE), options)
     begun = ended = 0
     for report in listener.reports():
         begun += report.state == "begin"

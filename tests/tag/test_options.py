@@ -45,7 +45,7 @@ def test_keywords_are_the_fields() -> None:
         ({"only": "bark"}, r"a list of labels, as \['bark'\]"),
     ],
 )
-def test_impossible_options_are_refused_when_they_are_made(changes: dict[str, Any], part: str) -> None:
+def test_invalid_options_are_refused_on_creation(changes: dict[str, Any], part: str) -> None:
     with pytest.raises(ConfigError, match=part):
         TagOptions(**changes)
 
@@ -54,7 +54,7 @@ def test_impossible_options_are_refused_when_they_are_made(changes: dict[str, An
     ("changes", "part"),
     [
         ({"only": ["barc"]}, "did you mean 'bark'"),
-        ({"exclude": ["bark", "bell", "rain"]}, "no label is left"),
+        ({"exclude": ["bark", "bell", "rain"]}, "no label remains"),
         ({"thresholds": (0.5, 0.5)}, "3 classes"),
         ({"rollup": True}, "mids"),
     ],

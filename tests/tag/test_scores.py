@@ -49,7 +49,7 @@ def test_windows_come_back_exactly(tmp_path: Path, rows: int) -> None:
     assert_equal(list(read_scores(tmp_path / "sub/a.wav.unfinished", 5)), [*given, given[0]])
 
 
-def test_rounded_scores_are_those_that_tags_are_made_of(tmp_path: Path) -> None:
+def test_tags_are_made_from_rounded_scores(tmp_path: Path) -> None:
     given = windows(200)
     with log(tmp_path, "float16") as scores:
         kept = [scores.add(window) for window in given]
@@ -67,7 +67,7 @@ def test_a_short_sound_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_is_cut_anywhere_gives_its_whole_chunks(tmp_path: Path) -> None:
+def test_a_truncated_file_yields_its_complete_chunks(tmp_path: Path) -> None:
     given = windows(4)
     with log(tmp_path) as scores:
         for window in given:
@@ -85,7 +85,7 @@ def test_a_file_that_is_cut_anywhere_gives_its_whole_chunks(tmp_path: Path) -> N
         assert_equal(list(read_scores(path, 5)), given)
 
 
-def test_scores_of_something_else_are_dropped(tmp_path: Path) -> None:
+def test_scores_with_another_header_are_dropped(tmp_path: Path) -> None:
     for about, kind in (({"sound": "b.wav"}, "float32"), (ABOUT, "float16")):
         with log(tmp_path) as scores:
             scores.add(windows(1)[0])
@@ -94,7 +94,7 @@ def test_scores_of_something_else_are_dropped(tmp_path: Path) -> None:
             assert list(scores.stored()) == []
 
 
-def test_damage_is_named(tmp_path: Path) -> None:
+def test_damage_is_reported(tmp_path: Path) -> None:
     with log(tmp_path) as scores:
         scores.add(windows(1)[0])
         scores.flush()

@@ -5,8 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ced.errors import ConfigError
-from ced.sound.labels import ClassTable, audioset, numbered
-from ced.sound.ontology import audioset as ontology
+from ced.sound.labels import ClassTable, audioset, audioset_ontology, numbered
 from ced.tag.records import Scored, Tag, Tags
 from ced.tag.select import Selection
 
@@ -42,7 +41,7 @@ def test_thresholds() -> None:
     assert selection.thresholds.tolist() == pytest.approx([0.6, 0.2, 2.0, 0.0])
 
 
-def test_labels_are_chosen_by_name_or_mid_in_capitals_or_not() -> None:
+def test_labels_are_chosen_by_name_or_mid_ignoring_case() -> None:
     probs = scores(0.4, 0.3, 0.2, 0.1)
     assert names(Selection(PETS, only=["dog", "/m/02yds9"]), probs) == ["Purr", "Dog"]
     assert names(Selection(PETS, exclude=["BARK", "Speech"], top_k=None), probs) == ["Purr", "Dog"]
@@ -50,7 +49,7 @@ def test_labels_are_chosen_by_name_or_mid_in_capitals_or_not() -> None:
     assert Selection(PETS, only=["Dog"]).reached(probs).tolist() == [False, False, True, False]
 
 
-def test_a_heading_stands_for_what_is_below_it() -> None:
+def test_a_heading_stands_for_its_descendants() -> None:
     probs = scores(0.4, 0.3, 0.2, 0.1)
     assert names(Selection(PETS, only=["animal"]), probs) == ["Bark", "Purr", "Dog"]
     assert names(Selection(PETS, exclude=["/m/0jbk"], top_k=None), probs) == ["Speech"]
@@ -63,7 +62,7 @@ def test_a_heading_stands_for_what_is_below_it() -> None:
 
 def test_roll_up() -> None:
     selection = Selection(PETS, top_k=None, rollup=True)
-    mids = {node.name: node.mid for node in ontology().nodes.values()}
+    mids = {node.name: node.mid for node in audioset_ontology().nodes.values()}
     added = ["Human sounds", "Human voice", "Animal", "Domestic animals, pets", "Cat"]
     assert list(selection.labels.names) == [*PETS.names, *added]
     assert selection.labels.mids is not None
@@ -86,7 +85,7 @@ def test_roll_up_with_thresholds_and_labels() -> None:
     assert names(heading, probs) == ["Purr", "Animal", "Domestic animals, pets", "Cat", "Bark", "Dog"]
 
 
-def test_roll_up_of_audioset_is_the_maximum_over_the_ontology() -> None:
+def test_roll_up_of_audioset_is_the_maximum_over_the_audioset_ontology() -> None:
     classes = audioset()
     selection = Selection(classes, rollup=True)
     probs = np.random.default_rng(0).random(527, np.float32)
@@ -95,7 +94,7 @@ def test_roll_up_of_audioset_is_the_maximum_over_the_ontology() -> None:
     assert classes.mids is not None
     index_of = {mid: index for index, mid in enumerate(classes.mids)}
     for index, mid in enumerate(selection.labels.mids):
-        below = {mid, *ontology().descendants(mid)} & index_of.keys()
+        below = {mid, *audioset_ontology().descendants(mid)} & index_of.keys()
         assert rolled[index] == max(probs[index_of[kind]] for kind in below)
     assert len(selection.labels) == 527 + 30
 
@@ -118,19 +117,17 @@ def refused(labels: ClassTable, **arguments: object) -> str:
     return str(caught.value)
 
 
-def test_what_is_refused() -> None:
+def test_invalid_selections_are_refused() -> None:
     assert "top_k is 0; it must be at least 1" in refused(ABC, top_k=0)
     assert "a threshold is -0.5; it must be 0 or more" in refused(ABC, thresholds=-0.5)
     assert "a threshold is nan" in refused(ABC, thresholds=scores(0, np.nan, 1, 1))
-    assert "shape (3,); one number or one for each of 4 classes" in refused(ABC, thresholds=scores(0, 1, 1))
+    assert "have shape (3,); allowed: one number" in refused(ABC, thresholds=scores(0, 1, 1))
     assert "no label 'Barc'; did you mean 'Bark'?" in refused(PETS, only=["Barc"])
     assert "no label 'speaking'; did you mean 'Male speech, man speaking'?" in refused(audioset(), only=["speaking"])
     assert "no label 'animals'; did you mean 'Domestic animals, pets'?" in refused(PETS, exclude=["animals"])
     assert refused(ABC, only=["Rain"]) == "there is no label 'Rain'; the labels are a, b, c, d"
-    assert "'xyzzy'; the 527 labels are Speech, Field recording and those between" in refused(
-        audioset(), only=["xyzzy"]
-    )
+    assert "'xyzzy'; the 527 labels range from Speech to Field recording" in refused(audioset(), only=["xyzzy"])
     assert "no label 'Animal'" in refused(ABC, only=["Animal"])
-    assert "no label is left of a, b without b, a" in refused(ABC, only=["a", "b"], exclude=["b", "a"])
-    assert "no label is left of all without a, b, c, d" in refused(ABC, exclude=["a", "b", "c", "d"])
+    assert "no label remains of a, b without b, a" in refused(ABC, only=["a", "b"], exclude=["b", "a"])
+    assert "no label remains of all without a, b, c, d" in refused(ABC, exclude=["a", "b", "c", "d"])
     assert "roll-up needs classes with AudioSet's mids" in refused(ABC, rollup=True)

@@ -16,9 +16,8 @@ from ced.errors import AudioError, CheckpointError, ClosedError, ConfigError
 from ced.model import loading
 from ced.model.config import ModelConfig
 from ced.model.graph.export import export
-from ced.model.loading import weights_of
+from ced.model.loading import TorchScorer, weights_of
 from ced.model.runtime import OnnxModel
-from ced.model.torch_scorer import TorchScorer
 from ced.model.vit import CED
 from ced.sound.audio import Source, Window, open_sound
 from ced.sound.labels import ClassTable
@@ -126,7 +125,7 @@ def test_more_tags_than_classes_are_all_classes() -> None:
     assert len(tags.tags) == 3
 
 
-def test_a_torch_network_answers_as_itself(tmp_path: Path) -> None:
+def test_a_tagger_returns_the_scores_of_a_torch_network(tmp_path: Path) -> None:
     network = small_network()
     wave = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 8_000)).astype(np.float32)
     with torch.inference_mode():
@@ -149,7 +148,7 @@ def test_a_sound_shorter_than_a_patch_is_tagged() -> None:
     assert all(0 < tag.prob < 1 for tag in tags.tags)
 
 
-def test_a_file_sounds_the_same_as_its_bytes_and_samples(tmp_path: Path) -> None:
+def test_a_file_has_the_tags_of_its_bytes_and_samples(tmp_path: Path) -> None:
     wave = np.random.default_rng(1).uniform(-0.5, 0.5, 12_000).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", wave, RATE, subtype="FLOAT")
     tagger = Tagger(small_network())
@@ -181,8 +180,8 @@ def test_a_closed_tagger_stops() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"window": 0.0}, {"window": float("nan")}, {"hop": -1.0}])
-def test_numbers_that_make_no_sense_are_refused_at_once(wrong: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match="must be above 0"):
+def test_invalid_windows_are_refused_at_once(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="must be at least"):
         Tagger(Levels()).tag("never-opened.wav", **wrong)  # type: ignore[arg-type]
 
 
@@ -252,7 +251,7 @@ def test_any_number_of_jobs_gives_the_same_in_order() -> None:
     assert results[0] == results[1]
 
 
-def test_windows_before_a_fault_come_out_first(tmp_path: Path) -> None:
+def test_windows_before_an_error_are_yielded_first(tmp_path: Path) -> None:
     wave = np.random.default_rng(0).uniform(0.0, 0.5, 10 * RATE)
     soundfile.write(tmp_path / "a.wav", wave, RATE, subtype="PCM_24")
     (tmp_path / "half.wav").write_bytes((tmp_path / "a.wav").read_bytes()[:-240_000])
@@ -263,7 +262,7 @@ def test_windows_before_a_fault_come_out_first(tmp_path: Path) -> None:
         assert [tags.end for tags in found] == [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
-def test_a_cut_file_is_tagged_as_far_as_it_goes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_readable_part_of_a_truncated_file_is_tagged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     soundfile.write(tmp_path / "a.flac", np.random.default_rng(0).uniform(0.0, 0.5, 10 * RATE), RATE)
     whole, cut = (tmp_path / "a.flac").read_bytes(), tmp_path / "cut.flac"
     cut.write_bytes(whole[: len(whole) * 3 // 4])
@@ -294,7 +293,7 @@ def test_an_open_sound_is_tagged(tmp_path: Path) -> None:
     assert record == Tagger(Levels()).tag((wave, RATE), window=1.0, name="a.wav")
 
 
-def test_a_stream_knows_how_far_it_is() -> None:
+def test_a_stream_reports_its_progress() -> None:
     stream = Tagger(Levels()).stream((np.zeros(5 * RATE, np.float32), RATE), window=2.0)
     next(stream)
     assert (stream.seconds, stream.complete, stream.expected_seconds) == (2.0, False, 5.0)
@@ -321,7 +320,7 @@ def test_a_scorer_must_fit_its_class_table() -> None:
         ([0.5, 0.5, 0.5], "shape"),
     ],
 )
-def test_impossible_scores_are_an_error_that_names_the_model(answer: list[Any], part: str) -> None:
+def test_invalid_scores_are_an_error_that_names_the_model(answer: list[Any], part: str) -> None:
     class Broken(Fine):
         def __call__(self, waves: NDArray[np.float32], /) -> NDArray[np.float32]:
             return np.array(answer, np.float32)
@@ -348,7 +347,7 @@ def test_impossible_scores_are_an_error_that_names_the_model(answer: list[Any], 
             call()
 
 
-def test_rounding_beyond_0_and_1_is_cut_off() -> None:
+def test_rounding_beyond_0_and_1_is_clipped() -> None:
     class Rounded(Levels):
         def __call__(self, waves: NDArray[np.float32], /) -> NDArray[np.float32]:
             return np.array([[1.0000002, -1e-8, 0.5]], np.float32)

@@ -119,7 +119,7 @@ def test_it_agrees_with_scikit_learn(sample: Sample) -> None:
         assert precise.recall[index] == pytest.approx(recall[precision >= 0.6].max())
 
 
-def test_what_cannot_be_fitted() -> None:
+def test_invalid_scores_and_labels_are_refused() -> None:
     probs, targets = columns([0.5, 0.25]), columns([1, 0]) > 0
     for precision in (0, 1.5, np.nan):
         with pytest.raises(ConfigError, match="it must be above 0 and at most 1"):
@@ -167,14 +167,14 @@ def test_files_written_by_hand(tmp_path: Path) -> None:
     [
         ("index\tname\n0\tDog\n", "has no column 'threshold'"),
         ("value\tthreshold\n1\t0.5\n", "have columns value, threshold; one of index, mid, name is needed"),
-        ("index\tthreshold\n0\t0.5\n3\t0.5\n", "row 2: index '3' is none of the model's 3 classes (Dog, ... A"),
-        ("name\tthreshold\nDogs\t0.5\n", "row 1: name 'Dogs' is none of the model's 3 classes"),
-        ("index\tname\tthreshold\n1\tDog\t0.5\n", "row 1: index 1, name Dog are not one class of the model"),
-        ("name\tthreshold\nDog\t0.5\nDog\t0.6\n", "row 2: class 'Dog' is there twice"),
-        ("name\tthreshold\nDog\thigh\n", "row 1: threshold 'high' is no number of 0 or more (inf: never)"),
-        ("name\tthreshold\nDog\t-1\n", "row 1: threshold '-1' is no number"),
-        ("name\tthreshold\nDog\tnan\n", "row 1: threshold 'nan' is no number"),
-        ("# ced thresholds, format 2\nname\tthreshold\nDog\t1\n", "are of format 2; this program reads format 1"),
+        ("index\tthreshold\n0\t0.5\n3\t0.5\n", "row 2: index '3' is not one of the model's 3 classes (Dog, ... A"),
+        ("name\tthreshold\nDogs\t0.5\n", "row 1: name 'Dogs' is not one of"),
+        ("index\tname\tthreshold\n1\tDog\t0.5\n", "row 1: index 1, name Dog are different classes"),
+        ("name\tthreshold\nDog\t0.5\nDog\t0.6\n", "row 2: class 'Dog' is listed twice"),
+        ("name\tthreshold\nDog\thigh\n", "row 1: threshold 'high' is not a number"),
+        ("name\tthreshold\nDog\t-1\n", "row 1: threshold '-1' is not a number"),
+        ("name\tthreshold\nDog\tnan\n", "row 1: threshold 'nan' is not a number"),
+        ("# ced thresholds, format 2\nname\tthreshold\nDog\t1\n", "have format 2; this program reads format 1"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -187,7 +187,7 @@ def test_files_that_are_refused(tmp_path: Path, text: str, said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(TableError, match=r"cannot read thresholds .*No such file"):
         read_thresholds(tmp_path / "none.tsv", CLASSES)
 

@@ -37,7 +37,7 @@ def lines(name: str, *records: Record) -> list[str]:
     return "".join(written).split("\n")[:-1]
 
 
-def test_text_is_what_readers_of_the_published_program_know() -> None:
+def test_text_has_the_form_of_the_published_program() -> None:
     expected = [
         "===== sounds/dog.wav =====",
         "[0.0s]-[10.0s] Topk-1 Speech 0.9877",
@@ -63,7 +63,7 @@ class Interrupted:
 
 
 @pytest.mark.parametrize("name", ["text", "jsonl", "csv", "spreadsheet", "audacity", "raven"])
-def test_windows_are_written_as_they_come_and_kept_when_interrupted(name: str) -> None:
+def test_windows_are_written_at_once_and_kept_when_interrupted(name: str) -> None:
     make = FORMATS[name].text
     assert make is not None
     written = []
@@ -134,7 +134,7 @@ def test_raven_selections_stay_below_half_the_rate(rate: int | None, highest: st
 
 
 @pytest.mark.parametrize("file", ["<stdin>", "https://example.org/a b.wav"])
-def test_raven_names_what_has_no_path_as_it_is(file: str) -> None:
+def test_raven_has_names_without_a_path_unchanged(file: str) -> None:
     _, row, *_ = lines("raven", replace(DOG, file=file))
     assert row.split("\t")[7] == file
 
@@ -154,7 +154,7 @@ def test_parquet_has_the_columns_of_csv(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_file_is_whole_or_not_there(tmp_path: Path, name: str) -> None:
+def test_a_file_is_complete_or_missing(tmp_path: Path, name: str) -> None:
     def broken() -> Iterator[Record]:
         yield DOG
         raise AudioError("empty")
@@ -169,7 +169,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_names_that_are_no_text_are_written_with_escapes(tmp_path: Path, name: str) -> None:
+def test_names_that_are_not_valid_text_are_written_with_escapes(tmp_path: Path, name: str) -> None:
     record = Record(os.fsdecode(b"caf\xe9.wav"), "mine", 1.0, DOG.pieces)
     path = tmp_path / "tags"
     write_records(FORMATS[name], [record], path)
@@ -205,7 +205,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert int(done.stdout) < 25_000  # KB; 400,000 rows of six columns are far more
 
 
-def test_what_a_format_cannot_do_is_said_before_the_work() -> None:
+def test_unsupported_formats_are_refused_before_the_work() -> None:
     assert formats(["text", "parquet"]) == [FORMATS["text"], FORMATS["parquet"]]
     assert formats(["JSONL", "Csv"]) == [FORMATS["jsonl"], FORMATS["csv"]]
     with pytest.raises(ConfigError, match=r"format xml; allowed: text, jsonl, csv, spreadsheet, audacity, raven, parq"):
@@ -216,7 +216,7 @@ def test_what_a_format_cannot_do_is_said_before_the_work() -> None:
         formats(["parquet"], printed=True)
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(sys, "meta_path", [])
     monkeypatch.delitem(sys.modules, "pyarrow")
@@ -238,7 +238,7 @@ def hostile() -> Record:
     return Record(f"name {HOSTILE}", "mine", 1.0, (Tags(0.0, 1.0, (tag,)), Tags(1.0, 2.0, (tag,))))
 
 
-def test_csv_reads_back_as_it_was_whatever_names_hold() -> None:
+def test_csv_round_trip_of_any_names() -> None:
     text = "".join(f"{line}\n" for line in lines("csv", hostile()))
     rows = list(csv.reader(io.StringIO(text, newline="")))
     assert [(row[0], row[3]) for row in rows[1:]] == [(f"name {HOSTILE}", f"label {HOSTILE}")] * 2
@@ -252,7 +252,7 @@ def test_a_lone_carriage_return_does_not_end_a_row() -> None:
 
 
 @pytest.mark.parametrize("name", ["text", "jsonl", "audacity", "raven"])
-def test_no_line_has_what_moves_a_terminal_or_breaks_a_line(name: str) -> None:
+def test_lines_have_no_control_characters(name: str) -> None:
     found = lines(name, hostile())
     kept = "\x1b\x07\x9b\r\n\u2028" + ("\u202e\u2066\t" if name in ("text", "jsonl") else "")
     assert not set("".join(found)) & set(kept)
@@ -264,7 +264,7 @@ def test_no_line_has_what_moves_a_terminal_or_breaks_a_line(name: str) -> None:
 
 
 @pytest.mark.parametrize("begin", ["=", "+", "-", "@", "\t", "\r"])
-def test_spreadsheets_get_no_formulas(begin: str) -> None:
+def test_spreadsheets_have_no_formulas(begin: str) -> None:
     formula = begin + 'HYPERLINK("http://x","y").wav'
     record = Record(formula, "mine", 1.0, (Tags(0.0, 1.0, (Tag(formula, 0, formula, 0.5),)),))
     text = "".join(f"{line}\n" for line in lines("spreadsheet", record))

@@ -1,4 +1,4 @@
-"""Builder of an ONNX graph: nodes and constants under names."""
+"""Builder of ONNX graphs: named nodes and constants."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,24 +58,24 @@ class Nodes:
         return name
 
     def reshape(self, x: str, *shape: int) -> str:
-        """Reshape; 0 keeps the size of an axis, -1 stands for what is left."""
+        """Reshape; 0 keeps the size of an axis, -1 infers it."""
         return self.add("Reshape", x, self.ints(*shape))
 
     def size(self, x: str, axis: int) -> str:
-        """Return the size of an axis, as integers along one axis."""
+        """Add the size of an axis, as integers along one axis."""
         return self.add("Shape", x, start=axis, end=axis + 1)
 
     def joined(self, *parts: str | int) -> str:
-        """Join constants and computed integers along their one axis."""
+        """Concatenate constants and computed integers along their one axis."""
         return self.add("Concat", *(self.ints(part) if isinstance(part, int) else part for part in parts), axis=0)
 
     def linear(self, name: str, arrays: Mapping[str, NDArray[Any]], x: str) -> str:
-        """Apply the linear layer of that name."""
+        """Apply the linear layer of this name."""
         product = self.add("MatMul", x, self.weight(f"{name}.weight", arrays[f"{name}.weight"].T))
         return self.add("Add", product, self.weight(f"{name}.bias", arrays[f"{name}.bias"]))
 
     def layer_norm(self, name: str, arrays: Mapping[str, NDArray[Any]], x: str, epsilon: float) -> str:
-        """Apply the LayerNorm of that name over the last axis."""
+        """Apply the LayerNorm of this name over the last axis."""
         weight, bias = (self.weight(f"{name}.{part}", arrays[f"{name}.{part}"]) for part in ("weight", "bias"))
         return self.add("LayerNormalization", x, weight, bias, axis=-1, epsilon=epsilon)
 

@@ -1,4 +1,4 @@
-"""Compare graphs: a float graph with the torch network, an int8 graph with the float one on labelled clips."""
+"""Comparisons: a float graph with the torch network, an int8 graph with the float one on labelled clips."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,19 +9,18 @@ from numpy.typing import NDArray
 
 from ced.errors import ConfigError, ExportError, optional_packages
 from ced.files import written_aside
-from ced.model import ort
 from ced.model.config import ModelConfig
 from ced.model.graph import PROB
-from ced.model.graph.int8 import int8_path, quantize
-from ced.model.metrics import accuracy, average_precision
+from ced.model.graph.export import int8_path, quantize
+from ced.model.metrics import Figures, figures
+from ced.model.ort import open_session
 from ced.model.runtime import OnnxModel
 from ced.model.weights import Weights
 from ced.progress import Progress, silent
 from ced.sound import audio
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.features import PATCH
-from ced.sound.labelled import LabelledClip, read_labelled
-from ced.sound.tables import multi_hot
+from ced.sound.tables import LabelledClip, multi_hot, read_labelled
 
 BOUND = 0.3  # points of mAP
 
@@ -29,7 +28,7 @@ BOUND = 0.3  # points of mAP
 def largest_difference(weights: Weights, path: Path) -> float:
     """Return the largest difference in probability between a graph and the torch network of the same weights.
 
-    Both score noise and tones of several batch sizes and lengths, from less than one patch to more than one piece.
+    Both score noise and tones, in several batch sizes and lengths, from less than one patch to more than one piece.
 
     Raises:
         MissingPackageError: torch is not installed.
@@ -39,7 +38,7 @@ def largest_difference(weights: Weights, path: Path) -> float:
 
         from ced.model.loading import build
     network = build(weights)
-    session = ort.open_session(path, threads=1)
+    session = open_session(path, threads=1)
     name = session.get_inputs()[0].name
     differences = []
     for batch in _example_waves(weights.config) if name == "waves" else _example_feats(weights.config):
@@ -53,7 +52,7 @@ def largest_difference(weights: Weights, path: Path) -> float:
 
 def change_on_noise(exact: Path, int8: Path, config: ModelConfig) -> float:
     """Return the largest change in probability from a float graph to its int8 one on noise and tones."""
-    sessions = [ort.open_session(path, threads=1) for path in (exact, int8)]
+    sessions = [open_session(path, threads=1) for path in (exact, int8)]
     name = sessions[0].get_inputs()[0].name
     changes = []
     for batch in _example_waves(config) if name == "waves" else _example_feats(config):
@@ -63,7 +62,7 @@ def change_on_noise(exact: Path, int8: Path, config: ModelConfig) -> float:
 
 
 def _lengths(config: ModelConfig) -> list[tuple[int, int]]:
-    """Batch sizes and frames to compare at: one patch, short, the longest piece, and longer where that is allowed."""
+    """Return batch sizes and frames: one patch, short, the longest piece, and longer where that is allowed."""
     longest = config.target_length
     longer = [(1, longest + 1), (2, 2 * longest)] if config.pad_last else []
     return [(1, PATCH), (3, longest // 4 + PATCH), (2, longest), *longer]
@@ -76,7 +75,7 @@ def _example_feats(config: ModelConfig) -> Iterator[NDArray[np.float32]]:
 
 
 def _example_waves(config: ModelConfig) -> Iterator[NDArray[np.float32]]:
-    """Yield noise of different loudness, with a tone; first a wave that is shorter than one patch."""
+    """Yield noise of different levels with a tone; the first wave is shorter than one patch."""
     generator, hop = np.random.default_rng(0), config.hop_size
     lengths = [(clips, (frames - 1) * hop + hop // 2) for clips, frames in _lengths(config)]
     for clips, samples in [(1, config.front_end.min_samples // 2), *lengths]:
@@ -86,16 +85,8 @@ def _example_waves(config: ModelConfig) -> Iterator[NDArray[np.float32]]:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What labelled clips say of a graph."""
-
-    map: float  # mean of the classes' average precision, of those that a clip has
-    accuracy: float | None  # part of the clips whose label scores highest; None unless each has exactly one
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """A graph in int8 beside the same in float."""
+    """An int8 graph compared with its float graph."""
 
     clips: int
     exact: Figures
@@ -105,7 +96,7 @@ class Comparison:
 
     @property
     def loss(self) -> float:
-        """How many points of mAP int8 costs; below 0 it gains."""
+        """The loss of int8 in points of mAP; negative: a gain."""
         return 100.0 * (self.exact.map - self.int8.map)
 
     @property
@@ -124,26 +115,26 @@ class Comparison:
 def export_int8(
     path: Path, *, check: Path | None = None, bound: float = BOUND, progress: Progress = silent
 ) -> Comparison | None:
-    """Write the int8 graph of an exported float one beside it, `int8_path(path)`.
+    """Write the int8 graph of an exported float graph beside it, at `int8_path(path)`.
 
     Args:
-        path: what `export` wrote.
+        path: a graph written by `export`.
         check: a table of labelled clips (see `read_labelled`) on which to compare the two.
-        bound: points of mAP that int8 may cost there.
+        bound: points of mAP that int8 may lose there.
         progress: called for each clip compared.
 
     Returns:
-        The comparison, if one was asked for.
+        The comparison, with `check`.
 
     Raises:
         ConfigError: the bound is negative.
-        ExportError: int8 costs more than the bound; no int8 graph is left.
+        ExportError: int8 loses more than the bound; no int8 graph is written.
         TableError, AudioError: the clips cannot be read.
     """
     if not bound >= 0:
         raise ConfigError(f"bound is {bound}; it must be 0 or more")
     clips = None if check is None else read_labelled(check, OnnxModel(path).labels)
-    int8_path(path).unlink(missing_ok=True)  # of an earlier export: when this one is refused, none is left
+    int8_path(path).unlink(missing_ok=True)  # of an earlier export, which must not remain if this one is refused
     with written_aside(int8_path(path)) as aside:
         quantize(path, aside)
         if clips is None:
@@ -151,7 +142,7 @@ def export_int8(
         found = compare(path, aside, clips, progress)
         if found.loss > bound:
             raise ExportError(
-                f"int8 costs {path} {found.loss:.2f} points of mAP; at most {bound:g} are allowed: {found.summary}"
+                f"int8 loses {found.loss:.2f} points of mAP of {path}; at most {bound:g} are allowed: {found.summary}"
             )
     return found
 
@@ -169,12 +160,8 @@ def compare(exact: Path, int8: Path, clips: list[LabelledClip], progress: Progre
     change = np.abs(both[:, 0] - both[:, 1])
     return Comparison(
         len(clips),
-        _figures(targets, both[:, 0]),
-        _figures(targets, both[:, 1]),
+        figures(targets, both[:, 0]),
+        figures(targets, both[:, 1]),
         float(change.mean()),
         float(change.max()),
     )
-
-
-def _figures(targets: NDArray[np.bool_], probs: NDArray[np.float32]) -> Figures:
-    return Figures(float(np.nanmean(average_precision(targets, probs))), accuracy(targets, probs))

@@ -1,7 +1,9 @@
-"""A graph as a file: with its metadata, optimised for ONNX Runtime, and beside it what other runtimes read."""
+"""Export: graphs as files, with metadata, optimised for ONNX Runtime, in float or int8."""
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +15,6 @@ import onnx
 import ced
 from ced.errors import ExportError
 from ced.files import written_aside
-from ced.model import ort
 from ced.model.config import shapes
 from ced.model.graph import (
     CLASSES,
@@ -27,11 +28,11 @@ from ced.model.graph import (
     PRECISION,
     PROBABILITIES,
     RATE,
-    Input,
+    GraphInput,
 )
-from ced.model.graph.network import feats_graph, wave_graph
-from ced.model.weights import HEAD as HEAD_KEYS
-from ced.model.weights import Weights
+from ced.model.graph.network import BLOCKS, RUNTIME, feats_graph, wave_graph
+from ced.model.ort import GraphOptimizationLevel, InferenceSession, quantization, session_options
+from ced.model.weights import HEAD_KEYS, Weights
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable
 
@@ -40,23 +41,24 @@ LARGEST_DIFFERENCE = 1e-4  # in probability, between a float graph and the netwo
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote, and how far from the network it is (largest difference in probability)."""
+    """The files of an export, and the largest difference in probability from the network."""
 
     path: Path
     largest_difference: float | None  # None: not compared, as torch is not installed
-    labels_path: Path | None  # the class table beside a graph of features; other graphs have theirs inside
+    labels_path: Path | None  # the class table beside a graph of features; other graphs contain theirs
 
 
-def export(weights: Weights, path: Path, source: Input = "wave") -> ExportReport:
-    """Write a graph, `wave` as in `write_graph` or `feats` as in `write_feats_graph`.
+def export(weights: Weights, path: Path, source: GraphInput = "wave") -> ExportReport:
+    """Write a graph, with `source` "wave" as by `write_graph`, with "feats" as by `write_feats_graph`.
 
-    Beside a graph of features goes its class table, `class_labels_indices.csv` with the columns index, mid,
-    display_name. Where torch is installed it is compared with the network first; nothing is written when they differ.
+    The class table of a graph of features is written beside it: `class_labels_indices.csv` with the columns index, mid,
+    display_name. Where torch is installed, the graph is compared with the network first; nothing is written if they
+    differ.
 
     Raises:
         CheckpointError: the weights do not fit their configuration, or have no output layer to score with.
-        ExportError: as in those functions, or the class table of another model is in the way, or the graph differs from
-            the network by more than `LARGEST_DIFFERENCE`.
+        ExportError: as for those functions, or the folder has the class table of another model, or the graph differs
+            from the network by more than `LARGEST_DIFFERENCE`.
     """
     from ced.model.graph.compare import largest_difference
 
@@ -85,12 +87,12 @@ def export(weights: Weights, path: Path, source: Input = "wave") -> ExportReport
 
 
 def write_graph(weights: Weights, path: Path) -> None:
-    """Write the graph that a tagger runs, from wave to probabilities.
+    """Write the graph of a tagger, from waves to probabilities.
 
     Its input is `waves` float32 (batch, time), 16 kHz, any length; its outputs are `prob` (batch, classes), `embedding`
     (batch, width) and `columns` (batch, columns, classes), the probabilities of each column of patches. Class names
-    and preprocessing are in its metadata. Inputs longer than the network's `target_length` are cut and joined as the
-    network does; with its `pad_last` off they must not be longer. Weights of masked pre-training have no output layer:
+    and preprocessing are in its metadata. Inputs longer than the network's `target_length` are scored in pieces, as by
+    the network; with its `pad_last` off they must not be longer. Weights of masked pre-training have no output layer:
     the graph then only embeds.
 
     Raises:
@@ -106,16 +108,16 @@ def write_graph(weights: Weights, path: Path) -> None:
 
 
 def write_feats_graph(weights: Weights, path: Path) -> None:
-    """Write a graph of features as other runtimes read it.
+    """Write a graph of features, for other runtimes.
 
     Its input is `feats` float32 (batch, 64, time) in dB, at least 16 frames; its output is `prob`.
 
     Raises:
         CheckpointError: the weights do not fit their configuration, or have no output layer.
-        ExportError: the network takes features that no such runtime makes.
+        ExportError: the features of the network are not the published ones.
     """
     if (other := weights.config.unpublished_feature) is not None:
-        raise ExportError(f"a graph of features is fed the published ones, but this network takes others: {other}")
+        raise ExportError(f"a graph of features takes the published ones, but this network has others: {other}")
     made = feats_graph(weights)
     onnx.helper.set_model_props(made, _published_metadata())
     with written_aside(path) as aside:
@@ -123,16 +125,16 @@ def write_feats_graph(weights: Weights, path: Path) -> None:
 
 
 def optimize(path: Path) -> None:
-    """Do to a graph what ONNX Runtime does whenever it opens one, so that it opens in half the time."""
-    options = ort.session_options(threads=1)
-    # Beyond this level are changes for the processor at hand.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    """Apply ONNX Runtime's graph optimisations in advance, so that the graph opens in half the time."""
+    options = session_options(threads=1)
+    # Higher levels make changes for the processor at hand.
+    options.graph_optimization_level = GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     properties = {each.key: each.value for each in onnx.load(path, load_external_data=False).metadata_props}
     with TemporaryDirectory(dir=path.parent) as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        InferenceSession(path, options, providers=["CPUExecutionProvider"])
         made = onnx.load(options.optimized_model_filepath)
-    # It lists all the operator sets that it knows; other versions of it may not know them.
+    # It lists all operator sets that it knows, which other versions may not know.
     used = {node.domain for node in made.graph.node}
     opsets = [opset for opset in made.opset_import if opset.domain in used]
     del made.opset_import[:]
@@ -181,10 +183,68 @@ def _with_empty_head(weights: Weights) -> Weights:
 
 
 def _labels_text(labels: ClassTable) -> str:
-    """Return the class table as AudioSet's, every name quoted: readers in other languages count on the quotes."""
+    """Return the class table in the format of AudioSet's, with every name in quotes, which readers elsewhere expect."""
     mids: Sequence[str] = labels.mids or [""] * len(labels)
     lines = ["index,mid,display_name"]
     for index, (mid, name) in enumerate(zip(mids, labels.names, strict=True)):
         quoted = name.replace('"', '""')
         lines.append(f'{index},{mid},"{quoted}"')
     return "\n".join(lines) + "\n"
+
+
+def int8_path(path: Path) -> Path:
+    """Return the path of the int8 graph of a float one, beside it."""
+    return path.with_name(path.name.removesuffix(".onnx") + ".int8.onnx")
+
+
+def quantize(path: Path, out: Path) -> None:
+    """Write the int8 graph of a float one.
+
+    The weights of the blocks' linear layers are in 8 bits, with a scale per output channel; their inputs are quantised
+    dynamically. The front end, the patches, attention itself and the output layer, where 8 bits cost most accuracy,
+    stay in float.
+    """
+    graph = onnx.load(path)
+    fused = any(node.domain == RUNTIME for node in graph.graph.node)
+    metadata = {each.key: each.value for each in graph.metadata_props}
+    if PRECISION in metadata:
+        metadata[PRECISION] = "int8"
+    # The graph is simplified already: the quantizer need not preprocess it.
+    onnx.helper.set_model_props(graph, {**metadata, "onnx.quant.pre_process": "onnxruntime.quant"})
+    onnx_quantization = quantization()
+    with _quiet():
+        onnx_quantization.quantize_dynamic(
+            graph,
+            out,
+            op_types_to_quantize=["MatMul", "Attention"],
+            nodes_to_quantize=[
+                node.name for node in graph.graph.node if any(name.startswith(BLOCKS) for name in node.input)
+            ],
+            per_channel=True,
+            # 7 bits: without VNNI instructions, two products of 8 bits are added in 16 bits, which would overflow.
+            reduce_range=True,
+            weight_type=onnx_quantization.QuantType.QInt8,
+            extra_options={
+                "DefaultTensorType": onnx.TensorProto.FLOAT
+            },  # the type of outputs of ONNX Runtime's own operators
+        )
+    quantized = onnx.load(out)
+    quantized.ir_version = graph.ir_version
+    onnx.helper.set_model_props(quantized, metadata)
+    onnx.save(quantized, out)
+    if fused:
+        optimize(out)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the quantizer's advice to preprocess the graph, which it logs with the root logger."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "pre-processing" not in record.getMessage()
+
+    logging.root.addFilter(keep)
+    try:
+        yield
+    finally:
+        logging.root.removeFilter(keep)

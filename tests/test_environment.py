@@ -2,10 +2,10 @@ import subprocess
 import sys
 
 
-def test_as_many_files_as_may_be_open() -> None:
+def test_the_limit_of_open_files_is_raised() -> None:
     program = """
 import resource
-from ced.machine import allow_open_files
+from ced.environment import allow_open_files
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
 allow_open_files()
