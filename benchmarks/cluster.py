@@ -16,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import psutil
 
@@ -36,11 +38,27 @@ OPTIONS = TagOptions()
 FEW = 16  # clips
 
 
-def processor_seconds() -> float:
-    """Return the processor time of this process and of all that it has started and that still run."""
-    own = psutil.Process()
-    times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
-    return float(sum(each.user + each.system for each in times))
+class ProcessorTime(Thread):
+    """Adds up the processor time of this process and of all that it starts, also of those that have ended."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._found: dict[tuple[int, float], float] = {}
+
+    def run(self) -> None:
+        """Look a few times a second."""
+        while True:
+            self.seconds()
+            time.sleep(0.2)
+
+    def seconds(self) -> float:
+        """Return the seconds so far."""
+        own = psutil.Process()
+        for process in (own, *own.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                self._found[process.pid, process.create_time()] = times.user + times.system
+        return sum(self._found.values())
 
 
 def tag(on_ray: bool, workers: int, model: str, inputs: list[InputSound], out: Path) -> None:
@@ -78,9 +96,11 @@ def main() -> None:
     arguments = parser.parse_args()
     inputs = find_inputs([str(arguments.folder)])
     if arguments.side:
+        used = ProcessorTime()
+        used.start()
         with tempfile.TemporaryDirectory() as out:
             tag(*SIDES[arguments.side], arguments.model, inputs[: arguments.clips], Path(out))
-            print(processor_seconds())
+            print(used.seconds())
         return
     found: dict[str, list[tuple[float, float, float]]] = {side: [] for side in SIDES}
     for _ in range(arguments.rounds):

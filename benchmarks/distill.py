@@ -1,4 +1,4 @@
-"""Measure the training side against plain versions of the same work, side by side in one run.
+"""Measure training, packing and storing against plain versions of the same work, alternating in one run.
 
 Run as `python benchmarks/distill.py` (about ten minutes on two cores; `--only NAME ...` for a part). Each pair
 alternates; figures are medians, and the ratio is what carries to another machine. The sounds are generated, the
@@ -51,7 +51,7 @@ def alternate(rounds: int, *sides: Callable[[], float]) -> list[float]:
 
 
 def rate(count: int, work: Callable[[], object]) -> float:
-    """Return how many of `count` things a second `work` does."""
+    """Return how many of `count` items `work` processes per second."""
     begin = time.perf_counter()
     work()
     return count / (time.perf_counter() - begin)
@@ -71,7 +71,7 @@ def make_sounds(folder: Path, clips: int) -> Path:
 
 
 class PlainDataset(Dataset[tuple[Tensor, Tensor, float, float]]):
-    """The plain way to a training item: HDF5 for wave and target, the global generator for the view."""
+    """A plain training item: HDF5 for wave and target, the global generator for the view."""
 
     def __init__(self, pack: Path, store: Path, names: list[str]) -> None:
         self.pack, self.store, self.names = pack, store, names
@@ -96,7 +96,7 @@ class PlainDataset(Dataset[tuple[Tensor, Tensor, float, float]]):
 
 
 def our_items(dataset: ViewDataset, store: ViewStore, workers: int, size: int) -> Iterator[tuple[Any, Tensor]]:
-    """Yield batches as the student gets them: waves, uniforms, and targets spread over the classes."""
+    """Yield the batches of a student: waves, uniforms, and targets spread over the classes."""
     rows = store.rows(1)
     for batch in prefetch(dataset, in_batches(len(dataset), size), workers):
         values = torch.from_numpy(rows.values[batch.items])
@@ -126,7 +126,7 @@ def measure_items(pack_table: Path, store_folder: Path, rounds: int) -> Iterator
         return rate(count, lambda: exhaust(loader))
 
     def side(workers: int, size: int) -> Callable[[], float]:
-        repeats = 5  # one pass is over too soon to be timed
+        repeats = 5  # one pass is too short to be timed
 
         def work() -> None:
             for _ in range(repeats):
@@ -144,7 +144,7 @@ def read_wave(path: str) -> NDArray[np.int16]:
 
 
 def plain_pack(paths: list[str], out: Path) -> None:
-    """Pack the plain way: a pool of processes sends arrays back, one dataset after the other is made."""
+    """Pack plainly: a pool of processes sends arrays to one that writes the datasets."""
     with multiprocessing.get_context("fork").Pool(2) as pool, h5py.File(out, "w") as file:
         for path, wave in zip(paths, pool.imap(read_wave, paths), strict=True):
             file.create_dataset(Path(path).name, data=wave)
@@ -169,7 +169,7 @@ def store_config(pack_table: Path, checkpoint: Path, out: Path) -> StoreConfig:
 
 
 def measure_store(pack_table: Path, checkpoint: Path, folder: Path, rounds: int) -> Iterator[Measurement]:
-    """Compare the whole store walk with the teacher's bare forward pass over as many chunks."""
+    """Compare the whole store walk with only the forward pass of the teacher over as many chunks."""
     network = loading.load_model(checkpoint)
     count, size = len(AudioPack(pack_table)), 32
     waves = torch.randn(size, SECONDS * SAMPLE_RATE) * 0.1
@@ -219,7 +219,7 @@ def measure_steps(rounds: int) -> Iterator[Measurement]:
 
 
 def main() -> None:
-    """Measure what was asked for and print a table in Markdown."""
+    """Run the chosen measurements and print a table in Markdown."""
     parts = ("items", "packing", "store", "steps")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)

@@ -1,15 +1,15 @@
-"""Measure what hostile files cost: the peak of memory and the time of each, by every way into the program.
+"""Measure peak memory and time of hostile files, in every program that reads them.
 
 Run from the root of the repository as `python -m benchmarks.hostile` (a few minutes). The files are those of
-tests/hostile.py, the model is `esc10` of the package. Ways:
+tests/hostile.py, the model is `esc10` of the package. Programs:
 
-    read      the sound alone (`ced.sound.audio.open_sound`), with a budget as the server has it
+    read      the sound alone (`ced.sound.audio.open_sound`), with the budget of the server
     tagger    `ced.Tagger`, from Python
     tag       the command `ced tag FILE`
     serve     `ced serve`, an upload each
 
-Each file has a process of its own, but for `serve`, where all are sent to one server, and its memory is that of the
-server so far. A file fails that takes more than 400 MB or 10 s; then the exit code is 1.
+Each file has a process of its own, except for `serve`, where all are sent to one server, whose memory so far is
+reported. The exit code is 1 if a file takes more than 400 MB or 10 s.
 """
 
 import argparse
@@ -55,7 +55,7 @@ except CedError as error:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a file took, and what came of it."""
+    """Memory and time for one file, and the result."""
 
     seconds: float
     megabytes: float
@@ -63,7 +63,7 @@ class Cost:
 
     @property
     def too_much(self) -> bool:
-        """Return whether it is more than allowed."""
+        """Return whether it exceeds the limits."""
         return self.seconds > MOST_SECONDS or self.megabytes > MOST_MEMORY
 
 
@@ -92,7 +92,7 @@ def run(command: list[str]) -> Cost:
 
 
 def megabytes(usage: resource.struct_rusage) -> float:
-    """Return the peak of memory of a process that has ended."""
+    """Return the peak memory of a process that has ended."""
     return usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
@@ -131,7 +131,7 @@ def send(path: Path, port: int, pid: int) -> Cost:
 
 
 def server_peak(pid: int) -> float:
-    """Return the peak of memory of a process that runs, where the system tells it."""
+    """Return the peak memory of a running process, if the system reports it."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -140,7 +140,7 @@ def server_peak(pid: int) -> float:
 
 
 def costs(way: str, paths: list[Path]) -> Iterator[Cost]:
-    """Yield what each file costs by one way."""
+    """Yield the cost of each file in one program."""
     if way == "serve":
         with server() as (pid, port):
             for path in paths:

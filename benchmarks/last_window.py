@@ -3,12 +3,12 @@
 Run as `python benchmarks/last_window.py ESC10` (a few seconds for one fold), where ESC10 is a folder with `meta.tsv`
 and `audio/`. Every clip is cut to 5 s and tagged in one window of full length and a rest of 0.05 to 2 s. Columns:
 
-    rest         seconds behind the window of full length
-    full         of the window of full length: clips with a wrong tag, that is, one of another class at 0.5 or more
-    short        the same of a last window that is as short as the rest
-    aligned      the same of a last window of full length that ends with the sound
+    rest         seconds after the window of full length
+    full         in the window of full length: clips with a wrong tag, that is, one of another class at 0.5 or more
+    short        the same for a last window as short as the rest
+    aligned      the same for a last window of full length that ends with the sound
     right ...    clips whose last window has the right tag at 0.5 or more
-    new ...      the same for a second sound, of another class, that is heard in the rest only
+    new ...      the same for a second sound, of another class, that occurs in the rest only
 """
 
 import argparse

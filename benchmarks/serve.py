@@ -1,12 +1,11 @@
-"""Measure `ced serve` under load: requests a second and how long they take, by the number of clients.
+"""Measure `ced serve` under load: requests per second and latency by number of clients.
 
-Run as `python benchmarks/serve.py` (some minutes on two cores), with `--against CHECKOUT` to run the server of another
-version in turn, from a checkout of it (`git worktree add`). Sounds are generated, weights random and the same for all.
+Run as `python benchmarks/serve.py` (some minutes on two cores), with `--against CHECKOUT` to compare with the server of
+another version, from a checkout of it (`git worktree add`). Sounds are generated, weights random and the same for all.
 
-Clients send the next request as soon as they have their answer, over loopback, for clips of 1 and 10 s. Servers take
-turns in each round; rates are medians of rounds, percentiles of all requests. The processor time a request hardly
-depends on what else the machine does (Linux only). Liveness is asked for every 50 ms while
-the clients of the largest number send.
+Clients send the next request as soon as they have their answer, over loopback, for clips of 1 and 10 s. The servers
+alternate in each round; rates are medians over rounds, percentiles over all requests. The processor time per request
+(Linux only) hardly depends on other load. Liveness is requested every 50 ms during the rounds with the most clients.
 """
 
 import argparse
@@ -40,7 +39,7 @@ PATH = "/v1/audio/classification"
 
 @dataclass
 class Side:
-    """One server, and what was measured of it for one length and number of clients."""
+    """One server, and its measurements for one length and number of clients."""
 
     name: str
     port: int
@@ -56,7 +55,7 @@ def environment(checkout: Path) -> dict[str, str]:
 
 
 def exported(checkout: Path, weights: Path, folder: Path) -> Path:
-    """Return the graph that a version makes of weights."""
+    """Return the graph that a version exports from weights."""
     path = folder / "model.onnx"
     command = [sys.executable, "-m", "ced", "export", "-m", str(weights), "-o", str(path)]
     subprocess.run(command, env=environment(checkout), cwd=folder, check=True, stdout=subprocess.DEVNULL)
@@ -65,7 +64,7 @@ def exported(checkout: Path, weights: Path, folder: Path) -> Path:
 
 @contextmanager
 def serving(checkout: Path, graph: Path, jobs: int, waiting: int) -> Iterator[tuple[int, int]]:
-    """Run the server of a version, and give its port and the number of its process."""
+    """Run the server of a version, and yield its port and process id."""
     words = ["-m", str(graph), "--port", "0", "-j", str(jobs), "--queue", str(waiting)]
     command = [sys.executable, "-m", "ced", "serve", *words]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
@@ -120,7 +119,7 @@ def ask_for_liveness(port: int, until: float) -> list[float]:
 
 
 def processor_time(process: int) -> float:
-    """Return the seconds that a process has worked so far."""
+    """Return the processor seconds of a process so far."""
     fields = Path("/proc", str(process), "stat").read_text().rpartition(") ")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

@@ -1,11 +1,11 @@
-"""Measure how fast sounds are tagged, by this project's engines and by others, side by side in one run.
+"""Measure how fast sounds are tagged, by the engines of this project and others, alternating in one run.
 
 Run as `python benchmarks/tag.py` (an hour on two cores; `--models tiny --seconds 10` and the like for a part). The
 weights are random and the same for all. In each case the engines take turns; figures are medians of the time from
-samples in memory to probabilities, and the ratio to plain PyTorch is what carries to another machine.
+samples in memory to probabilities, and only the ratio to plain PyTorch carries over to another machine.
 
     eager       the torch network with plain attention, as the published program runs it
-    torch       the torch network as it is here
+    torch       the torch network of this project
     ours        our ONNX graph, waveform to probabilities
     ours int8   the same in int8
     feats       ONNX Runtime on the graph of features (`export_onnx.py`), with the torch front end
@@ -46,7 +46,7 @@ ENGINES = (BASELINE, "torch", "ours", "ours int8", "feats", "sherpa", "sherpa in
 
 @dataclass(frozen=True)
 class Case:
-    """What is to be tagged."""
+    """The input of a measurement."""
 
     model: str
     seconds: int
@@ -69,7 +69,7 @@ class Exported:
             export_int8(path)
 
     def engine(self, name: str, threads: int) -> Engine:
-        """Return an engine, warm."""
+        """Return an engine after a first call."""
         if name in ("eager", "torch"):
             return self._torch(name == "eager")
         if name.startswith("ours"):
@@ -137,7 +137,7 @@ def row(cells: Sequence[str]) -> str:
 
 
 def describe(case: Case, times: dict[str, float]) -> str:
-    """Return a case as a row: milliseconds a clip and, in brackets, how many times as fast as the baseline."""
+    """Return a case as a row: milliseconds per clip and, in brackets, the speed-up over the baseline."""
     cells = [case.model, f"{case.seconds} s", str(case.batch), str(case.threads)]
     for name, each in times.items():
         cells.append(f"{each:.1f}" + (f" ({times[BASELINE] / each:.2f})" if name != BASELINE else ""))
@@ -145,7 +145,7 @@ def describe(case: Case, times: dict[str, float]) -> str:
 
 
 def available(engines: Sequence[str]) -> list[str]:
-    """Leave out what is not installed; the baseline is always there."""
+    """Return the engines that are installed; the baseline always is."""
     try:
         import sherpa_onnx  # noqa: F401
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""Measure what it takes to tag files, from the start of a command to its end, against plain PyTorch.
+"""Measure time and memory of tagging files, from the start of a command to its end, compared with plain PyTorch.
 
 Run as `python benchmarks/tag_files.py` (some minutes on two cores). The sounds are generated, the weights random.
 
@@ -46,7 +46,7 @@ PLAIN = """if True:
 """
 
 
-# A small process of its own: what a process is forked from counts as its memory.
+# A small process of its own, because the memory of the parent counts for a forked process.
 LAUNCH = """if True:
     import os, sys, time
     begin = time.perf_counter()
@@ -59,7 +59,7 @@ LAUNCH = """if True:
 
 @contextmanager
 def models(name: str) -> Iterator[dict[str, Path]]:
-    """Give a network with random weights as a checkpoint, a graph and an int8 graph."""
+    """Yield a network with random weights as a checkpoint, a graph and an int8 graph."""
     torch.manual_seed(0)
     network = CED(MODELS[name].config).eval()
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +91,7 @@ def run(command: list[str | Path]) -> tuple[float, float]:
 
 
 def command(side: str, model: Path, sounds: list[Path]) -> list[str | Path]:
-    """Return what runs one side; `ced tag` is given the folder of several sounds."""
+    """Return the command of one side; `ced tag` gets the folder of several sounds."""
     if side == "plain":
         return [sys.executable, "-c", PLAIN, model, *sounds]
     return [sys.executable, "-m", "ced", "tag", "-m", model, sounds[0] if len(sounds) == 1 else sounds[0].parent]

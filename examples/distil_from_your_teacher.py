@@ -1,7 +1,7 @@
 """Distil a student from a teacher of your own: any callable from log-mel features to probabilities.
 
 The teacher here follows a rule that can be checked by hand; a large network of yours is named in the same way, as
-`module:callable`. No clip has a label: the student learns only from what the teacher says about its views.
+`module:callable`. No clip has a label: the student learns only from the scores of the teacher for its views.
 
 python examples/distil_from_your_teacher.py --out distilled
 """
@@ -83,8 +83,8 @@ def main() -> None:
     ced(folder, "pack train.tsv pack")
     store = ced(
         folder,
-        "store --model distil_from_your_teacher:teacher --train_data pack/labels/train.tsv"
-        " --chunk_length 1 --topk 2 --epochs 4 --mode off",
+        "store --model distil_from_your_teacher:teacher --train-data pack/labels/train.tsv"
+        " --chunk-length 1 --topk 2 --epochs 4 --mode off",
     )
     student = ced(folder, f"train student.yaml --logitspath {store}")
     ced(folder, f"tag -m {student} low.wav high.wav")

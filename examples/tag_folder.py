@@ -18,7 +18,7 @@ def tag(sounds: list[Path], model: str) -> pd.DataFrame:
     rows = []
     with ced.Tagger(model, jobs=2) as tagger:
         for record in tagger.tag_many(sounds, options):
-            if isinstance(record, ced.AudioError):  # the other sounds are tagged all the same
+            if isinstance(record, ced.AudioError):  # the other sounds are still tagged
                 print("left out:", record)
             else:
                 rows += record.to_rows()

@@ -22,7 +22,7 @@ from ced.sound.tables import read_table
 
 PICTURE = Path(__file__).parents[1] / "docs" / "page.png"
 HELD_OUT = "5"  # the fold
-CLASSES = ("Rooster", "Dog bark", "Baby cry", "Rain")  # one recording each, one after the other
+CLASSES = ("Rooster", "Dog bark", "Baby cry", "Rain")  # one recording each, concatenated
 
 
 def sequence(data: Path) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Draw docs/taggers.svg: how good published AudioSet taggers are, against their size and what ten seconds cost them.
+"""Draw docs/taggers.svg: mAP of published AudioSet taggers against parameters and multiply-adds for ten seconds.
 
 Run as `python scripts/draw_taggers.py`. Other taggers' figures are as published; nothing was measured again. What CED
 computes is counted from its networks.

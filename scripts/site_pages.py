@@ -1,7 +1,7 @@
-"""Pages of the site that are made when it is built: one for each command, the API, and documents outside docs/.
+"""Generated pages of the site: one for each command, the API reference, and the documents outside docs/.
 
-A hook of MkDocs (mkdocs.yml). Commands come from the app and classes from the package, so their pages cannot differ
-from them. Links between files of the repository become links between pages; a link to a file that the site does not
+A hook of MkDocs (mkdocs.yml). Commands are taken from the app and classes from the package, so their pages cannot be
+out of date. Links between files of the repository become links between pages; a link to a file that the site does not
 have, such as a module, becomes its text.
 """
 
@@ -44,7 +44,7 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Add the pages that docs/ does not have."""
+    """Add the generated pages."""
     made = {page: (ROOT / path).read_text(encoding="utf-8") for path, page in DOCUMENTS.items()}
     made |= {f"commands/{name}.md": command_page(name) for name in COMMANDS}
     made["api.md"] = api_page()
@@ -68,7 +68,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return text
         return f"{image}[{text}]({posixpath.relpath(site, posixpath.dirname(here) or '.')}{anchor or ''})"
 
-    parts = re.split(r"(^```.*?^```$)", markdown, flags=re.M | re.S)  # code is left as it is
+    parts = re.split(r"(^```.*?^```$)", markdown, flags=re.M | re.S)  # code blocks are not changed
     parts[::2] = [_LINK.sub(resolved, part) for part in parts[::2]]
     return "".join(parts).replace('<img src="docs/', '<img src="')
 
@@ -98,7 +98,7 @@ def command_page(name: str) -> str:
 
 
 def table(rows: list[tuple[str, str]]) -> Iterator[str]:
-    """Yield a table of names and what they mean."""
+    """Yield a table of names and meanings."""
     yield "| name | meaning |"
     yield "|---|---|"
     for name, meaning in rows:

@@ -1,7 +1,7 @@
-"""Count the files of `ced` that a real run of each walk enters: tag a sound, store views, train a student.
+"""List the functions of `ced` that a real run of each walk calls: tag a sound, store views, train a student.
 
-Run as `python -m scripts.walks` (`--json` for programs). A file is entered when one of its functions is called;
-what runs on import is not counted.
+`python -m scripts.walks` prints the files of these functions; `--json` prints all functions, in the order of their
+first call. Functions that are called during an import do not count.
 """
 
 import json
@@ -24,13 +24,19 @@ _PACKAGE = Path(ced.__file__).parent
 _RATE = 16_000
 
 
-def entered(work: Callable[[], object]) -> list[str]:
-    """Run `work` and return the files of `ced` that it enters in any thread, in the order of the first call."""
+def called(work: Callable[[], object]) -> list[str]:
+    """Run `work` and return the functions of `ced` that it calls in any thread, in the order of the first call.
+
+    A function is named by its file in the package and its name there, as `tag/tagger.py:Tagger.score`.
+    """
     found: dict[str, None] = {}
 
     def note(frame: FrameType, event: str, argument: Any) -> None:
-        name = frame.f_code.co_filename
-        if event == "call" and name.startswith(str(_PACKAGE)) and name not in found and not _importing(frame):
+        code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(str(_PACKAGE)):
+            return
+        name = f"{Path(code.co_filename).relative_to(_PACKAGE).as_posix()}:{code.co_qualname}"
+        if name not in found and not _importing(frame):
             found[name] = None
 
     threading.setprofile(note)
@@ -40,7 +46,12 @@ def entered(work: Callable[[], object]) -> list[str]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
-    return [Path(name).relative_to(_PACKAGE).as_posix() for name in found]
+    return list(found)
+
+
+def files(functions: list[str]) -> list[str]:
+    """Return the files of functions, in the order of the first call."""
+    return list(dict.fromkeys(name.partition(":")[0] for name in functions))
 
 
 def _importing(frame: FrameType) -> bool:
@@ -82,7 +93,7 @@ def _command(*words: str) -> None:
 
 
 def walks() -> dict[str, list[str]]:
-    """Run the command of each walk, and return the files that each enters."""
+    """Run the command of each walk, and return the functions that each calls, in the order of the first call."""
     from ced.model import loading
     from ced.sound.labels import audioset
 
@@ -95,10 +106,10 @@ def walks() -> dict[str, list[str]]:
         teacher = folder / "teacher.safetensors"
         loading.save(teacher, loading.create("ced_tiny", model_args=small, pretrained=False, labels=audioset()))
         model = ("--model", str(teacher))
-        found["tag"] = entered(lambda: _command("tag", str(folder / "0.wav"), "-m", "esc10"))
-        found["store"] = entered(lambda: _command("store", *data, *few, *model, "--chunk_length", "1"))
+        found["tag"] = called(lambda: _command("tag", str(folder / "0.wav"), "-m", "esc10"))
+        found["store"] = called(lambda: _command("store", *data, *few, *model, "--chunk_length", "1"))
         (store,) = folder.glob("out/*/sounds/chunk_1")
-        found["train"] = entered(lambda: _command("train", *model, *data, *few, "--logitspath", str(store)))
+        found["train"] = called(lambda: _command("train", *model, *data, *few, "--logitspath", str(store)))
     return found
 
 
@@ -107,5 +118,6 @@ if __name__ == "__main__":
     if "--json" in sys.argv:
         print(json.dumps(result))
     else:
-        for walk, files in result.items():
-            print(f"{walk}: {len(files)} files\n  " + "\n  ".join(files))
+        for walk, functions in result.items():
+            entered = files(functions)
+            print(f"{walk}: {len(entered)} files\n  " + "\n  ".join(entered))

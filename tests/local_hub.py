@@ -1,4 +1,4 @@
-"""A server on this machine that plays the Hugging Face hub, with models laid out as `mispeech/ced-*` are.
+"""A local server in place of the Hugging Face hub, with models in the layout of `mispeech/ced-*`.
 
 Like the hub it answers `resolve` with a redirect to a content address, tells revision, size and sha256 in headers, and
 serves ranges; it can also cut connections and answer with errors.
@@ -35,7 +35,7 @@ class LocalHub:
 
     @property
     def content_url(self) -> str:
-        """Its address as another host, as the hub redirects to a storage host."""
+        """Its address under another host name, as the hub redirects to a storage host."""
         return self.url.replace("127.0.0.1", "localhost")
 
     def downloads(self) -> list[str]:

@@ -13,15 +13,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import pytest
 import soundfile
-import torch
 from typer.main import get_command
 
 from ced.cli import app
 from ced.cli.console import LINE_SECONDS
-from ced.model import loading
-from ced.model.config import ModelConfig
-from ced.model.vit import CED
-from ced.sound.labels import ClassTable
 
 ROOT = Path(__file__).parents[1]
 RATE = 16_000
@@ -92,14 +87,10 @@ def noise(path: Path, seconds: float = 0.5) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def model(small_checkpoint: Path) -> Path:
     """A small network of three classes, as a checkpoint."""
-    torch.manual_seed(0)
-    config = ModelConfig(embed_dim=32, num_heads=2, depth=1, outputdim=3, target_length=112)
-    path = tmp_path_factory.mktemp("model") / "small.safetensors"
-    loading.save(path, CED(config, ClassTable(("bark", "bell", "rain"))))
-    return path
+    return small_checkpoint
 
 
 def test_tag_prints_a_heading_and_each_window(model: Path, tmp_path: Path) -> None:

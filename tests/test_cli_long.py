@@ -23,6 +23,8 @@ SLOW = """
 import sys, time
 import ced.cli.console, ced.tag.scores
 from ced.model.runtime import OnnxModel
+
+pytestmark = pytest.mark.slow
 ced.tag.scores._FLUSH_SECONDS = ced.cli.console.LINE_SECONDS = 0.5
 score = OnnxModel.__call__
 def slowly(self, waves):

@@ -1,4 +1,4 @@
-"""The core install, as someone gets it who only wants tags: the wheel in a fresh environment, without torch."""
+"""The core install: the wheel in a fresh environment, without torch."""
 
 import json
 import os
@@ -16,11 +16,9 @@ import torch
 
 import ced
 from ced.model import loading
-from ced.model.config import ModelConfig
-from ced.model.graph.export import export
-from ced.model.loading import TorchScorer, weights_of
+from ced.model.loading import TorchScorer
 from ced.model.vit import CED
-from ced.sound.labels import ClassTable, audioset
+from ced.sound.labels import audioset
 from tests.local_hub import LocalHub, published, random_network, running
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +27,7 @@ HEAVY = ("torch", "h5py", "pyarrow", "matplotlib")
 
 @pytest.fixture(scope="module", autouse=True)
 def _installed_package_only() -> Iterator[None]:
-    """Nothing of the repository is found by the programs of the fresh environment."""
+    """Let programs of the fresh environment find nothing of the repository."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PYTHONPATH", raising=False)
         yield
@@ -58,28 +56,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of an environment with the core of the wheel alone."""
+    """The programs of an environment with only the core of the wheel."""
     folder = tmp_path_factory.mktemp("fresh")
     subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
     pip(folder / "env/bin/python", "install", "-c", ROOT / "constraints.txt", wheel)
     return folder / "env/bin"
 
 
-@pytest.fixture(scope="module")
-def network() -> CED:
-    torch.manual_seed(0)
-    config = ModelConfig(embed_dim=32, num_heads=2, depth=1, outputdim=3, target_length=112)
-    return CED(config, ClassTable(("bark", "bell", "rain"))).eval()
-
-
-@pytest.fixture(scope="module")
-def graph(network: CED, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("graph") / "small.onnx"
-    export(weights_of(network), path)
-    return path
-
-
-def test_the_wheel_holds_the_whole_package(wheel: Path, fresh: Path, tmp_path: Path) -> None:
+def test_the_wheel_contains_the_whole_package(wheel: Path, fresh: Path, tmp_path: Path) -> None:
     files = {path for path in (ROOT / "ced").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -93,12 +77,12 @@ def test_the_wheel_holds_the_whole_package(wheel: Path, fresh: Path, tmp_path: P
     assert Path(found.stdout).is_relative_to(fresh.parent)
 
 
-def test_the_core_tags_without_torch(fresh: Path, network: CED, graph: Path, tmp_path: Path) -> None:
+def test_the_core_tags_without_torch(fresh: Path, small_network: CED, graph: Path, tmp_path: Path) -> None:
     wave = np.random.default_rng(0).uniform(-0.5, 0.5, 16_000).astype(np.float32)
     soundfile.write(tmp_path / "a.flac", wave, 16_000, subtype="PCM_24")
     decoded, _ = soundfile.read(tmp_path / "a.flac", dtype="float32")
     with torch.inference_mode():
-        probs = network.probs(torch.from_numpy(decoded)[None])[0]
+        probs = small_network.probs(torch.from_numpy(decoded)[None])[0]
 
     missing = "import sys, importlib.util as u; sys.exit(any(u.find_spec(name) for name in sys.argv[1:]))"
     subprocess.run([fresh / "python", "-c", missing, *HEAVY], check=True)
@@ -109,12 +93,12 @@ def test_the_core_tags_without_torch(fresh: Path, network: CED, graph: Path, tmp
     best = int(probs.argmax())
     heading, line, blank = done.stdout.split("\n")[:3]
     assert heading == f"===== {tmp_path / 'a.flac'} ====="
-    assert line.startswith(f"[0.0s]-[1.0s] Topk-1 {network.labels.names[best]} 0.")
+    assert line.startswith(f"[0.0s]-[1.0s] Topk-1 {small_network.labels.names[best]} 0.")
     assert float(line.split()[-1]) == pytest.approx(float(probs[best]), abs=2e-4)
     assert blank == ""
 
 
-def test_the_model_in_the_package_needs_no_network(fresh: Path, tmp_path: Path) -> None:
+def test_the_model_in_the_package_works_offline(fresh: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "CED_CACHE": str(tmp_path / "cache"), "CED_OFFLINE": "1"}
     sound = ROOT / "resources" / "rooster.ogg"
     words = [str(fresh / "ced"), "tag", "-m", "esc10", "-k", "10", str(sound)]
@@ -143,7 +127,9 @@ def test_the_model_in_the_package_needs_no_network(fresh: Path, tmp_path: Path) 
         (["live", "-m", "small.onnx", "http://127.0.0.1:1/"], "ced-audio[media]"),
     ],
 )
-def test_what_the_core_lacks_is_named(fresh: Path, graph: Path, tmp_path: Path, words: list[str], extra: str) -> None:
+def test_errors_name_the_extra_that_is_missing(
+    fresh: Path, graph: Path, tmp_path: Path, words: list[str], extra: str
+) -> None:
     (tmp_path / "a.yaml").write_text("seed: 1\n")
     shutil.copy(graph, tmp_path)
     torch.save({}, tmp_path / "a.pt")
@@ -164,6 +150,8 @@ checksums = json.loads(sys.argv.pop(1))
 for name, sha256 in checksums.items():
     zoo.MODELS[name] = replace(zoo.MODELS[name], hub=replace(zoo.MODELS[name].hub, sha256=sha256))
 from ced.cli import main
+
+pytestmark = pytest.mark.slow
 main()
 """
 
@@ -177,7 +165,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["ced_tiny", "ced_mini", "ced_small", "ced_base"])
-def test_published_names_give_the_scores_of_the_network(
+def test_published_names_have_the_scores_of_the_network(
     fresh: Path, clip: tuple[Path, torch.Tensor], tmp_path: Path, name: str
 ) -> None:
     path, wave = clip
@@ -226,8 +214,8 @@ def test_published_names_give_the_scores_of_the_network(
         assert len(hub.downloads()) == 1
 
 
-def test_tagging_imports_no_more_than_it_needs(fresh: Path, network: CED, tmp_path: Path) -> None:
-    loading.save(tmp_path / "a.safetensors", network)
+def test_tagging_imports_only_what_it_needs(fresh: Path, small_network: CED, tmp_path: Path) -> None:
+    loading.save(tmp_path / "a.safetensors", small_network)
     soundfile.write(tmp_path / "a.flac", np.zeros(16_000), 16_000)
     environment = {**os.environ, "CED_CACHE": str(tmp_path / "cache")}
     command: list[str | Path] = [

@@ -1,4 +1,4 @@
-"""The scripts in examples/, run as their page has it, offline."""
+"""The scripts in examples/, run offline with the commands of their page."""
 
 import csv
 import os
@@ -39,7 +39,7 @@ def test_a_folder_becomes_a_table_and_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / "tags.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_probe_tells_generated_sounds_apart(tmp_path: Path) -> None:
+def test_a_probe_classifies_generated_sounds(tmp_path: Path) -> None:
     printed = run(tmp_path, "train_probe.py")
     accuracy = re.match(r"accuracy (\d\.\d\d) ", printed)
     assert accuracy
@@ -50,7 +50,7 @@ def test_a_probe_tells_generated_sounds_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_student_follows_a_teacher_of_ones_own(tmp_path: Path) -> None:
+def test_a_student_learns_from_your_own_teacher(tmp_path: Path) -> None:
     printed = run(tmp_path / "cache", "distil_from_your_teacher.py", "--out", tmp_path / "out")
     first = re.findall(r"^===== (\w+)\.wav =====\n\S+ Topk-1 (\w+) ([\d.]+)$", printed, re.M)
     assert [(sound, label) for sound, label, _ in first] == [("low", "low"), ("high", "high")]
@@ -79,7 +79,7 @@ def test_spark_tags_a_folder(tmp_path: Path) -> None:
     assert printed.splitlines()[-1] == f"3 files, 1 failed, {len(expected)} tags"
 
 
-def test_the_page_has_every_script() -> None:
+def test_the_page_lists_every_script() -> None:
     page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     for script in (ROOT / "examples").glob("*.py"):
         assert f"[{script.name}]({script.name})" in page

@@ -1,4 +1,4 @@
-"""The house as it is meant to be: who may import whom, what an import costs, and how short the root scripts are."""
+"""The layers of the package: allowed imports, the cost of an import, and the length of the root scripts."""
 
 import ast
 import subprocess
@@ -13,10 +13,10 @@ MODULES = sorted((ROOT / "ced").rglob("*.py"))
 OTHERS = ("tests", "benchmarks", "scripts")
 SCRIPTS = ["inference.py", "run.py", "save_logits.py", "export_onnx.py", "scripts/wavlist_to_hdf5.py"]
 
-# Libraries that send usage data unless they are told not to.
+# Libraries that send usage data by default.
 REPORTING = ("onnxruntime", "huggingface_hub", "transformers", "ray")
 
-# A module imports from its own floor's entry and from those that it lists.
+# A module imports from its own layer and from those listed here.
 FLOORS: dict[str, set[str]] = {
     "base": set(),
     "sound": {"base"},
@@ -31,7 +31,7 @@ FLOORS: dict[str, set[str]] = {
 
 
 def floor_of(module: str) -> str:
-    """Return the floor of a module by its dotted name; single files beside the folders are the base."""
+    """Return the layer of a module by its dotted name; single files beside the folders are the base."""
     part = [*module.split("."), ""][1]
     if part == "__main__":
         return "cli"
@@ -72,7 +72,7 @@ def name_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_a_module_imports_from_its_own_and_lower_floors(path: Path) -> None:
+def test_a_module_imports_from_its_own_and_lower_layers(path: Path) -> None:
     if path == ROOT / "ced" / "__init__.py":  # names the public functions of all floors, imported on first use
         return
     own = floor_of(name_of(path))
@@ -80,7 +80,7 @@ def test_a_module_imports_from_its_own_and_lower_floors(path: Path) -> None:
         assert floor_of(name) in FLOORS[own] | {own}, f"{name_of(path)} ({own}) imports {name} ({floor_of(name)})"
 
 
-def test_the_floors_hold_every_folder() -> None:
+def test_every_folder_is_a_layer() -> None:
     folders = {path.name for path in (ROOT / "ced").iterdir() if (path / "__init__.py").exists()}
     assert folders == FLOORS.keys() - {"base"}
 
@@ -92,7 +92,7 @@ def test_only_one_module_imports_onnxruntime() -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_libraries_that_send_usage_data_are_imported_with_it_switched_off(path: Path) -> None:
+def test_telemetry_is_switched_off_before_libraries_that_have_it_are_imported(path: Path) -> None:
     found = libraries(path)
     imported = [line for library in REPORTING for line in found.get(library, [])]
     if imported:
@@ -128,12 +128,12 @@ def test_an_import_brings_no_more_than_it_needs(module: str, absent: list[str]) 
     assert not set(absent) & set(loaded)
 
 
-def test_an_import_sets_nothing_up() -> None:
+def test_an_import_configures_no_logging() -> None:
     program = "import logging, ced.cli; print(logging.getLogger().handlers, logging.getLogger('ced').handlers)"
     assert run_python(program) == "[] []"
 
 
-def test_public_names_are_there() -> None:
+def test_public_names_are_complete() -> None:
     import ced
 
     assert set(ced.__all__) <= set(dir(ced))
@@ -170,7 +170,7 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_root_scripts_are_doors(script: str) -> None:
+def test_root_scripts_only_call_the_command_line(script: str) -> None:
     lines = (ROOT / script).read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 6
     assert "from ced.cli import main" in lines

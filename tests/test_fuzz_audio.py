@@ -41,7 +41,10 @@ KINDS = [  # libsndfile's names of container and code
 ]
 MEDIA = [("mp4", "aac"), ("adts", "aac"), ("webm", "libopus"), ("avi", "mp2"), ("ac3", "ac3")]  # FFmpeg's
 
-pytestmark = pytest.mark.filterwarnings("error")  # what is raised where nobody can catch it, for one
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("error"),
+]  # what is raised where nobody can catch it, for one
 
 EXAMPLES = os.environ.get("CED_FUZZ")
 

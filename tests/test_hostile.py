@@ -16,6 +16,8 @@ import json, os, resource, sys, time
 from ced.errors import AudioError
 from ced.sound.audio import open_sound
 
+pytestmark = pytest.mark.slow
+
 def reset():
     try:
         with open("/proc/self/clear_refs", "w") as file:  # Linux only; elsewhere the peak is that of all so far

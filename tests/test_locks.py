@@ -1,4 +1,4 @@
-"""The locks: every dependency that pyproject.toml asks for, at one version, with hashes."""
+"""The locks: each dependency of pyproject.toml at one version, with hashes."""
 
 import re
 import tomllib
@@ -19,7 +19,7 @@ APART = {"torch"}  # its CPU and CUDA builds have one version but other files
 
 
 def pins(name: str) -> dict[str, str]:
-    """Return the versions in a lock, and check that it holds nothing but pins with hashes."""
+    """Return the versions in a lock, and check that it has only pins with hashes."""
     text = (ROOT / "locks" / f"{name}.txt").read_text(encoding="utf-8")
     rest = re.sub(r"^ *#.*\n", "", PIN.sub("", text), flags=re.M)
     assert rest == "", rest[:200]
@@ -40,7 +40,7 @@ def required(extras: tuple[str, ...]) -> list[Requirement]:
 
 
 @pytest.mark.parametrize("name", LOCKS)
-def test_a_lock_holds_what_is_required(name: str) -> None:
+def test_a_lock_has_all_dependencies(name: str) -> None:
     locked = pins(name)
     for requirement in required(LOCKS[name]):
         package = canonicalize_name(requirement.name)
@@ -52,7 +52,7 @@ def test_a_lock_holds_what_is_required(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*LOCKS, "build"])
-def test_versions_of_the_constraints_are_kept(name: str) -> None:
+def test_versions_are_those_of_the_constraints(name: str) -> None:
     pairs = (line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()[1:])
     wanted: dict[str, str] = {canonicalize_name(package): version for package, version in pairs}
     locked = pins(name)
@@ -67,7 +67,7 @@ def test_the_locks_agree() -> None:
     assert {package: serve[package] for package in both} == {package: dev[package] for package in both}
 
 
-def test_the_lock_knows_the_dependencies_of_the_torch_that_is_tested() -> None:
+def test_the_lock_has_the_dependencies_of_the_tested_torch() -> None:
     from importlib.metadata import requires, version
 
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["uv"]

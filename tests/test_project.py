@@ -1,4 +1,4 @@
-"""What continuous integration and contributors rely on: targets, versions and hooks that exist."""
+"""Files for contributors and continuous integration: make targets, versions, hooks and issue templates."""
 
 import re
 import subprocess
@@ -26,7 +26,7 @@ def test_make_help_lists_every_target() -> None:
     assert [line.split()[1] for line in done.stdout.splitlines()] == targets
 
 
-def test_every_target_that_is_named_exists() -> None:
+def test_make_targets_named_in_documents_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.M))
     named = set()
     for path in ("README.md", "CONTRIBUTING.md", "docs/published-program.md", ".github/workflows/ci.yml", ".ci/run"):
@@ -44,7 +44,7 @@ def test_the_workflow_tests_the_versions_that_the_package_claims() -> None:
     assert "make test PYTHON=python" in [step.get("run") for step in jobs["test"]["steps"]]
 
 
-def test_hooks_run_what_is_installed() -> None:
+def test_pre_commit_hooks_run_programs_of_the_environment() -> None:
     (repository,) = read_yaml(".pre-commit-config.yaml")["repos"]
     assert repository["repo"] == "local"
     for hook in repository["hooks"]:
@@ -52,7 +52,7 @@ def test_hooks_run_what_is_installed() -> None:
         assert hook["entry"].startswith(".venv/bin/")
 
 
-def test_forms_for_issues_can_be_filled_in() -> None:
+def test_issue_templates_have_required_fields() -> None:
     forms = {path.stem: read_yaml(str(path)) for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")}
     assert set(forms) == {"config", "bug", "model", "question"}
     for name in ("bug", "model", "question"):

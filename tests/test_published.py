@@ -15,7 +15,7 @@ from ced.model import loading, runtime, zoo
 from ced.model.graph import Precision
 from ced.model.loading import TorchScorer
 from ced.model.vit import CED
-from ced.serve.server import Settings, open_application
+from ced.serve.server import ServerSettings, open_application
 from tests.local_hub import LocalHub, published, random_network, running
 from tests.serve.served import running as served
 
@@ -92,14 +92,14 @@ def compare_with_golden(name: str, golden: dict[str, Array]) -> None:
 
 @pytest.mark.network
 @pytest.mark.parametrize("size", ["tiny", "mini"])
-def test_the_published_weights_give_the_published_logits(size: str) -> None:
+def test_the_published_weights_have_the_published_logits(size: str) -> None:
     with np.load(DATA / "published_logits" / f"{size}.npz") as stored:
         compare_with_golden(f"ced_{size}", dict(stored))
 
 
 @pytest.mark.network
 @pytest.mark.parametrize("clip", TAGS)
-def test_ced_base_gives_the_published_tags(clip: str) -> None:
+def test_ced_base_has_the_published_tags(clip: str) -> None:
     with ced.Tagger("ced_base") as tagger:
         (window,) = tagger.tag(DATA / "clips" / f"{clip}.flac", top_k=len(TAGS[clip]))
     found = {tag.label: tag.prob for tag in window.tags}
@@ -129,9 +129,9 @@ def test_the_comparison_passes_for_right_values_and_fails_for_wrong_ones(hub: CE
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_the_server_gives_scores_and_embeddings_of_a_published_name(hub: CED, precision: Precision) -> None:
+def test_the_server_returns_scores_and_embeddings_of_a_published_name(hub: CED, precision: Precision) -> None:
     wave = clips()["noise_10s"]
-    settings = Settings("ced_tiny", "ced_tiny", precision=precision)
+    settings = ServerSettings("ced_tiny", "ced_tiny", precision=precision)
     with (
         served(open_application(settings)) as address,
         httpx.Client(base_url=address, timeout=120) as client,

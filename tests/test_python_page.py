@@ -1,4 +1,4 @@
-"""Examples in Python of two pages, run one after the other, with what they print compared with the page."""
+"""The Python examples of two pages, run in order; their output is compared with the page."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ NUMBER = re.compile(r"\d+\.\d+")
 
 
 @pytest.mark.parametrize("name", ["python.md", "panns.md"])
-def test_the_examples_print_what_the_page_shows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_print_the_output_of_the_page(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     examples = re.findall(r"^```python\n(.*?)^```\n```text\n(.*?)^```$", page, re.M | re.S)

@@ -1,4 +1,4 @@
-"""The page about short clips, run as it stands on clips of 0.6 s."""
+"""The commands of docs/short-clips.md, run unchanged on clips of 0.6 s."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The site of the documents, built as `make docs` builds it: without a warning."""
+"""The documentation site, built as by `make docs`, without a warning."""
 
 import html
 import re
@@ -11,6 +11,8 @@ from typer.main import get_command
 
 import ced
 from ced.cli import app
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = vars(get_command(app))["commands"]
@@ -55,7 +57,7 @@ def test_every_document_has_a_page(site: Path) -> None:
         assert (site / f"{name}.html").exists()
 
 
-def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
+def test_pages_load_nothing_from_other_hosts(site: Path) -> None:
     for page in site.rglob("*.html"):
         markup = page.read_text(encoding="utf-8")
         loaded = re.findall(r"""<(?:script|img|link|iframe)\b[^>]*?(?:src|href)=["']?([^"' >]+)""", markup)

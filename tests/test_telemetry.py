@@ -1,4 +1,4 @@
-"""Nothing is sent and nothing is left behind: system calls of the commands, as strace records them."""
+"""No telemetry and no leftover files: system calls of the commands, recorded by strace."""
 
 import io
 import os
@@ -20,13 +20,8 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 from ced.environment import SWITCHES
-from ced.model import loading
-from ced.model.config import ModelConfig
-from ced.model.vit import CED
-from ced.sound.labels import ClassTable
 
 ROOT = Path(__file__).parents[1]
 STRACE = [
@@ -46,12 +41,15 @@ def traceable() -> bool:
     return subprocess.run(["strace", "-f", "true"], capture_output=True, check=False).returncode == 0
 
 
-pytestmark = pytest.mark.skipif(not traceable(), reason="strace is not installed, or must not trace here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not traceable(), reason="strace is not installed, or must not trace here"),
+]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a process and its children did.
+    """The system calls of a process and its children.
 
     Attributes:
         addresses: "connect 1.2.3.4:80", "bind ...", of internet sockets. A socket without an address is not counted:
@@ -83,7 +81,7 @@ def read_trace(path: Path) -> Trace:
 
 @dataclass(frozen=True)
 class Machine:
-    """A user's account in a temporary folder, in which commands are traced."""
+    """A home folder in a temporary place, in which commands are traced."""
 
     folder: Path
 
@@ -132,7 +130,7 @@ class Machine:
         return [str(path) for name in ("home", "tmp") for path in (self.folder / name).rglob("*") if path.is_file()]
 
     def assert_quiet(self, trace: Trace) -> None:
-        """Check that no name was looked up and nothing was written but outputs and ced's own cache."""
+        """Check that no name was looked up and only outputs and ced's own cache were written."""
         assert trace.lookups == []
         allowed = (self.folder / "work", self.folder / "cache", self.folder / "tmp", Path("/dev"))
         absolute = [path if path.is_absolute() else self.folder / "work" / path for path in trace.written]
@@ -141,15 +139,12 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Machine:
+def machine(tmp_path: Path, small_checkpoint: Path) -> Machine:
     for name in ("home", "tmp", "work", "cache"):
         (tmp_path / name).mkdir()
     rng = np.random.default_rng(0)
     soundfile.write(tmp_path / "work" / "a.wav", rng.uniform(-0.5, 0.5, 32_000), 16_000)
-    torch.manual_seed(0)
-    config = ModelConfig(embed_dim=32, num_heads=2, depth=1, outputdim=3, target_length=112)
-    network = CED(config, ClassTable(("bark", "bell", "rain"))).eval()
-    loading.save(tmp_path / "work" / "small.safetensors", network)
+    shutil.copy(small_checkpoint, tmp_path / "work")
     return Machine(tmp_path)
 
 
@@ -188,7 +183,7 @@ def test_commands_send_nothing_and_leave_nothing(machine: Machine, words: list[s
     machine.assert_quiet(trace)
 
 
-def test_serve_opens_its_own_port_alone(machine: Machine) -> None:
+def test_serve_opens_only_its_own_port(machine: Machine) -> None:
     with machine.started("-m", "ced", "serve", "-m", "esc10", "--port", "0") as process:
         assert process.stderr is not None
         address = re.search(r"http://127\.0\.0\.1:(\d+)", process.stderr.readline())
@@ -206,7 +201,7 @@ def test_serve_opens_its_own_port_alone(machine: Machine) -> None:
 
 
 class Station(BaseHTTPRequestHandler):
-    """Sends noise as FLAC for half a minute, at the pace of its sound."""
+    """Sends noise as FLAC for half a minute, in real time."""
 
     def do_GET(self) -> None:
         file = io.BytesIO()
@@ -225,7 +220,7 @@ class Station(BaseHTTPRequestHandler):
         """Keep the output of the tests clean."""
 
 
-def test_live_connects_to_its_stream_alone(machine: Machine) -> None:
+def test_live_connects_only_to_its_stream(machine: Machine) -> None:
     pytest.importorskip("av")
     with ThreadingHTTPServer(("127.0.0.1", 0), Station) as server:
         server.daemon_threads = True
@@ -266,7 +261,7 @@ def test_transformers_sends_nothing(machine: Machine) -> None:
     machine.assert_quiet(trace)
 
 
-def test_the_container_sets_the_switches() -> None:
+def test_the_container_switches_telemetry_off() -> None:
     container = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     for name, value in SWITCHES.items():
         assert f"{name}={value}" in container

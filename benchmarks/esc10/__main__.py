@@ -1,5 +1,7 @@
 """Run all of it: `python -m benchmarks.esc10 --data ESC10`. Hours on two cores; what is done is kept, so run it again.
 
+With `--teacher onnx:FILE`, students learn from an outside teacher that knows AudioSet instead.
+
 It writes its page beside what it trains; `--out docs` is how the published page was made.
 
 Each fold has its folder with a configuration, a log and a model a job: any of them can be repeated by hand with the
@@ -13,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,7 @@ from types import FrameType
 
 import torch
 
-from benchmarks.esc10 import box, judge, plan, report, split
+from benchmarks.esc10 import box, judge, outside, plan, report, split
 from ced.config import StoreConfig, dump
 from ced.distill.store import store_folder
 from ced.errors import CedError, ConfigError
@@ -70,6 +73,25 @@ class Task:
 
     def __str__(self) -> str:
         return f"fold {self.fold}: {self.job.name}"
+
+
+def outside_tasks(work: Path, teacher: str, arms: Sequence[str], folds: list[int], seeds: int) -> list[Task]:
+    """Return what there is to do with an outside teacher: seed by seed, arm by arm, each in all folds."""
+    found: dict[tuple[int, str], Task] = {}
+    for seed in range(1, seeds + 1):
+        jobs = {job.name: job for job in (*plan.teaching(), *outside.jobs(teacher, seed))}
+        for arm in arms:
+            for fold in folds:
+                _add(found, work, fold, next(job for job in jobs.values() if job.arm == arm), jobs)
+    return list(found.values())
+
+
+def _add(found: dict[tuple[int, str], Task], work: Path, fold: int, job: plan.Job, jobs: dict[str, plan.Job]) -> Task:
+    """Add a job behind all that it needs, unless it is there, and return its task."""
+    if (fold, job.name) not in found:
+        below = tuple(_add(found, work, fold, jobs[name], jobs) for name in job.needs)
+        found[fold, job.name] = Task(fold, work / f"fold{fold}", job, below)
+    return found[fold, job.name]
 
 
 def tasks(work: Path, parts: list[str], folds: list[int], seeds: int) -> list[Task]:
@@ -185,6 +207,8 @@ def _judged(task: Task) -> tuple[str, ...]:
     """Return what is judged once a task is done: a student, or at the first views the teachers; else nothing."""
     if task.job.arm is not None:
         return (task.job.arm,)
+    if task.job.name == outside.VIEWS:
+        return (outside.TEACHER,)
     return (*plan.TEACHERS, judge.ENSEMBLE) if task.job.name == "views" else ()
 
 
@@ -193,7 +217,10 @@ def verdicts(task: Task, results: report.Results) -> None:
     if all(results.of(arm, task.fold, task.job.seed) for arm in _judged(task)):
         return
     if task.job.arm is not None:
-        results.add(judge.student(task.folder, task.job, task.fold))
+        judged = outside if task.job.outside else judge
+        results.add(judged.student(task.folder, task.job, task.fold))
+    elif task.job.outside:
+        results.add(outside.taught(task.folder, task.fold, task.job.outside))
     else:
         for verdict in judge.ensemble(task.folder, task.fold):
             results.add(verdict)
@@ -205,6 +232,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="ESC-10: meta.tsv, credits.tsv, audio/")
     parser.add_argument("--work", type=Path, default=Path("esc10"), help="folder for all that is trained")
     parser.add_argument("--out", type=Path, help="folder of results.md, .json and .svg (default: --work)")
+    parser.add_argument("--teacher", help="an outside teacher that knows AudioSet, as `ced store` names it: onnx:FILE")
+    parser.add_argument("--arms", nargs="+", choices=outside.ARMS, default=outside.ARMS, help="with --teacher")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the box writes into the package")
     parser.add_argument("--folds", nargs="+", type=int, choices=report.FOLDS, default=report.FOLDS)
     parser.add_argument("--seeds", type=_count, default=1, help="seeds of the students in the main table")
@@ -216,18 +245,24 @@ def main() -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
-    todo = tasks(args.work.resolve(), args.parts, folds, args.seeds)
+    work = args.work.resolve()
+    if args.teacher is None:
+        todo = tasks(work, args.parts, folds, args.seeds)
+    else:
+        todo = outside_tasks(work, args.teacher, args.arms, folds, args.seeds)
     try:
         out.mkdir(parents=True, exist_ok=True)  # said now what could not be written in hours
         with claimed(args.work / "run"):
             check_made(todo)
             results = report.Results(args.work / report.RESULTS)
             for fold in folds:
-                split.prepare(args.data, args.work / f"fold{fold}", fold)
+                split.prepare(args.data, work / f"fold{fold}", fold)
+                if args.teacher is not None:
+                    split.prepare_unlabelled(work / f"fold{fold}", outside.MIXTURES)
             failures = run(todo, args.jobs, results)
         if results.verdicts:
             report.write(results, out)
-        if report.EXTRA_FOLD in folds and "box" in args.parts and not failures:
+        if args.teacher is None and report.EXTRA_FOLD in folds and "box" in args.parts and not failures:
             box.ship(args.work, args.data)
     except (CedError, OSError) as error:
         sys.exit(f"error: {error}")

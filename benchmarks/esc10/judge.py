@@ -36,10 +36,12 @@ class Verdict:
     seed: int
     accuracy: float
     map: float
-    divergence: float  # from the ensemble
-    divergence_learned: float  # the same on the clips that it learned from
+    divergence: float | None  # from the teachers; None: other classes
+    divergence_learned: float | None  # the same on the clips that it learned from
     per_class: dict[str, float]  # average precision
-    parameters: int
+    parameters: int | None  # None: unknown
+    probe: float | None = None  # accuracy of a linear probe on its embeddings
+    right: str | None = None  # 1 or 0 for each clip of the fold
 
 
 def student(folder: Path, job: plan.Job, fold: int) -> Verdict:

@@ -118,15 +118,20 @@ class Job:
     needs: tuple[str, ...] = ()  # other jobs of the fold
     arm: str | None = None  # what the held-out fold judges it as
     seed: int = 1
+    outside: str | None = None  # the outside teacher, where one is behind it
+
+
+def teaching() -> list[Job]:
+    """Return the training of the three teachers of a fold."""
+    return [
+        Job(name, "teacher", check(FinetuneConfig, {**_TEACHER, "epochs": epochs}, name))
+        for name, epochs in TEACHERS.items()
+    ]
 
 
 def groundwork() -> list[Job]:
     """Return what all students of a fold stand on: three teachers and their views."""
-    teaching = [
-        Job(name, "teacher", check(FinetuneConfig, {**_TEACHER, "epochs": epochs}, name))
-        for name, epochs in TEACHERS.items()
-    ]
-    return [*teaching, _stored("views")]
+    return [*teaching(), _stored("views")]
 
 
 def main(seed: int) -> list[Job]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import soxr
 from numpy.typing import NDArray
 
 from ced.distill.pack_writer import pack
@@ -21,7 +22,11 @@ from ced.sound.tables import read_table, write_table
 TABLES = ("learn", "choose", "judge")
 MIXED = "mixed"
 MIXTURES = 2  # for each recording
+FREE = "free"
+FASTEST = 1.15
+AUDIOSET = Path(__file__).with_name("audioset.tsv")  # ESC-10's classes as AudioSet's
 SECONDS = 5.0  # of every clip
+LENGTH = round(SECONDS * SAMPLE_RATE)
 _SILENT = 1e-4  # the power that a recording is taken to have at least, as a part of full scale
 UNSHIPPABLE = "Sampling"  # in the name of a licence under which nothing that is given away may be made
 
@@ -91,7 +96,9 @@ def prepare(data: Path, folder: Path, fold: int) -> None:
     clips, names = read_clips(data)
     free = shippable(data)
     folder.mkdir(parents=True, exist_ok=True)
-    write_table(folder / "classes.tsv", {"index": [str(index) for index in range(len(names))], "name": names})
+    mids = dict(zip(*(read_table(AUDIOSET).column(name) for name in ("name", "mid")), strict=True))
+    columns = {"index": [str(index) for index in range(len(names))], "mid": [mids.get(name, "") for name in names]}
+    write_table(folder / "classes.tsv", {**columns, "name": names})
     for table, members in split(clips, fold).items():
         if table != "judge":
             members = [clip for clip in members if clip.filename in free]
@@ -101,9 +108,20 @@ def prepare(data: Path, folder: Path, fold: int) -> None:
         }
         write_table(folder / f"{table}.tsv", columns)
         pack(folder / f"{table}.tsv", folder / "pack")
-    if not (folder / f"{MIXED}.tsv").exists():
-        _write_mixed(folder)
-    pack(folder / f"{MIXED}.tsv", folder / "pack")
+    _mix_table(folder, "learn", MIXED, MIXTURES)
+
+
+def prepare_unlabelled(folder: Path, mixtures: int) -> None:
+    """Pack two more tables of a prepared fold, for students that need no labelled clips to choose checkpoints by.
+
+    `free` has the recordings of `learn` and `choose`, `free_mixed` those and `mixtures` mixtures for each, of
+    recordings played a little faster or slower.
+    """
+    tables = [read_table(folder / f"{table}.tsv") for table in ("learn", "choose")]
+    columns = {name: [cell for table in tables for cell in table.column(name)] for name in ("filename", "labels")}
+    write_table(folder / f"{FREE}.tsv", columns)
+    pack(folder / f"{FREE}.tsv", folder / "pack")
+    _mix_table(folder, FREE, f"{FREE}_{MIXED}", mixtures, fastest=FASTEST)
 
 
 def mix(first: NDArray[np.float32], second: NDArray[np.float32], share: float) -> NDArray[np.float32]:
@@ -114,19 +132,42 @@ def mix(first: NDArray[np.float32], second: NDArray[np.float32], share: float) -
     return (gain * both).astype(np.float32)
 
 
-def _write_mixed(folder: Path) -> None:
-    """Write the table of what is learned from and mixtures of two of those, which have the labels of both."""
-    learned = read_table(folder / "learn.tsv")
-    files, labels = list(learned.column("filename")), list(learned.column("labels"))
-    length = round(SECONDS * SAMPLE_RATE)
-    waves = [np.pad(wave, (0, max(0, length - len(wave))))[:length] for wave in map(load, map(Path, files))]
-    (folder / "mixtures").mkdir(exist_ok=True)
-    rng = np.random.default_rng(0)
-    for number in range(MIXTURES * len(waves)):
-        one, two = rng.choice(len(waves), 2, replace=False)
-        first, second = (np.roll(waves[of], rng.integers(length)) for of in (one, two))
-        path = folder / "mixtures" / f"{number}.wav"
-        soundfile.write(path, mix(first, second, rng.uniform(0.2, 0.8)), SAMPLE_RATE)
-        files.append(str(path.resolve()))
-        labels.append(";".join(sorted({labels[one], labels[two]})))
-    write_table(folder / f"{MIXED}.tsv", {"filename": files, "labels": labels})
+def _mix_table(folder: Path, table: str, out: str, mixtures: int, fastest: float = 1.0) -> None:
+    """Pack the recordings of a table and mixtures of two of them, which have the labels of both.
+
+    Args:
+        folder: of the fold.
+        table: name of the table of the recordings.
+        out: name of the new table.
+        mixtures: their number for each recording.
+        fastest: recordings are played at up to this speed, or down to its inverse.
+    """
+    path = folder / f"{out}.tsv"
+    if not path.exists():
+        learned = read_table(folder / f"{table}.tsv")
+        files, labels = list(learned.column("filename")), list(learned.column("labels"))
+        waves = [_fitted(load(Path(file))) for file in files]
+        (folder / "mixtures").mkdir(exist_ok=True)
+        rng = np.random.default_rng(0)
+        for number in range(mixtures * len(waves)):
+            one, two = rng.choice(len(waves), 2, replace=False)
+            first, second = (np.roll(_played(waves[of], fastest, rng), rng.integers(LENGTH)) for of in (one, two))
+            mixture = folder / "mixtures" / f"{out}{number}.wav"
+            soundfile.write(mixture, mix(first, second, rng.uniform(0.2, 0.8)), SAMPLE_RATE)
+            files.append(str(mixture.resolve()))
+            labels.append(";".join(sorted({labels[one], labels[two]})))
+        write_table(path, {"filename": files, "labels": labels})
+    pack(path, folder / "pack")
+
+
+def _played(wave: NDArray[np.float32], fastest: float, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Return a wave (t,) at a random speed, cut or repeated to its length."""
+    if fastest == 1:
+        return wave
+    speed = fastest ** rng.uniform(-1, 1)
+    played: NDArray[np.float32] = soxr.resample(wave, SAMPLE_RATE * speed, SAMPLE_RATE)
+    return np.resize(played, len(wave))
+
+
+def _fitted(wave: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.pad(wave, (0, max(0, LENGTH - len(wave))))[:LENGTH]

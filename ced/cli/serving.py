@@ -22,7 +22,7 @@ from ced.errors import ConfigError, optional_packages
 
 if TYPE_CHECKING:
     from ced.serve.body import Limits
-    from ced.serve.server import Settings
+    from ced.serve.server import ServerSettings
 
 KEY_VARIABLE = "CED_API_KEY"
 _SHORTEST_KEY = 16  # characters
@@ -96,7 +96,7 @@ def serve(
     listener = server.listen(host, port) if unix_socket is None else server.listen_unix(unix_socket)
     try:
         is_local = _is_local(listener)
-        settings = server.Settings(
+        settings = server.ServerSettings(
             model,
             Path(model).name,
             jobs or max(1, CORES // workers),
@@ -106,7 +106,7 @@ def serve(
             ("*",) if unix_socket is not None else tuple(map(_network, proxy or ())),
         )
         if not is_local and not keys:
-            logger.warning("%s accepts requests from other machines without an API key", server.address(listener))
+            logger.warning("%s accepts requests from other machines without an API key", server.url_of(listener))
         _run(settings, listener, workers, access_log)
     finally:
         listener.close()
@@ -134,18 +134,20 @@ def open_app(
     with server.listen("127.0.0.1", port) as listener:
         limits = _limits(max_megabytes, max_seconds, queue=16, live=4)
         access = Access(hosts=_hosts(listener, "127.0.0.1", None), addresses=allow_addresses)
-        settings = server.Settings(model, Path(model).name, jobs, limits, access, precision, grace=1)
+        settings = server.ServerSettings(model, Path(model).name, jobs, limits, access, precision, grace=1)
         _run(settings, listener, 1, False, browser)
 
 
-def _run(settings: "Settings", listener: socket.socket, workers: int, access_log: bool, browser: bool = False) -> None:
+def _run(
+    settings: "ServerSettings", listener: socket.socket, workers: int, access_log: bool, browser: bool = False
+) -> None:
     """Open the model, print the address, and serve it."""
     from ced.serve import server
 
     allow_open_files()
     with reporting() as progress:
         app = server.open_application(settings, progress)
-    where = server.address(listener)
+    where = server.url_of(listener)
 
     def ready() -> None:
         docs = f", described at {where}/docs" if where.startswith("http") else ""
@@ -157,10 +159,10 @@ def _run(settings: "Settings", listener: socket.socket, workers: int, access_log
 
     if workers > 1:
         app.close()
-        server.run_workers(settings, listener, workers, partial(_set_up_worker, access_log), ready)
+        server.serve_workers(settings, listener, workers, partial(_set_up_worker, access_log), ready)
     else:
         _set_up_logs(access_log)
-        server.run(app, settings, listener, ready)
+        server.serve(app, settings, listener, ready)
 
 
 def _set_up_worker(access_log: bool) -> None:

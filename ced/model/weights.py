@@ -419,6 +419,6 @@ def _refuse_compressed(path: Path) -> None:
 def _same_model(path: Path) -> str:
     """Return how to get the model of a published `.pt` file as safetensors."""
     for entry in zoo.MODELS.values():
-        if entry.zenodo.file == path.name and entry.hub is not None:
+        if entry.zenodo is not None and entry.zenodo.file == path.name and entry.hub is not None:
             return f"-m {entry.name}"
     return "save it as safetensors where torch is installed"

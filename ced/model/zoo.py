@@ -79,7 +79,7 @@ class Entry:
     map: float | None  # published mAP on AudioSet's evaluation set, percent; None: not a tagger
     note: str
     hub: Hub | None  # preferred to Zenodo
-    zenodo: Zenodo
+    zenodo: Zenodo | None  # needs torch; a model has one of the two sources at least
 
     @property
     def config(self) -> "ModelConfig":
@@ -91,7 +91,7 @@ class Entry:
     @property
     def sources(self) -> tuple[Hub | Zenodo, ...]:
         """Where its weights are published, the preferred source first."""
-        return (self.zenodo,) if self.hub is None else (self.hub, self.zenodo)
+        return tuple(source for source in (self.hub, self.zenodo) if source is not None)
 
     @property
     def megabytes(self) -> float:
@@ -227,16 +227,17 @@ def fetch(name: str, progress: Progress = silent) -> Path:
     if entry.hub is None:
         if not has_torch:
             raise MissingPackageError("torch", f"reading the weights of {name}")
-        return _from_zenodo(entry, progress)
+        assert entry.zenodo is not None
+        return _from_zenodo(name, entry.zenodo, progress)
     try:
         return _from_hub(entry.hub, progress)
     except ChecksumError:
         raise
     except DownloadError as error:
         reason = str(error)
-        if has_torch:
+        if has_torch and entry.zenodo is not None:
             try:
-                path = _from_zenodo(entry, progress)
+                path = _from_zenodo(name, entry.zenodo, progress)
             except DownloadError as second:
                 reason = f"{reason}; {second}"
             else:
@@ -258,8 +259,8 @@ def cached(entry: Entry) -> dict[Hub | Zenodo, Path]:
         and (path := cached_hub_file(entry.hub.repo, WEIGHTS_FILE, entry.hub.revision)) is not None
     ):
         found[entry.hub] = path
-    if (path := cache_dir() / entry.zenodo.file).is_file():
-        found[entry.zenodo] = path
+    if entry.zenodo is not None and (file := cache_dir() / entry.zenodo.file).is_file():
+        found[entry.zenodo] = file
     return found
 
 
@@ -360,11 +361,11 @@ def _from_hub(source: Hub, progress: Progress) -> Path:
     raise ChecksumError(f"{source.repo}/{WEIGHTS_FILE} is not the published file: {wrong}; removed")
 
 
-def _from_zenodo(entry: Entry, progress: Progress) -> Path:
-    """Download from the record of the entry or, if it lacks the file, from the other record of these models."""
+def _from_zenodo(name: str, first: Zenodo, progress: Progress) -> Path:
+    """Download a file from its record or, if that lacks the file, from the other record of these models."""
     from ced.model.download import NotFoundError, download
 
-    first, path = entry.zenodo, cache_dir() / entry.zenodo.file
+    path = cache_dir() / first.file
     if path.is_file():
         return path
     others = [Zenodo(record, first.file) for record in (_MAIN_RECORD, 8275319) if record != first.record]
@@ -374,7 +375,7 @@ def _from_zenodo(entry: Entry, progress: Progress) -> Path:
         except NotFoundError:
             continue
         return path
-    raise DownloadError(f"no Zenodo record of {entry.name} has {first.file}")
+    raise DownloadError(f"no Zenodo record of {name} has {first.file}")
 
 
 def is_torch_file(path: Path) -> bool:

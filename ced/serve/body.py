@@ -1,4 +1,4 @@
-"""Request bodies: what a server accepts, and how a body becomes an upload that can be decoded."""
+"""Request bodies: the limits of the server, and how a body is read into an upload that can be decoded."""
 
 import asyncio
 import io
@@ -36,16 +36,16 @@ _LONGEST_NAME = 255
 _LONGEST_JSON = 4096  # bytes of a body that holds an address
 _FETCHERS = 4  # addresses that are fetched at the same time
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server accepts."""
+    """The largest requests, and the slowest clients, that a server accepts."""
 
     megabytes: float = 50.0  # of a body
     seconds: float = 600.0  # of sound in a request; overlapping windows count in full
-    waiting: int = 16  # requests that wait for their turn
+    waiting: int = 16  # requests in the queue
     live: int = 4  # live connections
     patience: float = 10.0  # seconds that a body or an answer may take at any rate
     slowest: float = 20_000.0  # bytes per second of a body or an answer that takes longer
@@ -66,7 +66,7 @@ class Limits:
 
 
 class RefusedError(CedError):
-    """A request that is not answered, with the HTTP status that says why, and headers of that answer."""
+    """A request that is refused, with the HTTP status and the headers of the answer."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -74,16 +74,16 @@ class RefusedError(CedError):
 
 
 def busy() -> RefusedError:
-    """Return the refusal of a request that finds no place."""
+    """Return the error of a request when no place is free."""
     return RefusedError(503, "too many requests are waiting; try again soon", {"Retry-After": "1"})
 
 
 class Upload:
-    """The sound in a body, until it is closed.
+    """An uploaded sound, which is deleted when it is closed.
 
     Attributes:
-        name: what the client calls it, fit for logs.
-        source: what is decoded.
+        name: its file name from the client, without control characters.
+        source: file or samples to decode.
     """
 
     def __init__(self, name: str, source: audio.Source, close: Callable[[], None]) -> None:
@@ -91,15 +91,15 @@ class Upload:
         self._close = close
 
     def close(self) -> None:
-        """Delete the sound; any thread may do so, once nothing reads it any more."""
+        """Delete the sound; any thread may call this once no other one reads it."""
         self._close()
 
-    def __del__(self) -> None:  # where a request ended between its body and its work
+    def __del__(self) -> None:  # if the request ended before its work began
         self.close()
 
 
 class Bodies:
-    """Reads bodies into uploads, and bounds the bytes of all uploads together.
+    """Reads bodies into uploads, and limits the bytes of all uploads together.
 
     An upload of up to a megabyte stays in memory. A larger one goes to a temporary file without a name, so the system
     removes it when it is closed or when the process ends, however that happens.
@@ -115,10 +115,10 @@ class Bodies:
         self._most = limits.bytes * places
         self._held = 0  # bytes of all uploads
         self._lock = Lock()
-        # Threads of their own, so that a slow host delays only what comes from such hosts.
+        # Threads of their own, so that a slow host delays no uploads.
         self._fetchers = ThreadPoolExecutor(_FETCHERS, "ced-fetch") if addresses else None
         self._fetching = 0
-        self._full = False  # whether the temporary folder was full the last time that something was written there
+        self._full = False  # whether the last write to the temporary folder failed because it was full
 
     def close(self) -> None:
         """End the threads that fetch."""
@@ -126,7 +126,7 @@ class Bodies:
             self._fetchers.shutdown(wait=False, cancel_futures=True)
 
     def hold(self, count: int) -> bool:
-        """Add bytes to those of all uploads; return whether that is within the bounds."""
+        """Add bytes to those of all uploads; return whether the sum is within the limit."""
         with self._lock:
             self._held += count
             return self._held <= self._most
@@ -142,12 +142,12 @@ class Bodies:
         kind = _content_type(request)
         is_form = kind.get_content_type() == "multipart/form-data"
         samples = None if is_form else _sample_format(kind)
-        held = _Held(self)
+        held = _Incoming(self)
         try:
             parts = _bounded(request, held)
             with self._storing(held):
                 held.file = file = await (_file_of_form(request.headers, parts) if is_form else _file_of_body(parts))
-                await file.seek(0)  # which writes what is left in buffers
+                await file.seek(0)  # flushes the buffers
             name = _printable(file.filename or "") or FIELD
             if not file.size:
                 raise RefusedError(422, f"{name} is empty (0 bytes)")
@@ -159,14 +159,14 @@ class Bodies:
             raise
 
     async def address(self, request: Request) -> str | None:
-        """Read the address that a body in JSON holds; None: the body is of another type.
+        """Read the address in a JSON body; None if the body is of another type.
 
         Raises:
-            RefusedError: addresses are not allowed (415), or the body holds none (422); others as for `receive`.
+            RefusedError: the body holds no address (422); others as for `receive`.
         """
         if self._fetchers is None or _content_type(request).get_content_type() != "application/json":
             return None
-        held = _Held(self)
+        held = _Incoming(self)
         try:
             body = b"".join([part async for part in _bounded(request, held, _LONGEST_JSON)])
             values = json.loads(body)
@@ -180,11 +180,11 @@ class Bodies:
         raise RefusedError(422, 'the body must be {"address": "https://..."}')
 
     async def fetch(self, address: str) -> Upload:
-        """Fetch what an address holds, from a public host only.
+        """Fetch the sound at an address, from a public host only.
 
         Raises:
             RefusedError: it cannot be fetched (422), is too large (413) or too slow (408), there is no room to store it
-                (507), or too many others are being fetched (503).
+                (507), or too many sounds are being fetched (503).
         """
         assert self._fetchers is not None
         with self._lock:
@@ -192,7 +192,7 @@ class Bodies:
                 raise busy()
             self._fetching += 1
         cancelled = Event()
-        job = self._fetchers.submit(self._fetched, address, cancelled)
+        job = self._fetchers.submit(self._fetch_in_thread, address, cancelled)
         job.add_done_callback(self._end_fetch)
         try:
             return await asyncio.shield(asyncio.wrap_future(job))
@@ -201,14 +201,14 @@ class Bodies:
             job.add_done_callback(_close_result)
             raise
 
-    def _fetched(self, address: str, cancelled: Event) -> Upload:
-        held = _Held(self)
+    def _fetch_in_thread(self, address: str, cancelled: Event) -> Upload:
+        held = _Incoming(self)
         with self._storing(held):
-            return _fetched(address, held, cancelled)
+            return _fetch(address, held, cancelled)
 
     @contextmanager
-    def _storing(self, held: "_Held") -> Iterator[None]:
-        """Turn the errors of a full temporary folder into refusals; the first of several in a row is logged.
+    def _storing(self, held: "_Incoming") -> Iterator[None]:
+        """Convert errors of a full temporary folder; the first of several in a row is logged.
 
         Raises:
             RefusedError: there is no room to store an upload (507).
@@ -216,12 +216,12 @@ class Bodies:
         try:
             yield
         except OSError as error:
-            # tempfile finds no folder at all (ENOENT) if they are full when it looks for one.
+            # tempfile raises FileNotFoundError if all temporary folders are full when it chooses one.
             if error.errno not in FULL and not isinstance(error, FileNotFoundError):
                 raise
             if not self._full:
                 self._full = True
-                _log.error("uploads cannot be stored in the temporary folder: %s", error.strerror or error)
+                logger.error("uploads cannot be stored in the temporary folder: %s", error.strerror or error)
             raise RefusedError(507, "the server has no room left to store this upload; smaller ones may fit") from error
         if held.size > _IN_MEMORY:
             self._full = False
@@ -231,12 +231,12 @@ class Bodies:
             self._fetching -= 1
 
 
-class _Held:
+class _Incoming:
     """The bytes of one upload while they arrive, and its file.
 
     Attributes:
         size: bytes so far.
-        file: where they are; None: nowhere yet.
+        file: holds them; None before the first one.
     """
 
     def __init__(self, bodies: Bodies) -> None:
@@ -253,10 +253,10 @@ class _Held:
         return self._began + min(limits.deadline, limits.patience + self.size / limits.slowest)
 
     def add(self, count: int) -> None:
-        """Count bytes that have arrived.
+        """Count bytes that arrived.
 
         Raises:
-            RefusedError: they are too many.
+            RefusedError: the upload, or all of them together, is too large.
         """
         self.size += count
         within = self._hold(count)
@@ -273,13 +273,13 @@ class _Held:
             self.file.file.close()
 
 
-async def _bounded(request: Request, held: _Held, most: float = math.inf) -> AsyncGenerator[bytes, None]:
-    """Yield a body as it arrives.
+async def _bounded(request: Request, held: _Incoming, most: float = math.inf) -> AsyncGenerator[bytes, None]:
+    """Yield the parts of a body as they arrive.
 
     Raises:
-        RefusedError: it is too large, is announced as that, or arrives too slowly.
+        RefusedError: it is too large, by its Content-Length or as it arrives, or too slow.
     """
-    if _announced(request.headers) > held.limits.bytes:
+    if _content_length(request.headers) > held.limits.bytes:
         raise _too_large(held.limits)
     parts = request.stream()
     while True:
@@ -296,8 +296,8 @@ async def _bounded(request: Request, held: _Held, most: float = math.inf) -> Asy
         yield part
 
 
-def _fetched(address: str, held: _Held, cancelled: Event) -> Upload:
-    """Fetch what an address holds; errors are those of `Bodies.fetch`."""
+def _fetch(address: str, held: _Incoming, cancelled: Event) -> Upload:
+    """Fetch the sound at an address; errors are those of `Bodies.fetch`."""
     name = _printable(PurePosixPath(unquote(urlsplit(address).path)).name) or "address"
     try:
         held.file = _empty_file(name)
@@ -307,7 +307,7 @@ def _fetched(address: str, held: _Held, cancelled: Event) -> Upload:
                 held.file.file.write(part)
                 if time.monotonic() > held.latest:
                     raise _too_slow("the sound arrived", held.limits)
-        held.file.file.seek(0)  # which writes what is left in buffers
+        held.file.file.seek(0)  # flushes the buffers
     except BaseException as error:
         held.close()
         if isinstance(error, AudioError):
@@ -340,12 +340,12 @@ def _content_type(request: Request) -> Message:
 
 
 def _printable(name: str) -> str:
-    """Return the name that a client gives a sound, fit for logs."""
+    """Return a file name from a client without control characters, shortened if it is long."""
     return "".join(filter(str.isprintable, name))[:_LONGEST_NAME]
 
 
-def _announced(headers: Headers) -> int:
-    """Return the announced length of a body, 0 if there is none."""
+def _content_length(headers: Headers) -> int:
+    """Return the Content-Length of a body, 0 if there is none."""
     text = headers.get("content-length", "0")
     if not (text.isascii() and text.isdigit() and len(text) < 20):
         raise RefusedError(400, f"Content-Length is {text[:100]!r}; it must be a number of bytes")
@@ -353,9 +353,9 @@ def _announced(headers: Headers) -> int:
 
 
 class _NamedFile(io.RawIOBase):
-    """An uploaded file under the name that its client gave it.
+    """An uploaded file with the name that its client gave it.
 
-    Seeking to an impossible position, as libsndfile does in damaged files, leaves the position as it is.
+    Seeking to an impossible position, as libsndfile does in damaged files, does not change the position.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
@@ -419,10 +419,10 @@ async def _file_of_form(headers: Headers, parts: AsyncGenerator[bytes, None]) ->
 
 
 def _sample_format(kind: Message) -> tuple[str, int, int] | None:
-    """Return NumPy type, rate and channels of a body of raw samples; None: the body is a file.
+    """Return NumPy type, rate and channels of a body of raw samples; None if the body is a file.
 
     Raises:
-        RefusedError: its type is not that of a sound (415), or does not describe its samples (422).
+        RefusedError: its media type is not that of a sound (415), or lacks valid parameters (422).
     """
     given = kind.get_content_type()
     if given not in PCM:
@@ -452,12 +452,15 @@ def _parameter(kind: Message, name: str, usual: str | None) -> str:
     try:
         value = kind.get_param(name, usual)
         return "" if value is None else collapse_rfc2231_value(value)
-    except (TypeError, ValueError) as error:  # the parts that RFC 2231 splits a value into do not fit together
+    except (
+        TypeError,
+        ValueError,
+    ) as error:  # the value is split as RFC 2231 allows, but into parts that do not fit together
         raise RefusedError(422, f"the parameters of {kind.get_content_type()} cannot be read") from error
 
 
 def _decode_samples(body: bytes, kind: str, rate: int, channels: int) -> audio.Source:
-    """Return samples (t, channels) and their rate."""
+    """Return the samples of a body, (t, channels), and their rate."""
     frame = np.dtype(kind).itemsize * channels
     if len(body) % frame:
         raise RefusedError(422, f"the body has {len(body)} bytes, not a multiple of the {frame} bytes of a frame")

@@ -1,4 +1,4 @@
-"""Live sound over a WebSocket: PCM comes in, events and the scores of each window go out."""
+"""Live sound over a WebSocket: receive PCM, send events and the scores of each window."""
 
 import asyncio
 import json
@@ -18,19 +18,20 @@ from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 import ced
 from ced.errors import CedError, ConfigError
-from ced.serve.schema import LIVE_PROTOCOL, LiveOptions, check_repeated, faults
-from ced.serve.service import Service, encode_scores
+from ced.serve.answers import encode_scores
+from ced.serve.schema import LIVE_PROTOCOL, LiveOptions, check_repeated, describe_errors
+from ced.serve.service import Service
 from ced.sound.audio import SAMPLE_RATE, Window
 from ced.tag.live import LULL, LiveEvents, LiveReport
 from ced.tag.records import Scored
 
 LARGEST_FRAME = 1 << 16  # bytes: two seconds
-NAME = "live"  # the name of the sound in records
-_WAITING = 1.0  # seconds of windows that may wait to be scored; further ones replace the oldest
+NAME = "live"  # name of the sound in records
+_WAITING = 1.0  # seconds of windows that may wait to be scored; newer ones then replace the oldest
 _IDLE = 60.0  # seconds without any sound after which a connection is closed
-_BURST, _FASTEST = 30.0, 2.0  # seconds of sound at any rate, then how much faster than it sounds
-_SEND_SECONDS = 10.0  # that a client may take to accept a message
-_TICK = 0.5  # seconds between checks for events that end without new sound
+_BURST, _FASTEST = 30.0, 2.0  # seconds of sound that may arrive at any rate; then the largest multiple of real time
+_SEND_SECONDS = 10.0  # in which a client must accept a message
+_TICK = 0.5  # seconds between checks for events that end when no sound arrives
 _LOWEST_LEVEL = -120.0  # dB of full scale
 
 
@@ -46,7 +47,7 @@ def parse_options(query: QueryParams) -> LiveOptions:
     try:
         return LiveOptions.model_validate(given)
     except ValidationError as error:
-        raise ConfigError(faults(error.errors())) from error
+        raise ConfigError(describe_errors(error.errors())) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,18 +58,18 @@ class _Arrival:
 
 
 class _Cutter:
-    """Cuts PCM into windows as it arrives; at most a second of windows wait, then new ones replace the oldest."""
+    """Cuts PCM into windows as it arrives; at most a second of windows waits, then new ones replace the oldest."""
 
     def __init__(self, length: float, hop: float) -> None:
         self._size, self._step = round(length * SAMPLE_RATE), round(hop * SAMPLE_RATE)
         self._buffer = np.zeros(0, np.float32)
-        self._first = 0  # the sample that the buffer begins with
+        self._first = 0  # position of the buffer in the sound, in samples
         self.waiting: deque[_Arrival] = deque(maxlen=max(2, round(_WAITING / hop)))
         self.dropped = 0
 
     @property
     def seconds(self) -> float:
-        """How much sound has arrived."""
+        """Seconds of sound that have arrived."""
         return (self._first + len(self._buffer)) / SAMPLE_RATE
 
     def add(self, data: bytes) -> None:
@@ -86,8 +87,8 @@ class _Cutter:
 class LiveSession:
     """One live connection, from its first message to its last.
 
-    A slow client holds up nobody else: what it has not been sent waits in its own connection, windows that arrive
-    meanwhile are dropped, and a message that it does not accept in time ends the connection.
+    A slow client delays no other one: while it does not accept a message, its new windows are dropped, and after some
+    seconds its connection is closed.
 
     Args:
         socket: the connection, not accepted yet.
@@ -97,7 +98,7 @@ class LiveSession:
     def __init__(self, socket: WebSocket, service: Service) -> None:
         self._socket, self._service = socket, service
         self._changed = asyncio.Event()
-        self._ending: tuple[int, str] | None = None  # WebSocket close code, and what is wrong, if anything
+        self._ending: tuple[int, str] | None = None  # WebSocket close code, and the error, if any
 
     def stop(self, code: int = 1001, fault: str = "") -> None:
         """End the session after the windows that have arrived."""
@@ -106,17 +107,17 @@ class LiveSession:
         self._changed.set()
 
     async def run(self) -> None:
-        """Accept the connection, and report until either side ends it."""
+        """Accept the connection, and send events until either side ends it."""
         asked = self._socket.scope.get("subprotocols", [])
         await self._socket.accept(LIVE_PROTOCOL if LIVE_PROTOCOL in asked else None)
         try:
-            await self._converse()
+            await self._tag()
         except CedError as error:
             await self._end(1008, str(error))
-        except (WebSocketDisconnect, TimeoutError):  # the client has gone, or accepts no messages
+        except (WebSocketDisconnect, TimeoutError):  # the client disconnected, or accepts no messages
             pass
 
-    async def _converse(self) -> None:
+    async def _tag(self) -> None:
         options, scorer = parse_options(self._socket.query_params), self._service.scorer
         tagging = options.tag_options()
         scorer.check(tagging)
@@ -138,7 +139,7 @@ class LiveSession:
                 if cutter.waiting:
                     arrival = cutter.waiting.popleft()
                     last, seen = arrival.window.end, time.monotonic()
-                    (scored,) = await self._service.run_step(scorer.score, arrival.window, tagging)
+                    (scored,) = await self._service.scheduler.run(scorer.score, arrival.window, tagging)
                     await self._send_window(arrival, scored, options.scores)
                     await self._report(events.add(scored, arrival.clock))
                     if cutter.dropped > dropped:
@@ -159,7 +160,7 @@ class LiveSession:
             receiver.cancel()
 
     async def _receive(self, cutter: _Cutter) -> None:
-        """Take messages until the client ends the session."""
+        """Receive messages until the client ends the session."""
         began = time.monotonic()
         while self._ending is None:
             message = await self._socket.receive()

@@ -1,4 +1,4 @@
-"""The outermost layer of the server: liveness, refusals that need no body, headers, time limits and the access log."""
+"""The outermost middleware: liveness, checks of keys, hosts and origin, headers, time limits and the access log."""
 
 import asyncio
 import base64
@@ -43,18 +43,18 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 access_log = logging.getLogger("ced.access")
 access_log.propagate = False
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Gate:
-    """Wraps the application, so that every request passes here first and every answer last.
+    """Wraps the application: each request passes here first, and each answer last.
 
     Args:
-        app: what answers.
-        limits: patience and lowest rate, which hold for answers too.
-        keys: the API keys; none: requests need no key.
+        app: answers the requests.
+        limits: time limits, which apply to answers as well.
+        keys: API keys; if there are none, requests need no key.
         root_path: prefix of all paths, if a proxy adds one.
-        observe: called with path, status and seconds of each HTTP request.
+        observe: called with method, path, status and seconds of each HTTP request.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class Gate:
         self._keys = [sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and its answer back."""
+        """Check a request, pass it on, and send its answer."""
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        scope["root_path"] = self._root_path  # which the paths of requests may have or not
+        scope["root_path"] = self._root_path  # the proxy may or may not remove it from paths
         path = scope["path"].removeprefix(self._root_path) or "/"
         if path == LIVENESS and scope["type"] == "http" and scope["method"] in ("GET", "HEAD"):
             await _ALIVE(scope, receive, send)
@@ -84,15 +84,15 @@ class Gate:
             await self._app(scope, receive, exchange.send)
         except RefusedError as error:
             await problem(error.status, str(error), error.headers)(scope, receive, exchange.send)
-        except (asyncio.CancelledError, ClosedError):  # the server ends
+        except (asyncio.CancelledError, ClosedError):  # the server is shutting down
             if not exchange.status:
                 message = "the server is shutting down; try again soon"
                 await problem(503, message, {"Retry-After": "1"})(scope, receive, exchange.send)
         except SlowClientError as error:
-            exchange.fault = str(error)  # uvicorn closes what is not complete
+            exchange.fault = str(error)  # uvicorn closes the connection of an incomplete answer
         except Exception as error:
-            if not exchange.complete:  # else the application has answered, and logged it
-                _log.error("request %s failed: %s: %s", exchange.id, type(error).__name__, error)
+            if not exchange.complete:  # otherwise the application has answered and logged the error
+                logger.error("request %s failed: %s: %s", exchange.id, type(error).__name__, error)
             if not exchange.status:
                 await problem(500, FAILED)(scope, receive, exchange.send)
         finally:
@@ -101,7 +101,7 @@ class Gate:
             exchange.log()
 
     def _check(self, scope: Scope, path: str) -> None:
-        """Refuse what can be refused without the body.
+        """Check what can be checked without the body.
 
         Raises:
             RefusedError: the request is ambiguous, comes from another site, or has no valid API key.
@@ -127,15 +127,15 @@ class Gate:
                 except (ValueError, binascii.Error):
                     return False
         digest = sha256(key).digest()
-        return sum(hmac.compare_digest(digest, each) for each in self._keys) > 0  # all are compared
+        return sum(hmac.compare_digest(digest, each) for each in self._keys) > 0  # compares all, in constant time
 
 
 class SlowClientError(Exception):
-    """A client that does not read its answer at the lowest rate."""
+    """A client that reads its answer more slowly than the lowest rate."""
 
 
 class _Exchange:
-    """One request and its answer: headers of every answer, time limits, and the line in the access log."""
+    """One request and its answer: adds headers, limits the time for sending, and writes the access log."""
 
     def __init__(self, scope: Scope, send: Send, limits: Limits) -> None:
         self._scope, self._send, self._limits = scope, send, limits
@@ -149,13 +149,13 @@ class _Exchange:
         self.fault: str | None = None
         self._sent = 0  # bytes
         self._blocked = 0.0  # seconds that sending took
-        self._start: Message | None = None  # of an answer in plain text, which becomes JSON
+        self._start: Message | None = None  # of a plain-text error, which becomes JSON
 
     async def send(self, message: Message) -> None:
         """Send a part of the answer.
 
         Raises:
-            SlowClientError: the client takes the answer too slowly.
+            SlowClientError: the client reads the answer too slowly.
         """
         kind = message["type"].removeprefix("websocket.")
         if kind == "http.response.start":
@@ -196,7 +196,7 @@ class _Exchange:
         self._blocked += time.monotonic() - began
 
     def log(self) -> None:
-        """Write a line into the access log, if there is one."""
+        """Write a line of the access log, if it is enabled."""
         if not access_log.isEnabledFor(logging.INFO):
             return
         client = self._scope.get("client")
@@ -218,7 +218,7 @@ class _Exchange:
 
 
 def problem(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
-    """Return the answer to a request that failed: one line, as JSON."""
+    """Return an error answer: one line, as JSON."""
     return JSONResponse({"error": " ".join(message.split())}, status, headers)
 
 

@@ -1,4 +1,4 @@
-"""A coarse picture of a sound for clients that draw it: peaks and log-mel columns, computed while it is decoded."""
+"""Overview of a sound for drawing: peaks and log-mel columns at a low rate, computed while it is decoded."""
 
 import base64
 from typing import Any
@@ -22,7 +22,7 @@ class Overview:
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
-        # Frames are centred: the first one reaches half its length to before the first sample.
+        # Frames are centred: the first one begins half its length before the first sample.
         self._wave = np.zeros(PUBLISHED.n_fft // 2, np.float32)
         self._frame = 0  # number of the next frame
         self._columns: list[NDArray[np.uint8]] = []  # (n, 1 + f) each: peak and mel bands of frames or columns
@@ -46,10 +46,10 @@ class Overview:
         self._wave = self._wave[count * HOP :]
 
     def take(self, *, finish: bool = False) -> dict[str, Any] | None:
-        """Return the columns that are complete and were not returned before, in the form of an overview line.
+        """Return the complete columns that were not returned before, as the fields of an overview line.
 
         Args:
-            finish: no more samples will be added; return the last ones, too.
+            finish: whether the sound has ended; the last columns are returned as well.
         """
         if finish:
             self.add(np.zeros(PUBLISHED.n_fft - HOP, np.float32))

@@ -15,12 +15,12 @@ from ced.tag.options import EVENT_THRESHOLD, TOP_K, TagOptions
 from ced.tag.records import Tag, Tags
 
 CLASSIFY, STREAM, MODEL, LIVE_PATH = "/v1/audio/classification", "/v1/audio/stream", "/v1/model", "/v1/live"
-FIELD = "file"  # the form field that holds the sound
-# Media types of raw samples; of each, the sample formats and their NumPy types. RFC 3551 defines L16.
+FIELD = "file"  # the form field with the sound
+# Media types of raw samples, with their sample formats and NumPy types. RFC 3551 defines L16.
 PCM = {"audio/l16": {"s16be": ">i2"}, "audio/pcm": {"s16le": "<i2", "f32le": "<f4"}}
 STREAM_TYPE = "application/x-ndjson"
 LIVE_PROTOCOL = "ced.live.v1"  # WebSocket subprotocol
-_FAULTS = 10  # faults of a request that an answer names
+_MOST_ERRORS = 10  # that an answer lists
 _SHORTEST_WINDOW, _SHORTEST_HOP, _LONGEST = 0.16, 0.02, 3600.0  # seconds
 
 _Label = Annotated[str, Field(max_length=100)]
@@ -32,11 +32,11 @@ _Hop = Annotated[float, Field(ge=_SHORTEST_HOP, le=_LONGEST)]
 _Seconds = Annotated[float, Field(ge=0, le=_LONGEST)]
 _Channel = Annotated[str, Field(pattern="^(mean|left|right|[1-9][0-9]?)$")]
 _Rate = Annotated[float, Field(gt=0, le=OVERVIEW_RATE)]
-_Missing = SkipJsonSchema[None]  # the value of an option that is left out; a query string cannot hold null
+_Missing = SkipJsonSchema[None]  # value of an option that is not given; a query string cannot hold null
 
 
 class _Selection(BaseModel):
-    """Options shared by all requests; they mean what the options of `ced tag` mean."""
+    """Options shared by all requests, with the meaning that they have in `ced tag`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -68,7 +68,7 @@ class RequestOptions(_Selection):
     )
     tail: Tail = Field(
         "aligned",
-        description="The rest behind the last window: aligned: a window of full length ends with the sound; short: the"
+        description="The end of the sound: aligned: the last window has full length and ends with the sound; short: the"
         " last window is as short as the rest.",
     )
     channel: _Channel = Field(
@@ -83,7 +83,7 @@ class RequestOptions(_Selection):
     )
 
     def tag_options(self) -> TagOptions:
-        """Return the options in the form that all of the package uses.
+        """Return the options as `TagOptions`.
 
         Raises:
             ConfigError: they contradict each other.
@@ -122,7 +122,7 @@ class StreamOptions(RequestOptions):
     )
 
     def tag_options(self) -> TagOptions:
-        """Return the options in the form that all of the package uses.
+        """Return the options as `TagOptions`.
 
         Raises:
             ConfigError: they contradict each other.
@@ -131,7 +131,7 @@ class StreamOptions(RequestOptions):
 
 
 class LiveOptions(_Selection):
-    """Options of a live connection; they mean what the options of `ced live` mean."""
+    """Options of a live connection, with the meaning that they have in `ced live`."""
 
     threshold: _Probability = Field(EVENT_THRESHOLD, description="Probability at which an event begins.")
     window: float = Field(LIVE.window, ge=_SHORTEST_WINDOW, le=10.0, description="Length of a window in seconds.")
@@ -141,7 +141,7 @@ class LiveOptions(_Selection):
     scores: bool = Field(True, description="Send the probabilities of all classes with each window (base64, uint8).")
 
     def tag_options(self) -> TagOptions:
-        """Return the options in the form that all of the package uses.
+        """Return the options as `TagOptions`.
 
         Raises:
             ConfigError: they contradict each other.
@@ -162,10 +162,10 @@ class LiveOptions(_Selection):
 
 
 def check_repeated(names: Iterable[str], repeatable: Iterable[str] = ("labels", "exclude")) -> None:
-    """Make sure that only options with several values are given more than once.
+    """Check that only options with several values are given more than once.
 
     Raises:
-        ConfigError: another one is.
+        ConfigError: another option is repeated.
     """
     given = list(names)
     for name in given:
@@ -173,18 +173,18 @@ def check_repeated(names: Iterable[str], repeatable: Iterable[str] = ("labels", 
             raise ConfigError(f"{name} is given {given.count(name)} times; it takes one value")
 
 
-def faults(errors: Sequence[Mapping[str, Any]]) -> str:
-    """Return what pydantic found wrong with options, in one line."""
+def describe_errors(errors: Sequence[Mapping[str, Any]]) -> str:
+    """Return the validation errors of options as one line."""
     found = []
     for error in errors:
         place = error["loc"][1:] if error["loc"][0] == "query" and len(error["loc"]) > 1 else error["loc"]
         name = str(place[0])[:100]
         if error["type"] == "extra_forbidden":
             found.append(f"there is no option {name}")
-        elif error["type"] != "none_required":  # the other half of an option that may be left out
+        elif error["type"] != "none_required":  # the alternative None of an optional option
             found.append(f"{name}: {error['msg']}")
-    more = [f"and {len(found) - _FAULTS} more faults"] if len(found) > _FAULTS else []
-    return "; ".join([*found[:_FAULTS], *more])
+    more = [f"and {len(found) - _MOST_ERRORS} more faults"] if len(found) > _MOST_ERRORS else []
+    return "; ".join([*found[:_MOST_ERRORS], *more])
 
 
 class Vector(BaseModel):
@@ -196,23 +196,23 @@ class Vector(BaseModel):
 
 
 class _Head(BaseModel):
-    """What is known of a sound before it is tagged."""
+    """Fields known before a sound is tagged."""
 
     format: int = Field(description="Version of this record.")
     file: str = Field(description="Name of the sound, as the client gave it.")
     model: str
-    kind: Literal["windows", "events"] = Field(description="What the tags are of.")
+    kind: Literal["windows", "events"] = Field(description="Whether pieces are windows or events.")
     channel: str | int = Field(description="Channel that is tagged.")
     rate: int | None = Field(description="Sampling rate of the file, if known.")
 
 
 class _Tail(BaseModel):
-    """What is known of a sound when it has been tagged."""
+    """Fields known after a sound has been tagged."""
 
-    seconds: float = Field(description="How much of the sound was tagged, from its start.")
+    seconds: float = Field(description="Seconds of the sound that were tagged, from its start.")
     complete: bool = Field(description="False: the file is cut short.")
     expected_seconds: float | None = Field(description="Length of the sound by its header, if that gives one.")
-    warnings: list[str] = Field(description="What is odd about the file.")
+    warnings: list[str] = Field(description="Warnings about the file.")
 
 
 class Answer(_Head, _Tail):
@@ -259,7 +259,7 @@ class OverviewLine(BaseModel):
 
 
 class EventLine(BaseModel):
-    """One event, as soon as no earlier one can follow."""
+    """One event, sent as soon as no earlier one can follow."""
 
     type: Literal["event"]
     start: float
@@ -268,7 +268,7 @@ class EventLine(BaseModel):
 
 
 class ProgressLine(BaseModel):
-    """How much of the sound has been scored."""
+    """Progress: seconds of the sound that have been scored."""
 
     type: Literal["progress"]
     seconds: float
@@ -308,7 +308,7 @@ class Label(BaseModel):
 
 
 class WindowDefaults(BaseModel):
-    """Window lengths that are used where a request gives none."""
+    """Defaults of window lengths."""
 
     window: float = Field(description="Seconds.")
     hop: float | None = Field(description="Seconds; null: the window length.")
@@ -326,7 +326,7 @@ class LiveDefaults(BaseModel):
 
 
 class RequestLimits(BaseModel):
-    """What the server accepts."""
+    """The limits of the server."""
 
     megabytes: float = Field(description="Most megabytes of a body.")
     seconds: float = Field(description="Most seconds of sound; overlapping windows count in full.")
@@ -349,13 +349,13 @@ class ModelInfo(BaseModel):
 
 
 class Problem(BaseModel):
-    """Why there is no answer."""
+    """The error of a request that was refused or failed."""
 
     error: str = Field(description="One line.")
 
 
 class Health(BaseModel):
-    """Whether the server can do its work."""
+    """The state of the server."""
 
     status: str
 
@@ -392,14 +392,14 @@ def body(addresses: bool) -> dict[str, Any]:
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": reason}
     for status, reason in {
-        400: "The request is not valid HTTP, or for another host.",
-        401: "No valid API key, where the server asks for one.",
+        400: "The request is not valid HTTP, or is for another host.",
+        401: "The server requires an API key, and the request has no valid one.",
         403: "The request comes from a page of another site.",
         408: "The body arrived too slowly.",
         413: "The body, the sound or the answer is too large.",
         415: "The media type of the body is not a sound.",
         422: "The body cannot be decoded, or an option is unknown, out of range or contradicts another.",
-        500: "The server failed; the request may be right.",
+        500: "The server failed; the request may be valid.",
         503: "Too many requests at once, or the server is shutting down; Retry-After says when to try again.",
         507: "The server has no room left to store the body.",
     }.items()

@@ -1,6 +1,6 @@
-"""The server as a process, or as several that share a port: sockets, connections, and an orderly end.
+"""Server processes: sockets, HTTP connections, workers that share a port, and graceful shutdown.
 
-Uvicorn and h11 do the work; what is added here are time limits for connections, and the order in which things end.
+Uvicorn and h11 do the work; this module adds time limits for connections, and the order of a shutdown.
 """
 
 import asyncio
@@ -38,40 +38,40 @@ from ced.progress import Progress, silent
 from ced.serve.app import Access, Application
 from ced.serve.body import Limits
 from ced.serve.live import LARGEST_FRAME
-from ced.serve.service import METRICS_FOLDER
+from ced.serve.metrics import METRICS_FOLDER
 
 _BACKLOG = 1024  # connections that wait to be accepted
 _HEAD_SECONDS = 10.0  # for a request's headers to arrive
-_REST_SECONDS = 2.0  # for the rest of a body that is not wanted, so that its client sees the answer
+_REST_SECONDS = 2.0  # for the rest of an unread body, so that its client receives the answer
 _STALLED_SECONDS = 30  # that sent data may stay unacknowledged
 _LIVE_SECONDS = 2.0  # for live sessions to end when the server is stopped
-_RESTART_SECONDS = 5.0  # between the start of a process and the start of the one that replaces it, at least
-_METRICS = "ced-metrics-"  # begins the names of folders with the metrics of several processes
-_LOCK = ".lock"  # in these, held as long as their server runs
-_UNLOCKED_SECONDS = 60.0  # age of such a folder without a lock that counts as left behind
+_RESTART_SECONDS = 5.0  # least time between the start of a worker and of its replacement
+_METRICS = "ced-metrics-"  # prefix of folders with the metrics of several workers
+_LOCK = ".lock"  # in such a folder, held while its server runs
+_UNLOCKED_SECONDS = 60.0  # age at which such a folder without a lock counts as abandoned
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a server is started with; processes pass it on."""
+class ServerSettings:
+    """How a server is started; passed on to its workers."""
 
     model: str
     name: str  # of the model in records
-    jobs: int = 1  # windows scored at the same time in each process
+    jobs: int = 1  # windows scored at the same time in each worker
     limits: Limits = field(default_factory=Limits)
     access: Access = field(default_factory=Access)
     precision: Precision = "float32"
-    proxies: tuple[str, ...] = ()  # networks whose X-Forwarded-For is believed
-    grace: int = 30  # seconds in which requests whose work has begun may end when the server is stopped
+    proxies: tuple[str, ...] = ()  # networks whose X-Forwarded-For is trusted
+    grace: int = 30  # seconds that running requests have to finish at shutdown
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Bind a TCP socket, before anything is loaded for it.
+    """Bind a TCP socket.
 
     Raises:
-        ConfigError: the port is in use, or there is no such host.
+        ConfigError: the port is in use, or the host does not exist.
     """
     try:
         family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -79,8 +79,8 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (while ")[0]  # the address is in the message already
         raise ConfigError(f"cannot listen at {host}, port {port}: {reason}") from error
-    # Connections inherit these. Without the first, the body of an answer waits 40 ms until the client has acknowledged
-    # its head; the second ends connections of clients that no longer read.
+    # Connections inherit these options. Without the first one, the body of an answer waits 40 ms for the client to
+    # acknowledge the headers (Nagle's algorithm); the second one closes connections of clients that no longer read.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _STALLED_SECONDS * 1000)
@@ -88,7 +88,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def listen_unix(path: Path) -> socket.socket:
-    """Bind a Unix socket that its user and group may connect to; one that a killed server left is replaced.
+    """Bind a Unix socket that user and group may connect to; the socket of a killed server is replaced.
 
     Raises:
         ConfigError: another server listens there, or the path is another kind of file or cannot be created.
@@ -117,8 +117,8 @@ def listen_unix(path: Path) -> socket.socket:
     return listener
 
 
-def address(listener: socket.socket) -> str:
-    """Return the address of a socket, for a browser if it is one of TCP."""
+def url_of(listener: socket.socket) -> str:
+    """Return the URL of a TCP socket, or `unix:` and the path of a Unix socket."""
     if listener.family == socket.AF_UNIX:
         return f"unix:{listener.getsockname()}"
     host, port = listener.getsockname()[:2]
@@ -136,44 +136,44 @@ class Connection(H11Protocol):
         self._wait(_HEAD_SECONDS)
 
     def data_received(self, data: bytes) -> None:
-        """Take data; the timer stops while a request is answered."""
+        """Process data; the timer stops while a request is answered."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, or for the end of a body that nobody wants."""
+        """Wait for the next request, or for the end of an unread body."""
         super().on_response_complete()
         if self.cycle.response_complete and not self.transport.is_closing():
             self._wait(_REST_SECONDS if self.conn.their_state is h11.SEND_BODY else _HEAD_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End."""
+        """Stop the timer."""
         self._stop_waiting()
         super().connection_lost(exc)
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        """Hand the connection over to the WebSocket protocol, which has time limits of its own."""
+        """Pass the connection to the WebSocket protocol, which has its own time limits."""
         self._stop_waiting()
         super().handle_websocket_upgrade(event)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not valid HTTP."""
+        """Answer a request that is not valid HTTP."""
         body = json.dumps({"error": "the request is not valid HTTP"}).encode()
         length = str(len(body)).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", length), (b"connection", b"close")]
         try:
             for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        except h11.LocalProtocolError:  # an answer is being sent already
+        except h11.LocalProtocolError:  # an answer has begun
             pass
         self.transport.close()
 
     def shutdown(self) -> None:
-        """Close the connection, or let it end with the answer that is being sent."""
+        """Close the connection after the answer that is being sent, if any."""
         try:
             super().shutdown()
-        except h11.LocalProtocolError:  # it is broken already
+        except h11.LocalProtocolError:  # the connection is in an error state
             self.transport.close()
 
     def _wait(self, seconds: float) -> None:
@@ -187,24 +187,24 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Uvicorn with an application that is told when the server is asked to stop.
+    """Uvicorn, which stops the application in order at shutdown.
 
     Args:
-        app: what answers.
-        proxies: networks whose X-Forwarded-For is believed.
-        grace: seconds in which requests whose work has begun may end when the server is stopped.
+        app: answers the requests.
+        proxies: networks whose X-Forwarded-For is trusted.
+        grace: seconds that running requests have to finish at shutdown.
     """
 
     def __init__(self, app: Application, proxies: Sequence[str] = (), grace: int = 30) -> None:
         config = uvicorn.Config(
             app,
-            log_config=None,  # errors go to standard error like all others
-            log_level="critical",  # the application logs its own failures, and the access log has those of clients
+            log_config=None,  # errors go to standard error, as everywhere
+            log_level="critical",  # the application logs its errors, the access log those of clients
             access_log=False,
-            http=Connection,  # of h11, which bounds the size of headers; other parsers may be installed
+            http=Connection,  # h11 limits the size of headers; another parser may be installed
             ws="websockets-sansio",
             ws_max_size=LARGEST_FRAME,
-            ws_per_message_deflate=False,  # samples hardly shrink
+            ws_per_message_deflate=False,  # samples hardly compress
             server_header=False,
             backlog=_BACKLOG,
             proxy_headers=bool(proxies),
@@ -215,7 +215,7 @@ class Server(uvicorn.Server):
         self._app = app
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse what only waits, end live sessions, and stop when the rest is done."""
+        """Refuse waiting requests, end live sessions, and stop when the running requests are answered."""
         closing = asyncio.create_task(self._close_connections())
         try:
             await self._app.stop(_LIVE_SECONDS)
@@ -224,7 +224,7 @@ class Server(uvicorn.Server):
             closing.cancel()
 
     async def _close_connections(self) -> None:
-        """Close connections as soon as nothing is answered on them, those accepted late as well."""
+        """Close idle connections, including those that are accepted during shutdown."""
         ended: dict[Connection, float] = {}
         while True:
             for connection in list(self.server_state.connections):
@@ -233,11 +233,11 @@ class Server(uvicorn.Server):
                 if not connection.transport.is_closing():
                     connection.shutdown()
                 elif time.monotonic() - ended.setdefault(connection, time.monotonic()) > _LIVE_SECONDS:
-                    connection.transport.abort()  # its client does not read the rest of its answer
+                    connection.transport.abort()  # the client does not read the rest of the answer
             await asyncio.sleep(0.05)
 
 
-def open_application(settings: Settings, progress: Progress = silent) -> Application:
+def open_application(settings: ServerSettings, progress: Progress = silent) -> Application:
     """Open the model of a server, and return its application.
 
     Raises:
@@ -247,22 +247,24 @@ def open_application(settings: Settings, progress: Progress = silent) -> Applica
     return Application(graph, settings.name, jobs=settings.jobs, limits=settings.limits, access=settings.access)
 
 
-def _no_notice() -> None:
-    """Tell nobody that the server is ready."""
+def _ignore() -> None:
+    """Do nothing."""
 
 
-def run(app: Application, settings: Settings, listener: socket.socket, ready: Callable[[], None] = _no_notice) -> None:
-    """Serve until SIGTERM or SIGINT comes; SIGINT becomes KeyboardInterrupt at the end.
+def serve(
+    app: Application, settings: ServerSettings, listener: socket.socket, ready: Callable[[], None] = _ignore
+) -> None:
+    """Serve until SIGTERM or SIGINT; after SIGINT, KeyboardInterrupt is raised at the end.
 
     Args:
-        app: what answers.
-        settings: what it was made with.
+        app: answers the requests.
+        settings: those of the application.
         listener: the socket.
-        ready: called when SIGTERM has an orderly end as its effect, and connections wait for their answers at most.
+        ready: called once SIGTERM leads to a graceful shutdown and clients can connect.
     """
     server = Server(app, settings.proxies, settings.grace)
 
-    def stop(*_: object) -> None:  # until uvicorn has a handler of its own; at the end it raises the signal again
+    def stop(*_: object) -> None:  # until uvicorn installs its own handler; at the end it raises the signal again
         server.should_exit = True
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -273,20 +275,20 @@ def run(app: Application, settings: Settings, listener: socket.socket, ready: Ca
         signal.signal(signal.SIGTERM, before)
 
 
-def run_workers(
-    settings: Settings, listener: socket.socket, count: int, set_up: Callable[[], None], ready: Callable[[], None]
+def serve_workers(
+    settings: ServerSettings, listener: socket.socket, count: int, set_up: Callable[[], None], ready: Callable[[], None]
 ) -> None:
-    """Serve with several processes that accept from one socket; once one has been ready, those that end are replaced.
+    """Serve with several workers that accept from one socket; a worker that ends is replaced.
 
     Args:
-        settings: of each process.
+        settings: those of each worker.
         listener: the socket.
-        count: processes.
-        set_up: called first in each of them; a function of a module.
-        ready: as for `run`.
+        count: number of workers.
+        set_up: called first in each worker; it must be picklable.
+        ready: as for `serve`.
 
     Raises:
-        ProcessError: a process ended before any was ready.
+        ProcessError: a worker ended before any of them was ready.
     """
     with _metrics_folder() as folder:
         os.environ[METRICS_FOLDER] = folder
@@ -298,7 +300,7 @@ def run_workers(
 
 @contextmanager
 def _metrics_folder() -> Iterator[str]:
-    """Make a folder for the metrics of several processes, and remove those that killed servers of this user left."""
+    """Make a folder for the metrics of the workers, and remove the folders of killed servers of this user."""
     for path in Path(tempfile.gettempdir()).glob(f"{_METRICS}*"):
         with suppress(OSError, Timeout):
             if _is_unused(path):
@@ -311,7 +313,7 @@ def _metrics_folder() -> Iterator[str]:
 
 
 def _is_unused(folder: Path) -> bool:
-    """Return whether a folder of this user is not one whose server is just being started."""
+    """Return whether a folder is of this user and no server is just being started in it."""
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or (hasattr(os, "getuid") and found.st_uid != os.getuid()):
         return False
@@ -319,14 +321,18 @@ def _is_unused(folder: Path) -> bool:
 
 
 class _Workers:
-    """Processes that serve; SIGTERM and SIGINT are passed on to them."""
+    """Worker processes; SIGTERM and SIGINT are passed on to them."""
 
-    def __init__(self, settings: Settings, listener: socket.socket, set_up: Callable[[], None], folder: str) -> None:
+    def __init__(
+        self, settings: ServerSettings, listener: socket.socket, set_up: Callable[[], None], folder: str
+    ) -> None:
         self._given = settings, listener, set_up
         self._folder = folder
-        self._workers: dict[SpawnProcess, tuple[float, Pipe]] = {}  # when each was started, and what tells it is ready
-        self._due: list[float] = []  # when further ones are to be started
-        self._ready = False  # whether one has been
+        self._workers: dict[
+            SpawnProcess, tuple[float, Pipe]
+        ] = {}  # start time, and the pipe on which it reports that it is ready
+        self._due: list[float] = []  # when further workers are to be started
+        self._ready = False  # whether any worker has been
         self._signal = 0
 
     def run(self, count: int, ready: Callable[[], None]) -> None:
@@ -341,7 +347,9 @@ class _Workers:
                 for _ in late:
                     self._start()
                 multiprocessing.connection.wait([worker.sentinel for worker in self._workers], timeout=0.2)
-                self._ready = self._ready or any(pipe.poll() and _is_told(pipe) for _, pipe in self._workers.values())
+                self._ready = self._ready or any(
+                    pipe.poll() and _has_reported(pipe) for _, pipe in self._workers.values()
+                )
                 for worker in [each for each in self._workers if not each.is_alive()]:
                     self._replace(worker)
         finally:
@@ -357,7 +365,7 @@ class _Workers:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
-        worker = context.Process(target=_work, args=(*self._given, sender))
+        worker = context.Process(target=_run_worker, args=(*self._given, sender))
         worker.start()
         sender.close()
         self._workers[worker] = time.monotonic(), receiver
@@ -370,7 +378,7 @@ class _Workers:
             return
         if not self._ready:
             raise ProcessError(f"a server process ended before it was ready, with exit code {worker.exitcode}")
-        _log.warning("a server process ended, with exit code %s; another one is started", worker.exitcode)
+        logger.warning("a server process ended, with exit code %s; another one is started", worker.exitcode)
         self._due.append(began + _RESTART_SECONDS)
 
     def _end(self) -> None:
@@ -380,28 +388,28 @@ class _Workers:
             worker.join()
 
 
-def _is_told(pipe: Pipe) -> bool:
-    """Return whether a process has told that it is ready, and not just ended."""
+def _has_reported(pipe: Pipe) -> bool:
+    """Return whether a worker has reported that it is ready, and not just ended."""
     try:
         return bool(pipe.recv())
     except (EOFError, OSError):
         return False
 
 
-def _tell(pipe: Pipe) -> None:
-    with suppress(OSError):  # the first process is gone, so this one ends, too
+def _report_ready(pipe: Pipe) -> None:
+    with suppress(OSError):  # the main process has ended, so this one ends as well
         pipe.send(True)
 
 
-def _work(settings: Settings, listener: socket.socket, set_up: Callable[[], None], ready: Pipe) -> None:
-    """Serve as one of several processes, until asked to stop or until the first process is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process passes on SIGTERM
+def _run_worker(settings: ServerSettings, listener: socket.socket, set_up: Callable[[], None], ready: Pipe) -> None:
+    """Serve as one of several workers, until SIGTERM or the end of the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the main process sends SIGTERM
     set_up()
-    threading.Thread(target=_follow, daemon=True).start()
-    run(open_application(settings), settings, listener, partial(_tell, ready))
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    serve(open_application(settings), settings, listener, partial(_report_ready, ready))
 
 
-def _follow() -> None:
+def _stop_with_parent() -> None:
     parent: Any = multiprocessing.parent_process()
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)

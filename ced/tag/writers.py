@@ -36,7 +36,6 @@ from ced.text import cell, csv_lines, json_line, printable
 if TYPE_CHECKING:
     import pyarrow as pa
 
-COLUMNS = ("file", "start", "end", "label", "mid", "prob")  # of CSV and Parquet; seconds, and a probability
 RAVEN_COLUMNS = (
     "Selection",
     "View",
@@ -50,7 +49,19 @@ RAVEN_COLUMNS = (
     "Label",
     "Score",
 )
-CHANNEL_KEY = "channel"  # a further column if each channel was tagged on its own
+CHANNEL_KEY = "channel"  # of CSV and Parquet, if each channel was tagged on its own
+# The columns of CSV and Parquet: the type in Parquet, and the value for a tag (None: no value).
+_COLUMNS: Mapping[str, tuple[str, Callable[[Timeline, Tags, Tag], str | int | float | None]]] = {
+    "file": ("string", lambda record, piece, tag: record.file),
+    "start": ("float64", lambda record, piece, tag: piece.start),
+    "end": ("float64", lambda record, piece, tag: piece.end),
+    "label": ("string", lambda record, piece, tag: tag.label),
+    "mid": ("string", lambda record, piece, tag: tag.mid),
+    "prob": ("float32", lambda record, piece, tag: tag.prob),
+    CHANNEL_KEY: ("string", lambda record, piece, tag: str(record.channel)),
+    CLOCK_KEYS[0]: ("string", lambda record, piece, tag: clock_times(record.began, piece)[0]),
+    CLOCK_KEYS[1]: ("string", lambda record, piece, tag: clock_times(record.began, piece)[1]),
+}
 _SIDES: Mapping[str | int, int] = {"mean": 1, "left": 1, "right": 2}  # the channel that Raven shows
 _HIGHEST = 8000.0  # Hz; upper edge of the mel filters of all models
 _ROW_GROUP, _VECTOR_GROUP = 1 << 16, 1024  # rows of a Parquet file that are in memory at a time: tags, vectors
@@ -122,15 +133,23 @@ def _inert(value: str) -> str:
 
 
 def _columns(channel: bool, clock: bool) -> tuple[str, ...]:
-    return COLUMNS + (CHANNEL_KEY,) * channel + CLOCK_KEYS * clock
+    left_out = (() if channel else (CHANNEL_KEY,)) + (() if clock else CLOCK_KEYS)
+    return tuple(name for name in _COLUMNS if name not in left_out)
 
 
 def _table(records: Iterable[Timeline], channel: bool, clock: bool) -> Iterator[tuple[str, ...]]:
-    yield _columns(channel, clock)
-    for record, piece, tag in _rows(records):
-        row = (record.file, f"{piece.start:.6f}", f"{piece.end:.6f}", tag.label, tag.mid or "", f"{tag.prob:.6f}")
-        times = (time or "" for time in clock_times(record.began, piece)) if clock else ()
-        yield (*row, *(str(record.channel),) * channel, *times)
+    """Yield the names of the columns, then a row of texts for each tag."""
+    names = _columns(channel, clock)
+    yield names
+    values = [_COLUMNS[name][1] for name in names]
+    for row in _rows(records):
+        yield tuple(_as_text(value(*row)) for value in values)
+
+
+def _as_text(value: str | int | float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6f}" if isinstance(value, float) else str(value)
 
 
 def audacity(records: Iterable[Timeline]) -> Iterator[str]:
@@ -178,21 +197,16 @@ def tag_schema(*, channel: bool = False, clock: bool = False) -> "pa.Schema":
     """Return the columns of tags in Arrow and Parquet; arguments as for `csv`."""
     import pyarrow as pa
 
-    types = {"start": pa.float64(), "end": pa.float64(), "prob": pa.float32()}
-    fields = [(name, types.get(name, pa.string())) for name in _columns(channel, clock)]
-    return pa.schema(fields, {"ced.format": str(FORMAT_VERSION)})
+    types = [(name, pa.type_for_alias(_COLUMNS[name][0])) for name in _columns(channel, clock)]
+    return pa.schema(types, {"ced.format": str(FORMAT_VERSION)})
 
 
 def tag_tables(records: Iterable[Timeline], *, channel: bool = False, clock: bool = False) -> "Iterator[pa.Table]":
     """Yield Arrow tables with a row for each tag, in groups of rows; arguments as for `csv`."""
+    values = [_COLUMNS[name][1] for name in _columns(channel, clock)]
     rows = (
-        (
-            as_utf8(record.file),
-            *(piece.start, piece.end, tag.label, tag.mid, tag.prob),
-            *(str(record.channel),) * channel,
-            *(clock_times(record.began, piece) if clock else ()),
-        )
-        for record, piece, tag in _rows(records)
+        tuple(as_utf8(found) if isinstance(found := value(*row), str) else found for value in values)
+        for row in _rows(records)
     )
     return _in_groups(tag_schema(channel=channel, clock=clock), rows, _ROW_GROUP)
 
@@ -224,9 +238,9 @@ def write_tables(path: Path, schema: "pa.Schema", tables: "Iterable[pa.Table]") 
     return count
 
 
-def as_utf8(name: str) -> str:
-    """Return a file name with escapes for bytes that are not text, because Parquet requires UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode()
+def as_utf8(text: str) -> str:
+    """Return text with escapes in place of bytes of a file name that are not text, which Parquet cannot store."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)

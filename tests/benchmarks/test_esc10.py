@@ -10,14 +10,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import soundfile
+from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.esc10 import __main__ as esc10
-from benchmarks.esc10 import plan, report, split
+from benchmarks.esc10 import outside, plan, report, split
 from benchmarks.esc10.judge import ENSEMBLE, Verdict, divergence
 from ced.config import FinetuneConfig, TrainConfig, check
 from ced.errors import ConfigError, TableError
+from ced.sound.labels import audioset
 from ced.sound.tables import read_table, write_table
 
 FOLDS = (1, 5)
@@ -166,10 +169,15 @@ def test_what_is_made_anew_is_judged_anew(data: Path, tmp_path: Path) -> None:
 
 def brief(work: Path, *names: str, **changes: object) -> list[esc10.Task]:
     """Return jobs of fold 5 in one epoch of two steps."""
+    return shortened(esc10.tasks(work, ["main"], [5], seeds=1), *names, **changes)
+
+
+def shortened(planned: list[esc10.Task], *names: str, **changes: object) -> list[esc10.Task]:
     tasks: dict[str, esc10.Task] = {}
-    for task in esc10.tasks(work, ["main"], [5], seeds=1):
+    for task in planned:
         if task.job.name in names:
-            values = {key: value for key, value in changes.items() if hasattr(task.job.config, key)}
+            known = type(task.job.config).model_fields
+            values = {key: value for key, value in changes.items() if key in known and task.job.command != "store"}
             dumped = {**task.job.config.model_dump(), "epochs": 1, **values}
             if hasattr(task.job.config, "epoch_length"):
                 dumped["epoch_length"] = 2
@@ -177,6 +185,78 @@ def brief(work: Path, *names: str, **changes: object) -> list[esc10.Task]:
             below = tuple(tasks[name] for name in task.job.needs)
             tasks[task.job.name] = replace(task, job=replace(task.job, config=config), stands_on=below)
     return list(tasks.values())
+
+
+def write_random_teacher(path: Path) -> None:
+    """Write a graph that takes the features of EfficientAT's mn04_as, and its settings: (b, 1, 128, n) -> (b, 527)."""
+    rng = np.random.default_rng(0)
+    constants = {"axes": np.array([3]), "shape": np.array([-1, 128]), "weights": rng.normal(0, 0.1, (128, 527))}
+    nodes = [
+        helper.make_node("ReduceMean", ["features", "axes"], ["mean"], keepdims=0),
+        helper.make_node("Reshape", ["mean", "shape"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "teacher",
+        [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["b", 1, 128, "n"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", 527])],
+        [
+            numpy_helper.from_array(value.astype(np.float32 if name == "weights" else np.int64), name)
+            for name, value in constants.items()
+        ],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    shutil.copy(esc10.ROOT / "examples" / "mn04_as.yaml", path.with_suffix(".yaml"))
+
+
+@pytest.mark.slow
+def test_students_of_an_outside_teacher_are_judged_by_ten_classes_and_a_probe(data: Path, tmp_path: Path) -> None:
+    write_random_teacher(tmp_path / "teacher.onnx")
+    split.prepare(data, tmp_path / "fold5", 5)
+    split.prepare_unlabelled(tmp_path / "fold5", 1)
+    free = read_table(tmp_path / "fold5" / "free.tsv")
+    assert len(free) == 30  # all recordings of the other fold
+    assert len(read_table(tmp_path / "fold5" / "free_mixed.tsv")) == 60
+    arms = [outside.CED, "outside_labels_views", outside.TUNED]
+    planned = esc10.outside_tasks(tmp_path, f"onnx:{tmp_path / 'teacher.onnx'}", arms, [5], seeds=1)
+    network = {"embed_dim": 32, "num_heads": 1, "depth": 1, "target_length": plan.FRAMES, "pad_last": False}
+    names = [task.job.name for task in planned]
+    todo = shortened(planned, *names, model_args=network)
+    results = report.Results(tmp_path / report.RESULTS)
+    assert esc10.run(todo, 2, results) == []
+    found = {one.arm: one for one in results.verdicts}
+    assert set(found) == {outside.TEACHER, *arms}
+    assert all(len(one.right or "") == 30 and len(one.per_class) == 10 for one in found.values())
+    assert found[outside.CED].divergence is not None
+    assert found[outside.TUNED].divergence is None  # it has other classes than the teacher
+    assert all(0 <= (found[arm].probe or 0) <= 1 for arm in arms)
+    report.write(results, tmp_path)
+    page = (tmp_path / report.PAGE).read_text()
+    assert "## A teacher that knows AudioSet" in page
+    assert "| `outside_ced` against `outside_labels_views` | " in page
+
+
+def test_the_highest_of_the_classes_that_stand_for_one_counts() -> None:
+    scores = np.zeros((2, 527), np.float32)
+    names = audioset().names
+    scores[0, names.index("Crowing, cock-a-doodle-doo")] = 0.9
+    scores[1, names.index("Ocean")], scores[1, names.index("Rain")] = 0.5, 0.4
+    found = outside.ten(scores)
+    assert found.shape == (2, 10)
+    assert found.argmax(1).tolist() == [8, 2]
+    assert found.max(1).tolist() == pytest.approx([0.9, 0.5])
+
+
+def test_intervals_of_a_difference_are_drawn_over_clips() -> None:
+    def verdict(arm: str, seed: int, right: str) -> Verdict:
+        return Verdict(arm, 1, seed, right.count("1") / 8, 0.5, 0.1, 0.1, {}, 1, right=right)
+
+    pairs = [(verdict("a", seed, "11111111"), verdict("b", seed, "11110000")) for seed in (1, 2)]
+    text = report.bootstrapped(pairs)
+    assert text.startswith("+50.0 [")
+    low, high = (float(value) for value in text[text.index("[") + 1 : -1].split(", "))
+    assert 0 <= low < 50 < high <= 100
 
 
 @pytest.mark.parametrize(

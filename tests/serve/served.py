@@ -25,7 +25,7 @@ DOWN = "the server is shutting down; try again soon"
 
 
 class Mean:
-    """Scores a wave by its mean and half of it, once it may go on."""
+    """Scores a wave by its mean and half of it, after `go` is set."""
 
     labels = ClassTable(("loud", "half"))
 
@@ -44,7 +44,7 @@ class Mean:
 
 @contextmanager
 def running(app: Application, grace: int = 60) -> Iterator[str]:
-    """Run a server in a thread, and give its address."""
+    """Run a server in a thread, and yield its address."""
     with listen("127.0.0.1", 0) as listener:
         server = Server(app, grace=grace)
         thread = threading.Thread(target=server.run, args=([listener],))
@@ -116,7 +116,7 @@ def metrics(client: httpx.Client) -> dict[str, float]:
 
 
 def until(true: Callable[[], bool]) -> None:
-    """Wait for something that happens soon."""
+    """Wait until a condition is true."""
     end = time.monotonic() + 60
     while not true():
         assert time.monotonic() < end
@@ -124,12 +124,12 @@ def until(true: Callable[[], bool]) -> None:
 
 
 def full(*_: Any, **__: Any) -> Any:
-    """Open what stands for a temporary file in a folder without room: each write fails as there."""
+    """Open a file to which each write fails as on a full disk, in place of a temporary file."""
     return open("/dev/full", "w+b")
 
 
 class Senders:
-    """Requests to tag that go on beside the test, each in a thread; their answers in order."""
+    """Requests to tag that are sent in the background, each in a thread; `answers` waits for them."""
 
     def __init__(self, url: str, bodies: list[bytes]) -> None:
         self._answers: list[httpx.Response | None] = [None] * len(bodies)

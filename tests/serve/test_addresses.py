@@ -1,4 +1,4 @@
-"""Sounds behind addresses: off by default; public hosts only; bounded in size, time and number."""
+"""Fetching sounds from addresses: off by default, public hosts only, limits of size, time and number."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ LIMITS = Limits(megabytes=0.1, patience=10.0, slowest=100_000)
 
 
 class Site(BaseHTTPRequestHandler):
-    """A web server with a sound, and with answers that no client should wait for."""
+    """A web server with a sound, and with answers that are too slow or too large."""
 
     hold = threading.Event()
 
@@ -51,7 +51,7 @@ def site() -> Iterator[str]:
 
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Client]:
-    """A client of a server that takes every host for a public one, and waits for none of them for long."""
+    """A client of a server that accepts every host as public, and has short time limits."""
     monkeypatch.setattr("ced.sound.web.is_public", lambda address: True)
     monkeypatch.setattr("ced.sound.web.PATIENCE", 2.5)
     app = Application(Mean(), "mean", limits=LIMITS, access=Access(addresses=True))
@@ -79,7 +79,9 @@ def test_a_sound_is_fetched_and_tagged(client: httpx.Client, site: str) -> None:
     ("path", "status", "words"),
     [("/none", 422, "404"), ("/large", 413, "larger than 0.1 MB"), ("/slow", 422, "no sound arrived"), ("/", 422, "")],
 )
-def test_what_cannot_be_fetched(client: httpx.Client, site: str, path: str, status: int, words: str) -> None:
+def test_addresses_that_cannot_be_fetched_are_refused(
+    client: httpx.Client, site: str, path: str, status: int, words: str
+) -> None:
     assert words in error(client.post(CLASSIFY, json={"address": site + path}), status)
 
 
@@ -87,22 +89,22 @@ def test_what_cannot_be_fetched(client: httpx.Client, site: str, path: str, stat
     "body",
     [b"", b"{", b"[" * 4000, b"[1]", b'{"address": 1}', b'{"address": "http://a/", "x": 1}', b'"http://a/"', b"\xff"],
 )
-def test_bodies_that_are_not_addresses(client: httpx.Client, body: bytes) -> None:
+def test_bodies_without_an_address_are_refused(client: httpx.Client, body: bytes) -> None:
     error(client.post(CLASSIFY, content=body, headers={"content-type": "application/json"}), 422)
 
 
-def test_only_public_hosts_are_asked() -> None:
+def test_only_public_hosts_are_connected_to() -> None:
     app = Application(Mean(), "mean", access=Access(addresses=True))
     with running(app) as url, httpx.Client(base_url=url, timeout=60) as client:
         for host in ("127.0.0.1", "localhost", "[::1]", "10.0.0.1", "169.254.169.254", "[::ffff:127.0.0.1]", "0.0.0.0"):
             for port in ("", ":22", f":{httpx.URL(url).port}"):
-                told = error(client.post(CLASSIFY, json={"address": f"http://{host}{port}/"}), 422)
-                assert "not a public address" in told or "port" in told
+                message = error(client.post(CLASSIFY, json={"address": f"http://{host}{port}/"}), 422)
+                assert "not a public address" in message or "port" in message
         for address in ("file:///etc/passwd", "ftp://example.org/a", "concat:a|b", "", "http://"):
             error(client.post(CLASSIFY, json={"address": address}), 422)
 
 
-def test_slow_hosts_delay_nobody_else(client: httpx.Client, site: str) -> None:
+def test_slow_hosts_do_not_delay_other_requests(client: httpx.Client, site: str) -> None:
     def ask() -> None:
         client.post(CLASSIFY, json={"address": f"{site}/slow"})
 
@@ -122,13 +124,13 @@ def test_slow_hosts_delay_nobody_else(client: httpx.Client, site: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_a_full_temporary_folder_is_told(client: httpx.Client, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_temporary_folder_is_reported(client: httpx.Client, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ced.serve.body._IN_MEMORY", 1000)
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     assert "no room" in error(client.post(CLASSIFY, json={"address": f"{site}/a%20b.wav?x=1"}), 507)
 
 
-def test_what_a_client_no_longer_waits_for_is_not_kept(client: httpx.Client, site: str) -> None:
+def test_a_fetched_sound_is_deleted_if_its_client_disconnects(client: httpx.Client, site: str) -> None:
     with pytest.raises(httpx.ReadTimeout):
         client.post(CLASSIFY, json={"address": f"{site}/slow"}, timeout=0.3)
     until(lambda: metrics(client).get('ced_requests_total{status="499"}') == 1)

@@ -20,7 +20,7 @@ FORM = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\
 ODD_FORM = b'--x\r\nContent-Disposition: form-data; name="\xff.."\r\n\r\n\r\n--x--'
 
 
-def test_a_file_has_the_record_that_the_tagger_gives(client: httpx.Client, graph: Path) -> None:
+def test_the_answer_is_the_record_of_the_tagger(client: httpx.Client, graph: Path) -> None:
     sound = noise(2.5)
     answer = client.post(
         CLASSIFY, files={"file": ("a.wav", encode(sound))}, params={"top_k": 2, "window": 1, "hop": 0.5}
@@ -106,7 +106,7 @@ def test_thresholds_labels_events_channels_and_embeddings(client: httpx.Client, 
         ({"rollup": True}, "AudioSet's mids"),
     ],
 )
-def test_impossible_options(client: httpx.Client, path: str, options: dict[str, Any], words: str) -> None:
+def test_invalid_options_are_refused(client: httpx.Client, path: str, options: dict[str, Any], words: str) -> None:
     assert words in error(client.post(path, content=constant(0.5), headers=WAV, params=options), 422)
 
 
@@ -149,7 +149,9 @@ def wav_header(rate: int, channels: int, size: int) -> bytes:
     ],
     ids=lambda value: "body" if isinstance(value, bytes) else None,  # libsndfile writes the time into some files
 )
-def test_bodies_that_are_not_sounds(client: httpx.Client, kind: str, body: bytes, status: int, words: str) -> None:
+def test_bodies_that_are_not_sounds_are_refused(
+    client: httpx.Client, kind: str, body: bytes, status: int, words: str
+) -> None:
     for path in (CLASSIFY, STREAM):
         assert words in error(client.post(path, content=body, headers={"content-type": kind} if kind else {}), status)
 
@@ -176,7 +178,7 @@ def test_forms_have_one_file(client: httpx.Client) -> None:
         assert "a form has one field, 'file'" in error(client.post(CLASSIFY, files=files, data=fields), 422)
 
 
-def test_names_are_fit_for_logs_and_never_reach_a_path(client: httpx.Client) -> None:
+def test_file_names_have_no_control_characters_and_never_become_paths(client: httpx.Client) -> None:
     for name, expected in (
         (b"a\x1b[1m\tb.wav", "a[1mb.wav"),
         (b"../../../etc/passwd", "../../../etc/passwd"),
@@ -200,7 +202,7 @@ def test_too_long_sounds_are_refused_before_they_are_scored(client: httpx.Client
     assert "more than 60 s to score" in error(client.post(CLASSIFY, content=flac(30), params={"window": 0.3}), 413)
 
 
-def test_work_is_counted_in_samples_of_all_channels(client: httpx.Client) -> None:
+def test_the_limit_of_decoding_counts_samples_of_all_channels(client: httpx.Client) -> None:
     wide = encode(np.zeros((60_000, 8), np.float32), "FLAC", "PCM_16", rate=1_000)  # 60 s of 8 channels
     assert client.post(CLASSIFY, content=wide).status_code == 200
     costly = encode(np.zeros((35 * 655_350, 2), np.float32), "FLAC", "PCM_16", rate=655_350)
@@ -232,7 +234,7 @@ def test_the_model_is_described(client: httpx.Client) -> None:
 
 
 def test_answers_that_are_too_long_are_refused(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ced.serve.service._LONGEST_ANSWER", 2_500)
+    monkeypatch.setattr("ced.serve.answers._LONGEST_ANSWER", 2_500)
     body = encode(noise(12))
     assert client.post(CLASSIFY, content=body, params={"window": 2}).status_code == 200
     assert "/v1/audio/stream" in error(client.post(CLASSIFY, content=body, params={"window": 1}), 413)
@@ -241,7 +243,7 @@ def test_answers_that_are_too_long_are_refused(client: httpx.Client, monkeypatch
     assert len(stream(client, body, window=1)) > 12
 
 
-def test_a_model_that_fails_is_the_servers_fault(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_exception_of_the_model_is_status_500(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Mean):
         def __call__(self, waves: Any, /) -> Any:
             if self.lengths:
@@ -249,14 +251,14 @@ def test_a_model_that_fails_is_the_servers_fault(caplog: pytest.LogCaptureFixtur
             return super().__call__(waves)
 
     with running(Application(Broken(), "broken")) as url, httpx.Client(base_url=url) as client:
-        told = error(client.post(CLASSIFY, content=constant(0.5)), 500)
-        assert "secret" not in told
+        message = error(client.post(CLASSIFY, content=constant(0.5)), 500)
+        assert "secret" not in message
         assert "a secret of the server" in caplog.text
         for options, words in (({"embeddings": "clip"}, "no embeddings"), ({"scores": "columns"}, "columns")):
             assert words in error(client.post(STREAM, content=constant(0.5), params=options), 422)
 
 
-def test_impossible_scores_are_the_servers_fault() -> None:
+def test_invalid_scores_are_status_500() -> None:
     class Wrong(Mean):
         def __call__(self, waves: Any, /) -> Any:
             scores = super().__call__(waves)

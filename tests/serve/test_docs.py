@@ -1,4 +1,4 @@
-"""The page about the interface: complete, offline, and within the policy that it is sent with."""
+"""The API page (/docs): complete, offline, and within its Content-Security-Policy."""
 
 import re
 import shutil

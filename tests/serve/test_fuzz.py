@@ -1,4 +1,4 @@
-"""Requests that nobody would write: by the server's own description, and mutated ones, of which none may fail it."""
+"""Fuzzing: requests generated from the OpenAPI document, and mutated ones; none may make the server fail."""
 
 import json
 import os
@@ -17,6 +17,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from ced.serve.schema import CLASSIFY, MODEL, STREAM, STREAM_TYPE
 from tests.serve.served import connected, constant, encode, noise
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = int(os.environ.get("CED_FUZZ_EXAMPLES", "15"))  # of each kind of request that is described
 MUTATED = int(os.environ.get("CED_FUZZ_REQUESTS", "300"))
@@ -48,7 +50,7 @@ PIECES = [
 
 @schemathesis.deserializer(STREAM_TYPE)
 def read_lines(context: Any, response: Any) -> Any:
-    """Return the first line of a stream, which is described as a line."""
+    """Return the first line of a stream, which has the schema StreamLine."""
     return json.loads(response.content.splitlines()[0])
 
 
@@ -67,14 +69,14 @@ schemathesis.openapi.media_type("audio/*", st.sampled_from([*SOUNDS, b"RIFF"]))
         ("/healthz/ready", GenerationMode.POSITIVE),
     ],
 )
-def test_the_server_keeps_to_its_own_description(address: str, path: str, mode: GenerationMode) -> None:
+def test_answers_conform_to_the_openapi_document(address: str, path: str, mode: GenerationMode) -> None:
     schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
     operation = schema[path]["post" if path in (CLASSIFY, STREAM) else "get"]
 
     @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(operation.as_strategy(generation_mode=mode))
     def check(case: schemathesis.Case[Any]) -> None:
-        # What the schema allows may be refused: it cannot say which bytes are a sound, or which options go together.
+        # The server may refuse what the schema allows, which cannot describe valid sounds or combinations of options.
         case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
     check()
@@ -111,7 +113,7 @@ def mutated(seed: int) -> bytes:
 
 
 def status_of(url: str, request: bytes) -> int | None:
-    """Send a request; return the status of the answer, None if the server closed the connection without any."""
+    """Send a request; return the status of the answer, None if the server closed the connection without an answer."""
     with connected(url) as connection:
         connection.settimeout(0.5)  # where a body is shorter than announced, or a mutated header lacks its end
         with suppress(OSError):  # it was refused before its end
@@ -123,7 +125,7 @@ def status_of(url: str, request: bytes) -> int | None:
     return int(answer.split(None, 2)[1]) if answer else None
 
 
-def test_mutated_requests_never_fail_the_server(address: str) -> None:
+def test_mutated_requests_are_never_status_500(address: str) -> None:
     statuses = Counter(status_of(address, mutated(seed)) for seed in range(MUTATED))
     print(dict(statuses))
     assert statuses.keys() <= {200, 400, 404, 405, 408, 413, 415, 422, 501, 505, None}

@@ -1,4 +1,4 @@
-"""Live connections: what `ced live` reports, sent as it happens, and clients that misbehave."""
+"""Live connections: the events of `ced live` over a WebSocket, and clients that break the protocol."""
 
 import base64
 import json
@@ -138,7 +138,7 @@ def test_scores_can_be_left_out(url: str) -> None:
         ("hop=1&hop=2", "hop is given 2 times"),
     ],
 )
-def test_impossible_options(url: str, query: str, words: str) -> None:
+def test_invalid_options_are_refused(url: str, query: str, words: str) -> None:
     with connect(f"{url}?{query}") as connection:
         (message,) = messages(connection)
     assert message["type"] == "error"
@@ -149,7 +149,7 @@ def test_impossible_options(url: str, query: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("sent", "code", "words"), [(b"abc", 1007, "even number"), ("go", 1007, "text"), (bytes(70_000), 1009, "")]
 )
-def test_messages_that_are_not_samples(url: str, sent: bytes | str, code: int, words: str) -> None:
+def test_messages_that_are_not_samples_end_the_connection(url: str, sent: bytes | str, code: int, words: str) -> None:
     with connect(url) as connection:
         connection.send(sent)
         found = messages(connection)
@@ -159,7 +159,7 @@ def test_messages_that_are_not_samples(url: str, sent: bytes | str, code: int, w
         assert words in found[-1]["error"]
 
 
-def test_live_connections_are_bounded_and_free_again(url: str) -> None:
+def test_the_number_of_live_connections_is_limited(url: str) -> None:
     with connect(url) as one, connect(url) as two:
         for each in (one, two):
             assert json.loads(each.recv())["type"] == "begin"
@@ -178,7 +178,7 @@ def is_accepted(url: str) -> bool:
         return False
 
 
-def test_sound_that_comes_too_fast_is_dropped_and_counted() -> None:
+def test_windows_that_arrive_too_fast_are_dropped_and_counted() -> None:
     model = Mean()
     with (
         running(Application(model, "mean")) as url,
@@ -198,7 +198,7 @@ def test_sound_that_comes_too_fast_is_dropped_and_counted() -> None:
     assert len(windows) <= 6
 
 
-def test_a_client_that_floods_the_server_is_refused(url: str) -> None:
+def test_a_client_that_sends_faster_than_real_time_is_disconnected(url: str) -> None:
     with connect(url) as connection:
         with suppress(websockets.ConnectionClosed):
             for _ in range(1000):
@@ -208,7 +208,7 @@ def test_a_client_that_floods_the_server_is_refused(url: str) -> None:
     assert "times as fast" in found[-1]["error"]
 
 
-def test_a_client_that_reads_nothing_is_closed_and_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_reads_nothing_is_disconnected_and_delays_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ced.serve.live._SEND_SECONDS", 0.5)
     app = Application(Wide(), "wide", limits=Limits(live=1))
     with running(app) as url:
@@ -249,7 +249,7 @@ class Wide(Mean):
         return np.full((1, 100_000), 0.25, np.float32)
 
 
-def test_silence_of_the_client_ends_events_and_then_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_sound_events_end_and_then_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("_TICK", 0.05), ("LULL", 0.3), ("_IDLE", 1.0)):
         monkeypatch.setattr(f"ced.serve.live.{name}", value)
     with (
@@ -263,7 +263,7 @@ def test_silence_of_the_client_ends_events_and_then_the_connection(monkeypatch: 
     assert "no sound arrived" in found[-1]["error"]
 
 
-def test_the_end_of_the_server_ends_events_in_order() -> None:
+def test_shutdown_ends_events_before_connections() -> None:
     app = Application(Mean(), "mean")
     found: list[dict[str, Any]] = []
     with ExitStack() as stack:

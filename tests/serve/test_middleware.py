@@ -1,4 +1,4 @@
-"""Who may use the server: API keys, host names, sites; and what every answer and every log line has."""
+"""API keys, host names and origins; the headers of every answer and the fields of every log line."""
 
 import base64
 import json
@@ -21,13 +21,13 @@ KEYS = ("0123456789abcdef", "another-key-that-is-valid")
 
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[str]:
-    """A server that asks for a key, answers to two names, and lies behind a prefix."""
+    """A server with an API key, two host names and a path prefix."""
     access = Access(KEYS, ("127.0.0.1", "[::1]", "tagger.example.org"), "/tagger")
     with running(Application(Mean(), "mean", access=access)) as url:
         yield url
 
 
-def test_an_api_key_is_needed(guarded: str) -> None:
+def test_an_api_key_is_required(guarded: str) -> None:
     with httpx.Client(base_url=guarded) as client:
         for path in (MODEL, "/metrics", f"/tagger{MODEL}", "/v1/nothing"):
             for headers in (
@@ -58,7 +58,7 @@ def as_protocol(key: str) -> str:
     return KEY_PROTOCOL + base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")
 
 
-def test_a_live_connection_has_its_key_in_a_header_or_a_subprotocol(guarded: str) -> None:
+def test_a_live_connection_takes_the_key_from_a_header_or_a_subprotocol(guarded: str) -> None:
     url = socket_url(guarded)
     for key in KEYS:
         with connect(url, additional_headers={"Authorization": f"Bearer {key}"}) as connection:
@@ -121,7 +121,7 @@ def test_paths_with_and_without_the_proxys_prefix(guarded: str) -> None:
     assert httpx.get(f"{guarded}/openapi.json").json()["servers"] == [{"url": "/tagger"}]
 
 
-def test_the_schema_describes_the_key(guarded: str, address: str) -> None:
+def test_the_openapi_document_describes_the_key(guarded: str, address: str) -> None:
     described = httpx.get(f"{guarded}/openapi.json").json()
     (name,) = described["components"]["securitySchemes"]
     assert described["components"]["securitySchemes"][name]["scheme"] == "bearer"
@@ -160,7 +160,7 @@ def test_each_request_has_a_line_in_the_log(guarded: str, caplog: pytest.LogCapt
         with connect(socket_url(guarded), additional_headers=key):
             pass
         assert httpx.get(guarded + "/healthz/live").status_code == 200
-        until(lambda: len(lines_so_far()) == 4)  # a line is written behind the end of its answer
+        until(lambda: len(lines_so_far()) == 4)  # a line is written after the end of its answer
     finally:
         log.removeHandler(caplog.handler)
         log.setLevel(logging.NOTSET)

@@ -1,4 +1,4 @@
-"""The overview that pages draw, against a direct computation."""
+"""The overview of a sound, compared with a direct computation."""
 
 import base64
 
@@ -36,7 +36,7 @@ def test_columns_do_not_depend_on_blocks(rate: float, block: int) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-def test_peaks_and_bands_are_where_the_sound_is() -> None:
+def test_peaks_and_bands_match_time_and_frequency_of_a_tone() -> None:
     time = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
     tone = np.where(time < 1, 0.0, 0.5 * np.sin(2 * np.pi * 1000 * time)).astype(np.float32)
     peaks, mels = columns(tone, 10.0, 4000)

@@ -1,4 +1,4 @@
-"""The page of `ced serve` in a browser: what it shows, plays and exports, against the commands for the same sounds."""
+"""The page of `ced serve` in Chromium: display, playback and exports, compared with those of the commands."""
 
 import base64
 import csv
@@ -28,10 +28,12 @@ from ced.tag.options import TagOptions
 from ced.tag.records import Scored
 from tests.serve.served import Mean, constant, running
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 STATIC = ROOT / "ced" / "serve" / "static"
 RATE = 16_000
-PATIENCE = 60_000  # ms
+PATIENCE = 120_000  # ms; generous, for machines under load
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LONG = 30  # minutes
 WINDOWS = ("--window", "2", "--hop", "1")  # which the page begins with
@@ -47,7 +49,7 @@ def test_vendored_files_are_those_of_the_package() -> None:
     assert "BSD" in (STATIC / "vendor" / "LICENSE").read_text()
 
 
-def test_no_file_of_the_page_makes_html_of_text() -> None:
+def test_no_file_of_the_page_inserts_text_as_html() -> None:
     for path in STATIC.glob("*.js"):
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write", path.read_text()), path.name
 
@@ -95,7 +97,7 @@ class serving:  # noqa: N801
 
 @pytest.fixture(scope="module")
 def browser(recording: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Chromium, whose microphone picks up the recording over and over."""
+    """Chromium, whose microphone plays the recording in a loop."""
     playwright = pytest.importorskip("playwright.sync_api")
     picked_up = tmp_path_factory.mktemp("microphone") / "microphone.wav"
     wave, rate = soundfile.read(recording)
@@ -117,7 +119,7 @@ def browser(recording: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def visit(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
-    """Opens the page; afterwards, nothing may have been refused by its policy or have failed unnoticed."""
+    """Opens the page; at the end, its policy must have blocked nothing, and no script may have failed."""
     contexts, faults, asked, hosts = [], [], [], set()
 
     def open_page(url: str = "", **options: Any) -> Any:
@@ -182,7 +184,7 @@ def ced_tag(path: Path, *options: str, form: str = "csv") -> str:
 
 
 def faults_of(page: Any) -> list[tuple[str, str]]:
-    """Return what axe-core finds fault with: rules, and the first element that breaks each."""
+    """Return the violations that axe-core finds: the rule, and the first element that breaks it."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is missing")
     found = axe.Axe().run(page).response["violations"]
     return [(fault["id"], fault["nodes"][0]["html"]) for fault in found if fault["impact"] != "minor"]
@@ -250,7 +252,7 @@ def test_numbers_are_written_as_by_the_command(visit: Callable[..., Any]) -> Non
 
 
 @in_browser
-def test_odd_characters_are_escaped(visit: Callable[..., Any]) -> None:
+def test_control_characters_are_escaped(visit: Callable[..., Any]) -> None:
     """In JSON, which must read the same, and in cells of tables, which are not quoted."""
     name = 'a"b\\c\t\n\x1b[31m\x85\u2028\u202e\U000e0001\u200d\U0001f600,.wav'
     lines = visit().evaluate(
@@ -455,7 +457,7 @@ def test_a_long_file_shows_its_first_events_while_it_is_tagged(
     until(page, "document.querySelector('#queue progress').value > 0.05")
     first = len(rows(page))
     wait_until_done(page)
-    assert page.evaluate("window.first - window.sent") < 5_000  # 1,000 where nothing else runs
+    assert page.evaluate("(window.first - window.sent) / (performance.now() - window.sent)") < 0.5
     until(page, f"document.querySelectorAll('#events tbody tr').length > {first}")
     for _ in range(6):
         page.click("#zoom-in")
@@ -472,7 +474,7 @@ def test_a_long_file_shows_its_first_events_while_it_is_tagged(
 
 
 @in_browser
-def test_the_microphone_is_recorded_and_listened_to(visit: Callable[..., Any]) -> None:
+def test_the_microphone_is_recorded_and_tagged_live(visit: Callable[..., Any]) -> None:
     page = visit(permissions=["microphone"])
     page.click("#record")
     until(page, "/Stop 0:03/.test(document.getElementById('record').textContent)")
@@ -551,10 +553,10 @@ class _Site(BaseHTTPRequestHandler):
 
 
 @in_browser
-def test_a_sound_behind_an_address_is_tagged(
+def test_a_sound_from_an_address_is_tagged(
     visit: Callable[..., Any], recording: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server fetches it, as the browser asks no other host; `visit` makes sure of that."""
+    """The server fetches it; the browser connects to no other host, which `visit` checks."""
     monkeypatch.setattr("ced.sound.web.is_public", lambda address: True)
     app = Application(Mean(), "mean", access=Access(addresses=True))
     with ThreadingHTTPServer(("127.0.0.1", 0), _Site) as site, running(app) as url:
@@ -593,14 +595,14 @@ def test_a_sound_behind_an_address_is_tagged(
 
 
 @in_browser
-def test_addresses_are_not_asked_for_where_the_server_fetches_none(visit: Callable[..., Any]) -> None:
+def test_the_field_for_addresses_is_hidden_if_the_server_fetches_none(visit: Callable[..., Any]) -> None:
     page = visit()
     until(page, "document.getElementById('model').textContent")
     assert page.is_hidden("#address")
 
 
 @in_browser
-def test_pieces_of_wav_files_whose_samples_lie_behind_long_chunks(visit: Callable[..., Any]) -> None:
+def test_events_are_cut_from_wav_files_with_long_chunks_before_the_samples(visit: Callable[..., Any]) -> None:
     wave = np.arange(RATE, dtype="<i2")
     plain = io.BytesIO()
     soundfile.write(plain, wave, RATE, format="WAV", subtype="PCM_16")
@@ -622,7 +624,7 @@ def test_pieces_of_wav_files_whose_samples_lie_behind_long_chunks(visit: Callabl
 
 
 @in_browser
-def test_a_player_that_tells_no_length_holds_up_no_sound(visit: Callable[..., Any], recording: Path) -> None:
+def test_a_player_that_reports_no_length_does_not_delay_the_queue(visit: Callable[..., Any], recording: Path) -> None:
     page = visit()
     page.evaluate("() => { window.Audio = class { load() {} removeAttribute() {} }; }")
     choose(page, recording)

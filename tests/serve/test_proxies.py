@@ -1,4 +1,4 @@
-"""The proxy configurations of docs/serve.md: valid, and right in front of a real server."""
+"""The proxy configurations of docs/serve.md, run in front of a real server."""
 
 import json
 import os
@@ -22,6 +22,8 @@ from ced.serve.app import Application
 from ced.serve.schema import CLASSIFY, LIVE_PATH, STREAM
 from ced.serve.server import Server, listen_unix
 from tests.serve.served import Mean, constant
+
+pytestmark = pytest.mark.slow
 
 NGINX, CADDY = shutil.which("nginx"), shutil.which("caddy")
 PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Connections, sockets and the end of the server, below the requests."""
+"""Connections, sockets and shutdown of the server."""
 
 import http.client
 import socket
@@ -15,7 +15,7 @@ from ced.errors import ConfigError
 from ced.serve.app import Application
 from ced.serve.body import Limits
 from ced.serve.schema import CLASSIFY, STREAM
-from ced.serve.server import Server, address, listen, listen_unix
+from ced.serve.server import Server, listen, listen_unix, url_of
 from ced.sound.labels import numbered
 from tests.serve.served import Mean, connected, constant, error, exchange, metrics, running, until
 
@@ -36,7 +36,7 @@ POST = f"POST {CLASSIFY} HTTP/1.1\r\nHost: localhost\r\n".encode()
         POST + b"X: " + bytes(100_000) + b"\r\n\r\n",
     ],
 )
-def test_what_is_not_valid_http_is_refused_in_json(address: str, request_bytes: bytes) -> None:
+def test_invalid_http_is_refused_in_json(address: str, request_bytes: bytes) -> None:
     status, headers, body = exchange(address, request_bytes)
     assert status == 400 or (status == 501 and b"gzip" in request_bytes)
     assert headers["content-type"] == "application/json"
@@ -50,7 +50,9 @@ def test_a_broken_chunk_is_refused(address: str) -> None:
         assert (status, headers["content-type"]) == (400, "application/json")
 
 
-def test_a_body_that_is_refused_is_not_read_without_end(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_body_of_a_refused_request_is_read_for_a_limited_time(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ced.serve.server._REST_SECONDS", 0.3)
     for lines, options, status in (
         (b"Content-Length: 1000001\r\n", b"", 413),
@@ -96,7 +98,7 @@ def test_connections_that_send_no_request_are_closed(monkeypatch: pytest.MonkeyP
 
             with pytest.raises(ConnectionError):
                 send_on()
-        with connected(url) as later:  # also behind a first request
+        with connected(url) as later:  # also after a first request
             later.sendall(b"GET /healthz/live HTTP/1.1\r\nHost: localhost\r\n\r\nGET /heal")
             assert later.makefile("rb").read().count(b"HTTP/1.1 200") == 1
 
@@ -122,7 +124,7 @@ def unread_stream(url: str) -> socket.socket:
     return connection
 
 
-def test_a_client_that_does_not_read_its_answer_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_that_does_not_read_its_answer_is_disconnected(caplog: pytest.LogCaptureFixture) -> None:
     limits = Limits(patience=0.5, slowest=50_000_000)
     with running(Application(Wide(), "wide", limits=limits)) as url, httpx.Client(base_url=url) as client:
         with unread_stream(url):
@@ -133,7 +135,7 @@ def test_a_client_that_does_not_read_its_answer_is_cut_off(caplog: pytest.LogCap
     assert [record.getMessage() for record in caplog.records if record.name.startswith("ced.")] == []
 
 
-def test_the_kernel_ends_connections_that_acknowledge_nothing() -> None:
+def test_connections_that_acknowledge_nothing_time_out_in_the_kernel() -> None:
     with (
         listen("127.0.0.1", 0) as listener,
         socket.create_connection(listener.getsockname()),
@@ -144,8 +146,8 @@ def test_the_kernel_ends_connections_that_acknowledge_nothing() -> None:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
 
 
-def test_the_server_stops_at_once_whatever_its_connections_wait_for() -> None:
-    """Idle connections, just opened ones, half a request, an answer nobody reads: none delays the end."""
+def test_idle_connections_do_not_delay_shutdown() -> None:
+    """Idle and new connections, half a request and an unread answer do not delay it."""
     app = Application(Wide(), "wide")
     with listen("127.0.0.1", 0) as listener:
         server = Server(app, grace=60)
@@ -195,10 +197,10 @@ def test_liveness_is_answered_under_load() -> None:
     assert sorted(took)[-2] < 4  # what the container's check allows
 
 
-def test_an_address_that_is_taken_is_told() -> None:
+def test_a_port_in_use_is_an_error() -> None:
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        assert address(taken) == f"http://127.0.0.1:{port}"
+        assert url_of(taken) == f"http://127.0.0.1:{port}"
         with pytest.raises(ConfigError, match=f"port {port}: Address already in use$"):
             listen("127.0.0.1", port)
 
@@ -206,7 +208,7 @@ def test_an_address_that_is_taken_is_told() -> None:
 def test_unix_sockets(tmp_path: Path) -> None:
     path = tmp_path / "ced.sock"
     with listen_unix(path) as listener:
-        assert address(listener) == f"unix:{path}"
+        assert url_of(listener) == f"unix:{path}"
         assert path.stat().st_mode & 0o777 == 0o660
         with pytest.raises(ConfigError, match="another server listens"):
             listen_unix(path)

@@ -1,4 +1,4 @@
-"""The queue: who is served when, who is refused, and what happens when clients leave or the server stops."""
+"""The queue: order of requests, refusals, clients that disconnect, and shutdown."""
 
 import threading
 import time
@@ -85,7 +85,7 @@ def test_several_windows_of_one_sound_are_scored_at_the_same_time_if_nothing_els
     assert probs == pytest.approx(np.linspace(0.0, 1.0, 40), abs=1e-6)
 
 
-def test_a_full_queue_says_when_to_come_back() -> None:
+def test_a_full_queue_is_status_503_with_retry_after() -> None:
     model = Mean()
     with (
         running(Application(model, "mean", limits=Limits(waiting=1))) as url,
@@ -105,7 +105,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         assert client.post(CLASSIFY, content=constant(0.5), headers=WAV).status_code == 200
 
 
-def test_slow_bodies_hold_no_place() -> None:
+def test_slow_uploads_take_no_place_in_the_queue() -> None:
     limits = Limits(waiting=0, patience=1.0, slowest=1_000)
     head = f"POST {CLASSIFY} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nRIFF".encode()
     with running(Application(Mean(), "mean", limits=limits)) as url, httpx.Client(base_url=url) as client:
@@ -142,7 +142,7 @@ def test_a_body_has_a_deadline_whatever_its_rate() -> None:
         assert time.monotonic() - began < 10
 
 
-def test_the_bytes_of_all_uploads_are_bounded() -> None:
+def test_the_bytes_of_all_uploads_are_limited() -> None:
     limits = Limits(megabytes=0.1, waiting=0)
     head = f"POST {CLASSIFY} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n".encode()
     app = Application(Mean(), "mean", limits=limits)
@@ -176,7 +176,7 @@ def test_uploads_of_one_name_at_the_same_time_are_kept_apart() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_a_full_temporary_folder_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_temporary_folder_is_reported(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     large = constant(0.5, 30)  # more than stays in memory
     app = Application(Mean(), "mean")
     with running(app) as url, httpx.Client(base_url=url, timeout=60) as client:
@@ -209,7 +209,7 @@ def test_only_requests_to_tag_are_counted() -> None:
     assert counted == {'ced_requests_total{status="200"}': 1, 'ced_requests_total{status="422"}': 1}
 
 
-def test_what_nobody_waits_for_is_not_scored() -> None:
+def test_windows_of_disconnected_clients_are_not_scored() -> None:
     model = Mean()
     with running(Application(model, "mean")) as url, httpx.Client(base_url=url, timeout=60) as client:
         model.lengths.clear()
@@ -222,8 +222,8 @@ def test_what_nobody_waits_for_is_not_scored() -> None:
         assert len(model.lengths) == 1  # of 20 windows
 
 
-def test_what_nobody_waits_for_is_not_decoded() -> None:
-    """A file of minutes of work for the decoder, of which every client leaves early."""
+def test_uploads_of_disconnected_clients_are_not_decoded() -> None:
+    """Decoding the file would take minutes, and every client disconnects early."""
     costly = encode(np.zeros((60 * 700_000, 1), np.float32), "FLAC", "PCM_16", rate=655_350)
     app = Application(Mean(), "mean")
     with running(app) as url, httpx.Client(base_url=url, timeout=60) as client:
@@ -235,7 +235,7 @@ def test_what_nobody_waits_for_is_not_decoded() -> None:
         assert time.monotonic() - began < 2
 
 
-def test_stopping_ends_what_was_begun() -> None:
+def test_running_requests_are_answered_at_shutdown() -> None:
     model = Mean()
     with running(Application(model, "mean")) as url:
         model.go.clear()
@@ -248,7 +248,7 @@ def test_stopping_ends_what_was_begun() -> None:
         httpx.get(f"{url}/healthz/live")
 
 
-def test_stopping_refuses_at_once_what_only_waits() -> None:
+def test_waiting_requests_are_refused_at_shutdown() -> None:
     model = Mean()
     app = Application(model, "mean")
     with running(app) as url, httpx.Client(base_url=url) as client:
@@ -258,17 +258,17 @@ def test_stopping_refuses_at_once_what_only_waits() -> None:
         waiting = Senders(url, [constant(0.5), constant(0.75)])
         until(lambda: metrics(client)["ced_pending_requests"] == 3)
 
-        def go_on() -> None:
-            waiting.answers()  # which come while the model is held up
+        def release() -> None:
+            waiting.answers()  # which arrive while the model waits
             model.go.set()
 
-        threading.Thread(target=go_on).start()
+        threading.Thread(target=release).start()
     assert [error(each, 503) for each in waiting.answers()] == [DOWN, DOWN]
     assert waiting.answers()[0].headers["retry-after"] == "1"
     assert begun.answers()[0].status_code == 200
 
 
-def test_what_is_not_answered_when_the_server_ends_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_requests_longer_than_the_grace_period_are_status_503(caplog: pytest.LogCaptureFixture) -> None:
     model = Mean()
     app = Application(model, "mean")
     with running(app, grace=1) as url:
@@ -276,13 +276,13 @@ def test_what_is_not_answered_when_the_server_ends_is_told_so(caplog: pytest.Log
         begun = Senders(url, [constant(0.25)])
         until(lambda: len(model.lengths) == 2)
     assert [error(each, 503) for each in begun.answers()] == [DOWN]
-    assert 'ced_requests_total{status="503"} 1.0' in app.service.meters.report().decode()
+    assert 'ced_requests_total{status="503"} 1.0' in app.service.metrics.report().decode()
     assert "Traceback" not in caplog.text
     model.go.set()
 
 
 class Embedding(Mean):
-    """Gives a long embedding of each wave, and counts the waves that are still in memory."""
+    """Returns a long embedding of each wave, and counts the waves that are still in memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -308,7 +308,7 @@ def test_embeddings_keep_no_samples(kind: str, path: str) -> None:
 
 
 def test_embeddings_count_for_the_length_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ced.serve.service._LONGEST_ANSWER", 200_000)
+    monkeypatch.setattr("ced.serve.answers._LONGEST_ANSWER", 200_000)
     with running(Application(Embedding(), "mean")) as url:
         options = {"embeddings": "windows", "window": "1"}  # of 21 kB each
         answer = httpx.post(url + CLASSIFY, content=constant(0.123, 15), params=options, headers=WAV, timeout=60)

@@ -22,7 +22,7 @@ def rows(line: dict[str, Any], classes: int, kind: str = "<f4") -> np.ndarray[An
     return np.frombuffer(base64.b64decode(line["scores"]), kind).reshape(-1, classes)
 
 
-def test_lines_hold_what_one_answer_holds(client: httpx.Client, graph: Path) -> None:
+def test_the_lines_of_a_stream_equal_the_single_answer(client: httpx.Client, graph: Path) -> None:
     sound = noise(3.5)
     begin, *windows, end = stream(client, encode(sound), window=1, top_k=2)
     assert begin["type"] == "begin"
@@ -80,7 +80,7 @@ def test_embeddings(client: httpx.Client, graph: Path) -> None:
     assert stream(client, encode(sound), window=1, embeddings="clip")[-1]["embedding"] == embedding.clip.tolist()
 
 
-def test_lines_are_as_described(client: httpx.Client) -> None:
+def test_lines_conform_to_the_openapi_document(client: httpx.Client) -> None:
     for options in ({}, {"scores": "columns"}, {"events": True, "scores": "windows"}, {"overview": 10}):
         for line in stream(client, encode(noise(2.5)), window=1, **options):
             described = StreamLine.model_validate(line).root
@@ -88,7 +88,7 @@ def test_lines_are_as_described(client: httpx.Client) -> None:
 
 
 class Slow(Mean):
-    """Scores the first windows at once, and the others when it may go on."""
+    """Scores the first windows at once, and the others after `go` is set."""
 
     def __init__(self, at_once: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Slow(Mean):
         return np.stack([waves.mean(1), waves.mean(1) / 2], axis=1)
 
 
-def test_lines_come_while_later_windows_wait() -> None:
+def test_lines_are_sent_while_later_windows_wait() -> None:
     model = Slow(2)  # one of them warms up
     with running(Application(model, "mean")) as url:
         model.go.clear()
@@ -114,7 +114,7 @@ def test_lines_come_while_later_windows_wait() -> None:
             assert [json.loads(line)["type"] for line in lines] == ["window", "window", "end"]
 
 
-def test_a_sound_that_breaks_off_ends_in_an_error(client: httpx.Client) -> None:
+def test_a_sound_that_cannot_be_decoded_to_its_end_ends_with_an_error_line(client: httpx.Client) -> None:
     samples = noise(3)
     samples[2 * RATE + 100] = np.nan
     lines = stream(client, encode(samples), window=1)
@@ -123,7 +123,7 @@ def test_a_sound_that_breaks_off_ends_in_an_error(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("windows", [0, 1])
-def test_the_place_of_a_client_that_leaves_is_free_again(windows: int) -> None:
+def test_a_client_that_disconnects_frees_its_place(windows: int) -> None:
     model = Slow(1 + windows)
     app = Application(model, "mean")
     with running(app) as url, httpx.Client(base_url=url) as client:

@@ -1,10 +1,10 @@
-/** Talk to the server; see docs/serve.md for its routes. */
+/** Requests to the server; docs/serve.md describes its routes. */
 
 const KEY = "ced-api-key"; // in sessionStorage: gone with the tab
 const LIVE_PROTOCOL = "ced.live.v1";
 const KEY_PROTOCOL = "ced.key."; // before the key, as browsers let no header be added to a WebSocket
 
-/** What the server, or the way to it, answered instead of a result. */
+/** An error of the server or of the connection. */
 export class ServerError extends Error {
   /** @param {number} status HTTP status, 0 if there was no answer @param {number} retryAfter seconds, 0 if not given */
   constructor(message, status = 0, retryAfter = 0) {
@@ -14,7 +14,7 @@ export class ServerError extends Error {
   }
 }
 
-/** Remember the key that the server asks for, until the tab is closed. */
+/** Keep the API key until the tab is closed. */
 export function setKey(key) {
   sessionStorage.setItem(KEY, key);
 }
@@ -42,7 +42,7 @@ export async function fetchModel() {
 /**
  * Send a sound and call `onLine` with each line of the streamed answer.
  *
- * An XMLHttpRequest, because fetch does not tell how much of a body has been sent.
+ * Uses XMLHttpRequest, because fetch does not report how much of a body has been sent.
  *
  * @param {File | string} source a file, or the address of one, which the server fetches
  * @param {Record<string, string | number>} options of the stream route
@@ -97,7 +97,7 @@ export function stream(source, options, { onSent, onLine, signal }) {
   });
 }
 
-/** Cuts a growing text into lines of JSON. */
+/** Splits a growing text into lines of JSON. */
 class Lines {
   #place = 0;
 

@@ -1,5 +1,5 @@
 /**
- * The page: connects the parts. What is shown follows from the store; the parts change the store, never each other.
+ * The page: connects the parts. The store determines what is shown; the parts change the store, never each other.
  *
  * api.js        requests, the stream of results, the live socket
  * state.js      the store, scores, overview and clips
@@ -68,7 +68,7 @@ const timeline = new Timeline(
   },
 );
 
-/** What the options of the page select of a sound's scores. */
+/** The options of the page that select events from the scores of a sound. */
 function eventsOf(clip) {
   if (!clip?.scores) return [];
   const { threshold, gap, shortest, classes } = store;
@@ -87,7 +87,7 @@ function sameEvent(one, other) {
   return one && other && one.index === other.index && one.onset === other.onset;
 }
 
-/** Find the events anew, and show them in the heat map and the table. */
+/** Merge the scores into events again, and show them in the heat map and the table. */
 function refresh() {
   const clip = store.selected;
   const events = eventsOf(clip);
@@ -110,7 +110,7 @@ function refresh() {
   store.set({ events, picked: events.find((event) => sameEvent(event, store.picked)) ?? null });
 }
 
-/** What is odd about the sound that is shown, or wrong with it. */
+/** Warnings and the error of the sound that is shown. */
 function notesOf(clip) {
   const notes = clip ? [clip.error, ...clip.notes] : [];
   if (clip?.scores && !store.playable)
@@ -242,7 +242,7 @@ byId("windows").addEventListener("change", ({ target }) => {
   if (store.selected) queue.again(store.selected);
 });
 
-/** Go to the event before or behind the picked one or, without one, the place that is played. */
+/** Select the event before or after the selected one or, without one, the playing position. */
 function step(direction) {
   const { events, picked } = store;
   if (!events.length) return;
@@ -322,7 +322,7 @@ function complain(message) {
   byId("problem").hidden = !message;
 }
 
-/** Ask for the key of the server until one is given. */
+/** Ask for the API key until one is entered. */
 function askKey() {
   const dialog = byId("key");
   dialog.showModal();

@@ -1,4 +1,4 @@
-/** Make elements. Words enter the document as text only, never as HTML. */
+/** Make elements. Text enters the document as text only, never as HTML. */
 
 const SVG = "http://www.w3.org/2000/svg";
 const ICONS = {
@@ -20,7 +20,7 @@ export function element(tag, properties = {}, ...children) {
   return made;
 }
 
-/** A small picture that screen readers pass over. */
+/** An icon, hidden from screen readers. */
 export function icon(name) {
   const picture = document.createElementNS(SVG, "svg");
   picture.setAttribute("viewBox", "0 0 16 16");
@@ -43,7 +43,7 @@ export function save(blob, name) {
   setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }
 
-/** Call `work` in the next frame, once, however often the result is called; and no sooner than `pause` ms after the last. */
+/** Debounce: call `work` once, in the next frame and at least `pause` ms after the last call of the result. */
 export function eachFrame(work, pause = 0) {
   let asked = false;
   let last = -Infinity;

@@ -14,7 +14,7 @@ const SAME_INSTANT = 1e-6; // seconds; times that differ by less are equal up to
  * @returns {{onset: number, offset: number, index: number, peak: number}[]} seconds; peak: the highest probability
  */
 export function findEvents(scores, { threshold, release = 0.5, gap = 0, shortest = 0, classes }) {
-  // Probabilities are float32, so thresholds are compared as float32, too.
+  // Probabilities are float32, so thresholds are compared as float32.
   const high = Math.fround(threshold);
   const low = Math.fround(Math.fround(release) * high);
   const { begins, continues, lastOffsets } = boundaries(scores);
@@ -49,7 +49,7 @@ export function findEvents(scores, { threshold, release = 0.5, gap = 0, shortest
   return found.sort((one, other) => one.onset - other.onset || one.index - other.index);
 }
 
-/** Where each window's own time begins, whether it adjoins the one before, and where that one's own time ends. */
+/** Start of the time that each window stands for, whether it adjoins the previous one, and end of the time of that one. */
 function boundaries({ length, starts, ends }) {
   const begins = new Float64Array(length);
   const lastOffsets = new Float64Array(length);
@@ -66,7 +66,7 @@ function boundaries({ length, starts, ends }) {
   return { begins, continues, lastOffsets };
 }
 
-/** Where each window's own time begins (seconds), and behind the last one where that ends: length + 1 values. */
+/** Edges, in seconds, of the times that the windows stand for: length + 1 values. */
 export function edges(scores) {
   const { begins } = boundaries(scores);
   const found = new Float64Array(scores.length + 1);

@@ -2,13 +2,13 @@
 
 const HIGHEST = 8000; // Hz; the upper edge of the mel filters
 const SECONDS = ["seconds", "expected_seconds"]; // fields of a record that are never written as integers
-const TAIL = ["seconds", "complete", "expected_seconds"]; // fields of a record that stand behind its pieces
+const TAIL = ["seconds", "complete", "expected_seconds"]; // fields of a record after its pieces
 const RAVEN_COLUMNS = [
   "Selection", "View", "Channel", "Begin Time (s)", "End Time (s)", "Low Freq (Hz)", "High Freq (Hz)", "Begin Path",
   "File Offset (s)", "Label", "Score",
 ]; // prettier-ignore
 
-/** Formats by name: suffix and media type of their files, what makes lines of records, and whether sounds can share one. */
+/** Formats by name: suffix, media type, writer of records, and whether several sounds can share a file. */
 export const FORMATS = {
   csv: { name: "CSV", suffix: ".csv", type: "text/csv", lines: csv, shared: true },
   jsonl: { name: "JSONL", suffix: ".jsonl", type: "application/jsonl", lines: jsonl, shared: true },
@@ -84,7 +84,7 @@ function quoted(field) {
 const UNSAFE =
   /[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}\ud800-\udfff]/gu;
 
-/** A value as JSON that is safe to print: what is unsafe is escaped, and reads the same. */
+/** A value as JSON that is safe to print: unsafe characters are escaped. */
 function json(value) {
   const escape = (found) => found.split("").map((unit) => unicode(unit.charCodeAt(0))).join(""); // UTF-16 units
   return JSON.stringify(value).replace(UNSAFE, escape);
@@ -111,7 +111,7 @@ export function fixed(value, decimals) {
   return ((below % 2 ? below + 1 : below) / 10 ** decimals).toFixed(decimals);
 }
 
-/** A number as Python's JSON has it: the shortest digits that read back the same, always with a point or exponent. */
+/** A number as Python's json writes it: the shortest digits that give the same value, with a point or an exponent. */
 export function float(value) {
   const magnitude = Math.abs(value);
   if (magnitude !== 0 && (magnitude < 1e-4 || magnitude >= 1e16)) {

@@ -1,4 +1,4 @@
-/** Choosing labels: typing filters at once, ticking keeps a label when the search is cleared. */
+/** The label filter: typing filters at once; a ticked label stays when the search is cleared. */
 
 import { byId, element, icon } from "./dom.js";
 
@@ -87,7 +87,7 @@ export class LabelFilter {
     if (kept) this.#kept.add(index);
     else this.#kept.delete(index);
     if (kept && this.search.value) {
-      this.search.value = ""; // else what matches would stay chosen, too
+      this.search.value = ""; // otherwise the matches would stay chosen
       this.#draw();
     }
     this.#chips();

@@ -12,7 +12,7 @@ const SHOWN = 60; // seconds in the heat map
 const ROWS = 8;
 const ROW_HEIGHT = 22; // pixels, as in style.css
 const AXIS_HEIGHT = 22;
-const MOST_BUFFERED = 64_000; // bytes (two seconds) that may wait in the socket; what comes behind them is dropped
+const MOST_BUFFERED = 64_000; // bytes (two seconds) that may wait in the socket; later ones are dropped
 const MOST_EVENTS = 500; // in the list
 
 export class Live {
@@ -21,7 +21,7 @@ export class Live {
   #windows = []; // of the last minute: {start, end, probs}
   #rows = []; // indices of classes
   #going = new Map(); // events by number
-  #lines = []; // reports of events that are over, as `ced live -f jsonl` has them
+  #lines = []; // events that have ended, as `ced live -f jsonl` writes them
   #fault = "";
 
   /** @param {{labels: string[], live: {rate: number}}} model @param {{onChange: (running: boolean) => void}} handlers */
@@ -66,7 +66,7 @@ export class Live {
     }
   }
 
-  /** End listening; what goes on then is reported as over. */
+  /** Stop listening; events that have begun are ended. */
   stop() {
     this.#microphone?.close();
     this.#microphone = null;
@@ -91,7 +91,7 @@ export class Live {
     if (message.type === "begin") this.#note("Listening");
     else if (message.type === "window") this.#window(message);
     else if (message.type === "event") this.#event(message);
-    else if (message.type === "dropped") this.#note(`Listening; ${message.windows} windows were left out, as the model is too slow`);
+    else if (message.type === "dropped") this.#note(`Listening; ${message.windows} windows were dropped, as the model is too slow`);
     else if (message.type === "error") this.#fault = message.error;
   }
 

@@ -9,9 +9,9 @@ import { wav } from "./wav.js";
  *
  * @param {number | null} rate Hz; null: the device's own
  * @param {(block: Float32Array) => void} onBlock
- * @param {(error: Error) => void} onLost called when the device goes away
+ * @param {(error: Error) => void} onLost called when the device is disconnected
  * @returns {Promise<{rate: number, close: () => void}>}
- * @throws {Error} with a message for people, when there is no microphone or no permission
+ * @throws {Error} with a message for users, if there is no microphone or no permission
  */
 export async function openMicrophone(rate, onBlock, onLost) {
   if (!navigator.mediaDevices || !window.AudioWorkletNode)

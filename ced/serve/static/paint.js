@@ -21,7 +21,7 @@ export const INKS = {
   dark: { wave: "#7b8794", played: "#cbd2d9", cursor: "#fb923c", accent: "#58b0f0", axis: "#a3afbb", veil: "#00000080" },
 };
 
-const SHOWN = 175; // steps of 0.4 dB: 70 dB below the loudest are told apart
+const SHOWN = 175; // steps of 0.4 dB: the range of 70 dB below the loudest
 
 /** A table of 256 colours, four bytes each. */
 function table(stops) {
@@ -42,7 +42,7 @@ const TABLES = Object.fromEntries(
   Object.entries(SCALES).map(([theme, { sound, heat }]) => [theme, { sound: table(sound), heat: table(heat) }]),
 );
 
-/** Put a picture of values (height, width), 0 to 255, over a part of a canvas; negative values stay clear. */
+/** Draw values (height, width), 0 to 255, over a part of a canvas; negative values are transparent. */
 function picture(context, values, width, height, colours, { x = 0, y = 0, tall, wide = width, smooth = false }) {
   const image = new ImageData(width, height);
   for (let place = 0; place < values.length; place++)
@@ -123,7 +123,7 @@ function before(values, value) {
   return low;
 }
 
-/** Draw the ticks of a time axis, with times beside those that have room. */
+/** Draw the ticks of a time axis, with times where there is room. */
 export function drawAxis(context, { from, to, width, height, ink }) {
   const scale = width / (to - from);
   const step = tickStep(72 / scale);

@@ -41,17 +41,17 @@ export class Queue {
     this.run();
   }
 
-  /** Tag a clip again, with other windows, say. */
+  /** Tag a clip again, for example with other windows. */
   again(clip) {
     Object.assign(clip, { status: "waiting", error: "", notes: [], head: {}, seconds: null });
     Object.assign(clip, { sent: 0, scores: null, overview: null, windows: this.store.windows });
     this.#draw(clip);
     this.handlers.onGrow(clip);
-    if (clip === this.#current) this.#stop.abort(); // and `run` comes to it again
+    if (clip === this.#current) this.#stop.abort(); // and `run` processes it again
     else this.run();
   }
 
-  /** Cancel a clip that is not done; remove one that is. */
+  /** Cancel a clip that is not finished; remove one that is. */
   #close(clip) {
     if (clip.status === "waiting") this.#change(clip, { status: "cancelled" });
     else if (clip === this.#current) this.#stop.abort();
@@ -65,7 +65,7 @@ export class Queue {
     }
   }
 
-  /** Send the clips that wait, one after the other, unless that is going on. */
+  /** Send the waiting clips one after the other, unless this is already running. */
   async run() {
     if (this.#current || !this.store.model) return;
     let clip;
@@ -193,7 +193,7 @@ function addWindow(scores, { start, end, silent, edges, scores: text }) {
 }
 
 /**
- * The length of a sound as the browser's player has it; null if it cannot play it, or does not tell in time.
+ * The length of a sound in the browser's player; null if it cannot play the sound, or reports no length in time.
  *
  * @throws {DOMException} AbortError, when `signal` was aborted
  */

@@ -10,7 +10,7 @@ const TABLE = new Float32Array(CROSSINGS * STEPS + 2).map((_, place) => {
   return x ? (hann * Math.sin(Math.PI * x)) / (Math.PI * x) : 1;
 });
 
-/** Resamples block by block; what comes out lags by half the length of the filter. */
+/** Resamples block by block; the output lags by half the length of the filter. */
 export class Resampler {
   #held; // samples that later outputs still need
   #next; // where in #held the next output lies
@@ -24,7 +24,7 @@ export class Resampler {
     this.#next = this.reach;
   }
 
-  /** Return what the next samples add, at the new rate. @param {Float32Array} samples */
+  /** Resample the next samples. @param {Float32Array} samples */
   add(samples) {
     if (this.step === 1) return samples.slice();
     const held = new Float32Array(this.#held.length + samples.length);

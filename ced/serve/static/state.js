@@ -1,4 +1,4 @@
-/** What the page knows: the model, the sounds and their scores, and what of them is shown. */
+/** The state of the page: the model, the sounds and their scores, and the selection that is shown. */
 
 /** A value with parts that can be observed. */
 export class Store {
@@ -59,7 +59,7 @@ export class Scores {
     return this.#probs[window * this.labels.length + index];
   }
 
-  /** How much of the sound has been scored, in seconds. */
+  /** Seconds of the sound that have been scored. */
   get scored() {
     return this.length ? this.ends[this.length - 1] : 0;
   }
@@ -137,7 +137,7 @@ export class Clip {
     this.windows = windows;
   }
 
-  /** An address for players, which `release` ends; null: the page does not have the file. */
+  /** An object URL for players, revoked by `release`; null if the page does not have the file. */
   get url() {
     if (this.file) this.#url ??= URL.createObjectURL(this.file);
     return this.#url;

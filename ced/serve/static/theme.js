@@ -1,16 +1,16 @@
-/** Light, dark, or as the system has it; the choice is kept in this browser. */
+/** Light, dark or system theme; the choice is kept in the browser. */
 
 const KEY = "ced-theme";
 const NAMES = { auto: "Theme: system", light: "Theme: light", dark: "Theme: dark" };
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
-/** The theme that is in force. @returns {"light" | "dark"} */
+/** The current theme. @returns {"light" | "dark"} */
 export function theme() {
   const chosen = document.documentElement.dataset.theme;
   return chosen ?? (dark.matches ? "dark" : "light");
 }
 
-/** Let a button go through the themes; call `onChange` when another is in force. */
+/** Make a button switch between the themes; call `onChange` when the theme changes. */
 export function setUpTheme(button, onChange) {
   const apply = (name) => {
     if (name === "auto") delete document.documentElement.dataset.theme;

@@ -1,4 +1,4 @@
-/** Times as people read them. */
+/** Times as text. */
 
 /** Seconds as 12.34, 1:02.3 or 1:00:02.3. */
 export function clock(seconds, decimals = 1) {
@@ -16,7 +16,7 @@ export function clock(seconds, decimals = 1) {
 
 const STEPS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200];
 
-/** The distance of an axis's ticks: the shortest round one that takes at least `least` seconds. */
+/** The interval of the ticks of an axis: the shortest round one of at least `least` seconds. */
 export function tickStep(least) {
   return STEPS.find((step) => step >= least) ?? Math.ceil(least / 3600) * 3600;
 }

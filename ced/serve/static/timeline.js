@@ -14,7 +14,7 @@ const WIDEST = 15e6; // pixels; browsers cannot lay out much more
 const NARROWEST = 4; // pixels; regions of shorter events could not be hit
 const MOST_REGIONS = 600;
 
-// What lies inside wavesurfer's shadow tree, out of reach of style.css.
+// Style of the inside of wavesurfer's shadow tree, which style.css does not reach.
 const LANES_STYLE = `
   .lane { position: relative; overflow: hidden; pointer-events: none; }
   .lane canvas { image-rendering: auto; }
@@ -47,7 +47,7 @@ class Lane {
     this.#tiles.clear();
   }
 
-  /** Draw the tiles between two places (pixels) that are not there yet, and drop those far away. */
+  /** Draw the missing tiles between two positions (pixels), and drop those far away. */
   paint({ left, right, total, scale }) {
     if (!this.tall) return;
     for (let start = Math.floor(left / TILE) * TILE; start < Math.min(right, total); start += TILE) {
@@ -134,7 +134,7 @@ export class Timeline {
     this.recolour();
   }
 
-  /** The length of the time axis: that of the player, so that times agree, else by the file, else what was scored. */
+  /** The length of the time axis: that of the player, so that times agree, else by the header, else the scored length. */
   get seconds() {
     const length = this.audio.duration;
     if (this.audio.readyState && Number.isFinite(length) && length > 0) return length;
@@ -163,7 +163,7 @@ export class Timeline {
     this.paint();
   }
 
-  /** Show more of the scores and the waveform. */
+  /** Show the scores and the waveform received so far. */
   grow() {
     this.#load();
     this.mel.clear();
@@ -190,7 +190,7 @@ export class Timeline {
     if (event.offset > to || event.onset < from) this.#scrollTo((event.onset + event.offset) / 2);
   }
 
-  /** Play an event, or go on in it. */
+  /** Play an event, or continue it. */
   play(event) {
     const now = this.surfer.getCurrentTime();
     const paused = this.#played === keyOf(event) && !this.surfer.isPlaying();
@@ -229,7 +229,7 @@ export class Timeline {
     for (const lane of [this.mel, this.heat, this.axis]) lane.clear();
   }
 
-  /** Hand the waveform that has come so far to wavesurfer; the part that is still to come is flat. */
+  /** Pass the waveform received so far to wavesurfer; the missing part is flat. */
   #load() {
     const seconds = this.seconds;
     this.#stale = this.#until !== null; // loading would forget where to stop

@@ -16,7 +16,7 @@ export function wav(parts, rate) {
  * Cut a piece out of a sound, as a WAV file: the samples of a WAV file as they are, other files decoded.
  *
  * @param {Blob} file @param {number} start seconds @param {number} end seconds @param {number} seconds its length
- * @throws {Error} with a message for people, when the browser cannot decode it
+ * @throws {Error} with a message for users, if the browser cannot decode the file
  */
 export async function snippet(file, start, end, seconds) {
   const found = await parse(file);
@@ -50,9 +50,9 @@ async function decode(file) {
 }
 
 /**
- * Find format and samples of a WAV file, wherever they are; null: it is none, or compressed.
+ * Find the format and the samples of a WAV file; null if it is not one, or is compressed.
  *
- * Only the headers of chunks are read: others, such as texts and pictures, may be as long as they like.
+ * Only the headers of chunks are read, because other chunks, such as text and pictures, may be long.
  */
 async function parse(file) {
   const read = async (place, size) => new DataView(await file.slice(place, place + size).arrayBuffer());
@@ -89,7 +89,7 @@ function format(tag, channels, rate, bits) {
   return new Uint8Array(fields.buffer);
 }
 
-/** All that comes before the samples of a WAV file. */
+/** The header of a WAV file. */
 function header(described, bytes) {
   const made = new DataView(new ArrayBuffer(28 + described.length));
   const write = (place, words) => [...words].forEach((letter, index) => made.setUint8(place + index, letter.charCodeAt(0)));

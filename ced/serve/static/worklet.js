@@ -1,4 +1,4 @@
-/** Runs in the audio thread: passes what the microphone picks up on to the page, mono, at a chosen rate. */
+/** Runs in the audio thread: sends the signal of the microphone to the page, mono, at a chosen rate. */
 
 import { Resampler } from "./resample.js";
 
