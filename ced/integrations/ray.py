@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 AUTO = "auto"  # in place of an address: a cluster that runs here or that RAY_ADDRESS names, else one of this machine
 _FILES_AT_ONCE = 16  # of a data set, for one call of a worker
 _SECONDS_TO_CONNECT = 10.0
+_GROUP = 8  # sounds that a process is sent at once, and that are repeated one by one if one of them crashes it
 _SECONDS_TO_BE_LOST = 5.0
 _SECONDS_TO_END = 10.0  # from the end of its connection to that of a process
 
@@ -552,7 +553,7 @@ class _Reader:
 
     def __init__(self, work: "Tagging | Embedding") -> None:
         self._work = work
-        self._at_once = 1 if work.model.device in (None, "cpu") else 4 * work.model.batch  # sounds
+        self._at_once = _GROUP if work.model.device in (None, "cpu") else 4 * work.model.batch  # sounds
         self._process: Any = None
         self._connection: Connection | None = None
 

@@ -28,9 +28,12 @@ def sounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[InputSound]:
     return [InputSound(f"./{path.name}", str(path), Path(path.name)) for path in paths]
 
 
-@pytest.mark.parametrize("device", ["cpu", "auto"])  # one by one; in groups, as on a GPU
-def test_a_sound_that_crashes_its_process_costs_no_other(sounds: list[InputSound], device: str) -> None:
-    found = list(_Reader(Tagging(Model("esc10", device=device))).read(sounds))
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_a_sound_that_crashes_its_process_costs_no_other(
+    sounds: list[InputSound], monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(ray, "_GROUP", size)
+    found = list(_Reader(Tagging(Model("esc10"))).read(sounds))
     good, crashed, other, missing = found
     for rows in (good, other):
         assert isinstance(rows, Rows)
