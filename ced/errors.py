@@ -18,6 +18,7 @@ _OPTIONAL = {
     "prometheus_client": ("prometheus-client", "serve"),
     "pyarrow": ("pyarrow", "parquet"),
     "python_multipart": ("python-multipart", "serve"),
+    "ray": ("ray", "ray"),
     "sounddevice": ("sounddevice", "live"),
     "starlette": ("starlette", "serve"),
     "tensorboard": ("tensorboard", "train"),
