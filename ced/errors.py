@@ -21,6 +21,7 @@ _OPTIONAL = {
     "prometheus_client": ("prometheus-client", "serve"),
     "pyarrow": ("pyarrow", "parquet"),
     "python_multipart": ("python-multipart", "serve"),
+    "ray": ("ray", "ray"),
     "s3fs": ("s3fs", "cloud"),
     "sounddevice": ("sounddevice", "live"),
     "starlette": ("starlette", "serve"),

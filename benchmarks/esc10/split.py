@@ -146,7 +146,7 @@ def _mix_table(folder: Path, table: str, out: str, mixtures: int, fastest: float
     if not path.exists():
         learned = read_table(folder / f"{table}.tsv")
         files, labels = list(learned.column("filename")), list(learned.column("labels"))
-        waves = [_fitted(load(Path(file))) for file in files]
+        waves = [fitted(load(Path(file))) for file in files]
         (folder / "mixtures").mkdir(exist_ok=True)
         rng = np.random.default_rng(0)
         for number in range(mixtures * len(waves)):
@@ -169,5 +169,6 @@ def _played(wave: NDArray[np.float32], fastest: float, rng: np.random.Generator)
     return np.resize(played, len(wave))
 
 
-def _fitted(wave: NDArray[np.float32]) -> NDArray[np.float32]:
+def fitted(wave: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return a wave (t,) cut or padded with zeros to the length of every clip."""
     return np.pad(wave, (0, max(0, LENGTH - len(wave))))[:LENGTH]

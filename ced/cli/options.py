@@ -10,9 +10,9 @@ from ced.model.graph import Precision as GraphPrecision
 from ced.tag.options import EVENT_THRESHOLD, TOP_K, Tail
 
 # Panels of --help
-_INPUT, _MODEL, _WINDOWS, _SELECTION, _EVENTS, _OUTPUT, _ACTIONS = (
+_INPUT, _MODEL, _WINDOWS, _SELECTION, _EVENTS, _OUTPUT, _ACTIONS, _CLUSTER = (
     *("Input", "Model", "Windows", "Selection"),
-    *("Events", "Output", "Actions"),
+    *("Events", "Output", "Actions", "Cluster"),
 )
 _SOUNDS = (
     "Files, folders, patterns, shards (.tar, .parquet), each also at s3://, gs://, az:// or hf://, http(s) addresses,"
@@ -74,6 +74,42 @@ Jobs = Annotated[
         rich_help_panel=_MODEL,
         show_default="all cores",
         help="Windows scored at the same time, one thread each.",
+    ),
+]
+
+Device = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_MODEL,
+        help="cpu, cuda, coreml, directml or another device that the installed ONNX Runtime can use; cuda:1 for the "
+        "second of several; auto: an accelerator if there is one.",
+        show_default="cpu",
+    ),
+]
+Batch = Annotated[
+    int,
+    typer.Option(
+        min=1, rich_help_panel=_MODEL, help="Windows that share a call of the model on an accelerator; not on the CPU."
+    ),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="auto|ADDRESS",
+        rich_help_panel=_CLUSTER,
+        help="Process sounds on a Ray cluster, into Parquet parts in the folder --out: auto (the cluster that runs "
+        "here or that RAY_ADDRESS names, else one with the cores of this machine), HOST:PORT or ray://HOST:PORT.",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        rich_help_panel=_CLUSTER,
+        show_default="all cores of the cluster",
+        help="With --ray: sounds processed at a time, each on one core, or on one GPU.",
     ),
 ]
 
@@ -336,7 +372,8 @@ EmbeddingsOut = Annotated[
         "--out",
         "-o",
         rich_help_panel=_OUTPUT,
-        help="NAME.npy (with NAME.npy.tsv beside it) or NAME.parquet, also at s3://, gs:// or az://.",
+        help="NAME.npy (with NAME.npy.tsv beside it) or NAME.parquet, also at s3://, gs:// or az://; with --ray a "
+        "folder.",
     ),
 ]
 EachWindow = Annotated[
