@@ -16,6 +16,8 @@ import soundfile
 
 from ced.tag.records import Record
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 RATE = 16_000
 SECONDS = 300
@@ -23,8 +25,6 @@ SLOW = """
 import sys, time
 import ced.cli.console, ced.tag.scores
 from ced.model.runtime import OnnxModel
-
-pytestmark = pytest.mark.slow
 ced.tag.scores._FLUSH_SECONDS = ced.cli.console.LINE_SECONDS = 0.5
 score = OnnxModel.__call__
 def slowly(self, waves):
@@ -74,7 +74,9 @@ def test_windows_are_printed_at_once_and_stay_after_ctrl_c(long: Path, tmp_path:
     assert process.stdout is not None
     out = b""
     while len(out) < 500:  # far less than all, and long before the end
-        out += process.stdout.read(500)
+        more = process.stdout.read(500)
+        assert more, process.communicate(timeout=30)
+        out += more
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=30)
