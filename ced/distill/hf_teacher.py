@@ -19,11 +19,12 @@ from ced.errors import CheckpointError, ConfigError, optional_packages
 from ced.model import download
 from ced.model.config import read_config
 from ced.progress import Progress, silent
-from ced.sound.labels import ClassTable, audioset, matched, named_by_config
+from ced.sound.labels import ClassTable, mostly_audioset, named_by_config
 
 os.environ.update(SWITCHES)
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+
 AST, WHISPER = "ASTFeatureExtractor", "WhisperFeatureExtractor"
 _FILES = ("preprocessor_config.json", "model.safetensors", "config.json")
 
@@ -70,7 +71,7 @@ class HfTeacher:
         self.activation = _activation(config.problem_type, self.labels)
         self._is_ast = type(self.extractor).__name__ == AST
         self._spectrogram = layout_of(self.extractor)
-        _log.info(
+        logger.info(
             "hf:%s: views are masked in its %s (%s); probabilities by %s (problem_type: %s)",
             *(source, self.masks, type(self.extractor).__name__, self.activation, config.problem_type),
         )
@@ -107,7 +108,7 @@ class HfTeacher:
         return logits.sigmoid() if self.activation == "sigmoid" else logits.softmax(-1)
 
     def _extracted(self, waves: Tensor) -> dict[str, Tensor]:
-        """Return what the feature extractor makes of waves, on the device of the network."""
+        """Return the feature extractor's output for waves, on the device of the network."""
         clips = list(waves.cpu().numpy())
         found = self.extractor(clips, sampling_rate=self.extractor.sampling_rate, return_tensors="pt")
         return {name: value.to(self.device) for name, value in found.items()}
@@ -151,8 +152,7 @@ def layout_of(extractor: Any) -> Spectrogram | None:
 def _activation(problem: str | None, labels: ClassTable | None) -> str:
     if problem is not None:
         return "softmax" if problem == "single_label_classification" else "sigmoid"
-    found = sum(column >= 0 for column in matched(labels, audioset())) if labels else 0
-    return "sigmoid" if 2 * found > len(audioset()) else "softmax"
+    return "sigmoid" if labels is not None and mostly_audioset(labels) else "softmax"
 
 
 def _downloaded(source: str, progress: Progress) -> Path:

@@ -145,6 +145,11 @@ def matched(table: ClassTable, target: ClassTable) -> list[int]:
     return columns
 
 
+def mostly_audioset(table: ClassTable) -> bool:
+    """Return whether a table has more than half of AudioSet's classes, in any order."""
+    return 2 * sum(column >= 0 for column in matched(table, audioset())) > len(audioset())
+
+
 def _words(name: str) -> str:
     return " ".join(re.findall(r"\w+", name.casefold()))
 
