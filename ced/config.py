@@ -402,7 +402,7 @@ def command_of(path: Path) -> str:
     else:
         found = [name for name, kind in kinds.items() if values.keys() <= kind.model_fields.keys()]
     if len(found) != 1:
-        raise ConfigError(f"{path} does not say which command it is for: add a key command: {' | '.join(kinds)}")
+        raise ConfigError(f"{path} is for no training command; set its key command to one of: {', '.join(kinds)}")
     return found[0]
 
 

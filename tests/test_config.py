@@ -157,7 +157,7 @@ def test_the_command_of_a_file_without_one_is_known_by_its_keys(
 def test_a_file_that_is_for_no_command_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"which command .* train \| finetune \| pretrain"):
+    with pytest.raises(ConfigError, match=r"no training command; .* train, finetune, pretrain"):
         command_of(path)
 
 

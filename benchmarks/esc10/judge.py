@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from benchmarks.esc10 import plan, teachers
-from ced.distill.dataset import ViewDataset, whole
+from ced.distill.dataset import ViewDataset, whole_clips
 from ced.distill.evaluate import Evaluator
 from ced.distill.pack_reader import AudioPack
 from ced.model.frontend import LogMel
@@ -85,7 +85,7 @@ def _evaluator(folder: Path, table: str) -> Evaluator:
 def _scores(name: str, folder: Path, table: str) -> NDArray[np.float32]:
     """Return a teacher's probabilities of all clips, one by one, as their lengths differ by a few samples; (n, c)."""
     teacher, pack, front_end = teachers.trained(name, folder), AudioPack(folder / table), LogMel()
-    clips = ViewDataset(pack, whole(pack, range(len(pack))))
+    clips = ViewDataset(pack, whole_clips(pack, range(len(pack))))
     with torch.inference_mode():
         rows = [teacher(front_end(clips[item].to_device(CPU)[0])) for item in range(len(clips))]
     return torch.cat(rows).numpy()

@@ -7,14 +7,16 @@ probabilities -> top k -> view store. Training later makes the same mel from the
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ced.config import StoreConfig
 from ced.distill import view_store
@@ -73,11 +75,7 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
     teachers = [load_teacher(entry, config.model_args, world.device, progress) for entry in config.model]
     classes = class_table(config.classes) if config.classes else None
     ensemble = Ensemble(teachers, config.mode, recipe, samples, world.device, classes)
-    if not (config.topk <= ensemble.known and ensemble.num_classes <= _MAX_CLASSES):
-        raise ConfigError(
-            f"topk is {config.topk} and the teachers have {ensemble.known} classes; "
-            f"set topk to at most the number of classes, which is at most {_MAX_CLASSES}"
-        )
+    _check_classes(config.topk, ensemble)
     meta = StoreMeta(
         recipe=recipe,
         topk=config.topk,
@@ -104,13 +102,8 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
             if (epoch, world.rank) in missing:
                 seeds = epoch_seeds(config.seed, epoch, len(chunks))
                 views = ViewDataset(pack, chunks, recipe, seeds, samples)
-                values, indexes = [np.empty((0, config.topk), np.float16)], [np.empty((0, config.topk), np.int16)]
-                for done, batch in enumerate(prefetch(views, batches, config.num_workers), start=1):
-                    top = ensemble(*batch.to_device(world.device)).topk(config.topk)
-                    values.append(top.values.half().cpu().numpy())
-                    indexes.append(top.indices.short().cpu().numpy())
-                    progress(f"epoch {epoch} of {config.epochs}", done, len(batches))
-                scores = np.concatenate(values), np.concatenate(indexes)
+                report = partial(progress, f"epoch {epoch} of {config.epochs}")
+                scores = _top_scores(ensemble, views, batches, config.topk, config.num_workers, report)
                 rows = Rows(*scores, seeds[mine], filenames[mine], starts[mine], ends[mine])
                 written = view_store.write_part(folder, epoch, world.rank, rows)
             digests = {name: digest for each in world.gather(written) for name, digest in each.items()}
@@ -118,6 +111,45 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
                 view_store.add_digests(folder, digests)
         world.barrier()
     return folder
+
+
+def _check_classes(topk: int, ensemble: Ensemble) -> None:
+    """Check that the scores of an ensemble can be stored.
+
+    Raises:
+        ConfigError: there are more classes than a store can have, or fewer scored ones than `topk`.
+    """
+    if ensemble.num_classes > _MAX_CLASSES:
+        raise ConfigError(f"the teachers have {ensemble.num_classes} classes; a store can have at most {_MAX_CLASSES}")
+    if topk > ensemble.known:
+        raise ConfigError(f"topk is {topk} and the teachers have {ensemble.known} classes; set topk to at most these")
+
+
+def _top_scores(
+    ensemble: Ensemble,
+    views: ViewDataset,
+    batches: Sequence[range],
+    topk: int,
+    num_workers: int,
+    report: Callable[[int, int], None],
+) -> tuple[NDArray[np.float16], NDArray[np.int16]]:
+    """Return the highest scores of views, (n, topk), highest first, and the indices of their classes, (n, topk).
+
+    Args:
+        ensemble: the teachers.
+        views: of all chunks.
+        batches: those that this process scores, n views in all.
+        topk: scores of a view.
+        num_workers: threads that read audio.
+        report: called after each batch, with the number of scored ones and of all.
+    """
+    values, indexes = [np.empty((0, topk), np.float16)], [np.empty((0, topk), np.int16)]
+    for done, batch in enumerate(prefetch(views, batches, num_workers), start=1):
+        top = ensemble(*batch.to_device(ensemble.device)).topk(topk)
+        values.append(top.values.half().cpu().numpy())
+        indexes.append(top.indices.short().cpu().numpy())
+        report(done, len(batches))
+    return np.concatenate(values), np.concatenate(indexes)
 
 
 def _list_chunks(pack: AudioPack, chunk_length: float) -> Chunks:
@@ -165,12 +197,11 @@ def store_folder(config: StoreConfig) -> Path:
 
 
 def _members(teachers: Sequence[Teacher]) -> tuple[dict[str, Any], ...] | None:
-    """Return what a store records about teachers that differ from a CED network with the store's own settings."""
-    ordinary = Teacher("", teachers[0].score)
+    """Return the fields that a store records of each teacher where they differ from their defaults; None if none do."""
+    defaults = {field.name: field.default for field in fields(Teacher)}
     names = ("takes", "masks", "weight", "batch_size", "mode")
     members = tuple(
-        {name: value for name in names if (value := getattr(teacher, name)) != getattr(ordinary, name)}
-        for teacher in teachers
+        {name: value for name in names if (value := getattr(teacher, name)) != defaults[name]} for teacher in teachers
     )
     return members if any(members) else None
 

@@ -361,8 +361,8 @@ def test_options_out_of_range_are_refused(tmp_path: Path) -> None:
         ({"filename_column": "path"}, TableError, "no column 'path'; its columns are filename"),
         ({"delimiter": "tab"}, TableError, "one character"),
     ]
-    for options, error, said in cases:
-        with pytest.raises(error, match=said):
+    for options, error, expected in cases:
+        with pytest.raises(error, match=expected):
             pack(table, out, **options)
     with pytest.raises(PackError, match="would overwrite its own table"):
         pack(table, tmp_path, index_dirname=".")

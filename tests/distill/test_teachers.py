@@ -224,7 +224,7 @@ def test_graphs_that_take_waves_get_masked_waves(inputs: list[Any], axes: list[i
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"rates": 32_000}, r"small\.yaml.*\n.*rates: unknown key; did you mean rate"),
         ({"shape": ["batch", "time", "mel"]}, r"shape is .*input spec of the graph is \['batch', 1, 128"),
@@ -239,10 +239,10 @@ def test_graphs_that_take_waves_get_masked_waves(inputs: list[Any], axes: list[i
         ({"rate": 16_000}, r"mel\.high 15000 Hz is above half of rate 16000"),
     ],
 )
-def test_settings_that_do_not_fit_the_graph_are_explained(changes: dict[str, Any], said: str) -> None:
+def test_settings_that_do_not_fit_the_graph_are_explained(changes: dict[str, Any], expected: str) -> None:
     Path("few.csv").write_text("index,display_name\n0,dog\n1,cat\n")
     save_onnx(Path("small.onnx"), **changes)
-    with pytest.raises((ConfigError, CheckpointError), match=said):
+    with pytest.raises((ConfigError, CheckpointError), match=expected):
         run(model="onnx:small.onnx")
 
 
@@ -334,7 +334,11 @@ def test_whisper_is_masked_in_its_features() -> None:
 @pytest.mark.parametrize("broken", ["no config", "no weights", "no head", "unknown kind", "ced"])
 def test_models_that_cannot_teach_are_explained(broken: str) -> None:
     save_ast("ast")
-    said = {"no config": "no preprocessor_config.json", "no weights": "cannot load", "no head": "weights are missing"}
+    expected = {
+        "no config": "no preprocessor_config.json",
+        "no weights": "cannot load",
+        "no head": "weights are missing",
+    }
     kind: type[CedError] = CheckpointError
     if broken == "no config":
         Path("ast/preprocessor_config.json").unlink()
@@ -348,9 +352,9 @@ def test_models_that_cannot_teach_are_explained(broken: str) -> None:
         config = json.loads(Path("ast/config.json").read_text())
         name = "ced" if broken == "ced" else "homemade"
         Path("ast/config.json").write_text(json.dumps(config | {"model_type": name}))
-        said |= {"unknown kind": "cannot load", "ced": "without hf:"}
+        expected |= {"unknown kind": "cannot load", "ced": "without hf:"}
         kind = ConfigError if broken == "ced" else kind
-    with pytest.raises(kind, match=said[broken]) as caught:
+    with pytest.raises(kind, match=expected[broken]) as caught:
         run(model="hf:ast")
     assert "\n" not in str(caught.value)
 
@@ -419,14 +423,14 @@ def test_kinds_weights_and_class_tables_may_be_mixed(caplog: pytest.LogCaptureFi
         before = dict(zip(alone.indexes[row].tolist(), alone.values[row].astype(float), strict=True))
         assert loud == pytest.approx(before[0], abs=2e-3)  # only the first teacher knows it
         assert quiet == pytest.approx((3 * before[1] + 0.5) / 4, abs=2e-3)
-    (said,) = [record.getMessage() for record in caplog.records if "matched" in record.getMessage()]
-    assert "2 of 3 of teacher homemade:half are left out: bell, dog" in said
+    (warning,) = [record.getMessage() for record in caplog.records if "matched" in record.getMessage()]
+    assert "2 of 3 of teacher homemade:half are left out: bell, dog" in warning
     with pytest.raises(StoreError, match="members"):
         run(model=["homemade:energy", {"name": "homemade:half", "batch_size": 3}])
 
 
 def fixed(values: list[float], labels: ClassTable | None = None, weight: float = 1.0) -> Teacher:
-    return Teacher("fixed", lambda mel: torch.tensor([values] * len(mel)), labels=labels, weight=weight)
+    return Teacher("fixed", lambda mel, rate, views: torch.tensor([values] * len(mel)), labels=labels, weight=weight)
 
 
 def answer(teachers: list[Teacher], classes: ClassTable | None = None) -> tuple[ClassTable | None, list[float]]:
@@ -483,7 +487,7 @@ def test_the_batch_of_a_teacher_may_be_smaller() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "said"),
+    ("entry", "expected"),
     [
         ({"name": "homemade:half", "wieght": 2}, r"model\.0\.wieght: unknown key; did you mean weight"),
         ({"name": "homemade:half", "weight": 0}, r"model\.0\.weight: .*greater than 0"),
@@ -492,8 +496,8 @@ def test_the_batch_of_a_teacher_may_be_smaller() -> None:
         ({"weight": 2}, r"model\.0\.name: required"),
     ],
 )
-def test_wrong_entries_are_explained(entry: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_wrong_entries_are_explained(entry: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
         run(model=[entry])
 
 

@@ -209,7 +209,7 @@ def test_the_content_of_meta_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "expected"),
     [
         (META, None),
         (replace(META, topk=5), "topk was 3 and is now 5"),
@@ -225,8 +225,8 @@ def test_the_content_of_meta_json(tmp_path: Path) -> None:
         (replace(META, digests={"logits_ep1_0.h5": "78"}), None),
     ],
 )
-def test_differences_are_named(asked: StoreMeta, said: str | None) -> None:
-    assert difference(META, asked) == said
+def test_differences_are_named(asked: StoreMeta, expected: str | None) -> None:
+    assert difference(META, asked) == expected
 
 
 def edit(path: Path, before: str, after: str) -> None:
@@ -251,7 +251,7 @@ def drop_dataset(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "damage", "said"),
+    ("name", "damage", "expected"),
     [
         ("meta.json", Path.unlink, "is not a view store: it has neither meta.json nor meta.pt"),
         ("meta.json", truncate, "meta.json is damaged: JSONDecodeError"),
@@ -279,7 +279,7 @@ def drop_dataset(path: Path) -> None:
     ],
 )
 def test_damage_gives_a_one_line_error_with_the_file(
-    tmp_path: Path, name: str, damage: Callable[[Path], object], said: str
+    tmp_path: Path, name: str, damage: Callable[[Path], object], expected: str
 ) -> None:
     make_store(tmp_path / "other", epochs=1)
     write_part(tmp_path / "other", 1, 0, make_rows(3))
@@ -289,7 +289,7 @@ def test_damage_gives_a_one_line_error_with_the_file(
     with pytest.raises(StoreError) as caught:
         ViewStore(folder).rows(2)
     message = str(caught.value)
-    assert said in message
+    assert expected in message
     assert str(folder) in message
     assert "\n" not in message
 
@@ -372,7 +372,7 @@ def hostile(path: Path, name: str, **how: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "how", "said"),
+    ("name", "how", "expected"),
     [
         ("seeds", {"link": h5py.ExternalLink("other.h5", "seeds")}, "seeds is stored in another file"),
         ("seeds", {"shape": (4,), "dtype": "i4", "external": [("/etc/hostname", 0, 16)]}, "stored in another file"),
@@ -383,13 +383,15 @@ def hostile(path: Path, name: str, **how: Any) -> None:
         ("seeds", {"shape": (4,), "dtype": "i4", "chunks": None}, "needs 16 bytes"),
     ],
 )
-def test_arrays_of_another_type_or_place_are_refused(tmp_path: Path, name: str, how: dict[str, Any], said: str) -> None:
+def test_arrays_of_another_type_or_place_are_refused(
+    tmp_path: Path, name: str, how: dict[str, Any], expected: str
+) -> None:
     folder = make_store(tmp_path, epochs=1)
     shutil.copy(folder / "logits_ep1_0.h5", folder / "other.h5")
     hostile(folder / "logits_ep1_0.h5", name, **how)
     with pytest.raises(StoreError) as caught:
         ViewStore(folder).rows(1)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_arrays_larger_than_their_file_take_no_memory(tmp_path: Path) -> None:
