@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from ced.config import (
+    CONFIGS,
     FinetuneConfig,
     PretrainConfig,
     Section,
@@ -13,7 +14,9 @@ from ced.config import (
     command_of,
     dump,
     load_config,
+    section_in,
 )
+from ced.distill.onnx_teacher import GraphSettings
 from ced.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -300,3 +303,12 @@ def test_a_minimum_shift_above_the_maximum_is_refused() -> None:
             {"train_data": "a", "model": "b", "wavtransforms": {"Shift": {"min_shift": 0.5, "max_shift": -0.5}}},
             "here",
         )
+
+
+@pytest.mark.parametrize("kind", [*CONFIGS.values(), GraphSettings])
+def test_every_key_has_a_description(kind: type[Section]) -> None:
+    kinds = [kind]
+    for one in kinds:
+        assert [name for name, field in one.model_fields.items() if not field.description] == []
+        kinds += [inner for field in one.model_fields.values() if (inner := section_in(field.annotation))]
+    assert len(kinds) >= 3

@@ -5,7 +5,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -28,16 +28,22 @@ Axis = Literal["batch", "mel", "time", 1]
 class GraphSettings(Section):
     """The YAML file of a graph."""
 
-    graph: str | None = (
-        None  # of a teacher given as its YAML file: the graph, relative to it; null: the same with .onnx
+    graph: str | None = Field(
+        None, description="of a teacher given as its YAML file: the graph, relative to it; null: the same with .onnx"
     )
-    rate: Annotated[int, Field(ge=1_000, le=384_000)]  # Hz that the graph's input is made from
-    features: FeatureSettings | None = None  # null: the graph takes waves in [-1, 1]
-    masks: Literal["features", "waves"] | None = None  # where views are masked; null: in the features, if there are any
-    shape: list[Axis]  # axes of the input; without batch, the graph gets one clip at a time
-    output: str | None = None  # name of the output with the scores; null: the first
-    activation: Literal["sigmoid", "softmax", "none"]  # what turns the output into probabilities
-    classes: str | None = None  # class table, relative to the YAML file, or audioset; null: unknown
+    rate: int = Field(ge=1_000, le=384_000, description="Hz, sampling rate that the input is computed from")
+    features: FeatureSettings | None = Field(
+        None, description="how the spectrogram is computed; null: the graph takes waves in [-1, 1]"
+    )
+    masks: Literal["features", "waves"] | None = Field(
+        None, description="where views are masked; null: in the input of the graph"
+    )
+    shape: list[Axis] = Field(description="axes of the input; without batch, the graph gets one clip at a time")
+    output: str | None = Field(None, description="name of the output with the scores; null: the first")
+    activation: Literal["sigmoid", "softmax", "none"] = Field(
+        description="what turns the output into probabilities; none: it has them"
+    )
+    classes: str | None = Field(None, description="class table, relative to the YAML file, or audioset; null: unknown")
 
     @model_validator(mode="after")
     def _axes(self) -> Self:
