@@ -739,6 +739,8 @@ def test_the_callables_of_the_page_teach() -> None:
     Path("my_teacher.py").write_text(code)
     folder = run(model=["my_teacher:bright", "my_teacher:loudness"])
     assert ViewStore(folder).meta.labels == ClassTable(("dull", "bright"))
+    bright = sys.modules["my_teacher"].bright  # on another device than the CPU, as on a GPU
+    assert bright(torch.zeros(2, RATE, device="meta"), RATE, [VIEW, PLAIN]).shape == (2, 2)
     (entries,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)
     config = check(StoreConfig, {"train_data": "mine.tsv", **yaml.safe_load(entries)}, "the page")
     assert [entry.weight for entry in config.model] == [1, 2, 1]
