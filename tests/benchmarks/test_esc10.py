@@ -233,7 +233,7 @@ def test_students_of_an_outside_teacher_are_judged_by_ten_classes_and_a_probe(da
     assert all(0 <= (found[arm].probe or 0) <= 1 for arm in arms)
     report.write(results, tmp_path)
     page = (tmp_path / report.PAGE).read_text()
-    assert "## A teacher that knows AudioSet" in page
+    assert "## A teacher trained on AudioSet" in page
     assert "| `outside_ced` against `outside_labels_views` | " in page
 
 
