@@ -90,7 +90,9 @@ class Results:
             try:
                 self.verdicts = TypeAdapter(list[Verdict]).validate_json(path.read_bytes())
             except ValueError as error:
-                raise ConfigError(f"{path} was written by an earlier version; delete it, and all networks are evaluated again") from error
+                raise ConfigError(
+                    f"{path} was written by an earlier version; delete it, and all networks are evaluated again"
+                ) from error
 
     def of(self, arm: str, fold: int | None = None, seed: int | None = None) -> list[Verdict]:
         """Return the verdicts on an arm, in the order of seeds and folds."""
