@@ -1,4 +1,4 @@
-"""The results as a page: tables, a plot, and every single number beside them."""
+"""Write the results: a page with tables, a plot, and a file with every number."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from ced.files import written_aside
 RESULTS, PAGE, PLOT = "results.json", "results.md", "results.svg"
 COLUMNS = ("map", "divergence", "divergence_learned")  # after the accuracy
 FOLDS = (1, 2, 3, 4, 5)
-TRIED = "1 and 5"  # with which the plan was made
+TRIED = "1 and 5"  # used in the trials that led to the plan
 EXTRA_FOLD = 5  # the one of the extra arms and of the boxed model
 TAUGHT = {
     "pictures": "convolutions over time and frequency",
@@ -36,12 +36,12 @@ ARMS = {
     "ced_recordings": "stored scores of the recordings alone; the teachers' views",
 }
 DRAWN = {**ARMS, ENSEMBLE: "the teachers together"}
-CED = ("ced", "ced_recordings")  # which the claim is about
+CED = ("ced", "ced_recordings")  # consistent distillation, which the tables of differences compare with all others
 BRIEF_STORED = {
     "short": "`ced`",
     "ced": f"{plan.BRIEF} times the steps, as in the table above",
     "longer": f"{plan.BRIEF * plan.LONGER} times the steps",
-    "masked": "weights of a masked pre-training on the recordings instead of fresh ones",
+    "masked": "weights of a masked pre-training on the recordings instead of random ones",
     "unmixed": "no mixtures",
     "stored_1": f"1 stored epoch instead of {plan.STORED}",
     "stored_5": "5 stored epochs",
@@ -90,21 +90,23 @@ class Results:
             try:
                 self.verdicts = TypeAdapter(list[Verdict]).validate_json(path.read_bytes())
             except ValueError as error:
-                raise ConfigError(f"{path} is not as it is written now; delete it, and all is judged anew") from error
+                raise ConfigError(
+                    f"{path} was written by an earlier version; delete it, and all networks are evaluated again"
+                ) from error
 
     def of(self, arm: str, fold: int | None = None, seed: int | None = None) -> list[Verdict]:
-        """Return what is known of an arm, in the order of seeds and folds."""
+        """Return the verdicts on an arm, in the order of seeds and folds."""
         return [
             one for one in self.verdicts if one.arm == arm and fold in (None, one.fold) and seed in (None, one.seed)
         ]
 
     def add(self, verdict: Verdict) -> None:
-        """Take up a verdict, in place of an earlier one, and write all."""
+        """Add a verdict, or replace an earlier one of the same arm, seed and fold, and write all."""
         others = [one for one in self.verdicts if _place(one) != _place(verdict)]
         self._write([*others, verdict])
 
     def forget(self, fold: int, arms: Sequence[str], seed: int) -> None:
-        """Drop the verdicts of what is made anew."""
+        """Remove the verdicts on arms that are trained again."""
         gone = {(arm, seed, fold) for arm in arms}
         kept = [one for one in self.verdicts if _place(one) not in gone]
         if len(kept) < len(self.verdicts):
@@ -136,39 +138,39 @@ def _page(results: Results) -> Iterator[str]:
     yield "# Results"
     yield ""
     yield (
-        "Does a student learn more from teachers that heard the same views than from labels? The 400 recordings of "
-        "ESC-10 have five folds: each is held out once, and judges networks that learned from the other four. One "
-        "source a class and fold of those is set aside to choose checkpoints by. One clip is 1.25 points of accuracy "
-        "in its fold. Recordings under CC Sampling+ only judge. How large the student is, how long it trains and on "
-        f"what was settled in trials with folds {TRIED}, so the other folds are the fairer judges."
+        "Does a student learn more from the scores of teachers for the same views than from labels? The 400 recordings "
+        "of ESC-10 have five folds: each is held out once, as the test set of networks that are trained on the other "
+        "four. Of these, one source per class and fold is set aside to choose checkpoints. One clip is 1.25 points of "
+        "accuracy in its fold. Recordings under CC Sampling+ are used for tests only. The size of the student, the "
+        f"length of its training and its data were chosen in trials with folds {TRIED}, so the other folds are the "
+        "fairer test."
     )
     yield ""
     yield (
         f"All students are one network (width {plan.WIDTH}, depth {plan.DEPTH}; {_size(results.of('ced'))}). They "
-        "start from fresh weights, and take the same "
-        f"{plan.EPOCHS * plan.STEPS} steps of 32 clips with the same loss, binary cross-entropy. Those that learn from "
-        "stored scores see no labels but those that choose checkpoints, as in every arm; beside each recording they "
-        f"hear {split.MIXTURES} mixtures of two, to which the teachers have listened as well (`own_recordings` and "
-        "`ced_recordings` do without). Every number is in "
-        "[results.json](results.json); `python -m benchmarks.esc10 --data ESC10` makes them anew, in hours on two "
-        "cores."
+        "start from random weights, and are trained for the same "
+        f"{plan.EPOCHS * plan.STEPS} steps of 32 clips with the same loss, binary cross-entropy. Those that are "
+        "trained on stored scores use no labels except to choose checkpoints, as in every arm; their data has, beside "
+        f"each recording, {split.MIXTURES} mixtures of two recordings, which the teachers have scored as well "
+        "(`own_recordings` and `ced_recordings` have no mixtures). Every number is in [results.json](results.json); "
+        "`python -m benchmarks.esc10 --data ESC10` computes them again, in hours on two cores."
     )
     if missing := _missing(results):
         yield ""
-        yield f"**Still to be run:** {'; '.join(missing)}. Until then, a difference of a few clips says little."
+        yield f"**Still to be run:** {'; '.join(missing)}. Until then, differences of a few clips are not significant."
     yield ""
     yield f"![accuracy of every student and its teachers]({PLOT})"
     yield ""
-    yield from _table("teacher, on labels", TAUGHT, results)
+    yield from _table("teacher, trained on labels | network", TAUGHT, results)
     yield ""
-    yield from _table("student", ARMS, results)
+    yield from _table("student | trained on", ARMS, results)
     yield ""
     others = ", ".join(f"{name} {value}" for name, value in OTHERS.items())
     yield (
-        "Accuracy in percent: mean and deviation over folds, on the right of each fold. Divergence: how far scores are "
-        "from the ensemble's on the held-out fold, which is what distilling makes small (Kullback-Leibler, in nats, "
-        "mean over clips and classes); of learned: the same on the recordings that were learned from. Others, as "
-        f"published: {others}."
+        "Accuracy in percent: mean and standard deviation over folds, then each fold. Divergence: from the ensemble's "
+        "scores on the held-out fold, which distillation minimises (Kullback-Leibler, in nats, mean over clips and "
+        "classes); on training data: the same on the recordings that the network was trained on. Published accuracies: "
+        f"{others}."
     )
     yield ""
     yield from _differences(results)
@@ -182,24 +184,25 @@ def _page(results: Results) -> Iterator[str]:
 
 
 def _outside(results: Results) -> Iterator[str]:
-    """Yield the part about students of an outside teacher."""
+    """Yield the section about students of an outside teacher."""
     found = results.of(outside.CED)
-    yield "## A teacher that knows AudioSet"
+    yield "## A teacher trained on AudioSet"
     yield ""
     yield (
         "EfficientAT's mn04 (0.98 M parameters, 32 kHz, 128 mel bands), as an ONNX graph, scores the recordings in "
-        "AudioSet's 527 classes; it was trained on none of them. Its student takes CED's mel at 16 kHz (width "
-        f"{outside.WIDTH}, depth {outside.DEPTH}; {_size(found)}), learns from {outside.STORED} stored views of "
-        f"{outside.TOPK} scores each, of the recordings of the other four folds and {outside.MIXTURES} mixtures for "
-        f"each, and takes {outside.EPOCHS * outside.STEPS} steps of 32 clips. No labels are used, and none choose "
-        "checkpoints: the last weights are judged. The most probable of the AudioSet classes that stand for each class "
-        "of ESC-10 (`benchmarks/esc10/audioset.tsv`) counts. The probe is a logistic regression on the embeddings of "
-        "the recordings that the student learned from, and it takes their labels. Arms that learn from labels have the "
-        "same network, steps and recordings. Divergence is from the teacher, over 527 classes."
+        "AudioSet's 527 classes; it was trained on none of the recordings. Its student takes CED's mel at 16 kHz "
+        f"(width {outside.WIDTH}, depth {outside.DEPTH}; {_size(found)}) and is trained for "
+        f"{outside.EPOCHS * outside.STEPS} steps of 32 clips, on {outside.STORED} stored views of {outside.TOPK} "
+        "scores each, of the recordings of the other four folds and of "
+        f"{outside.MIXTURES} mixtures for each. It uses no labels, not even to choose checkpoints: the last weights "
+        "are evaluated. The score of a class of ESC-10 is the highest of its AudioSet classes "
+        "(`benchmarks/esc10/audioset.tsv`). The probe is a logistic regression on the embeddings of the student's "
+        "training recordings, with their labels. Arms that are trained on labels have the same network, steps and "
+        "recordings. Divergence is from the teacher, over 527 classes."
     )
     yield ""
     folds = " | ".join(f"fold {fold}" for fold in FOLDS)
-    yield f"| student | | seeds | accuracy | probe | divergence | of learned | {folds} |"
+    yield f"| student | trained on | seeds | accuracy | probe | divergence | on training data | {folds} |"
     yield "|---" * (7 + len(FOLDS)) + "|"
     for arm, what in OUTSIDE.items():
         if not (verdicts := results.of(arm)):
@@ -248,7 +251,7 @@ def bootstrapped(pairs: Sequence[tuple[Verdict, Verdict]]) -> str:
 
 
 def _missing(results: Results) -> list[str]:
-    """Return what the two large tables lack: folds, and the arms that lack them."""
+    """Return the folds that the two large tables lack, each with the arms that lack it."""
     lacking: dict[str, list[str]] = {}
     for arm in (*TAUGHT, *ARMS):
         known = _by_fold(results, arm, "accuracy")
@@ -259,7 +262,7 @@ def _missing(results: Results) -> list[str]:
 
 def _table(title: str, arms: dict[str, str], results: Results) -> Iterator[str]:
     folds = " | ".join(f"fold {fold}" for fold in FOLDS)
-    yield f"| {title} | | accuracy | mAP | divergence | of learned | {folds} |"
+    yield f"| {title} | accuracy | mAP | divergence | on training data | {folds} |"
     yield "|---" * (6 + len(FOLDS)) + "|"
     for arm, what in arms.items():
         if not results.of(arm):
@@ -274,17 +277,17 @@ def _table(title: str, arms: dict[str, str], results: Results) -> Iterator[str]:
 
 
 def _brief(title: str, arms: dict[str, str], results: Results) -> Iterator[str]:
-    """Yield the table of arms that one fold has: the first, and what departs from it."""
+    """Yield the table of arms of one fold: the first, and those that differ from it in one thing."""
     yield f"## One thing changed: {title}, with 1/{plan.BRIEF} of the steps, on fold {EXTRA_FOLD}"
     yield ""
-    yield "| | accuracy | mAP | divergence | of learned |"
+    yield "| | accuracy | mAP | divergence | on training data |"
     yield "|---|---|---|---|---|"
     for arm, what in arms.items():
         for one in results.of(arm, EXTRA_FOLD, seed=1):
             apart = f"{one.divergence:.3f} | {one.divergence_learned:.3f}"
             yield f"| {what} | {100 * one.accuracy:.1f} | {one.map:.3f} | {apart} |"
     yield ""
-    yield "One run each: differences of a few clips, of 1.25 points each, say little."
+    yield "One run each: differences of a few clips, of 1.25 points each, are not significant."
 
 
 def _by_fold(results: Results, arm: str, name: str) -> dict[int, float]:
@@ -306,7 +309,7 @@ def _size(verdicts: Sequence[Verdict]) -> str:
 
 
 def _differences(results: Results) -> Iterator[str]:
-    """Yield what the claim comes down to, fold against fold."""
+    """Yield the table of differences between consistent distillation and the other arms, in the same folds."""
     yield "| | " + " | ".join(f"`{arm}`: points of accuracy | divergence" for arm in CED) + " |"
     yield "|---" * (1 + 2 * len(CED)) + "|"
     for other in (*ARMS, ENSEMBLE):
@@ -319,7 +322,7 @@ def _differences(results: Results) -> Iterator[str]:
 
 
 def _apart(results: Results, arm: str, other: str, name: str, scale: float) -> list[float]:
-    """Return by how much an arm exceeds another, in each fold that both have."""
+    """Return the difference between two arms, in each fold that both have."""
     one, two = (_by_fold(results, each, name) for each in (arm, other))
     return [scale * (one[fold] - two[fold]) for fold in one.keys() & two.keys()]
 
