@@ -260,7 +260,7 @@ def test_intervals_of_a_difference_are_drawn_over_clips() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "printed"),
+    ("words", "message"),
     [
         (("--folds", "1", "--parts", "box"), "the box and the extra arms are of fold 5, which is not among --folds"),
         (("--jobs", "0"), "argument --jobs: '0' is not a number from 1 on"),
@@ -270,15 +270,15 @@ def test_intervals_of_a_difference_are_drawn_over_clips() -> None:
         ((), "nothing here"),
     ],
 )
-def test_what_cannot_be_run_is_said_in_a_line(words: tuple[str, ...], printed: str, tmp_path: Path) -> None:
+def test_wrong_arguments_are_refused_in_one_line(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.esc10", "--data", "nothing here", "--work", str(tmp_path), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=esc10.ROOT)
     assert done.returncode
-    assert printed in done.stderr.splitlines()[-1]
+    assert message in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
-    ("row", "printed"),
+    ("row", "message"),
     [
         (
             ("a.wav", "1", "0"),
@@ -287,10 +287,10 @@ def test_what_cannot_be_run_is_said_in_a_line(words: tuple[str, ...], printed: s
         (("1-2-A-0.wav", "x", "0"), "'1-2-A-0.wav', fold 'x', label '0'; fold and label must be numbers"),
     ],
 )
-def test_a_table_that_is_not_of_esc10_is_refused(row: tuple[str, str, str], printed: str, tmp_path: Path) -> None:
+def test_a_table_that_is_not_of_esc10_is_refused(row: tuple[str, str, str], message: str, tmp_path: Path) -> None:
     columns = ("filename", "fold", "label", "name")
     write_table(tmp_path / "meta.tsv", dict(zip(columns, ([value] for value in (*row, "dog")), strict=True)))
-    with pytest.raises(TableError, match=re.escape(printed)):
+    with pytest.raises(TableError, match=re.escape(message)):
         split.read_clips(tmp_path)
 
 
