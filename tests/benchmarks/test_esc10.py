@@ -321,15 +321,15 @@ GOOD = asdict(Verdict("ced", 1, 1, 0.5, 0.5, 0.1, 0.1, {"dog": 0.5}, 1000))
         *(json.dumps([row]) for row in ({"arm": "ced"}, {**GOOD, "apart": 0.1}, {**GOOD, "accuracy": "a"})),
     ],
 )
-def test_results_of_an_earlier_version_are_said_in_a_line(text: str, tmp_path: Path) -> None:
+def test_results_of_an_earlier_version_are_refused_in_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / report.RESULTS).write_text(json.dumps([GOOD]))
     assert [asdict(one) for one in report.Results(tmp_path / report.RESULTS).verdicts] == [GOOD]
     (tmp_path / report.RESULTS).write_text(text)
-    with pytest.raises(ConfigError, match=r"results\.json is not as it is written now; delete it, and all is judged"):
+    with pytest.raises(ConfigError, match=r"results\.json .* earlier version; delete it"):
         report.Results(tmp_path / report.RESULTS)
 
 
-def test_a_failure_is_told_and_the_rest_goes_on(data: Path, tmp_path: Path) -> None:
+def test_after_a_failure_the_other_jobs_are_still_run(data: Path, tmp_path: Path) -> None:
     fold = tmp_path / "fold5"
     split.prepare(data, fold, 5)
     series, views = plan.groundwork()[1], plan.groundwork()[-1]
