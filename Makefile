@@ -4,7 +4,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--custom-compile-command 'make lock' -c constraints.txt
 
-.PHONY: help demo test test-quick test-network docs dist coverage lock clean
+.PHONY: help demo test test-quick test-network test-ray docs dist coverage lock clean
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ test-quick: .venv/dev.stamp  ## only the tests that take less than a few seconds
 test-network: .venv/dev.stamp  ## download the published weights and compare them with published values
 	$(BIN)/pytest -m network
 
+test-ray: .venv/dev.stamp  ## tag on a local Ray cluster, whose nodes and workers are lost on the way (two minutes)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m ray
+
 docs: .venv/dev.stamp  ## build the documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
@@ -38,7 +41,7 @@ coverage: .venv/dev.stamp  ## run the tests and report the coverage of each file
 
 lock: $(BIN)/uv  ## resolve all dependencies into locks/, with hashes; versions named in constraints.txt are kept
 	$(COMPILE) --extra serve --extra media pyproject.toml -o locks/serve.txt
-	$(COMPILE) --extra train --extra hf --extra media --extra mqtt --extra serve --extra dev --extra docs \
+	$(COMPILE) --extra train --extra hf --extra media --extra mqtt --extra ray --extra serve --extra dev --extra docs \
 		--no-emit-package torch pyproject.toml -o locks/dev.txt
 	echo setuptools | $(COMPILE) - -o locks/build.txt
 

@@ -31,7 +31,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ced.model.graph.compare import export_int8
 from ced.model.graph.export import export, int8_path
 from ced.model.loading import weights_of
-from ced.model.runtime import OnnxModel, open_session
+from ced.model.ort import open_session
+from ced.model.runtime import OnnxModel
 from ced.model.vit import CED
 from ced.model.zoo import MODELS
 from ced.sound.audio import SAMPLE_RATE

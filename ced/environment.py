@@ -11,6 +11,8 @@ SWITCHES = {
     "ORT_DISABLE_TELEMETRY": "1",
     # The hub's client, and through it Transformers, send the versions of installed packages with each request.
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    # Ray sends the size of the cluster and the names of the libraries in use.
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 
 

@@ -3,11 +3,15 @@
 import csv
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas
 import pytest
+
+from ced import Tagger
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,6 +55,28 @@ def test_a_student_learns_from_your_own_teacher(tmp_path: Path) -> None:
     first = re.findall(r"^===== (\w+)\.wav =====\n\S+ Topk-1 (\w+) ([\d.]+)$", printed, re.M)
     assert [(sound, label) for sound, label, _ in first] == [("low", "low"), ("high", "high")]
     assert all(float(score) > 0.7 for *_, score in first)
+
+
+def test_spark_tags_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("pyspark")
+    if shutil.which("java") is None:
+        pytest.skip("Spark needs Java")
+    for name in ("rooster.ogg", "robin.ogg"):
+        shutil.copy(ROOT / "resources" / name, tmp_path)
+    (tmp_path / "damaged.wav").write_bytes(b"RIFF")
+    printed = run(tmp_path, "spark_tag.py", tmp_path, "--out", tmp_path / "tags")
+    table = pandas.read_parquet(tmp_path / "tags")
+    (failed,) = table[table["error"].notna()].to_dict("records")
+    assert failed["file"] == str(tmp_path / "damaged.wav")
+    assert "damaged.wav" in failed["error"]
+    good = table[table["error"].isna()]
+    with Tagger("esc10") as tagger:
+        records = [tagger.tag(tmp_path / name) for name in ("robin.ogg", "rooster.ogg")]
+    expected = [(record.file, tag.label, tag.prob) for record in records for piece in record for tag in piece.tags]
+    found = good.sort_values(["file", "start", "prob"], ascending=[True, True, False])
+    assert list(zip(found["file"], found["label"], strict=True)) == [(file, label) for file, label, _ in expected]
+    assert found["prob"].tolist() == pytest.approx([prob for *_, prob in expected], abs=1e-6)
+    assert printed.splitlines()[-1] == f"3 files, 1 failed, {len(expected)} tags"
 
 
 def test_the_page_lists_every_script() -> None:

@@ -88,7 +88,7 @@ def test_every_folder_is_a_layer() -> None:
 def test_only_one_module_imports_onnxruntime() -> None:
     for path in (*MODULES, *(path for folder in OTHERS for path in (ROOT / folder).rglob("*.py"))):
         if "onnxruntime" in libraries(path):
-            assert name_of(path) == "ced.model.runtime"
+            assert name_of(path) == "ced.model.ort"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 LOCKS = {
     "serve": ("serve", "media"),
-    "dev": ("train", "hf", "media", "mqtt", "app", "dev", "docs"),
+    "dev": ("train", "hf", "media", "mqtt", "ray", "app", "dev", "docs"),
 }  # the extras that each covers
 PIN = re.compile(r"^([\w.-]+)==(\S+)(?: ; .*?)? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.M)
 APART = {"torch"}  # its CPU and CUDA builds have one version but other files

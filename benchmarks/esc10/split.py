@@ -115,14 +115,14 @@ def prepare(data: Path, folder: Path, fold: int) -> None:
 def prepare_unlabelled(folder: Path, mixtures: int) -> None:
     """Pack two more tables of a prepared fold, for students whose checkpoints are not chosen.
 
-    `free` has the recordings of `learn` and `choose`, `free_mixed` those and `mixtures` mixtures for each, of
+    `free` has the recordings of `learn` and `choose`, `free_mixed<mixtures>` those and `mixtures` mixtures for each, of
     recordings played a little faster or slower.
     """
     tables = [read_table(folder / f"{table}.tsv") for table in ("learn", "choose")]
     columns = {name: [cell for table in tables for cell in table.column(name)] for name in ("filename", "labels")}
     write_table(folder / f"{FREE}.tsv", columns)
     pack(folder / f"{FREE}.tsv", folder / "pack")
-    _mix_table(folder, FREE, f"{FREE}_{MIXED}", mixtures, fastest=FASTEST)
+    _mix_table(folder, FREE, f"{FREE}_{MIXED}{mixtures}", mixtures, fastest=FASTEST)
 
 
 def mix(first: NDArray[np.float32], second: NDArray[np.float32], share: float) -> NDArray[np.float32]:
@@ -147,7 +147,7 @@ def _mix_table(folder: Path, table: str, out: str, mixtures: int, fastest: float
     if not path.exists():
         learned = read_table(folder / f"{table}.tsv")
         files, labels = list(learned.column("filename")), list(learned.column("labels"))
-        waves = [_fitted(load(Path(file))) for file in files]
+        waves = [fitted(load(Path(file))) for file in files]
         (folder / "mixtures").mkdir(exist_ok=True)
         rng = np.random.default_rng(0)
         for number in range(mixtures * len(waves)):
@@ -170,5 +170,6 @@ def _played(wave: NDArray[np.float32], fastest: float, rng: np.random.Generator)
     return np.resize(played, len(wave))
 
 
-def _fitted(wave: NDArray[np.float32]) -> NDArray[np.float32]:
+def fitted(wave: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return a wave (t,) cut or padded with zeros to the length of every clip."""
     return np.pad(wave, (0, max(0, LENGTH - len(wave))))[:LENGTH]

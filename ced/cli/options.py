@@ -10,13 +10,13 @@ from ced.model.graph import Precision as GraphPrecision
 from ced.tag.options import EVENT_THRESHOLD, TOP_K, Tail
 
 # Panels of --help
-_INPUT, _MODEL, _WINDOWS, _SELECTION, _EVENTS, _OUTPUT, _ACTIONS = (
+_INPUT, _MODEL, _WINDOWS, _SELECTION, _EVENTS, _OUTPUT, _ACTIONS, _CLUSTER = (
     *("Input", "Model", "Windows", "Selection"),
-    *("Events", "Output", "Actions"),
+    *("Events", "Output", "Actions", "Cluster"),
 )
 _SOUNDS = (
-    "Files, folders, patterns, http(s) addresses, @LIST (a file with a path on each line; @-: standard input), or - (a"
-    " sound on standard input)."
+    "Files, folders, patterns, shards (.tar, .parquet), each also at s3://, gs://, az:// or hf://, http(s) addresses,"
+    " @LIST (a file with a path on each line; @-: standard input), or - (a sound on standard input)."
 )
 Sounds = Annotated[list[str], typer.Argument(metavar="SOUND...", help=_SOUNDS)]
 SoundsUnlessFrom = Annotated[list[str] | None, typer.Argument(metavar="SOUND...", help=_SOUNDS)]
@@ -74,6 +74,42 @@ Jobs = Annotated[
         rich_help_panel=_MODEL,
         show_default="all cores",
         help="Windows scored at the same time, one thread each.",
+    ),
+]
+
+Device = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_MODEL,
+        help="cpu, cuda, coreml, directml or another device that the installed ONNX Runtime can use; cuda:1 for the "
+        "second of several; auto: an accelerator if there is one.",
+        show_default="cpu",
+    ),
+]
+Batch = Annotated[
+    int,
+    typer.Option(
+        min=1, rich_help_panel=_MODEL, help="Windows that share a call of the model on an accelerator; not on the CPU."
+    ),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="auto|ADDRESS",
+        rich_help_panel=_CLUSTER,
+        help="Process sounds on a Ray cluster, into Parquet parts in the folder --out: auto (the cluster that runs "
+        "here or that RAY_ADDRESS names, else one with the cores of this machine), HOST:PORT or ray://HOST:PORT.",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        rich_help_panel=_CLUSTER,
+        show_default="all cores of the cluster",
+        help="With --ray: sounds processed at a time, each on one core, or on one GPU.",
     ),
 ]
 
@@ -307,7 +343,12 @@ Clock = Annotated[
 ]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", "-o", rich_help_panel=_OUTPUT, help="Folder for outputs; an interrupted run resumes there."),
+    typer.Option(
+        "--out",
+        "-o",
+        rich_help_panel=_OUTPUT,
+        help="Folder for outputs, also at s3://, gs:// or az://; an interrupted run resumes there.",
+    ),
 ]
 KeepScores = Annotated[
     bool,
@@ -328,7 +369,11 @@ Combine = Annotated[
 EmbeddingsOut = Annotated[
     Path,
     typer.Option(
-        "--out", "-o", rich_help_panel=_OUTPUT, help="NAME.npy (with NAME.npy.tsv beside it) or NAME.parquet."
+        "--out",
+        "-o",
+        rich_help_panel=_OUTPUT,
+        help="NAME.npy (with NAME.npy.tsv beside it) or NAME.parquet, also at s3://, gs:// or az://; with --ray a "
+        "folder.",
     ),
 ]
 EachWindow = Annotated[

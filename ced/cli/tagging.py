@@ -1,6 +1,5 @@
 """The commands tag, embed and calibrate."""
 
-import hashlib
 import io
 import os
 import sys
@@ -11,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ced.cli import options
+from ced.cli import clustering, options
+from ced.cli.clustering import ChosenModel, Cluster
 from ced.cli.console import Meter, reporting, show, show_data, show_error, speed
 from ced.errors import AudioError, ConfigError
 from ced.progress import Progress, silent
-from ced.tag.options import EACH, TagOptions
+from ced.remote import address_of, check_writable
+from ced.tag.options import BATCH, EACH, TagOptions
 
 if TYPE_CHECKING:
     from ced.sound.audio import Source
@@ -60,6 +61,10 @@ def tag(
     keep_scores: options.KeepScores = False,
     clips: options.Clips = None,
     jobs: options.Jobs = options.CORES,
+    device: options.Device = None,
+    batch: options.Batch = BATCH,
+    ray: options.Ray = None,
+    workers: options.Workers = None,
 ) -> None:
     """Tag sounds: print the most probable classes of each window as it is scored, or write them to files.
 
@@ -86,9 +91,21 @@ def tag(
     )
     if not sounds and earlier is None:
         raise typer.BadParameter("name sounds, or with --from the folder of an earlier run", param_hint="SOUND...")
-    output = _Output(format or ["text"], out, combine, keep_scores, clips, channel == EACH, clock is not None)
+    others = [name for name in format or () if name.lower() != "parquet"]
+    given = {"--from": earlier, "--combine": combine, "--keep-scores": keep_scores, "--clips": clips}
+    cluster = Cluster.chosen(ray, out, workers, {**given, f"--format {' '.join(others)}": others})
+    formats = format or ["text" if cluster is None else "parquet"]
+    output = _Output(formats, out, combine, keep_scores, clips, channel == EACH, clock is not None)
     output.check(chosen)
-    if earlier is not None:
+    scorer = ChosenModel(model, precision, device, batch)
+    if cluster is not None:
+        with reporting() as progress:
+            inputs = _find(sounds or (), "mean", allow_private)  # workers open sounds to find their channels
+            output.check_inputs(inputs, chosen)
+            with clustering.open_here(scorer, progress) as tagger:
+                chosen = _with_thresholds(chosen, threshold, tagger.labels)
+                ok = clustering.tag(cluster, tagger, scorer, inputs, chosen, channel, progress)
+    elif earlier is not None:
         _check_from(earlier, sounds, chosen, output, other_model=(model, precision) != ("ced_mini", "float32"))
         with reporting() as progress:
             ok = _tag_again(earlier, chosen, threshold, output, progress)
@@ -96,7 +113,7 @@ def tag(
         with reporting() as progress:
             inputs = _find(sounds or (), channel, allow_private)
             output.check_inputs(inputs, chosen)
-            ok = _tag_sounds(inputs, chosen, threshold, (model, precision, jobs), output, progress)
+            ok = _tag_sounds(inputs, chosen, threshold, scorer, jobs, output, progress)
     if not ok:
         raise typer.Exit(1)
 
@@ -114,6 +131,10 @@ def embed(
     tail: options.Tails = TagOptions.tail,
     windows: options.EachWindow = False,
     jobs: options.Jobs = options.CORES,
+    device: options.Device = None,
+    batch: options.Batch = BATCH,
+    ray: options.Ray = None,
+    workers: options.Workers = None,
 ) -> None:
     """Write an embedding of each sound: a vector for classifiers and searches of your own.
 
@@ -121,14 +142,28 @@ def embed(
     exit code is then 1.
     """
     from ced.tag.tagger import Tagger
+    from ced.tag.uploads import local_file
     from ced.tag.writers import check_embeddings_path, write_embeddings
 
-    check_embeddings_path(out)
     chosen = TagOptions(window=window, hop=hop, tail=tail, channel=_one_channel(channel), strict=strict)
+    cluster = Cluster.chosen(ray, out, workers, {})
+    if cluster is not None:
+        scorer, inputs = ChosenModel(model, precision, device, batch), _find(sounds, "mean", allow_private)
+        with reporting() as progress, clustering.open_here(scorer, progress) as tagger:
+            if not clustering.embed(cluster, tagger, scorer, inputs, chosen, channel, windows, progress):
+                raise typer.Exit(1)
+        return
+    check_embeddings_path(out)
+    if (address := address_of(out)) is not None:
+        check_writable(address)
     inputs = _find(sounds, channel, allow_private)
-    with reporting() as progress, Tagger(model, precision=precision, jobs=jobs, progress=progress) as tagger:
+    with (
+        reporting() as progress,
+        Tagger(model, device=device, precision=precision, jobs=jobs, batch=batch, progress=progress) as tagger,
+    ):
         embedding = _Embedding(tagger, chosen, windows, Meter(progress, len(inputs), "embedding"))
-        count = write_embeddings(out, embedding.rows(inputs, jobs))
+        with local_file(out) as path:
+            count = write_embeddings(path, embedding.rows(inputs, tagger.jobs))
     failed, cut = embedding.failed, embedding.cut_short
     show(f"{out}: {count} vectors of {len(inputs) - failed} sounds, {failed} failed" + f", {cut} truncated" * bool(cut))
     if failed or cut:
@@ -154,6 +189,8 @@ def calibrate(
     window: options.Window = TagOptions.window,
     hop: options.Hop = None,
     jobs: options.Jobs = options.CORES,
+    device: options.Device = None,
+    batch: options.Batch = BATCH,
 ) -> None:
     """Fit a threshold for each class to labelled clips, for `ced tag --threshold FILE`.
 
@@ -162,9 +199,12 @@ def calibrate(
     from ced.tag.tagger import Tagger
     from ced.tag.thresholds import USUAL_THRESHOLD, calibrate_thresholds
 
-    with reporting() as progress, Tagger(model, jobs=jobs, progress=progress) as tagger:
+    with (
+        reporting() as progress,
+        Tagger(model, device=device, jobs=jobs, batch=batch, progress=progress) as tagger,
+    ):
         found = calibrate_thresholds(
-            tagger, table, out, precision=precision, window=window, hop=hop, jobs=jobs, progress=progress
+            tagger, table, out, precision=precision, window=window, hop=hop, jobs=tagger.jobs, progress=progress
         )
     show(f"{found.out}: thresholds fitted to {found.clips} clips with {found.classes} classes")
     show(
@@ -220,10 +260,16 @@ class _Output:
             raise ConfigError("--combine applies to files; name their folder with --out")
         if self.keep_scores and self.folder is None:
             raise ConfigError("--keep-scores writes into the folder of a run; name it with --out")
+        if self.folder is not None and (address := address_of(self.folder)) is not None:
+            if self.keep_scores:
+                raise ConfigError(f"--keep-scores keeps scores in a local folder; --out is {address}")
+            check_writable(address)
         if self.folder is None and len(self.formats) > 1:
             raise ConfigError(f"{' and '.join(self.formats)} cannot be printed at once; name a folder with --out")
         if self.clips is not None and not chosen.events:
             raise ConfigError("--clips cuts out events; add --events")
+        if self.clips is not None and address_of(self.clips) is not None:
+            raise ConfigError(f"--clips writes into a local folder; got {self.clips}")
 
     def check_inputs(self, inputs: "Sequence[InputSound]", chosen: TagOptions) -> None:
         """Check the options against the sounds, and that the formats are known and can be written."""
@@ -291,26 +337,35 @@ def _tag_sounds(
     inputs: "Sequence[InputSound]",
     chosen: TagOptions,
     threshold: str | None,
-    model: tuple[str, options.Precision, int],
+    model: ChosenModel,
+    jobs: int,
     output: _Output,
     progress: Progress,
 ) -> bool:
     """Tag sounds; return whether all of them could be read to the end."""
     from ced.tag.tagger import Tagger, in_turn
+    from ced.tag.uploads import local_folder
 
-    name, precision, jobs = model
-    with Tagger(name, precision=precision, jobs=jobs, progress=progress) as tagger:
-        if threshold is not None:
-            chosen = replace(chosen, thresholds=thresholds(threshold, tagger.labels))
+    with Tagger(
+        model.name,
+        device=model.device,
+        precision=model.precision,
+        jobs=jobs,
+        batch=model.batch,
+        progress=progress,
+    ) as tagger:
+        chosen = _with_thresholds(chosen, threshold, tagger.labels)
         tagger.windows.check(chosen)
         # On a terminal, results are progress enough.
         is_shown = output.folder is None and sys.stdout.isatty()
         meter = Meter(silent if is_shown else progress, len(inputs), "tagging")
         tagging = _Tagging(tagger, chosen, output, meter)
         if output.folder is not None:
-            return tagging.to_folder(inputs, output.folder, jobs)
+            with local_folder(output.folder, progress) as folder:
+                tagging = replace(tagging, output=replace(output, folder=folder))
+                return tagging.to_folder(inputs, folder, tagger.jobs)
         failed: list[str] = []
-        streams = in_turn(map(tagging.stream, inputs), jobs)
+        streams = in_turn(map(tagging.stream, inputs), tagger.jobs)
         output.print(tagging.readable(zip(inputs, streams, strict=True), failed), len(inputs))
         return not failed
 
@@ -383,10 +438,10 @@ class _Logged:
 def _tag_again(folder: Path, chosen: TagOptions, threshold: str | None, output: _Output, progress: Progress) -> bool:
     """Make tags from the scores of an earlier run; return whether all of its sounds have scores and are complete."""
     from ced.tag.batch import EarlierRun
+    from ced.tag.uploads import local_folder
 
     run = EarlierRun(folder)
-    if threshold is not None:
-        chosen = replace(chosen, thresholds=thresholds(threshold, run.labels))
+    chosen = _with_thresholds(chosen, threshold, run.labels)
     chosen.check(run.labels)
     output = replace(output, channel=run.settings.get("channel") == EACH, clock=run.settings.get("clock") is not None)
     output.found(len(run.inputs))
@@ -396,7 +451,9 @@ def _tag_again(folder: Path, chosen: TagOptions, threshold: str | None, output: 
         output.print(tagging.readable(failed), len(run.inputs))
         return not failed
     settings = {**chosen.settings(), **{name: run.settings.get(name) for name in ("model", *_SCORED)}}
-    return output.write(run.inputs, tagging.record, settings, 1, tagging.meter)
+    with local_folder(output.folder, progress) as place:
+        local = replace(output, folder=place)
+        return local.write(run.inputs, tagging.record, settings, 1, tagging.meter)
 
 
 @dataclass(frozen=True)
@@ -479,6 +536,10 @@ class _Embedding:
                 yield from embedding_rows(outcome.input.name, found, windows=self.windows)
 
 
+def _with_thresholds(chosen: TagOptions, threshold: str | None, labels: "ClassTable") -> TagOptions:
+    return chosen if threshold is None else replace(chosen, thresholds=thresholds(threshold, labels))
+
+
 def thresholds(text: str, labels: "ClassTable") -> float | tuple[float, ...]:
     """Return the threshold of all classes that an option names, or those of its file, one for each class."""
     try:
@@ -497,5 +558,4 @@ def _fingerprint(model: "Scorer") -> str:
     from ced.model.runtime import OnnxModel
 
     assert isinstance(model, OnnxModel)  # opened by a name or path
-    with model.path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return model.digest

@@ -17,7 +17,7 @@ from ced.config import Section, check, dump, read_file
 from ced.distill.spectrogram import FeatureSettings, Spectrogram, resample
 from ced.distill.views import SoundView, mask_waves
 from ced.errors import ConfigError
-from ced.model import runtime
+from ced.model import ort
 from ced.sound.labels import AUDIOSET, ClassTable, class_table
 
 Axis = Literal["batch", "mel", "time", 1]
@@ -83,7 +83,7 @@ class OnnxTeacher:
             raise ConfigError(f"there is no {path}, which describes the input and output of an ONNX teacher")
         self.settings = check(GraphSettings, read_file(path), str(path))
         graph = path.parent / (self.settings.graph or f"{path.stem}.onnx") if file == path else file
-        self._session = runtime.open_session(graph, torch.get_num_threads())
+        self._session = ort.open_session(graph, torch.get_num_threads())
         features = self.settings.features
         self._spectrogram = None if features is None else Spectrogram(features, self.settings.rate)
         self._input = self._check_input(path)

@@ -136,7 +136,8 @@ class TorchScorer:
 
     Args:
         network: is set to eval mode.
-        device: to move it to, such as "cuda"; None: it is not moved.
+        device: to move it to, such as "cuda"; "auto": an accelerator if torch has one here, else the CPU; None: it is
+            not moved.
 
     Raises:
         ConfigError: torch cannot use the device.
@@ -146,10 +147,15 @@ class TorchScorer:
         self.network = network.eval()
         if device is not None:
             try:
-                self.network.to(device)
+                self.network.to(_accelerator() if device == "auto" else device)
             except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
                 reason = str(error).partition("\n")[0]
                 raise ConfigError(f"device is {device!r}; torch cannot use it here: {reason}") from error
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether the network runs on another device than the CPU."""
+        return self.network.freq_pos_embed.device.type != "cpu"
 
     @property
     def labels(self) -> ClassTable:
@@ -181,6 +187,11 @@ class TorchScorer:
             batch = torch.from_numpy(waves).to(self.network.freq_pos_embed.device)
             result: weights.Array = function(batch).float().cpu().numpy()
         return result
+
+
+def _accelerator() -> torch.device:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
 
 
 def _embedding(network: CED, waves: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 The graph of a name or checkpoint is made once, into the cache. Graphs of this package describe themselves in their
 metadata. Foreign graphs, given as files, are probed once, when they are opened: some take waves, some features.
-
-This is the only module that imports onnxruntime, with its telemetry switched off.
 """
 
 import csv
@@ -14,19 +12,16 @@ import math
 import os
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ced.environment import SWITCHES
 from ced.errors import CheckpointError, ConfigError, TableError
 from ced.files import written_aside
-from ced.model import graph, zoo
+from ced.model import graph, ort, zoo
 from ced.model.config import read_config
 from ced.model.graph import (
     CLASSES,
@@ -50,57 +45,14 @@ from ced.sound.audio import SAMPLE_RATE
 from ced.sound.features import HOP, MIN_SAMPLES, PATCH, PUBLISHED, column_starts
 from ced.sound.labels import ClassTable, default_classes, named_by_config, read_classes
 
-os.environ.update(SWITCHES)
-
-from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
-
 AT_ONCE = 10 * SAMPLE_RATE  # samples in one call: short waves are scored together; for longer ones that is not faster
+ANY_NUMBER = 1 << 62  # in place of `AT_ONCE` on an accelerator, where the caller limits the memory of a call
 LONGEST_WINDOW = 3_600 * SAMPLE_RATE  # samples: the longest window that a foreign graph is tested with
 UNUSED_SECONDS = 30 * 24 * 3_600.0  # age at which graphs made by other code are removed from the cache
 
 logger = logging.getLogger(__name__)
 
 Waves = NDArray[np.float32]
-
-__all__ = [
-    "GraphOptimizationLevel",
-    "InferenceSession",
-    "OnnxModel",
-    "SessionOptions",
-    "front_end_file",
-    "open_model",
-    "open_session",
-    "quantization",
-    "session_options",
-]
-
-
-def session_options(threads: int) -> SessionOptions:
-    """Return options for sessions with a number of threads and without logging: errors are raised."""
-    options = SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    return options
-
-
-def open_session(path: Path, threads: int) -> InferenceSession:
-    """Open a graph on the CPU.
-
-    Raises:
-        CheckpointError: the file is missing, damaged or not an ONNX graph.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"no graph at {path}")
-    try:
-        return InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
-    except Exception as error:  # a damaged file may make ONNX Runtime fail in any way
-        raise CheckpointError(f"graph {path} is damaged or not ONNX ({' '.join(str(error).split())})") from error
-
-
-def quantization() -> ModuleType:
-    """Import and return `onnxruntime.quantization`, which loads the package onnx."""
-    return import_module("onnxruntime.quantization")
 
 
 class OnnxModel:
@@ -112,20 +64,24 @@ class OnnxModel:
     Attributes:
         labels: the classes, in the order of the scores.
         at_once: samples that are scored in one call; 0: one wave per call.
+        accelerated: whether the graph runs on another device than the CPU.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int = 1) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, threads: int = 1, device: str | None = None) -> None:
         """Open a graph with one input: waves (batch, time) or log-mel features (batch, 64, time).
 
         Args:
             path: the .onnx file.
             threads: threads of one call.
+            device: where it runs, as `ort.find_device` reads it: "cpu", "cuda", "auto" and others; None: the CPU.
 
         Raises:
             CheckpointError: the file is missing, damaged, not an ONNX graph, or has other inputs or outputs.
+            ConfigError: the device cannot be used here.
         """
         self.path = Path(path)
-        self._session = open_session(self.path, threads)
+        self._session = ort.open_session(self.path, threads, ort.find_device(device))
+        self.accelerated: bool = self._session.get_providers()[0] != ort.PROVIDERS["cpu"]
         self._input, self._front_end = self._find_input(threads)
         self._outputs = {output.name: output for output in self._session.get_outputs()}
         self._scores = self._find_scores()
@@ -142,7 +98,9 @@ class OnnxModel:
         if LONGEST in meta:
             self._good = _whole_number(self.path, meta, LONGEST, 0)
             self._bad = self._good + 1
-        self.at_once = AT_ONCE if meta.get(PRECISION) == "float32" else 0
+        self.at_once = 0
+        if meta.get(PRECISION) == "float32":
+            self.at_once = ANY_NUMBER if self.accelerated else AT_ONCE
         classes, self._logits = self._outputs[self._scores].shape[-1], False
         if not self._ours:
             probe = self._run(self._scores, _noise(SAMPLE_RATE))
@@ -153,6 +111,12 @@ class OnnxModel:
     def precision(self) -> str | None:
         """The precision of a graph of this package; None for foreign graphs."""
         return self._session.get_modelmeta().custom_metadata_map.get(PRECISION) if self._ours else None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the graph, which distinguishes it from earlier graphs at the same path."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def __call__(self, waves: Waves, /) -> NDArray[np.float32]:
         """Return the probability of each class, (b, t) 16 kHz in [-1, 1] -> (b, c).
@@ -213,7 +177,7 @@ class OnnxModel:
             return False
         return True
 
-    def _find_input(self, threads: int) -> tuple[Any, InferenceSession | None]:
+    def _find_input(self, threads: int) -> tuple[Any, ort.InferenceSession | None]:
         """Return the input and, if it takes features, the session that computes them."""
         inputs = self._session.get_inputs()
         shapes = ", ".join(f"{each.name} {each.shape}" for each in inputs)
@@ -227,7 +191,7 @@ class OnnxModel:
             raise CheckpointError(f"graph {self.path} takes batches of {batch} only; a tagger takes 1, or any number")
         if len(inputs[0].shape) == 2:
             return inputs[0], None
-        return inputs[0], open_session(front_end_file(), threads)
+        return inputs[0], ort.open_session(front_end_file(), threads)
 
     def _find_scores(self) -> str:
         if PROB in self._outputs:
@@ -279,6 +243,7 @@ def open_model(
     *,
     precision: Precision = "float32",
     threads: int = 1,
+    device: str | None = None,
     progress: Progress = silent,
 ) -> OnnxModel:
     """Open a tagger by name, from a checkpoint (file or folder), or from an ONNX file.
@@ -291,25 +256,27 @@ def open_model(
         precision: "int8" makes an int8 graph of the same weights; an .onnx file must be a graph of this package for
             that. A graph that is int8 already is used as it is.
         threads: threads of one call.
+        device: as for `OnnxModel`.
         progress: called during a download, with bytes.
 
     Raises:
         CheckpointError: neither a name nor a model, a damaged model, or the cache cannot be written.
-        ConfigError: an unknown precision.
+        ConfigError: an unknown precision, or a device that cannot be used here.
         DownloadError: a file that is not cached and could not be downloaded.
         ExportError: the front end cannot be written as a graph.
         MissingPackageError: a `.pt` checkpoint where torch is not installed.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; allowed: {', '.join(PRECISIONS)}")
+    ort.find_device(device)  # before anything is downloaded for it
     path = _graph_of(name_or_path, precision, progress)
     try:
-        return OnnxModel(path, threads=threads)
+        return OnnxModel(path, threads=threads, device=device)
     except CheckpointError:
         if path.parent != _graphs() or path == Path(name_or_path):
             raise
         path.unlink(missing_ok=True)  # a damaged file of the cache is made again
-        return OnnxModel(_graph_of(name_or_path, precision, progress), threads=threads)
+        return OnnxModel(_graph_of(name_or_path, precision, progress), threads=threads, device=device)
 
 
 def _graphs() -> Path:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ced.tag.select import Selection
 
 EACH = "each"  # instead of a channel: the command line tags each channel on its own
+BATCH = 32  # windows in one call of the model on an accelerator
 TOP_K = 3  # tags of a window without `top_k` and thresholds
 EVENT_THRESHOLD = 0.5  # threshold of events without thresholds
 Tail = Literal["aligned", "short"]  # as in `ced.sound.audio`, which is not imported here

@@ -28,15 +28,15 @@ from ced.sound.audio import Sound, Source, Window, name_of, open_sound
 from ced.sound.labels import ClassTable
 from ced.tag import clock
 from ced.tag.events import events
-from ced.tag.options import TagKeywords, TagOptions
+from ced.tag.options import BATCH, TagKeywords, TagOptions
 from ced.tag.records import Embedding, Kind, Record, Scored, Tags
 from ced.tag.scores import ScoreLog
+from ced.tag.shared_calls import SharedCalls
 from ced.text import printable
 
 if TYPE_CHECKING:
     from ced.model.vit import CED
 
-DEVICES = ("cpu",)  # of graphs
 _AHEAD = 2  # windows in memory per scoring thread
 _REMEMBERED = 64  # checked options that are kept
 _ROUNDING = 1e-6  # how far rounding may take a probability out of [0, 1]
@@ -95,10 +95,12 @@ class WindowScorer:
     Args:
         model: scores waves; with `embed`, or `columns` and `column_starts`, it can also embed or score columns.
         name: the name of the model in errors.
+        calls: joins calls of several threads into one, as is faster on an accelerator; None: each is a call by itself.
     """
 
-    def __init__(self, model: Scorer, name: str) -> None:
+    def __init__(self, model: Scorer, name: str, calls: SharedCalls | None = None) -> None:
         self.model, self.name = model, name
+        self._calls = calls
         self._checked: set[TagOptions] = set()  # options that fit the model; checking may run it
 
     @property
@@ -131,10 +133,10 @@ class WindowScorer:
         if options.silence is not None and _level(window.wave) < options.silence:
             return [Scored(window.start, window.end, np.zeros(len(self.labels), np.float32), silent=True)]
         if not options.columns:
-            (probs,) = self._probs(self.model(window.wave[None]), 2)
+            (probs,) = self._probs(self._call(self.model, window.wave[None]), 2)
             return [Scored(window.start, window.end, probs)]
         model = self._column_scorer()
-        (rows,) = self._probs(model.columns(window.wave[None]), 3)
+        (rows,) = self._probs(self._call(model.columns, window.wave[None]), 3)
         # The last column also covers the samples after it; columns that earlier windows cover are left out.
         times = [*(window.start + model.column_starts(len(rows))).tolist(), window.end]
         return [
@@ -153,7 +155,8 @@ class WindowScorer:
         """
         if len(windows) == 1 or options.columns or options.silence is not None:
             return [self.score(window, options) for window in windows]
-        rows = self._probs(self.model(np.stack([window.wave for window in windows])), 2, len(windows))
+        waves = np.stack([window.wave for window in windows])
+        rows = self._probs(self._call(self.model, waves), 2, len(windows))
         return [[Scored(window.start, window.end, row)] for window, row in zip(windows, rows, strict=True)]
 
     def embed(self, window: Window) -> Array:
@@ -164,8 +167,11 @@ class WindowScorer:
         """
         if not isinstance(self.model, Embedder):
             raise CheckpointError(f"the model {self.name} has no embeddings; graphs written by `ced export` have them")
-        vector: Array = self._answer(self.model.embed(window.wave[None]), 2)[0]
+        vector: Array = self._answer(self._call(self.model.embed, window.wave[None]), 2)[0]
         return vector
+
+    def _call(self, function: Callable[[Array], Array], waves: Array) -> Array:
+        return function(waves) if self._calls is None else self._calls(function, waves)
 
     def _column_scorer(self) -> ColumnScorer:
         if not isinstance(self.model, ColumnScorer):
@@ -208,19 +214,24 @@ class Tagger:
 
     Args:
         model: a model name, an ONNX file, a checkpoint (file or experiment folder), a torch network, or any `Scorer`.
-        device: where the model runs: "cpu", or for a torch network any device of torch. None: the CPU, or the device
-            of the torch network's weights.
+        device: where the model runs: "cpu"; "cuda", "coreml", "directml" and others that the installed ONNX Runtime
+            can use, or for a torch network any device of torch; "auto", an accelerator if there is one, else the CPU.
+            None: the CPU, or the device of the torch network's weights.
         precision: "float32", or "int8" for a smaller and faster graph whose scores differ slightly.
         jobs: windows scored at the same time, each in one thread; faster than several threads for one window.
+        batch: windows of one length that share a call on an accelerator, from any sounds. On the CPU, each window has a
+            call of its own.
         name: the name of the model in records and errors; None: the name or path given.
         progress: called during a download, if the model needs one.
 
     Attributes:
         windows: scores single windows.
+        jobs: how many sounds to read at a time to keep the model busy: as given, or on an accelerator at least twice
+            `batch`.
 
     Raises:
         CheckpointError, DownloadError: the model is unknown, unreadable, or could not be downloaded.
-        ConfigError: the model cannot run on the device or in the precision, or `jobs` is below 1.
+        ConfigError: the model cannot run on the device or in the precision, or `jobs` or `batch` is below 1.
     """
 
     def __init__(
@@ -230,14 +241,19 @@ class Tagger:
         device: str | None = None,
         precision: Precision = "float32",
         jobs: int = 1,
+        batch: int = BATCH,
         name: str | None = None,
         progress: Progress = silent,
     ) -> None:
-        if not isinstance(jobs, int) or jobs < 1:
-            raise ConfigError(f"jobs is {jobs!r}; it must be a whole number, 1 or more")
+        for what, number in (("jobs", jobs), ("batch", batch)):
+            if not isinstance(number, int) or number < 1:
+                raise ConfigError(f"{what} is {number!r}; it must be a whole number, 1 or more")
         self.name = name or (os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__)
-        self.windows = WindowScorer(_open_scorer(model, device, precision, progress), self.name)
-        self._jobs = jobs
+        scorer = _open_scorer(model, device, precision, progress)
+        accelerated: bool = getattr(scorer, "accelerated", False)
+        self._calls = SharedCalls(batch) if accelerated else None
+        self.windows = WindowScorer(scorer, self.name, self._calls)
+        self.jobs = jobs = max(jobs, 2 * batch) if accelerated else jobs  # threads that read, and wait for a call
         self._closed = False
         self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="scorer") if jobs > 1 else None
         self._slots = Semaphore(_AHEAD * jobs)  # limits the windows in memory, however many sounds are read at once
@@ -251,6 +267,8 @@ class Tagger:
     def close(self) -> None:
         """Stop the threads; tagging in progress ends with a ClosedError after the current window."""
         self._closed = True
+        if self._calls is not None:
+            self._calls.close()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -312,7 +330,7 @@ class Tagger:
         Arguments and other errors are those of `tag`; options are checked at once.
         """
         checked = self._options(options, changes)
-        streams = in_turn((self.stream(source, checked) for source in sources), self._jobs)
+        streams = in_turn((self.stream(source, checked) for source in sources), self.jobs)
         return map(_result, streams)
 
     def score(
@@ -383,7 +401,7 @@ class Tagger:
                 self._check_open()
                 yield work(window)
         else:
-            yield from in_order(work, windows, self._submit, _AHEAD * self._jobs)
+            yield from in_order(work, windows, self._submit, _AHEAD * self.jobs)
 
     def _submit(self, work: Callable[[T], R], item: T, /) -> Future[R]:
         self._check_open()
@@ -586,8 +604,6 @@ def _open_scorer(
         from ced.model.loading import TorchScorer
 
         return TorchScorer(model, device)
-    if device not in (None, *DEVICES):
-        raise ConfigError(f"device is {device!r}; allowed: {', '.join(DEVICES)}, or for a torch network those of torch")
     if not isinstance(model, str | os.PathLike):
         if not callable(model) or not hasattr(model, "labels"):
             raise ConfigError(
@@ -595,10 +611,12 @@ def _open_scorer(
             )
         if precision != "float32":
             raise ConfigError(f"precision is {precision}; an open model runs in its own precision")
+        if device not in (None, "cpu", "auto"):
+            raise ConfigError(f"device is {device!r}; an open model runs where it is")
         return cast(Scorer, model)
     from ced.model.runtime import open_model
 
-    return open_model(model, precision=precision, progress=progress)
+    return open_model(model, precision=precision, device=device, progress=progress)
 
 
 def _level(wave: Array) -> float:

@@ -10,11 +10,12 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ced import remote
 from ced.errors import ConfigError, MissingPackageError
 from ced.files import written_aside
 from ced.sound.decode import is_address
@@ -32,6 +33,9 @@ from ced.tag.records import (
     json_tail,
 )
 from ced.text import cell, csv_lines, json_line, printable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 RAVEN_COLUMNS = (
     "Selection",
@@ -180,7 +184,8 @@ def raven(records: Iterable[Timeline]) -> Iterator[str]:
 
 def _whole_path(file: str) -> str:
     """Return the absolute path of a file, which Raven needs; addresses and names such as <stdin> are unchanged."""
-    return file if is_address(file) or file.startswith("<") else os.path.abspath(file)
+    is_local = not (is_address(file) or remote.address_of(file) or file.startswith("<"))
+    return os.path.abspath(file) if is_local else file
 
 
 def _rows(records: Iterable[Timeline]) -> Iterator[tuple[Timeline, Tags, Tag]]:
@@ -190,36 +195,52 @@ def _rows(records: Iterable[Timeline]) -> Iterator[tuple[Timeline, Tags, Tag]]:
                 yield record, piece, tag
 
 
-def _write_parquet(records: Iterable[Timeline], path: Path, *, channel: bool = False, clock: bool = False) -> None:
+def tag_schema(*, channel: bool = False, clock: bool = False) -> "pa.Schema":
+    """Return the columns of tags in Arrow and Parquet; arguments as for `csv`."""
     import pyarrow as pa
 
-    names = _columns(channel, clock)
-    types = [(name, pa.type_for_alias(_COLUMNS[name][0])) for name in names]
-    schema = pa.schema(types, {"ced.format": str(FORMAT_VERSION)})
-    values = [_COLUMNS[name][1] for name in names]
+    types = [(name, pa.type_for_alias(_COLUMNS[name][0])) for name in _columns(channel, clock)]
+    return pa.schema(types, {"ced.format": str(FORMAT_VERSION)})
+
+
+def tag_tables(records: Iterable[Timeline], *, channel: bool = False, clock: bool = False) -> "Iterator[pa.Table]":
+    """Yield Arrow tables with a row for each tag, in groups of rows; arguments as for `csv`."""
+    values = [_COLUMNS[name][1] for name in _columns(channel, clock)]
     rows = (
-        tuple(_as_utf8(found) if isinstance(found := value(*row), str) else found for value in values)
+        tuple(as_utf8(found) if isinstance(found := value(*row), str) else found for value in values)
         for row in _rows(records)
     )
-    _write_row_groups(path, schema, rows, _ROW_GROUP)
+    return _in_groups(tag_schema(channel=channel, clock=clock), rows, _ROW_GROUP)
 
 
-def _write_row_groups(path: Path, schema: Any, rows: Iterable[tuple[Any, ...]], size: int) -> int:
-    """Write rows to a Parquet file in groups of `size`; return their number."""
+def _write_parquet(records: Iterable[Timeline], path: Path, *, channel: bool = False, clock: bool = False) -> None:
+    write_tables(path, tag_schema(channel=channel, clock=clock), tag_tables(records, channel=channel, clock=clock))
+
+
+def _in_groups(schema: "pa.Schema", rows: Iterable[tuple[Any, ...]], size: int) -> "Iterator[pa.Table]":
+    """Yield tables of `size` rows."""
     import pyarrow as pa
+
+    rows = iter(rows)
+    while group := list(islice(rows, size)):
+        columns = zip(*group, strict=True)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+        yield pa.Table.from_arrays(arrays, schema=schema)
+
+
+def write_tables(path: Path, schema: "pa.Schema", tables: "Iterable[pa.Table]") -> int:
+    """Write tables to a Parquet file, one after the other; return the number of rows."""
     from pyarrow import parquet
 
-    count, rows = 0, iter(rows)
+    count = 0
     with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
-        while group := list(islice(rows, size)):
-            count += len(group)
-            columns = zip(*group, strict=True)
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+        for table in tables:
+            count += len(table)
+            writer.write_table(table)
     return count
 
 
-def _as_utf8(text: str) -> str:
+def as_utf8(text: str) -> str:
     """Return text with escapes in place of bytes of a file name that are not text, which Parquet cannot store."""
     return text.encode("utf-8", "backslashreplace").decode()
 
@@ -380,18 +401,25 @@ def _write_array(path: Path, rows: Iterable[EmbeddingRow]) -> int:
 
 
 def _write_vectors(path: Path, rows: Iterable[EmbeddingRow]) -> int:
+    with written_aside(path) as aside:
+        return write_tables(aside, embedding_schema(), embedding_tables(rows))
+
+
+def embedding_schema() -> "pa.Schema":
+    """Return the columns of embeddings in Arrow and Parquet."""
     import pyarrow as pa
 
-    schema = pa.schema(
-        [
-            ("file", pa.string()),
-            ("start", pa.float64()),
-            ("end", pa.float64()),
-            ("channel", pa.string()),
-            ("vector", pa.list_(pa.float32())),
-        ],
-        metadata={"ced_embeddings": str(EMBEDDINGS_VERSION)},
-    )
-    values = ((_as_utf8(row.file), row.start, row.end, str(row.channel), row.vector) for row in rows)
-    with written_aside(path) as aside:
-        return _write_row_groups(aside, schema, values, _VECTOR_GROUP)
+    fields = [
+        ("file", pa.string()),
+        ("start", pa.float64()),
+        ("end", pa.float64()),
+        ("channel", pa.string()),
+        ("vector", pa.list_(pa.float32())),
+    ]
+    return pa.schema(fields, metadata={"ced_embeddings": str(EMBEDDINGS_VERSION)})
+
+
+def embedding_tables(rows: Iterable[EmbeddingRow]) -> "Iterator[pa.Table]":
+    """Yield Arrow tables of embeddings, in groups of rows."""
+    values = ((as_utf8(row.file), row.start, row.end, str(row.channel), row.vector) for row in rows)
+    return _in_groups(embedding_schema(), values, _VECTOR_GROUP)

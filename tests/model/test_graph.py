@@ -20,7 +20,8 @@ from ced.model.frontend import LogMel
 from ced.model.graph.export import ExportReport, export, write_graph
 from ced.model.graph.network import front_end_graph
 from ced.model.loading import weights_of
-from ced.model.runtime import InferenceSession, OnnxModel
+from ced.model.ort import InferenceSession
+from ced.model.runtime import OnnxModel
 from ced.model.vit import CED
 from ced.sound.audio import load
 from ced.sound.features import PUBLISHED as PUBLISHED_FEATURES

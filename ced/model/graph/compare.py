@@ -13,7 +13,8 @@ from ced.model.config import ModelConfig
 from ced.model.graph import PROB
 from ced.model.graph.export import int8_path, quantize
 from ced.model.metrics import Figures, figures
-from ced.model.runtime import OnnxModel, open_session
+from ced.model.ort import open_session
+from ced.model.runtime import OnnxModel
 from ced.model.weights import Weights
 from ced.progress import Progress, silent
 from ced.sound import audio

@@ -31,7 +31,7 @@ from ced.model.graph import (
     GraphInput,
 )
 from ced.model.graph.network import BLOCKS, RUNTIME, feats_graph, wave_graph
-from ced.model.runtime import GraphOptimizationLevel, InferenceSession, quantization, session_options
+from ced.model.ort import GraphOptimizationLevel, InferenceSession, quantization, session_options
 from ced.model.weights import HEAD_KEYS, Weights
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable
