@@ -34,7 +34,7 @@ def test_processes_share_a_batch_with_both_ends_of_each_mixup_pair() -> None:
 
 
 def test_a_batch_that_cannot_be_divided_evenly_is_refused() -> None:
-    with pytest.raises(ConfigError, match="batch_size is 6; for 2 processes it must be a multiple of 4"):
+    with pytest.raises(ConfigError, match=r"batch_size is 6; .* multiple of 4"):
         batch_share(0, 2, 6)
 
 

@@ -307,7 +307,7 @@ def test_missing_rows_are_detected(tmp_path: Path) -> None:
 
 def test_other_format_versions_are_refused(tmp_path: Path) -> None:
     edit(make_store(tmp_path) / "meta.json", '"version": 2', '"version": 4')
-    with pytest.raises(StoreError, match=r"is 'ced view store' version 4; this program reads versions 1, 2, 3"):
+    with pytest.raises(StoreError, match=r"version 4; .* versions 1, 2, 3"):
         ViewStore(tmp_path)
 
 
@@ -404,7 +404,7 @@ def test_arrays_larger_than_their_file_take_no_memory(tmp_path: Path) -> None:
         for name, width, kind in (("topk_values", 3, "f2"), ("topk_indexes", 3, "i2")):
             file.create_dataset(name, shape=(10**9, width), dtype=kind)
         file.create_dataset("seeds", shape=(10**9,), dtype="i4")
-    with pytest.raises(StoreError, match=r"damaged: topk_values needs 6,000,000,000 bytes and has 0"):
+    with pytest.raises(StoreError, match="topk_values needs 6,000,000,000 bytes"):
         ViewStore(folder)
 
 
@@ -418,7 +418,7 @@ def test_filenames_that_are_not_text_are_reported_as_damage(tmp_path: Path) -> N
         ViewStore(folder).rows(1)
     for missing in (["a", None, "b", "c"], [None] * 4):
         pq.write_table(table.set_column(0, "filename", pa.array(missing, pa.string())), path)
-        with pytest.raises(StoreError, match=r"logits_ep1_0\.parquet is damaged: a row has no filename"):
+        with pytest.raises(StoreError, match=r"logits_ep1_0\.parquet .* no filename"):
             ViewStore(folder).rows(1)
     for values in (pa.array([1, 2, 3, 4]), pa.array([b"a"] * 4)):
         pq.write_table(table.set_column(0, "filename", values), path)
