@@ -70,6 +70,11 @@ class Section(BaseModel):
         return value
 
 
+def section_in(annotation: Any) -> type[Section] | None:
+    """Return the class of the mapping, or of each mapping of a list, that a key takes; None for other values."""
+    return next((kind for kind in _kinds(annotation) if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
 def _kinds(annotation: Any) -> Iterator[Any]:
     """Yield an annotation and, recursively, its type arguments."""
     yield annotation
@@ -80,8 +85,8 @@ def _kinds(annotation: Any) -> Iterator[Any]:
 class ShiftArgs(Section):
     """Roll the chunk by a random part of its length, with probability 1/2."""
 
-    min_shift: float = Field(-0.5, ge=-1, le=1)
-    max_shift: float = Field(0.5, ge=-1, le=1)
+    min_shift: float = Field(-0.5, ge=-1, le=1, description="smallest shift, as a part of the chunk")
+    max_shift: float = Field(0.5, ge=-1, le=1, description="largest shift, as a part of the chunk")
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -93,13 +98,15 @@ class ShiftArgs(Section):
 class TimeMaskingArgs(Section):
     """Mask a random band of frames."""
 
-    time_mask_param: Positive | None = Field(None, description="null: 192 for 10 s, in proportion for shorter chunks")
+    time_mask_param: Positive | None = Field(
+        None, description="frames masked at most; null: 192 for 10 s, in proportion for shorter chunks"
+    )
 
 
 class FrequencyMaskingArgs(Section):
     """Mask a random band of mel bins."""
 
-    freq_mask_param: Positive = 24
+    freq_mask_param: Positive = Field(24, description="mel bins masked at most")
 
 
 def _merge(value: Any) -> Any:
@@ -112,14 +119,14 @@ def _merge(value: Any) -> Any:
 class WavTransforms(Section):
     """Transforms of the wave; one that is left out is not applied."""
 
-    Shift: ShiftArgs | None = None
+    Shift: ShiftArgs | None = Field(None, description="roll the chunk, with probability 1/2")
 
 
 class SpecTransforms(Section):
     """Transforms of the mel; one that is left out is not applied."""
 
-    TimeMasking: TimeMaskingArgs | None = None
-    FrequencyMasking: FrequencyMaskingArgs | None = None
+    TimeMasking: TimeMaskingArgs | None = Field(None, description="mask a band of frames")
+    FrequencyMasking: FrequencyMaskingArgs | None = Field(None, description="mask a band of mel bins")
 
 
 Wav = Annotated[WavTransforms, BeforeValidator(_merge)]
@@ -131,31 +138,51 @@ ALL_SPEC = SpecTransforms(TimeMasking=TimeMaskingArgs(), FrequencyMasking=Freque
 class OptimizerArgs(Section):
     """Arguments of the optimiser."""
 
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
+    lr: float = Field(1e-3, gt=0, description="highest learning rate, after the warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of the running means of gradient and square")
+    eps: float = Field(1e-8, gt=0, description="added to the denominator of the update")
 
 
 class LossArgs(Section):
     """Arguments of the loss; both reductions give the same gradient here, the mean over items and classes."""
 
-    reduction: Literal["none", "mean"] = "mean"
+    reduction: Literal["none", "mean"] = Field("mean", description="none or mean: the gradient is the same")
+
+
+_TEACHER_KINDS = {"hf:": "hf:OWNER/NAME or hf:FOLDER", "onnx:": "onnx:FILE"}
+Activation = Literal["sigmoid", "softmax"]
 
 
 class TeacherEntry(Section):
     """One teacher of a store; a text alone is its name."""
 
-    name: str = Field(min_length=1)  # a model name, a checkpoint, hf:REPO, hf:FOLDER, onnx:FILE or module:callable
-    weight: float = Field(1.0, gt=0, le=1e6)  # in the mean of the teachers
-    batch_size: Positive | None = None  # chunks a forward pass; null: that of the store
-    device: str | None = None  # as torch names it; null: that of the process
-    mode: Mode | None = None  # precision; null: that of the store
+    name: str = Field(
+        min_length=1, description="a model name, a checkpoint, hf:REPO, hf:FOLDER, onnx:FILE or module:callable"
+    )
+    weight: float = Field(1.0, gt=0, le=1e6, description="weight in the mean of the teachers")
+    batch_size: Positive | None = Field(None, description="chunks of a forward pass; null: that of the store")
+    device: str | None = Field(None, description="where it computes, as torch names it; null: that of the process")
+    mode: Mode | None = Field(None, description="precision; null: that of the store")
+    activation: Activation | None = Field(
+        None, description="of hf: alone: sigmoid or softmax of its logits; null: as its config.json implies"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _named(cls, name: str) -> str:
+        if name in _TEACHER_KINDS:
+            raise ValueError(f"should be {_TEACHER_KINDS[name]}")
+        return name
 
 
 def _teacher_entries(value: Any) -> Any:
     """Accept one teacher for a list of them, and a text for a teacher that is only named."""
     entries = value if isinstance(value, list) else [value]
+    for entry in entries:
+        # YAML reads `hf:`, and `hf: NAME` with a space, as a mapping.
+        if isinstance(entry, dict) and len(entry) == 1 and (kind := f"{next(iter(entry))}:") in _TEACHER_KINDS:
+            raise ValueError(f"should be {_TEACHER_KINDS[kind]}, without a space")
     return [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
 
 
@@ -165,8 +192,7 @@ class StoreConfig(Section):
     train_data: UserPath = Field(description="table of the audio pack (labels/<stem>.tsv)")
     outputpath: UserPath = Field(Path("logits"), description="folder for view stores")
     model: Annotated[list[TeacherEntry], BeforeValidator(_teacher_entries)] = Field(
-        description="teacher or list of teachers: a model name, a checkpoint, hf:REPO, hf:FOLDER, onnx:FILE, "
-        "module:callable, or {name, weight, batch_size, device, mode}"
+        description="a teacher or a list of teachers, each as its name alone or as a mapping with the keys below"
     )
     classes: UserPath | None = Field(
         None, description="class table (index, name) of the store, or audioset; null: that of the teachers"
@@ -180,15 +206,15 @@ class StoreConfig(Section):
     batch_size: Positive = Field(128, description="chunks of a forward pass")
     num_workers: Workers = Field(4, description="threads that read audio")
     mode: Mode = Field("amp", description="precision on a GPU: amp (fp16), amp_bf16 or off (fp32)")
-    wavtransforms: Wav = Field(ALL_WAV, description="Shift: {min_shift, max_shift}")
-    spectransforms: Spec = Field(ALL_SPEC, description="TimeMasking: {time_mask_param}, FrequencyMasking: {...}")
+    wavtransforms: Wav = Field(ALL_WAV, description="transforms of the wave; one that is left out is not applied")
+    spectransforms: Spec = Field(ALL_SPEC, description="transforms of the mel; one that is left out is not applied")
     seed: Seed = Field(42, description="seed from which the seeds of the views are drawn")
 
 
 class TrainerConfig(Section):
     """Keys that all training commands share."""
 
-    command: str  # that trains with this configuration: an experiment is resumed by the command that began it
+    command: str = Field(description="that trains with this configuration, and resumes its experiments")
     train_data: UserPath = Field(description="table of the audio pack to train on")
     outputpath: UserPath = Field(Path("experiments"), description="folder for experiments")
     model: str = Field(description="the network: a model name or a checkpoint")
@@ -202,7 +228,7 @@ class TrainerConfig(Section):
     epochs: Positive = Field(300, description="epochs to train")
     epoch_length: Positive | None = Field(None, description="steps of an epoch; null: all of the data once")
     optimizer: Optimizer = Field("Adam8bit", description="Adam8bit is replaced by Adam without CUDA and bitsandbytes")
-    optimizer_args: OptimizerArgs = Field(OptimizerArgs(), description="lr, weight_decay, betas, eps")
+    optimizer_args: OptimizerArgs = Field(OptimizerArgs(), description="arguments of the optimiser")
     warmup_iters: int | None = Field(None, ge=0, le=10**12, description="steps of linear warm-up")
     warmup_epochs: float | None = Field(None, ge=0, description="the same in epochs; give one of the two")
     use_scheduler: bool = Field(True, description="cosine decay after the warm-up; false: constant")
@@ -237,20 +263,20 @@ class TaggerConfig(TrainerConfig):
 class TrainConfig(TaggerConfig):
     """Keys of `ced train`: distil a student from a view store."""
 
-    command: Literal["train"] = "train"
+    command: Literal["train"] = Field("train", description="always train")
     logitspath: UserPath = Field(description="the view store: folder with logits_ep<e>_<rank>.h5")
     num_classes: Positive = Field(527, description="classes of the store and of the student")
     label_type: Fill = Field("zero", description="targets of the classes outside the top k")
     max_aug_epochs: Positive | None = Field(None, description="use only this number of stored epochs; null: all")
     disable_consistency: bool = Field(False, description="ablation: the student draws masks of its own, without shift")
     loss: Literal["BCEWithLogitsLoss"] = Field("BCEWithLogitsLoss", description="the only loss of CED")
-    loss_args: LossArgs = Field(LossArgs(), description="reduction: none or mean")
+    loss_args: LossArgs = Field(LossArgs(), description="arguments of the loss")
 
 
 class FinetuneConfig(TaggerConfig):
     """Keys of `ced finetune`: train a tagger on a labelled table."""
 
-    command: Literal["finetune"] = "finetune"
+    command: Literal["finetune"] = Field("finetune", description="always finetune")
     classes: UserPath | None = Field(None, description="class table (index, name); audioset or null: AudioSet's 527")
     task: Literal["multi", "single"] = Field("multi", description="classes of a clip: any number, or exactly one")
     balanced: bool = Field(False, description="draw clips so that all classes are equally frequent")
@@ -269,16 +295,16 @@ class FinetuneConfig(TaggerConfig):
         le=3600,
         description="seconds to which training items are cut or padded; about the length of the clips",
     )
-    wavtransforms: Wav = Field(ALL_WAV, description="Shift: {min_shift, max_shift}")
-    spectransforms: Spec = Field(ALL_SPEC, description="TimeMasking: {time_mask_param}, FrequencyMasking: {...}")
+    wavtransforms: Wav = Field(ALL_WAV, description="transforms of the wave; one that is left out is not applied")
+    spectransforms: Spec = Field(ALL_SPEC, description="transforms of the mel; one that is left out is not applied")
 
 
 class DecoderArgs(Section):
     """The decoder of a masked autoencoder, which predicts the hidden patches."""
 
-    embed_dim: int = Field(512, ge=1, le=16_384)
-    num_heads: int = Field(8, ge=1, le=16_384)
-    depth: int = Field(8, ge=1, le=256)
+    embed_dim: int = Field(512, ge=1, le=16_384, description="width; a multiple of num_heads")
+    num_heads: int = Field(8, ge=1, le=16_384, description="attention heads")
+    depth: int = Field(8, ge=1, le=256, description="transformer blocks")
 
     @model_validator(mode="after")
     def _even_heads(self) -> Self:
@@ -290,14 +316,14 @@ class DecoderArgs(Section):
 class PretrainOptimizerArgs(OptimizerArgs):
     """Arguments of the optimiser, with the published values of pre-training."""
 
-    lr: float = Field(2e-4, gt=0)
-    weight_decay: float = Field(5e-7, ge=0)
+    lr: float = Field(2e-4, gt=0, description="highest learning rate, after the warm-up")
+    weight_decay: float = Field(5e-7, ge=0, description="weight decay")
 
 
 class PretrainConfig(TrainerConfig):
     """Keys of `ced pretrain`: train a masked autoencoder on any clips; the defaults are the published values."""
 
-    command: Literal["pretrain"] = "pretrain"
+    command: Literal["pretrain"] = Field("pretrain", description="always pretrain")
     refused = dict.fromkeys(
         TaggerConfig.model_fields.keys() - TrainerConfig.model_fields.keys(),
         "pre-training uses no labels: there is no validation and no mixup, and last.safetensors is the result",
@@ -307,14 +333,14 @@ class PretrainConfig(TrainerConfig):
         False, description="first weights: false (random), true (those of the model), or a name or file"
     )
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="part of the patches that is hidden")
-    decoder_args: DecoderArgs = Field(DecoderArgs(), description="embed_dim, num_heads, depth of the decoder")
+    decoder_args: DecoderArgs = Field(DecoderArgs(), description="shape of the decoder, which is not kept")
     chunk_length: float = Field(
         10, gt=0, le=3600, description="seconds of the random crop of each clip; shorter clips are padded"
     )
     picture_every: Positive = Field(5, description="epochs from one reconstruction.png to the next")
     epochs: Positive = Field(40, description="epochs to train")
     optimizer: Optimizer = Field("Adam", description="Adam8bit is replaced by Adam without CUDA and bitsandbytes")
-    optimizer_args: PretrainOptimizerArgs = Field(PretrainOptimizerArgs(), description="lr, weight_decay, betas, eps")
+    optimizer_args: PretrainOptimizerArgs = Field(PretrainOptimizerArgs(), description="arguments of the optimiser")
     warmup_epochs: float | None = Field(3, ge=0, description="epochs of warm-up, unless warmup_iters is given")
     decay_frac: float = Field(0.01, ge=0, le=1, description="last learning rate as a part of the first")
 
@@ -386,7 +412,7 @@ def command_of(path: Path) -> str:
     else:
         found = [name for name, kind in kinds.items() if values.keys() <= kind.model_fields.keys()]
     if len(found) != 1:
-        raise ConfigError(f"{path} does not say which command it is for: add a key command: {' | '.join(kinds)}")
+        raise ConfigError(f"{path} is for no training command; set its key command to one of: {', '.join(kinds)}")
     return found[0]
 
 
@@ -421,6 +447,8 @@ def read_file(path: Path) -> dict[str, Any]:
         values = _values_of(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an invalid date, a number with too many digits
         raise ConfigError(f"configuration {path} is not YAML: {' '.join(str(error).split())[:200]}") from error
+    if values is None:
+        raise ConfigError(f"configuration {path} is empty; it must be keys and values")
     if not isinstance(values, dict):
         raise ConfigError(f"configuration {path} is {type(values).__name__}; it must be keys and values")
     return values
@@ -529,7 +557,7 @@ def _section_at(kind: type[Section], place: Sequence[int | str]) -> type[Section
     for part in place:
         if isinstance(part, int):  # an item of a list of sections
             continue
-        annotation = kind.model_fields[str(part)].annotation
-        inner = [one for one in _kinds(annotation) if isinstance(one, type) and issubclass(one, Section)]
-        kind = inner[0]
+        inner = section_in(kind.model_fields[str(part)].annotation)
+        assert inner is not None
+        kind = inner
     return kind

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import re
 import runpy
 import signal
 import subprocess
@@ -248,10 +249,20 @@ def test_help_of_a_configured_command_lists_its_keys(ced: Command) -> None:
     shown = ced("train", "--help").stdout
     assert "--resume" in shown
     assert "the view store: folder with logits_ep<e>_<rank>.h5 [required]" in shown
+    assert re.search(r"^ +optimizer_args +.*\n +lr .*default 0\.001", shown, re.M)
     assert (
         "targets of the classes outside the top k [zero | last_mean | last_half | last_random | 527; default zero]"
         in shown
     )
+
+
+def test_help_of_store_lists_the_keys_of_teachers_and_transforms(ced: Command) -> None:
+    shown = ced("store", "--help").stdout
+    names = [line.split()[0] for line in shown.partition("Keys of CONFIG")[2].splitlines() if line.startswith("   ")]
+    at = names.index("model")
+    assert names[at + 1 : at + 6] == ["name", "weight", "batch_size", "device", "mode"]
+    assert re.search(r"^     +weight +.*\[default 1\.0\]", shown, re.M)
+    assert re.search(r"^ +max_shift +.*\[default 0\.5\]", shown, re.M)
 
 
 def test_all_errors_of_a_configuration_are_reported(ced: Command, tmp_path: Path) -> None:

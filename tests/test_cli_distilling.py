@@ -161,7 +161,7 @@ def test_numbered_classes_without_names_are_refused(ced: Command) -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        ([*FRESH, "--eval_data", "nowhere.tsv", "--classes", "classes.tsv"], ["nowhere.tsv", "--eval_data null"]),
+        ([*FRESH, "--eval_data", "nowhere.tsv", "--classes", "classes.tsv"], ["nowhere.tsv", "--eval-data null"]),
         (["--classes", "classes.tsv"], ["ced_tiny", "--pretrained false"]),
         (["--pretrained", "nowhere.pt", "--classes", "classes.tsv"], ["nowhere.pt", "--pretrained false"]),
         ([*FRESH, "--classes", "classes.tsv", "--chunk_length", "0.1"], ["chunk_length is 0.1", "0.15"]),

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from ced.config import (
+    CONFIGS,
     FinetuneConfig,
     PretrainConfig,
     Section,
@@ -13,7 +14,9 @@ from ced.config import (
     command_of,
     dump,
     load_config,
+    section_in,
 )
+from ced.distill.onnx_teacher import GraphSettings
 from ced.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -157,7 +160,7 @@ def test_the_command_of_a_file_without_one_is_known_by_its_keys(
 def test_a_file_that_is_for_no_command_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"which command .* train \| finetune \| pretrain"):
+    with pytest.raises(ConfigError, match=r"no training command; .* train, finetune, pretrain"):
         command_of(path)
 
 
@@ -269,7 +272,7 @@ LAUGHS = 'l0: &l0 ["lol"]\n' + "".join(
     [
         ("- 1\n", "is list"),
         ("a: [", "is not YAML"),
-        ("", "is NoneType"),
+        ("", "is empty"),
         ("seed: 1\nepochs: 2\nseed: 3\n", "key 'seed' is repeated"),
         ("? [a]\n: b\n", "a key is a list or a mapping"),
         ("seed: 2026-13-45\n", "month must be"),
@@ -300,3 +303,12 @@ def test_a_minimum_shift_above_the_maximum_is_refused() -> None:
             {"train_data": "a", "model": "b", "wavtransforms": {"Shift": {"min_shift": 0.5, "max_shift": -0.5}}},
             "here",
         )
+
+
+@pytest.mark.parametrize("kind", [*CONFIGS.values(), GraphSettings])
+def test_every_key_has_a_description(kind: type[Section]) -> None:
+    kinds = [kind]
+    for one in kinds:
+        assert [name for name, field in one.model_fields.items() if not field.description] == []
+        kinds += [inner for field in one.model_fields.values() if (inner := section_in(field.annotation))]
+    assert len(kinds) >= 3

@@ -1,11 +1,11 @@
-"""Run all of it: `python -m benchmarks.esc10 --data ESC10`. Hours on two cores; what is done is kept, so run it again.
+"""Train and evaluate all students: `python -m benchmarks.esc10 --data ESC10`, in hours on two cores.
 
-With `--teacher onnx:FILE`, students learn from an outside teacher that knows AudioSet instead.
+Completed jobs are kept: repeat the command to resume an interrupted run. With `--teacher onnx:FILE`, students are
+distilled from an outside teacher that was trained on AudioSet instead. The page of results is written into the work
+folder; the published one was written with `--out docs`.
 
-It writes its page beside what it trains; `--out docs` is how the published page was made.
-
-Each fold has its folder with a configuration, a log and a model a job: any of them can be repeated by hand with the
-command that the log begins with.
+Each fold has a folder with a configuration, a log and a model of each job. To repeat a job by hand, run the command in
+the first line of its log.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from ced.files import claimed
 ROOT = Path(__file__).parents[2]
 PARTS = ("main", "box", "extra")
 
-_children: set[subprocess.Popen[bytes]] = set()  # that run
+_children: set[subprocess.Popen[bytes]] = set()  # running
 _ending = threading.Event()
 
 
@@ -47,7 +47,7 @@ class Task:
 
     @property
     def made(self) -> Path:
-        """What is there once the job is done."""
+        """The file or folder that exists once the job is done."""
         suffix = ".safetensors" if self.job.command == "teacher" else ""
         return self.folder / plan.MODELS / f"{self.job.name}{suffix}"
 
@@ -58,7 +58,7 @@ class Task:
 
     @property
     def written(self) -> list[Path]:
-        """What its command has written so far, whether it came to an end or not."""
+        """Output of its command so far, complete or not."""
         if self.job.command == "teacher":
             return [self.made] if self.made.exists() else []
         if isinstance(self.job.config, StoreConfig):
@@ -67,7 +67,7 @@ class Task:
         return [path.parent for path in sorted(self.folder.glob(f"experiments/{self.job.name}/*/config.yaml"))]
 
     def recipe(self) -> str:
-        """Return the configuration as it is written, under a digest of the recipes that it stands on."""
+        """Return the text of its configuration, below a digest of the recipes of the jobs that it needs."""
         below = hashlib.sha256("".join(other.recipe() for other in self.stands_on).encode()).hexdigest()
         return f"# stands on {below[:16]}\n{dump(self.job.config)}"
 
@@ -76,7 +76,7 @@ class Task:
 
 
 def outside_tasks(work: Path, teacher: str, arms: Sequence[str], folds: list[int], seeds: int) -> list[Task]:
-    """Return what there is to do with an outside teacher: seed by seed, arm by arm, each in all folds."""
+    """Return the tasks of students of an outside teacher: seed by seed, arm by arm, each in all folds."""
     found: dict[tuple[int, str], Task] = {}
     for seed in range(1, seeds + 1):
         jobs = {job.name: job for job in (*plan.teaching(), *outside.jobs(teacher, seed))}
@@ -87,7 +87,7 @@ def outside_tasks(work: Path, teacher: str, arms: Sequence[str], folds: list[int
 
 
 def _add(found: dict[tuple[int, str], Task], work: Path, fold: int, job: plan.Job, jobs: dict[str, plan.Job]) -> Task:
-    """Add a job behind all that it needs, unless it is there, and return its task."""
+    """Add a job after all that it needs, unless it was added before, and return its task."""
     if (fold, job.name) not in found:
         below = tuple(_add(found, work, fold, jobs[name], jobs) for name in job.needs)
         found[fold, job.name] = Task(fold, work / f"fold{fold}", job, below)
@@ -95,7 +95,7 @@ def _add(found: dict[tuple[int, str], Task], work: Path, fold: int, job: plan.Jo
 
 
 def tasks(work: Path, parts: list[str], folds: list[int], seeds: int) -> list[Task]:
-    """Return what there is to do, the first to be done first."""
+    """Return all tasks, each after those that it needs."""
     wanted = []
     for fold in folds:
         jobs = plan.groundwork()
@@ -107,14 +107,14 @@ def tasks(work: Path, parts: list[str], folds: list[int], seeds: int) -> list[Ta
     if report.EXTRA_FOLD in folds and "extra" in parts:
         wanted += [(report.EXTRA_FOLD, job) for job in plan.extra(1)]
     found: dict[tuple[int, str], Task] = {}
-    for fold, job in wanted:  # some are wanted more than once
+    for fold, job in wanted:  # some more than once
         below = tuple(found[fold, name] for name in job.needs)
         found.setdefault((fold, job.name), Task(fold, work / f"fold{fold}", job, below))
     return list(found.values())
 
 
 def words(task: Task) -> list[str]:
-    """Return the command of a job; a training that was interrupted goes on."""
+    """Return the command of a job; an interrupted training is resumed."""
     job, file = task.job, task.settings.name
     if job.command == "teacher":
         return [sys.executable, "-m", "benchmarks.esc10.teachers", job.name, file]
@@ -124,7 +124,7 @@ def words(task: Task) -> list[str]:
 
 
 def perform(task: Task) -> None:
-    """Do a job in a process of its own, with one thread: two side by side do more than one with two.
+    """Run a job in a process with one thread: two such processes are faster than one with two threads.
 
     Raises:
         RuntimeError: it failed; the message has the last line that it wrote.
@@ -144,23 +144,23 @@ def perform(task: Task) -> None:
         print(*command, file=log, flush=True)
         child = subprocess.Popen(command, cwd=task.folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
         _children.add(child)
-        if _ending.is_set():  # it was begun while the others were told to end
+        if _ending.is_set():  # it was started while the others were being stopped
             child.terminate()
         code = child.wait()
         _children.remove(child)
     if code:
         last = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
         raise RuntimeError(f"{task} failed with {code}: {last} (all of it: {path})")
-    if not task.made.exists():  # a teacher has written it itself
-        task.made.unlink(missing_ok=True)  # a link to what was deleted
+    if not task.made.exists():  # teachers write it themselves
+        task.made.unlink(missing_ok=True)  # a link whose target was deleted
         task.made.symlink_to(os.path.relpath(task.written[-1], task.made.parent))
 
 
 def check_made(todo: list[Task]) -> None:
-    """Make sure that what is there, and all that it stands on, was made as the plan has it now.
+    """Check that all output so far was made with the present configurations.
 
     Raises:
-        ConfigError: something was made by another configuration.
+        ConfigError: a job had another configuration, or one that it needs had.
     """
     stale = [
         path
@@ -170,13 +170,13 @@ def check_made(todo: list[Task]) -> None:
     ]
     if stale:
         raise ConfigError(
-            "the plan has changed since these were made; delete them, or take another --work: "
+            "the plan has changed since these were made; delete them, or give another --work: "
             + " ".join(map(str, stale))
         )
 
 
 def run(todo: list[Task], jobs: int, results: report.Results) -> list[str]:
-    """Do all tasks, `jobs` at a time, and judge what comes out; return what failed."""
+    """Run all tasks, `jobs` at a time, and evaluate their output; return the errors of those that failed."""
     failures: list[str] = []
     running: dict[Future[None], Task] = {}
     waiting = list(todo)
@@ -192,7 +192,7 @@ def run(todo: list[Task], jobs: int, results: report.Results) -> list[str]:
                     print(f"{task} ({len(waiting)} wait)", flush=True)
                     running[pool.submit(perform, task)] = task
             if not running:
-                break  # the rest waits for what failed
+                break  # all others need a task that failed
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task = running.pop(future)
                 if error := future.exception():
@@ -204,7 +204,7 @@ def run(todo: list[Task], jobs: int, results: report.Results) -> list[str]:
 
 
 def _judged(task: Task) -> tuple[str, ...]:
-    """Return what is judged once a task is done: a student, or at the first views the teachers; else nothing."""
+    """Return the arms to evaluate after a task: a student, or after the first store the teachers; or none."""
     if task.job.arm is not None:
         return (task.job.arm,)
     if task.job.name == outside.VIEWS:
@@ -213,7 +213,7 @@ def _judged(task: Task) -> tuple[str, ...]:
 
 
 def verdicts(task: Task, results: report.Results) -> None:
-    """Judge what a task has made, unless that was done."""
+    """Evaluate the output of a task, unless that was done."""
     if all(results.of(arm, task.fold, task.job.seed) for arm in _judged(task)):
         return
     if task.job.arm is not None:
@@ -230,17 +230,19 @@ def main() -> None:
     """Run as the command line says."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.esc10", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="ESC-10: meta.tsv, credits.tsv, audio/")
-    parser.add_argument("--work", type=Path, default=Path("esc10"), help="folder for all that is trained")
+    parser.add_argument("--work", type=Path, default=Path("esc10"), help="folder for all output")
     parser.add_argument("--out", type=Path, help="folder of results.md, .json and .svg (default: --work)")
-    parser.add_argument("--teacher", help="an outside teacher that knows AudioSet, as `ced store` names it: onnx:FILE")
+    parser.add_argument(
+        "--teacher", help="an outside teacher that was trained on AudioSet, named as for `ced store`: onnx:FILE"
+    )
     parser.add_argument(
         "--arms",
         nargs="+",
         choices=outside.ARMS,
         default=outside.MAIN,
-        help="with --teacher; the ones left out of the default change one thing",
+        help="with --teacher; those not in the default change one setting",
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the box writes into the package")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="box writes the model in the package")
     parser.add_argument("--folds", nargs="+", type=int, choices=report.FOLDS, default=report.FOLDS)
     parser.add_argument("--seeds", type=_count, default=1, help="seeds of the students in the main table")
     parser.add_argument("--jobs", type=_count, default=2, help="processes at a time, of one thread each")
@@ -258,7 +260,7 @@ def main() -> None:
         teacher = _absolute(args.teacher)
         todo = outside_tasks(work, teacher, args.arms, folds, args.seeds)
     try:
-        out.mkdir(parents=True, exist_ok=True)  # said now what could not be written in hours
+        out.mkdir(parents=True, exist_ok=True)  # an error now, and not after hours
         with claimed(args.work / "run"):
             check_made(todo)
             if args.teacher is not None:
@@ -292,11 +294,11 @@ def _count(text: str) -> int:
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    """End with all that runs: what went on without this would be begun a second time by the next run."""
+    """Stop all child processes, which the next run would start a second time, then exit."""
     _ending.set()
     for child in list(_children):
         child.terminate()
-    print("interrupted; the same command goes on", file=sys.stderr)
+    print("interrupted; the same command resumes", file=sys.stderr)
     sys.exit(128 + number)
 
 

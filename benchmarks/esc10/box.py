@@ -1,4 +1,4 @@
-"""The student that comes with the package: its graph, what it is good at, and whom it learned from."""
+"""Write the model in the package: its graph, its card with metrics, and the credits of its training recordings."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +19,16 @@ from ced.sound.audio import load
 from ced.sound.tables import multi_hot, read_labelled, read_table, write_table
 
 GRAPH = BOXED["esc10"]
-CARD = Path(__file__).with_name("card.md")  # with holes for what is measured
+CARD = Path(__file__).with_name("card.md")  # with placeholders for measured values
 
 
 @dataclass(frozen=True)
 class Figures:
-    """How good a graph is on the held-out recordings."""
+    """The metrics of a graph on the held-out recordings."""
 
     accuracy: float
     per_class: dict[str, float]  # average precision
-    right: dict[str, tuple[int, int]]  # recordings named rightly, of so many
+    right: dict[str, tuple[int, int]]  # number of recordings with the right class first, and of all
 
     @property
     def map(self) -> float:
@@ -37,7 +37,7 @@ class Figures:
 
 
 def examine(graph: Path, table: Path) -> Figures:
-    """Let a graph hear the files of a labelled table."""
+    """Evaluate a graph on the files of a labelled table."""
     model = OnnxModel(graph)
     clips = read_labelled(table, model.labels)
     scores = np.concatenate([model(load(clip.path)[None]) for clip in clips])
@@ -54,7 +54,7 @@ def examine(graph: Path, table: Path) -> Figures:
 
 
 def ship(work: Path, data: Path, graph: Path = GRAPH) -> None:
-    """Export the boxed student, and write its card and its credits beside it."""
+    """Export the student for the package, and write its card and its credits beside it."""
     folder = work / f"fold{EXTRA_FOLD}"
     *_, box = plan.box()
     network = load_model(folder / plan.MODELS / box.name)
@@ -99,7 +99,7 @@ def _names(table: Path) -> list[str]:
 
 
 def _commands() -> list[str]:
-    """Return what was run, in its order."""
+    """Return the commands of all jobs, in order."""
     lines = []
     for job in (*plan.groundwork(), *plan.box()):
         command = (

@@ -1,4 +1,4 @@
-"""What the held-out fold says about networks that never heard it."""
+"""Evaluate networks on the held-out fold, which they were not trained on."""
 
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from benchmarks.esc10 import plan, teachers
-from ced.distill.dataset import ViewDataset, whole
+from ced.distill.dataset import ViewDataset, whole_clips
 from ced.distill.evaluate import Evaluator
 from ced.distill.pack_reader import AudioPack
 from ced.model.frontend import LogMel
@@ -24,7 +24,7 @@ ENSEMBLE = "ensemble"
 HELD_OUT = "pack/labels/judge.tsv"
 TABLES = (HELD_OUT, plan.LEARNED)
 CPU = torch.device("cpu")
-_LEAST = 1e-6  # a probability is taken to be at least, and as far from 1
+_LEAST = 1e-6  # probabilities are clamped to this distance from 0 and 1
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -37,9 +37,9 @@ class Clips:
     divergence: tuple[float, ...] | None = None  # from the teacher, mean over classes
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))  # a file of another version is no list of these
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))  # a file of another version is refused
 class Verdict:
-    """How good one network is on one held-out fold."""
+    """The metrics of one network on one held-out fold."""
 
     arm: str
     fold: int
@@ -47,7 +47,7 @@ class Verdict:
     accuracy: float
     map: float
     divergence: float | None  # from the teachers; None: other classes
-    divergence_learned: float | None  # the same on the clips that it learned from
+    divergence_learned: float | None  # the same on the clips that it was trained on
     per_class: dict[str, float]  # average precision
     parameters: int | None  # None: unknown
     probe: float | None = None  # accuracy of a linear probe on its embeddings
@@ -56,14 +56,14 @@ class Verdict:
 
 
 def student(folder: Path, job: plan.Job, fold: int) -> Verdict:
-    """Judge what a job has trained."""
+    """Evaluate the student that a job has trained."""
     network = load_model(folder / plan.MODELS / job.name)
     scores = {table: _evaluator(folder, table).scores([network]) for table in TABLES}
     return _verdict(job.arm or job.name, folder, fold, job.seed, scores, [network])
 
 
 def ensemble(folder: Path, fold: int) -> Iterator[Verdict]:
-    """Judge the three teachers and what they say together."""
+    """Evaluate the three teachers and the mean of their probabilities."""
     members = {name: teachers.trained(name, folder) for name in plan.TEACHERS}
     for name, member in members.items():
         scores = {table: _scores(name, folder, table) for table in TABLES}
@@ -75,7 +75,7 @@ def ensemble(folder: Path, fold: int) -> Iterator[Verdict]:
 def divergence(scores: NDArray[np.floating], others: NDArray[np.floating]) -> float:
     """Return the Kullback-Leibler divergence of scores from others, (n, c) both: in nats, mean over clips and classes.
 
-    Each class is a yes or no of its own, as it is to the students' loss, which is this but for a constant.
+    Each class is a binary decision, as in the students' loss, which differs from this by a constant.
     """
     return float(np.mean(divergences(scores, others)))
 
@@ -90,7 +90,7 @@ def divergences(scores: NDArray[np.floating], others: NDArray[np.floating]) -> N
 
 @cache
 def _together(folder: Path, table: str) -> NDArray[np.float32]:
-    """Return what the teachers of a fold say together about the clips of a table, (n, c)."""
+    """Return the mean probabilities of the teachers of a fold for the clips of a table, (n, c)."""
     scores: NDArray[np.float32] = np.mean([_scores(name, folder, table) for name in plan.TEACHERS], axis=0)
     return scores
 
@@ -103,7 +103,7 @@ def _evaluator(folder: Path, table: str) -> Evaluator:
 def _scores(name: str, folder: Path, table: str) -> NDArray[np.float32]:
     """Return a teacher's probabilities of all clips, one by one, as their lengths differ by a few samples; (n, c)."""
     teacher, pack, front_end = teachers.trained(name, folder), AudioPack(folder / table), LogMel()
-    clips = ViewDataset(pack, whole(pack, range(len(pack))))
+    clips = ViewDataset(pack, whole_clips(pack, range(len(pack))))
     with torch.inference_mode():
         rows = [teacher(front_end(clips[item].to_device(CPU)[0])) for item in range(len(clips))]
     return torch.cat(rows).numpy()

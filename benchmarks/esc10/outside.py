@@ -1,8 +1,8 @@
-"""Students of an outside teacher that knows AudioSet: what is trained on one fold, and how it is judged.
+"""Students of an outside teacher that was trained on AudioSet: the jobs of one fold, and their evaluation.
 
-The students answer in AudioSet's 527 classes. No label is used: a table maps each class of ESC-10 to AudioSet classes,
-and the most probable of those counts. All students are one network, take the same number of steps, and keep their last
-weights: no labelled clips choose checkpoints.
+The students have AudioSet's 527 classes. No label is used: a table maps each class of ESC-10 to AudioSet classes,
+and the most probable of those counts. All students are one network, are trained for the same number of steps, and keep
+their last weights: no labelled clips choose checkpoints.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ FREE, FREE_MIXED = f"pack/labels/{split.FREE}.tsv", f"pack/labels/{split.FREE}_{
 _VIEWS: Mapping[str, Any] = {
     "chunk_length": split.SECONDS,
     "wavtransforms": {"Shift": {}},
-    # The teacher was trained without masks in frequency: of the published 24 bins, it would name 6 % more clips wrong.
+    # The teacher was trained without masks in frequency: of the published 24 bins, it would get 6 % more clips wrong.
     "spectransforms": {"TimeMasking": {"time_mask_param": 96}, "FrequencyMasking": {"freq_mask_param": 8}},
 }
 _STUDENT: Mapping[str, Any] = {
@@ -98,7 +98,7 @@ ARMS = tuple(dict.fromkeys((*MAIN, *CHANGED, *STORED_CHANGED)))
 
 
 def jobs(teacher: str, seed: int) -> list[Job]:
-    """Return the arms of one seed, each behind what it needs."""
+    """Return the arms of one seed, each after the jobs that it needs."""
     small = [f"{teachers.__name__}:{name}" for name in plan.TEACHERS]
     alone = _stored(VIEWS, [teacher])
     together = _stored(f"{VIEWS}_all", [teacher, *small])
@@ -158,7 +158,7 @@ def _labelled(arm: str, seed: int, needs: tuple[str, ...], changes: Mapping[str,
 
 
 def student(folder: Path, job: Job, fold: int) -> Verdict:
-    """Judge a student: by ESC-10's classes, by a linear probe on its embeddings, and by how near it is to its teacher.
+    """Evaluate a student: by ESC-10's classes, a linear probe on its embeddings, and its divergence from its teacher.
 
     The probe is trained with the labels of the recordings that the student was trained on.
     """
@@ -191,7 +191,7 @@ def student(folder: Path, job: Job, fold: int) -> Verdict:
 
 
 def taught(folder: Path, fold: int, teacher: str) -> Verdict:
-    """Judge the teacher itself."""
+    """Evaluate the teacher itself."""
     verdict = _verdict(TEACHER, folder, fold, 1, _taught(folder, HELD_OUT, teacher))
     return replace(verdict, divergence=0.0, divergence_learned=0.0, teacher=teacher_name(teacher))
 

@@ -1,8 +1,8 @@
-"""Everything that is trained on one fold, as a list of jobs: a command, its configuration, and what it waits for.
+"""The jobs of one fold, with their commands, configurations and dependencies: teachers, stores, and students.
 
-All students are one network. They start from fresh weights, take as many steps of as many chunks, and have their
-checkpoints chosen alike. The arms differ in where targets come from and in what the student hears: what is distilled
-needs no labels, so it hears mixtures of the recordings, too. Jobs run in the folder of their fold, and all paths are
+All students are one network. They start from random weights, are trained for the same number of steps and chunks, and
+their checkpoints are chosen in the same way. The arms differ in their targets and in their data: distillation needs no
+labels, so its data includes mixtures of the recordings. Jobs run in the folder of their fold, and all paths are
 relative to it.
 """
 
@@ -18,23 +18,23 @@ from ced.distill.store import store_folder
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.features import frames_of
 
-MODELS = Path("models")  # what has been trained, by the name of its job
+MODELS = Path("models")  # folder of trained networks, which have the names of their jobs
 CLASSES = 10
 FRAMES = frames_of(round(SECONDS * SAMPLE_RATE))
-EPOCHS, STEPS = 300, 9  # of students that learn from labels, and steps of an epoch: all clips once
-PATIENT_EPOCHS, PATIENT_STEPS = 100, 27  # of distilled ones, which have three times as much to hear; as many in all
+EPOCHS, STEPS = 300, 9  # of students that are trained on labels; the steps of an epoch use each clip once
+PATIENT_EPOCHS, PATIENT_STEPS = 100, 27  # of distilled ones, with three times the data; as many steps in all
 VALID = 54  # steps between validations
 STORED = 18  # views of each clip and mixture
-BRIEF = 4  # what the extra arms take so many times fewer steps by
-LONGER = 2  # and one of them so many times more
+BRIEF = 4  # the extra arms have this number of times fewer steps
+LONGER = 2  # and one of them has this number of times more
 TEACHERS = {"pictures": 60, "series": 80, "recurrent": 60}  # epochs
 
 WIDTH, DEPTH = 96, 3  # of the students
-BOX_WIDTH, BOX_DEPTH = 128, 4  # of the one that ships
+BOX_WIDTH, BOX_DEPTH = 128, 4  # of the student in the package
 
 LEARNED = "pack/labels/learn.tsv"
 _LEARN: Mapping[str, Any] = {"train_data": LEARNED}
-_HEARD: Mapping[str, Any] = {"train_data": f"pack/labels/{MIXED}.tsv"}
+_WITH_MIXTURES: Mapping[str, Any] = {"train_data": f"pack/labels/{MIXED}.tsv"}
 
 
 def _shape(width: int, depth: int) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def _shape(width: int, depth: int) -> dict[str, Any]:
 
 _NETWORK: Mapping[str, Any] = {
     "model": "ced_tiny",
-    # Some clips are a little longer than the others; what is left over says nothing.
+    # Some clips are a few samples longer than the others; the rest is not scored.
     "model_args": {**_shape(WIDTH, DEPTH), "pad_last": False},
     "mode": "off",
     "num_workers": 0,
@@ -70,7 +70,7 @@ _TEACHER: Mapping[str, Any] = {
     **_LEARN,
     **_VIEWS,
     **_MIXUP,
-    "model": "ced_tiny",  # not looked at: a teacher brings its own network
+    "model": "ced_tiny",  # required, but not used: a teacher is a network of its own
     "classes": "classes.tsv",
     "task": "single",
     "batch_size": 16,
@@ -94,7 +94,7 @@ LABELS: Mapping[str, Mapping[str, Any]] = {
     "labels_views": _VIEWS,
     "labels_mixup": {**_VIEWS, **_MIXUP},
 }
-# Without mixtures: all recordings once an epoch, as those that learn from labels hear them.
+# Without mixtures: all recordings once an epoch, as for the students that are trained on labels.
 _ALONE: Mapping[str, Any] = {**_LEARN, "epochs": EPOCHS, "epoch_length": STEPS, "valid_every": VALID // STEPS}
 DISTILLED: Mapping[str, Mapping[str, Any]] = {
     "own_views": {"disable_consistency": True},
@@ -112,13 +112,13 @@ FILLS = ("last_mean", "last_half", "last_random", "527")
 class Job:
     """One thing to train or to store."""
 
-    name: str  # of its configuration, its log, and what it makes
+    name: str  # of its configuration, its log and its output
     command: str  # of `ced`, or "teacher"
     config: Section
     needs: tuple[str, ...] = ()  # other jobs of the fold
-    arm: str | None = None  # what the held-out fold judges it as
+    arm: str | None = None  # of its student, under which it is evaluated
     seed: int = 1
-    outside: str | None = None  # the outside teacher, where one is behind it
+    outside: str | None = None  # the outside teacher, if its views are used
 
 
 def teaching() -> list[Job]:
@@ -130,12 +130,12 @@ def teaching() -> list[Job]:
 
 
 def groundwork() -> list[Job]:
-    """Return what all students of a fold stand on: three teachers and their views."""
+    """Return the jobs that all students of a fold need: three teachers and their views."""
     return [*teaching(), _stored("views")]
 
 
 def main(seed: int) -> list[Job]:
-    """Return the arms that every fold has."""
+    """Return the arms of every fold."""
     unmixed = _unmixed()
     return [
         *(_labelled(arm, seed, changes) for arm, changes in LABELS.items()),
@@ -146,9 +146,9 @@ def main(seed: int) -> list[Job]:
 
 
 def extra(seed: int) -> list[Job]:
-    """Return the arms that one fold has: each departs in one thing, or two, from `short`, which is a brief `ced`.
+    """Return the extra arms of one fold: each differs in one or two settings from `short`, a shorter `ced`.
 
-    `longer` shows what more steps would still give.
+    `longer` shows whether more steps would improve the result.
     """
     brief = {"epochs": PATIENT_EPOCHS // BRIEF}
     labelled = {**_VIEWS, "epochs": EPOCHS // BRIEF}
@@ -157,7 +157,7 @@ def extra(seed: int) -> list[Job]:
         _distilled("short", seed, brief),
         _labelled("labels_short", seed, labelled),
         _labelled("cross_entropy", seed, {**labelled, "task": "single"}),
-        _labelled("labels_mixtures", seed, {**labelled, **_HEARD, **brief, **patient}),
+        _labelled("labels_mixtures", seed, {**labelled, **_WITH_MIXTURES, **brief, **patient}),
     ]
     unmixed = _unmixed()
     jobs += [unmixed, _distilled("unmixed", seed, {**_ALONE, "epochs": EPOCHS // BRIEF}, unmixed)]
@@ -195,7 +195,7 @@ def _stored(
     *,
     topk: int = CLASSES,
     epochs: int = STORED,
-    changes: Mapping[str, Any] = _HEARD,
+    changes: Mapping[str, Any] = _WITH_MIXTURES,
 ) -> Job:
     values = {
         **changes,
@@ -212,13 +212,15 @@ def _stored(
 
 
 def _unmixed() -> Job:
-    """Return the storing of as many views in all, of the recordings alone."""
+    """Return the job that stores views of the recordings alone, as many in all as with mixtures."""
     return _stored("views_unmixed", epochs=(1 + MIXTURES) * STORED, changes=_LEARN)
 
 
 def _labelled(arm: str, seed: int, changes: Mapping[str, Any]) -> Job:
     values = {**_STUDENT, **_ALONE, "classes": "classes.tsv", **changes, "seed": seed}
-    return _student(arm, "finetune", check(FinetuneConfig, values, arm), tuple(TEACHERS))  # which it is held against
+    return _student(
+        arm, "finetune", check(FinetuneConfig, values, arm), tuple(TEACHERS)
+    )  # its divergence from them is measured
 
 
 def _distilled(arm: str, seed: int, changes: Mapping[str, Any], views: Job | None = None) -> Job:
@@ -228,7 +230,7 @@ def _distilled(arm: str, seed: int, changes: Mapping[str, Any], views: Job | Non
     length = {"epochs": PATIENT_EPOCHS, "epoch_length": PATIENT_STEPS, "valid_every": VALID // PATIENT_STEPS}
     values = {
         **_STUDENT,
-        **_HEARD,
+        **_WITH_MIXTURES,
         **length,
         "logitspath": str(logits),
         "num_classes": CLASSES,

@@ -1,4 +1,4 @@
-"""The results as a page: tables, a plot, and every single number beside them."""
+"""Write the results: a page with tables, a plot, and a file with every number."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from ced.files import written_aside
 RESULTS, PAGE, PLOT = "results.json", "results.md", "results.svg"
 COLUMNS = ("map", "divergence", "divergence_learned")  # after the accuracy
 FOLDS = (1, 2, 3, 4, 5)
-TRIED = "1 and 5"  # with which the plan was made
+TRIED = "1 and 5"  # used in the trials that led to the plan
 EXTRA_FOLD = 5  # the one of the extra arms and of the boxed model
 TAUGHT = {
     "pictures": "convolutions over time and frequency",
@@ -37,12 +37,12 @@ ARMS = {
     "ced_recordings": "stored scores of the recordings alone; the teachers' views",
 }
 DRAWN = {**ARMS, ENSEMBLE: "the teachers together"}
-CED = ("ced", "ced_recordings")  # which the claim is about
+CED = ("ced", "ced_recordings")  # consistent distillation, which the tables of differences compare with all others
 BRIEF_STORED = {
     "short": "`ced`",
     "ced": f"{plan.BRIEF} times the steps, as in the table above",
     "longer": f"{plan.BRIEF * plan.LONGER} times the steps",
-    "masked": "weights of a masked pre-training on the recordings instead of fresh ones",
+    "masked": "weights of a masked pre-training on the recordings instead of random ones",
     "unmixed": "no mixtures",
     "stored_1": f"1 stored epoch instead of {plan.STORED}",
     "stored_5": "5 stored epochs",
@@ -103,21 +103,23 @@ class Results:
             try:
                 self.verdicts = TypeAdapter(list[Verdict]).validate_json(path.read_bytes())
             except ValueError as error:
-                raise ConfigError(f"{path} is not as it is written now; delete it, and all is judged anew") from error
+                raise ConfigError(
+                    f"{path} was written by an earlier version; delete it, and all networks are evaluated again"
+                ) from error
 
     def of(self, arm: str, fold: int | None = None, seed: int | None = None) -> list[Verdict]:
-        """Return what is known of an arm, in the order of seeds and folds."""
+        """Return the verdicts on an arm, in the order of seeds and folds."""
         return [
             one for one in self.verdicts if one.arm == arm and fold in (None, one.fold) and seed in (None, one.seed)
         ]
 
     def add(self, verdict: Verdict) -> None:
-        """Take up a verdict, in place of an earlier one, and write all."""
+        """Add a verdict, or replace an earlier one of the same arm, seed and fold, and write all."""
         others = [one for one in self.verdicts if _place(one) != _place(verdict)]
         self._write([*others, verdict])
 
     def forget(self, fold: int, arms: Sequence[str], seed: int) -> None:
-        """Drop the verdicts of what is made anew."""
+        """Remove the verdicts on arms that are trained again."""
         gone = {(arm, seed, fold) for arm in arms}
         kept = [one for one in self.verdicts if _place(one) not in gone]
         if len(kept) < len(self.verdicts):
@@ -149,40 +151,40 @@ def _page(results: Results) -> Iterator[str]:
     yield "# Results"
     yield ""
     yield (
-        "Does a student learn more from teachers that heard the same views than from labels? The 400 recordings of "
-        "ESC-10 have five folds: each is held out once, and judges networks that learned from the other four. One "
-        "source a class and fold of those is set aside to choose checkpoints by. One clip is 1.25 points of accuracy "
-        "in its fold. Recordings under CC Sampling+ only judge. How large the student is, how long it trains and on "
-        f"what was settled in trials with folds {TRIED}, so the other folds are the fairer judges."
+        "Does a student learn more from the scores of teachers for the same views than from labels? The 400 recordings "
+        "of ESC-10 have five folds: each is held out once, as the test set of networks that are trained on the other "
+        "four. Of these, one source per class and fold is set aside to choose checkpoints. One clip is 1.25 points of "
+        "accuracy in its fold. Recordings under CC Sampling+ are used for tests only. The size of the student, the "
+        f"length of its training and its data were chosen in trials with folds {TRIED}, so the other folds are the "
+        "fairer test."
     )
     yield ""
     yield (
         f"All students are one network (width {plan.WIDTH}, depth {plan.DEPTH}; {_size(results.of('ced'))}). They "
-        "start from fresh weights, and take the same "
-        f"{plan.EPOCHS * plan.STEPS} steps of 32 clips with the same loss, binary cross-entropy. Those that learn from "
-        "stored scores see no labels but those that choose checkpoints, as in every arm; beside each recording they "
-        f"hear {split.MIXTURES} mixtures of two, to which the teachers have listened as well (`own_recordings` and "
-        "`ced_recordings` do without). Every number is in "
-        "[results.json](results.json); `python -m benchmarks.esc10 --data ESC10` makes them anew, in hours on two "
-        "cores."
+        "start from random weights, and are trained for the same "
+        f"{plan.EPOCHS * plan.STEPS} steps of 32 clips with the same loss, binary cross-entropy. Those that are "
+        "trained on stored scores use no labels except to choose checkpoints, as in every arm; their data has, beside "
+        f"each recording, {split.MIXTURES} mixtures of two recordings, which the teachers have scored as well "
+        "(`own_recordings` and `ced_recordings` have no mixtures). Every number is in [results.json](results.json); "
+        "`python -m benchmarks.esc10 --data ESC10` computes them again, in hours on two cores."
     )
     if missing := _missing(results):
         yield ""
-        yield f"**Still to be run:** {'; '.join(missing)}. Until then, a difference of a few clips says little."
+        yield f"**Still to be run:** {'; '.join(missing)}. Until then, differences of a few clips are not significant."
     if any(results.of(arm) for arm in DRAWN):
         yield ""
         yield f"![accuracy of every student and its teachers]({PLOT})"
     yield ""
-    yield from _table("teacher, on labels", TAUGHT, results)
+    yield from _table("teacher, trained on labels | network", TAUGHT, results)
     yield ""
-    yield from _table("student", ARMS, results)
+    yield from _table("student | trained on", ARMS, results)
     yield ""
     others = ", ".join(f"{name} {value}" for name, value in OTHERS.items())
     yield (
-        "Accuracy in percent: mean and deviation over folds, on the right of each fold. Divergence: how far scores are "
-        "from the ensemble's on the held-out fold, which is what distilling makes small (Kullback-Leibler, in nats, "
-        "mean over clips and classes); of learned: the same on the recordings that were learned from. Others, as "
-        f"published: {others}."
+        "Accuracy in percent: mean and standard deviation over folds, then each fold. Divergence: from the ensemble's "
+        "scores on the held-out fold, which distillation minimises (Kullback-Leibler, in nats, mean over clips and "
+        "classes); on training data: the same on the recordings that the network was trained on. Published accuracies: "
+        f"{others}."
     )
     yield ""
     yield from _differences(results)
@@ -196,26 +198,26 @@ def _page(results: Results) -> Iterator[str]:
 
 
 def _outside(results: Results) -> Iterator[str]:
-    """Yield the part about students of an outside teacher."""
+    """Yield the section about students of an outside teacher."""
     verdicts = [one for arm in OUTSIDE for one in results.of(arm)]
     names = sorted({one.teacher for one in verdicts if one.teacher})
     size = next((f"; {one.parameters / 1e6:.2f} M parameters" for one in results.of(outside.CED) if one.parameters), "")
-    yield "## A teacher that knows AudioSet"
+    yield "## A teacher trained on AudioSet"
     yield ""
     yield (
         f"The teacher {', '.join(f'`{name}`' for name in names)} scores the recordings in AudioSet's 527 classes. The "
-        f"students take CED's mel (width {outside.WIDTH}, depth {outside.DEPTH}{size}) and take "
-        f"{outside.EPOCHS * outside.STEPS} steps of {outside.BATCH} clips. Those of the teacher learn from "
+        f"students take CED's mel (width {outside.WIDTH}, depth {outside.DEPTH}{size}) and are trained for "
+        f"{outside.EPOCHS * outside.STEPS} steps of {outside.BATCH} clips. Those of the teacher are trained on "
         f"{outside.STORED} stored views of {outside.TOPK} scores each, of the recordings of the other four folds and "
         f"{outside.MIXTURES} mixtures for each, whose parts are played at up to {split.FASTEST:g} times their speed "
-        "or down to its inverse. Students that learn from labels have the recordings alone, but for "
-        "`outside_labels_mixtures`. No labelled clips choose checkpoints: the last weights are judged. "
-        "The views mask at most 96 frames and 8 mel bins, as this teacher was trained without masks in frequency and "
-        "errs more often under the published 24 bins (`benchmarks/teacher_masks.py`)."
+        "or down to its inverse. Students that are trained on labels have the recordings alone, except for "
+        "`outside_labels_mixtures`. No labelled clips are used to choose checkpoints: the last weights are evaluated. "
+        "The views mask at most 96 frames and 8 mel bins, because this teacher was trained without masks in frequency "
+        "and makes more errors under the published 24 bins (`benchmarks/teacher_masks.py`)."
     )
     yield ""
     yield (
-        "A student names the class of ESC-10 that has the most probable AudioSet class among those that stand for it "
+        "The score of a class of ESC-10 is the highest of its AudioSet classes "
         "(`benchmarks/esc10/audioset.tsv`). The probe is a logistic regression on the embeddings of the recordings "
         "that the student was trained on, and needs their labels. Divergence is from the teacher, over 527 classes."
     )
@@ -224,7 +226,7 @@ def _outside(results: Results) -> Iterator[str]:
     yield ""
     yield (
         "Differences in the folds and seeds that both have, with 95 % intervals of a bootstrap over the recordings "
-        "that clips were cut from; they leave out how much one training differs from the next."
+        "that clips were cut from; they do not include the variation between trainings."
     )
     yield ""
     yield "| | points of accuracy | points of the probe | divergence, percent |"
@@ -234,14 +236,14 @@ def _outside(results: Results) -> Iterator[str]:
             yield f"| `{one}` against `{other}` | {' | '.join(bootstrapped(pairs))} |"
     if any(results.of(arm) for arm in OUTSIDE_CHANGED):
         yield ""
-        yield f"One thing changed in `{outside.CED}`:"
+        yield f"One setting of `{outside.CED}` changed:"
         yield ""
         yield from _outside_table("change", OUTSIDE_CHANGED, results)
 
 
 def _outside_table(title: str, arms: Mapping[str, str], results: Results) -> Iterator[str]:
     folds = " | ".join(f"fold {fold}" for fold in FOLDS)
-    yield f"| {title} | | seeds | accuracy | probe | divergence | of learned | {folds} |"
+    yield f"| {title} | | seeds | accuracy | probe | divergence | on training data | {folds} |"
     yield "|---" * (7 + len(FOLDS)) + "|"
     for arm, what in arms.items():
         if not (verdicts := results.of(arm)):
@@ -293,7 +295,7 @@ def _interval(sums: NDArray[np.float64], relative: bool) -> str:
 
 
 def _missing(results: Results) -> list[str]:
-    """Return what the two large tables lack: folds, and the arms that lack them."""
+    """Return the folds that the two large tables lack, each with the arms that lack it."""
     lacking: dict[str, list[str]] = {}
     for arm in (*TAUGHT, *ARMS):
         known = _by_fold(results, arm, "accuracy")
@@ -304,7 +306,7 @@ def _missing(results: Results) -> list[str]:
 
 def _table(title: str, arms: dict[str, str], results: Results) -> Iterator[str]:
     folds = " | ".join(f"fold {fold}" for fold in FOLDS)
-    yield f"| {title} | | accuracy | mAP | divergence | of learned | {folds} |"
+    yield f"| {title} | accuracy | mAP | divergence | on training data | {folds} |"
     yield "|---" * (6 + len(FOLDS)) + "|"
     for arm, what in arms.items():
         if not results.of(arm):
@@ -319,17 +321,17 @@ def _table(title: str, arms: dict[str, str], results: Results) -> Iterator[str]:
 
 
 def _brief(title: str, arms: dict[str, str], results: Results) -> Iterator[str]:
-    """Yield the table of arms that one fold has: the first, and what departs from it."""
+    """Yield the table of arms of one fold: the first, and those that differ from it in one thing."""
     yield f"## One thing changed: {title}, with 1/{plan.BRIEF} of the steps, on fold {EXTRA_FOLD}"
     yield ""
-    yield "| | accuracy | mAP | divergence | of learned |"
+    yield "| | accuracy | mAP | divergence | on training data |"
     yield "|---|---|---|---|---|"
     for arm, what in arms.items():
         for one in results.of(arm, EXTRA_FOLD, seed=1):
             apart = f"{one.divergence:.3f} | {one.divergence_learned:.3f}"
             yield f"| {what} | {100 * one.accuracy:.1f} | {one.map:.3f} | {apart} |"
     yield ""
-    yield "One run each: differences of a few clips, of 1.25 points each, say little."
+    yield "One run each: differences of a few clips, of 1.25 points each, are not significant."
 
 
 def _by_fold(results: Results, arm: str, name: str) -> dict[int, float]:
@@ -351,7 +353,7 @@ def _size(verdicts: Sequence[Verdict]) -> str:
 
 
 def _differences(results: Results) -> Iterator[str]:
-    """Yield what the claim comes down to, fold against fold."""
+    """Yield the table of differences between consistent distillation and the other arms, in the same folds."""
     yield "| | " + " | ".join(f"`{arm}`: points of accuracy | divergence" for arm in CED) + " |"
     yield "|---" * (1 + 2 * len(CED)) + "|"
     for other in (*ARMS, ENSEMBLE):
@@ -364,7 +366,7 @@ def _differences(results: Results) -> Iterator[str]:
 
 
 def _apart(results: Results, arm: str, other: str, name: str, scale: float) -> list[float]:
-    """Return by how much an arm exceeds another, in each fold that both have."""
+    """Return the difference between two arms, in each fold that both have."""
     one, two = (_by_fold(results, each, name) for each in (arm, other))
     return [scale * (one[fold] - two[fold]) for fold in one.keys() & two.keys()]
 

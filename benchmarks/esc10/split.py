@@ -1,7 +1,7 @@
-"""Who hears what: for each held-out fold a table to learn from, one to choose checkpoints by, one to be judged by.
+"""Split ESC-10: for each held-out fold a table for training, one to choose checkpoints, and one for the test.
 
-What chooses never judges, and recordings cut from one source never stand on both sides. Teachers can be asked about
-sounds that nobody has labelled; a fourth table has mixtures of the recordings to learn from beside them.
+No clip is in two of them, and neither are two clips that were cut from one source. Teachers can also score sounds
+without labels: a fourth table has the training recordings and mixtures of them.
 """
 
 from collections import defaultdict
@@ -27,8 +27,8 @@ FASTEST = 1.15
 AUDIOSET = Path(__file__).with_name("audioset.tsv")  # ESC-10's classes as AudioSet's
 SECONDS = 5.0  # of every clip
 LENGTH = round(SECONDS * SAMPLE_RATE)
-_SILENT = 1e-4  # the power that a recording is taken to have at least, as a part of full scale
-UNSHIPPABLE = "Sampling"  # in the name of a licence under which nothing that is given away may be made
+_SILENT = 1e-4  # smallest level (RMS) that a recording is assumed to have, as a part of full scale
+UNSHIPPABLE = "Sampling"  # in the name of licences under which no model may be distributed
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Clip:
 
     @property
     def source(self) -> str:
-        """The recording that it was cut from."""
+        """Id of the recording that it was cut from."""
         return self.filename.split("-")[1]
 
 
@@ -49,7 +49,7 @@ def read_clips(data: Path) -> tuple[list[Clip], list[str]]:
     """Return the recordings of `data`/meta.tsv (filename, fold, label, name), and the names of the classes in order.
 
     Raises:
-        TableError: a column is missing, a fold or a label is no number, or a file is not named as in ESC-10.
+        TableError: a column is missing, a fold or a label is not a number, or a file is not named as in ESC-10.
     """
     meta = read_table(data / "meta.tsv", required=("filename", "fold", "label", "name"))
     clips = []
@@ -65,14 +65,14 @@ def read_clips(data: Path) -> tuple[list[Clip], list[str]]:
 
 
 def shippable(data: Path) -> set[str]:
-    """Return the file names whose licence lets us give away what was learned from them."""
+    """Return the names of the files whose licence allows to distribute models that were trained on them."""
     credit = read_table(data / "credits.tsv", required=("filename", "license"))
     pairs = zip(credit.column("filename"), credit.column("license"), strict=True)
     return {filename for filename, licence in pairs if UNSHIPPABLE not in licence}
 
 
 def split(clips: Sequence[Clip], fold: int) -> dict[str, list[Clip]]:
-    """Split for one held-out fold: it judges; of each other fold, one source a class chooses, the one cut least often.
+    """Split for one held-out fold, the test set; of the others, the smallest source of each class chooses checkpoints.
 
     Returns:
         The clips of each of `TABLES`.
@@ -91,7 +91,8 @@ def split(clips: Sequence[Clip], fold: int) -> dict[str, list[Clip]]:
 def prepare(data: Path, folder: Path, fold: int) -> None:
     """Write classes.tsv and pack the three tables of a held-out fold: `folder`/pack/labels/{learn,choose,judge}.tsv.
 
-    Clips that nothing may be given away of only judge, so that any of the students may ship.
+    Clips whose licence does not allow to distribute models are used for tests only, so that every student can be
+    distributed.
     """
     clips, names = read_clips(data)
     free = shippable(data)
@@ -112,7 +113,7 @@ def prepare(data: Path, folder: Path, fold: int) -> None:
 
 
 def prepare_unlabelled(folder: Path, mixtures: int) -> None:
-    """Pack two more tables of a prepared fold, for students that need no labelled clips to choose checkpoints by.
+    """Pack two more tables of a prepared fold, for students whose checkpoints are not chosen.
 
     `free` has the recordings of `learn` and `choose`, `free_mixed<mixtures>` those and `mixtures` mixtures for each, of
     recordings played a little faster or slower.
@@ -125,7 +126,7 @@ def prepare_unlabelled(folder: Path, mixtures: int) -> None:
 
 
 def mix(first: NDArray[np.float32], second: NDArray[np.float32], share: float) -> NDArray[np.float32]:
-    """Add two waves (t,) of which the first makes up a share of the loudness, whatever theirs was."""
+    """Add two waves (t,), scaled so that the level of the first is `share` of the sum, whatever their own levels."""
     loud = [max(float(np.sqrt(np.mean(np.square(wave)))), _SILENT) for wave in (first, second)]
     both = share * first / loud[0] + (1 - share) * second / loud[1]
     gain = min(share * loud[0] + (1 - share) * loud[1], 1 / float(np.abs(both).max(initial=1e-9)))
@@ -133,14 +134,14 @@ def mix(first: NDArray[np.float32], second: NDArray[np.float32], share: float) -
 
 
 def _mix_table(folder: Path, table: str, out: str, mixtures: int, fastest: float = 1.0) -> None:
-    """Pack the recordings of a table and mixtures of two of them, which have the labels of both.
+    """Pack the recordings of a table and mixtures of two of them, each with the labels of both.
 
     Args:
-        folder: of the fold.
+        folder: that of the fold.
         table: name of the table of the recordings.
         out: name of the new table.
         mixtures: their number for each recording.
-        fastest: recordings are played at up to this speed, or down to its inverse.
+        fastest: highest speed at which recordings are played; the lowest is its inverse.
     """
     path = folder / f"{out}.tsv"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Three small networks that are no transformers: anyone's model can teach.
+"""Three small teachers, convolutional and recurrent networks, as modules of a user.
 
 `python -m benchmarks.esc10.teachers NAME CONFIG` trains one on labels and writes models/NAME.safetensors in the
 working directory; from then on `benchmarks.esc10.teachers:NAME` is a teacher for `ced store`, run in that directory.
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 class Network(nn.Module):
-    """What the three share: decibels brought to about -2 ... 2, a body, and pooling over time."""
+    """A network of a body, with its input in dB scaled to about -2 ... 2, and pooling over time."""
 
     def __init__(self, labels: ClassTable, body: nn.Module, width: int) -> None:
         super().__init__()
@@ -52,13 +52,13 @@ class Network(nn.Module):
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
-    """Return a convolution over time and frequency, with what follows it."""
+    """Return a convolution over time and frequency with batch normalisation and ReLU."""
     layer = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
     return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 def conv_time(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: int = 1) -> nn.Sequential:
-    """Return a convolution over time alone, with what follows it."""
+    """Return a convolution over time with batch normalisation and ReLU."""
     padding = dilation * (kernel // 2)
     layer = nn.Conv1d(inputs, outputs, kernel, stride, padding=padding, dilation=dilation, bias=False)
     return nn.Sequential(layer, nn.BatchNorm1d(outputs), nn.ReLU())
@@ -86,7 +86,7 @@ class Pictures(nn.Module):
 
 
 class Series(nn.Module):
-    """Convolutions over time, further apart from block to block; each mel bin is a channel."""
+    """Convolutions over time, with more dilation in each block; each mel bin is a channel."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ BODIES = {"pictures": (Pictures, 32, 128), "series": (Series, 128, 128), "recurr
 
 
 def make(name: str, folder: Path = Path()) -> Network:
-    """Return a network with fresh weights, for the classes of `folder`."""
+    """Return a network with random weights, for the classes of `folder`."""
     kind, width, outputs = BODIES[name]
     return Network(read_classes(folder / CLASSES), kind(width), outputs)
 
@@ -150,7 +150,7 @@ def _weights(name: str) -> Path:
 
 
 def train(name: str, config: FinetuneConfig) -> Network:
-    """Teach a network the labels of `config.train_data` under views and mixup, with cross-entropy and AdamW."""
+    """Train a network on the labels of `config.train_data` under views and mixup, with cross-entropy and AdamW."""
     torch.manual_seed(config.seed)
     network, clips, front_end = make(name), LabelledClips(config, read_classes(CLASSES)), LogMel()
     args = config.optimizer_args
@@ -188,7 +188,7 @@ def main() -> None:
     """Train one network as the command line says."""
     parser = argparse.ArgumentParser(description="train a teacher on the labels of the pack in this folder")
     parser.add_argument("name", choices=BODIES)
-    parser.add_argument("config", type=Path, help="a configuration of `ced finetune`; its model is not looked at")
+    parser.add_argument("config", type=Path, help="a configuration of `ced finetune`; its key model is not used")
     args = parser.parse_args()
     try:
         network = train(args.name, load_config(FinetuneConfig, args.config))
@@ -200,5 +200,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # on networks this small a second one costs more than it brings
+    torch.set_num_threads(1)  # for networks of this size, a second thread is slower
     main()

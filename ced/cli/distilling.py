@@ -276,7 +276,7 @@ def demo(
 
     show_warnings_only()
     with reporting() as progress:
-        report = run_demo(out, data=data, fold=fold, say=show, progress=progress)
+        report = run_demo(out, data=data, fold=fold, announce=show, progress=progress)
     for text in report.lines():
         for line in text.split("\n"):
             show(line)

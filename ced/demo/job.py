@@ -141,7 +141,7 @@ def run_demo(
     data: Path | None = None,
     fold: int = 5,
     settings: DemoSettings | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    announce: Callable[[str], None] = lambda line: None,
     progress: Progress = silent,
 ) -> DemoReport:
     """Run the whole method in a folder.
@@ -151,7 +151,7 @@ def run_demo(
         data: recordings with `meta.tsv` (filename, fold, label, name), audio beside it or in `audio/`; None: generated.
         fold: the fold that is held out.
         settings: None: `GENERATED` or `RECORDED`.
-        say: called with a line before each stage.
+        announce: called with a line before each stage.
         progress: called as each stage advances.
 
     Raises:
@@ -159,7 +159,7 @@ def run_demo(
     """
     settings = settings or (GENERATED if data is None else RECORDED)
     folder = out / f"{'generated' if data is None else data.resolve().name}_fold{fold}"
-    stages = _Stages(say)
+    stages = _Stages(announce)
     with stages.time("sounds", "Generating sounds" if data is None else f"Reading {data}"):
         data = data or generated_sounds(folder / "sounds", settings)
         train_list, test_list, classes = split(data, fold, folder / "lists")
@@ -325,13 +325,13 @@ class DemoConfigs:
 class _Stages:
     """Announces and times the stages of a run."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(self, announce: Callable[[str], None]) -> None:
+        self.announce = announce
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def time(self, stage: str, what: str) -> Iterator[None]:
-        self.say(f"{what} ...")
+        self.announce(f"{what} ...")
         began = time.monotonic()
         yield
         self.seconds[stage] = time.monotonic() - began

@@ -21,11 +21,10 @@ from ced.distill.views import NO_VIEW, View, ViewRecipe, draw, mask_uniforms, sh
 from ced.errors import ConfigError, PackError
 from ced.parallel import in_order
 from ced.sound.audio import SAMPLE_RATE
-from ced.sound.decode import FULL_SCALE
+from ced.sound.decode import FULL_SCALE, to_float
 from ced.sound.features import MIN_SAMPLES
 from ced.text import quoted
 
-_INT16_STEP = 1 / FULL_SCALE
 _FINGERPRINTED = 256  # chunks whose samples are part of a fingerprint
 
 Items = Sequence[int] | NDArray[np.int64]  # indices of chunks of a data set, (b,)
@@ -125,14 +124,14 @@ def chunks_of_rows(pack: AudioPack, rows: Rows, chunk_length: float) -> Chunks:
         if off.any():
             item = int(off.argmax())
             raise PackError(
-                f"clip {quoted(str(rows.filenames[item]))}: the store says {stored_seconds[item]:.5f} s where the pack "
-                f"has {seconds[item]:.5f} s; was it packed again after its views were stored?"
+                f"clip {quoted(str(rows.filenames[item]))}: a chunk starts or ends at {stored_seconds[item]:.5f} s in "
+                f"the store, and at {seconds[item]:.5f} s in the pack; was it packed again after its views were stored?"
             )
     return Chunks(clips, starts, stops)
 
 
-def whole(pack: AudioPack, clips: Sequence[int]) -> Chunks:
-    """Return whole clips as chunks."""
+def whole_clips(pack: AudioPack, clips: Sequence[int]) -> Chunks:
+    """Return clips of a pack, each as one chunk."""
     rows = np.array(clips, np.int64)
     return Chunks(rows, np.zeros_like(rows), pack.lengths(rows))
 
@@ -156,7 +155,7 @@ class Batch:
     def to_device(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the waves as float32 in [-1, 1] and the uniforms, both on `device`."""
         waves = self.waves.to(device, non_blocking=True)
-        scaled = waves.float().mul_(_INT16_STEP) if waves.dtype == torch.int16 else waves
+        scaled = waves.float().div_(FULL_SCALE) if waves.dtype == torch.int16 else waves
         return scaled, self.uniforms.to(device, non_blocking=True)
 
 
@@ -199,7 +198,7 @@ class ViewDataset(Dataset[Batch]):
         waves = [self.pack.read(*self.chunks.span(item)) for item in items]
         views = [self._view(item, len(wave), generator) for item, wave in zip(items, waves, strict=True)]
         if len({wave.dtype for wave in waves}) > 1:
-            waves = [wave * np.float32(_INT16_STEP) if wave.dtype == np.int16 else wave for wave in waves]
+            waves = [to_float(wave) for wave in waves]
         samples = self.samples or max(map(len, waves))
         kind = torch.int16 if waves[0].dtype == np.int16 else torch.float32
         # A GPU can copy from pinned memory while it computes.
@@ -231,7 +230,7 @@ def shuffled(count: int, batch_size: int, seed: Sequence[int]) -> Iterator[NDArr
         pool = pool[batch_size:]
 
 
-def drawn(
+def weighted(
     weights: NDArray[np.float64], batch_size: int, batches: int, seed: Sequence[int]
 ) -> Iterator[NDArray[np.int64]]:
     """Yield batches of items drawn in proportion to their weights, (n,), in a random order.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ced.config import Mode, TaggerConfig
-from ced.distill.dataset import Batch, ViewDataset, in_batches, prefetch, whole
+from ced.distill.dataset import Batch, ViewDataset, in_batches, prefetch, whole_clips
 from ced.distill.distributed import World, autocast
 from ced.distill.pack_reader import AudioPack
 from ced.errors import ConfigError, PackError, TableError
@@ -83,7 +83,7 @@ class Evaluator:
         self.targets = multi_hot(pack.labels(len(labels)), len(labels))
         if not self.targets.any():
             raise TableError(f"no clip of {table} has a class: there is nothing to evaluate ({len(pack)} clips)")
-        self.dataset = ViewDataset(pack, whole(pack, range(len(pack))))
+        self.dataset = ViewDataset(pack, whole_clips(pack, range(len(pack))))
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -292,6 +292,6 @@ def open_validation(config: TaggerConfig, labels: ClassTable) -> Validation | No
             mode=config.mode,
         )
     except (TableError, PackError) as error:
-        error.hint = error.hint or "eval_data is the table to validate on; --eval_data null trains without one"
+        error.hint = error.hint or "eval_data is the table to validate on; --eval-data null trains without one"
         raise
     return Validation(evaluator, config.valid_every, config.early_stop, config.n_saved, config.average)

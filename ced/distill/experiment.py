@@ -132,7 +132,7 @@ def check_resumable(config: C, folder: Path) -> None:
         if was != now and key not in _FREE_KEYS:
             value = config.model_dump(mode="json")[key]
             text = value if isinstance(value, str) else json.dumps(value)
-            words = ["ced", config.command, str(path), "--pretrained", str(folder), f"--{key}", text]
+            words = ["ced", config.command, str(path), "--pretrained", str(folder), f"--{key.replace('_', '-')}", text]
             raise ConfigError(
                 f"{key} is {now}, but {folder} was begun with {was}; a run is resumed with the settings that it was "
                 f"begun with. To train its result further, begin a new experiment: {shlex.join(words)}"

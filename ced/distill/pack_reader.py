@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -26,7 +27,7 @@ from ced.distill.pack_format import (
     key_of,
 )
 from ced.errors import PackError, TableError
-from ced.sound.tables import Table, parse_labels, read_batches
+from ced.sound.tables import missing_column, parse_labels, read_batches
 from ced.text import quoted
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,11 @@ class AudioPack:
             PackError: a file of the pack is missing.
         """
         self.path = Path(table)
-        self._read_table()
+        read = _read_table(self.path)
+        self._columns, self._file, self._filenames, self._labels = read.columns, read.file, read.filenames, read.labels
+        self._paths = [_resolve(path, self.path) for path in read.paths]
+        # Whole filenames are unique if base names are.
+        self._ambiguous = self._ambiguous_names() if read.repeated else frozenset[str]()
         self._check_digest()
         rows = len(self._file)
         # Of each row, known once its file was indexed.
@@ -83,46 +88,6 @@ class AudioPack:
         self._checked = np.zeros(rows, np.bool_)  # whose samples were compared with their checksum
         self._whole: dict[int, bool] = {}  # file: whether it names clips by whole filenames
         self._open = _OpenFiles()
-
-    def _read_table(self) -> None:
-        """Read the columns of the table that are needed, in a compact form."""
-        numbers: dict[str, int] = {}  # of the files, by their paths
-        files: list[NDArray[np.int32]] = []
-        hashes: list[NDArray[np.int64]] = []  # of the base names
-        texts: dict[str, list[pa.LargeStringArray]] = {"filename": [], "labels": []}
-        for batch in read_batches(self.path, required=("filename",)):
-            if "hdf5path" not in batch.columns:
-                raise TableError(
-                    f"table {self.path} has no column 'hdf5path'", hint="`ced pack` makes a pack, and its table"
-                )
-            paths, rows_before = batch.column("hdf5path"), sum(map(len, files))
-            for path in dict.fromkeys(paths):
-                numbers.setdefault(path, len(numbers))
-            files.append(np.fromiter(map(numbers.__getitem__, paths), np.int32, len(paths)))
-            hashes.append(np.array([hash(name.rpartition("/")[2]) for name in batch.column("filename")], np.int64))
-            for name in texts.keys() & batch.columns.keys():
-                texts[name].append(self._strings(name, batch.column(name), rows_before))
-            self._columns = tuple(batch.columns)
-        self._file = np.concatenate(files)  # number of the file of each row
-        self._paths = [_resolve(path, self.path) for path in numbers]
-        self._filenames, self._labels = (pa.chunked_array(texts[name], _TEXT) for name in ("filename", "labels"))
-        # Whole filenames are unique if base names are.
-        self._ambiguous = self._ambiguous_names() if _repeated(np.concatenate(hashes)) else frozenset[str]()
-
-    def _strings(self, column: str, values: list[str], rows_before: int) -> pa.LargeStringArray:
-        """Return a column of a batch as an array.
-
-        Raises:
-            TableError: a value is not UTF-8.
-        """
-        try:
-            return pa.array(values, _TEXT)
-        except UnicodeEncodeError as error:
-            number = next(number for number, value in enumerate(values) if not _is_utf8(value))
-            raise TableError(
-                f"table {self.path}, row {rows_before + number + 1}: {column} {values[number]!r} is not UTF-8, which "
-                "names in HDF5 files must be"
-            ) from error
 
     def _base_names(self) -> pa.ChunkedArray:
         return pc.replace_substring_regex(self._filenames, pattern="(?s)^.*/", replacement="")
@@ -204,10 +169,9 @@ class AudioPack:
         Raises:
             TableError: there is no such column, or a label is not one of 0 ... num_classes - 1.
         """
-        columns: dict[str, list[str]] = {name: [] for name in self._columns}
-        if "labels" in columns:
-            columns["labels"] = self._labels.to_numpy().tolist()
-        return parse_labels(Table(columns, self.path), num_classes)
+        if "labels" not in self._columns:
+            raise missing_column(self.path, "labels", self._columns)
+        return parse_labels(self._labels.to_numpy().tolist(), num_classes, self.path)
 
     def samples(self, row: int) -> int:
         """Return the length of a clip.
@@ -326,6 +290,65 @@ class AudioPack:
         if place not in self._open.handles:
             self._open.handles[place] = _opened(self._paths[number])
         return self._open.handles[place]
+
+
+class _TableOfPack(NamedTuple):
+    """What is needed of the table of a pack, in a compact form."""
+
+    columns: tuple[str, ...]  # all names
+    file: NDArray[np.int32]  # (n,) number of the file of each row
+    paths: tuple[str, ...]  # of the files
+    filenames: pa.ChunkedArray  # (n,)
+    labels: pa.ChunkedArray  # (n,); empty without this column
+    repeated: bool  # whether a base name may occur more than once
+
+
+def _read_table(path: Path) -> _TableOfPack:
+    """Read the table of a pack.
+
+    Raises:
+        TableError: as for `AudioPack`.
+    """
+    columns: tuple[str, ...] = ()
+    numbers: dict[str, int] = {}  # of the files, by their paths
+    files: list[NDArray[np.int32]] = []
+    hashes: list[NDArray[np.int64]] = []  # of the base names
+    texts: dict[str, list[pa.LargeStringArray]] = {"filename": [], "labels": []}
+    for batch in read_batches(path, required=("filename",)):
+        columns = tuple(batch.columns)
+        if "hdf5path" not in columns:
+            raise TableError(f"table {path} has no column 'hdf5path'", hint="`ced pack` makes a pack, and its table")
+        paths, rows_before = batch.column("hdf5path"), sum(map(len, files))
+        for name in dict.fromkeys(paths):
+            numbers.setdefault(name, len(numbers))
+        files.append(np.fromiter(map(numbers.__getitem__, paths), np.int32, len(paths)))
+        hashes.append(np.array([hash(name.rpartition("/")[2]) for name in batch.column("filename")], np.int64))
+        for name in texts.keys() & batch.columns.keys():
+            texts[name].append(_strings(path, name, batch.column(name), rows_before))
+    return _TableOfPack(
+        columns,
+        np.concatenate(files),
+        tuple(numbers),
+        pa.chunked_array(texts["filename"], _TEXT),
+        pa.chunked_array(texts["labels"], _TEXT),
+        _repeated(np.concatenate(hashes)),
+    )
+
+
+def _strings(path: Path, column: str, values: list[str], rows_before: int) -> pa.LargeStringArray:
+    """Return a column of a batch of a table as an array.
+
+    Raises:
+        TableError: a value is not UTF-8.
+    """
+    try:
+        return pa.array(values, _TEXT)
+    except UnicodeEncodeError as error:
+        number = next(number for number, value in enumerate(values) if not _is_utf8(value))
+        raise TableError(
+            f"table {path}, row {rows_before + number + 1}: {column} {values[number]!r} is not UTF-8, which "
+            "names in HDF5 files must be"
+        ) from error
 
 
 def _is_utf8(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""What other taggers take: waves at other sampling rates, and log-mel spectrograms that settings describe."""
+"""Inputs of other taggers: waves at other sampling rates, and log-mel spectrograms that settings describe."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +24,13 @@ Size = Annotated[int, Field(ge=1, le=1 << 16)]
 class MelSettings(Section):
     """The mel filters."""
 
-    bands: Size
-    low: float = Field(0.0, ge=0)  # Hz
-    high: float = Field(gt=0)  # Hz
-    scale: MelScale = "htk"  # kaldi: that of htk, with triangles that are linear in mels; slaney: librosa's default
-    area_norm: bool = False  # triangles of one area, not of one height; librosa's default
+    bands: Size = Field(description="number of filters")
+    low: float = Field(0.0, ge=0, description="Hz, lower end of the first filter")
+    high: float = Field(gt=0, description="Hz, upper end of the last filter")
+    scale: MelScale = Field(
+        "htk", description="kaldi: that of htk, with triangles that are linear in mels; slaney: librosa's default"
+    )
+    area_norm: bool = Field(False, description="triangles of one area, not of one height; librosa's default")
 
     @model_validator(mode="after")
     def _rising(self) -> Self:
@@ -40,9 +42,9 @@ class MelSettings(Section):
 class LogSettings(Section):
     """The logarithm: form(max(x, floor) + add)."""
 
-    form: Literal["natural", "log10", "decibel"] = "natural"  # decibel: 10 log10
-    add: float = Field(0.0, ge=0)
-    floor: float = Field(0.0, ge=0)
+    form: Literal["natural", "log10", "decibel"] = Field("natural", description="decibel: 10 log10")
+    add: float = Field(0.0, ge=0, description="added before the logarithm")
+    floor: float = Field(0.0, ge=0, description="smallest value before the logarithm")
 
     @model_validator(mode="after")
     def _finite(self) -> Self:
@@ -54,20 +56,24 @@ class LogSettings(Section):
 class FeatureSettings(Section):
     """How waves become a spectrogram, in the order of computation."""
 
-    scale: float = Field(1.0, gt=0)  # of the waves: 1 for -1 to 1, 32768 for 16-bit numbers
-    framing: Literal["centred", "plain", "kaldi"] = "centred"
-    pre_emphasis: float = Field(0.0, ge=0, le=1)  # x[t] - pre_emphasis x[t - 1]
-    window: Size  # samples
-    window_form: Literal["hann", "hann_symmetric", "hamming", "povey"] = "hann"
-    fft: Size
-    hop: Size
-    power: Literal[1, 2] = 2  # of the magnitude
-    mel: MelSettings
-    log: LogSettings
-    mean: float = 0.0  # features are (log - mean) / std
-    std: float = Field(1.0, gt=0)
-    frames: Size | None = None  # shorter inputs are padded with `fill`, longer ones refused; null: any number
-    fill: float | None = None  # value of masked places, as the network gets it; null: that of silence
+    scale: float = Field(1.0, gt=0, description="factor of the waves: 1 for -1 to 1, 32768 for 16-bit numbers")
+    framing: Literal["centred", "plain", "kaldi"] = Field(
+        "centred", description="frame i is centred at sample i hop, or begins there (plain and kaldi)"
+    )
+    pre_emphasis: float = Field(0.0, ge=0, le=1, description="c of x[t] - c x[t - 1]")
+    window: Size = Field(description="samples of a frame")
+    window_form: Literal["hann", "hann_symmetric", "hamming", "povey"] = Field("hann", description="form of the window")
+    fft: Size = Field(description="samples of the Fourier transform")
+    hop: Size = Field(description="samples from one frame to the next")
+    power: Literal[1, 2] = Field(2, description="exponent of the magnitude")
+    mel: MelSettings = Field(description="the mel filters")
+    log: LogSettings = Field(description="the logarithm")
+    mean: float = Field(0.0, description="subtracted from the logarithm")
+    std: float = Field(1.0, gt=0, description="divides the logarithm, less the mean")
+    frames: Size | None = Field(
+        None, description="number of frames: shorter inputs are padded with fill, longer ones refused; null: any number"
+    )
+    fill: float | None = Field(None, description="value of masked places, after normalisation; null: that of silence")
 
     @model_validator(mode="after")
     def _window_fits(self) -> Self:
@@ -141,8 +147,14 @@ class Spectrogram:
             raise ConfigError(f"{chunk} has {frames} frames; at most {most} can be scored: set a shorter chunk_length")
 
     def mask(self, features: Tensor, views: Sequence[SoundView], samples: int) -> Tensor:
-        """Mask features, (b, f, n), of waves of `samples` samples under views."""
-        return mask_spectrogram(features, views, self.times(features.shape[2], samples), self.hertz, self.fill)
+        """Mask features, (b, f, n), of waves of `samples` samples under views; frames behind their end are kept.
+
+        A network that pads waves with silence expects its features there, and `fill` may be another value.
+        """
+        times = self.times(features.shape[2], samples)
+        inside = int((times <= 1).sum())
+        masked = mask_spectrogram(features[:, :, :inside], views, times[:inside], self.hertz, self.fill)
+        return torch.cat([masked, features[:, :, inside:]], dim=2)
 
     def _features(self, waves: Tensor) -> Tensor:
         settings = self.settings

@@ -4,19 +4,23 @@ The steps are: chunks of the pack and new seeds -> waves, shifted -> front end a
 probabilities -> top k -> view store. Training later makes the same mel from the same seeds.
 """
 
+import hashlib
+import json
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from ced.config import StoreConfig
+from ced.config import Mode, StoreConfig
 from ced.distill import view_store
 from ced.distill.dataset import (
     Chunks,
@@ -36,11 +40,12 @@ from ced.errors import ConfigError, StoreError
 from ced.files import claimed, remove_leftovers
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
-from ced.sound.labels import class_table
+from ced.sound.labels import ClassTable, class_table
 
 logger = logging.getLogger(__name__)
 
 _MAX_CLASSES = 2**15  # class indices are stored as int16
+MIXED = "mixed"  # the precision of teachers that compute in different ones
 _PRECISIONS = {None: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 Part = tuple[int, int]  # epoch from 1, and rank of the process that stores it
@@ -73,11 +78,7 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
     teachers = [load_teacher(entry, config.model_args, world.device, progress) for entry in config.model]
     classes = class_table(config.classes) if config.classes else None
     ensemble = Ensemble(teachers, config.mode, recipe, samples, world.device, classes)
-    if not (config.topk <= ensemble.known and ensemble.num_classes <= _MAX_CLASSES):
-        raise ConfigError(
-            f"topk is {config.topk} and the teachers have {ensemble.known} classes; "
-            f"set topk to at most the number of classes, which is at most {_MAX_CLASSES}"
-        )
+    _check_classes(config.topk, ensemble)
     meta = StoreMeta(
         recipe=recipe,
         topk=config.topk,
@@ -85,9 +86,9 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
         chunk_length=config.chunk_length,
         teachers=tuple(teacher_name(entry.name) for entry in config.model),
         labels=ensemble.labels,
-        precision=_PRECISIONS[half_type(config.mode, world.device)],
-        weights=tuple(teacher.weights for teacher in teachers),
-        members=_members(teachers),
+        precision=_shared(_precisions(teachers, config.mode)),
+        weights=tuple(_fingerprint(teacher, ensemble.labels) for teacher in teachers),
+        members=_members(teachers, config.mode),
         model_args=config.model_args,
         seed=config.seed,
         batch_size=config.batch_size,
@@ -104,13 +105,8 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
             if (epoch, world.rank) in missing:
                 seeds = epoch_seeds(config.seed, epoch, len(chunks))
                 views = ViewDataset(pack, chunks, recipe, seeds, samples)
-                values, indexes = [np.empty((0, config.topk), np.float16)], [np.empty((0, config.topk), np.int16)]
-                for done, batch in enumerate(prefetch(views, batches, config.num_workers), start=1):
-                    top = ensemble(*batch.to_device(world.device)).topk(config.topk)
-                    values.append(top.values.half().cpu().numpy())
-                    indexes.append(top.indices.short().cpu().numpy())
-                    progress(f"epoch {epoch} of {config.epochs}", done, len(batches))
-                scores = np.concatenate(values), np.concatenate(indexes)
+                report = partial(progress, f"epoch {epoch} of {config.epochs}")
+                scores = _top_scores(ensemble, views, batches, config.topk, config.num_workers, report)
                 rows = Rows(*scores, seeds[mine], filenames[mine], starts[mine], ends[mine])
                 written = view_store.write_part(folder, epoch, world.rank, rows)
             digests = {name: digest for each in world.gather(written) for name, digest in each.items()}
@@ -118,6 +114,45 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
                 view_store.add_digests(folder, digests)
         world.barrier()
     return folder
+
+
+def _check_classes(topk: int, ensemble: Ensemble) -> None:
+    """Check that the scores of an ensemble can be stored.
+
+    Raises:
+        ConfigError: there are more classes than a store can have, or fewer scored ones than `topk`.
+    """
+    if ensemble.num_classes > _MAX_CLASSES:
+        raise ConfigError(f"the teachers have {ensemble.num_classes} classes; a store can have at most {_MAX_CLASSES}")
+    if topk > ensemble.known:
+        raise ConfigError(f"topk is {topk} and the teachers have {ensemble.known} classes; set topk to at most these")
+
+
+def _top_scores(
+    ensemble: Ensemble,
+    views: ViewDataset,
+    batches: Sequence[range],
+    topk: int,
+    num_workers: int,
+    report: Callable[[int, int], None],
+) -> tuple[NDArray[np.float16], NDArray[np.int16]]:
+    """Return the highest scores of views, (n, topk), highest first, and the indices of their classes, (n, topk).
+
+    Args:
+        ensemble: the teachers.
+        views: of all chunks.
+        batches: those that this process scores, n views in all.
+        topk: scores of a view.
+        num_workers: threads that read audio.
+        report: called after each batch, with the number of scored ones and of all.
+    """
+    values, indexes = [np.empty((0, topk), np.float16)], [np.empty((0, topk), np.int16)]
+    for done, batch in enumerate(prefetch(views, batches, num_workers), start=1):
+        top = ensemble(*batch.to_device(ensemble.device)).topk(topk)
+        values.append(top.values.half().cpu().numpy())
+        indexes.append(top.indices.short().cpu().numpy())
+        report(done, len(batches))
+    return np.concatenate(values), np.concatenate(indexes)
 
 
 def _list_chunks(pack: AudioPack, chunk_length: float) -> Chunks:
@@ -164,27 +199,53 @@ def store_folder(config: StoreConfig) -> Path:
     return config.outputpath / model / config.train_data.stem / f"chunk_{config.chunk_length:g}"
 
 
-def _members(teachers: Sequence[Teacher]) -> tuple[dict[str, Any], ...] | None:
-    """Return what a store records about teachers that differ from a CED network with the store's own settings."""
-    ordinary = Teacher("", teachers[0].score)
-    names = ("takes", "masks", "weight", "batch_size", "mode")
+def _precisions(teachers: Sequence[Teacher], mode: Mode) -> list[str]:
+    """Return the precision that each teacher computes in: fp32, fp16 or bf16."""
+    return [_PRECISIONS[half_type(teacher.mode or mode, teacher.device)] for teacher in teachers]
+
+
+def _shared(precisions: Sequence[str]) -> str:
+    """Return the precision of all teachers, or that it is mixed."""
+    return precisions[0] if len(set(precisions)) == 1 else MIXED
+
+
+def _fingerprint(teacher: Teacher, labels: ClassTable | None) -> str:
+    """Return the fingerprint of a teacher, with its class table where that is not the store's, which meta.json has."""
+    if teacher.labels is None or teacher.labels == labels:
+        return teacher.weights
+    table = json.dumps([teacher.labels.names, teacher.labels.mids])
+    return hashlib.sha256(f"{teacher.weights} {table}".encode()).hexdigest()
+
+
+def _members(teachers: Sequence[Teacher], mode: Mode) -> tuple[dict[str, Any], ...] | None:
+    """Return the fields that a store records of each teacher where they differ from their defaults; None if none do.
+
+    If the teachers compute in different precisions, that of each is among them.
+    """
+    defaults = {field.name: field.default for field in fields(Teacher)}
+    names = ("takes", "masks", "weight", "batch_size")
     members = tuple(
-        {name: value for name in names if (value := getattr(teacher, name)) != getattr(ordinary, name)}
-        for teacher in teachers
+        {name: value for name in names if (value := getattr(teacher, name)) != defaults[name]} for teacher in teachers
     )
+    precisions = _precisions(teachers, mode)
+    if _shared(precisions) == MIXED:
+        return tuple({**member, "precision": precision} for member, precision in zip(members, precisions, strict=True))
     return members if any(members) else None
 
 
 def _missing_parts(folder: Path, meta: StoreMeta, epochs: int) -> set[Part]:
     """Begin a store, or compare an existing one with the settings; return the parts that have to be written.
 
+    A folder without a part, as after a run that failed in its first epoch, is begun again with the present settings.
+
     Raises:
         StoreError: there are views without a meta.json, or the settings differ.
     """
     remove_leftovers(folder)
-    if not (folder / META_NAME).exists():
-        if any(folder.glob("logits_ep*.h5")):
-            raise StoreError(f"{folder} has views but no {META_NAME}; choose another outputpath")
+    begun = any(folder.glob("logits_ep*.h5"))
+    if begun and not (folder / META_NAME).exists():
+        raise StoreError(f"{folder} has views but no {META_NAME}; choose another outputpath")
+    if not begun:
         view_store.write_meta(folder, meta)
         return _parts(epochs, meta)
     stored = view_store.read_meta(folder)

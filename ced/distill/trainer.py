@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ced.config import TrainerConfig
 from ced.distill import experiment
-from ced.distill.dataset import Batch, ViewDataset, drawn, prefetch, shuffled
+from ced.distill.dataset import Batch, ViewDataset, prefetch, shuffled, weighted
 from ced.distill.distributed import World, half_type, join_processes
 from ced.distill.evaluate import Evaluation, Validation
 from ced.distill.experiment import LAST_NAME, RESULT_NAME, State
@@ -187,7 +187,7 @@ class Trainer:
         mixup: float | None = None,
         after_epoch: Callable[[int, Path], None] | None = None,
     ) -> None:
-        """Set up the training; a new run gets its folder here.
+        """Set up the training; a new run gets its folder in `fit`.
 
         Args:
             config: batch size, epochs, optimiser, learning rate, precision, seed.
@@ -204,7 +204,7 @@ class Trainer:
         """
         self.config, self.network, self.objective, self.data = config, network, objective, data
         self.validation, self.mixup, self.after_epoch = validation, mixup, after_epoch
-        self.state, self.world, self.progress = run.state, run.world, run.progress
+        self.run, self.state, self.world, self.progress = run, run.state, run.world, run.progress
         self.share = batch_share(self.world.rank, self.world.size, config.batch_size)
         self.steps = config.epoch_length or math.ceil(len(data) / config.batch_size)  # of an epoch
         self.warmup = config.warmup_iters or round((config.warmup_epochs or 0) * self.steps)
@@ -217,56 +217,56 @@ class Trainer:
             mode=config.mode,
             compiled=config.compile,
         )
-        self.folder: Path = run.folder or self.world.broadcast(
-            experiment.create_folder(config, run.name) if self.world.is_main else None
-        )
-        self.state.config = experiment.config_digest(self.folder)
 
     def fit(self) -> Path:
-        """Train the remaining epochs and write the result; return the experiment's folder.
+        """Train the remaining epochs and write the result; return the experiment's folder, which a new run gets here.
 
         Raises:
             TrainingError: the loss is not finite, or the run began on other hardware.
             BusyError: another process is training in this experiment.
         """
+        folder: Path = self.run.folder or self.world.broadcast(
+            experiment.create_folder(self.config, self.run.name) if self.world.is_main else None
+        )
+        self.state.config = experiment.config_digest(folder)
         with ExitStack() as stack:
             recorder = None
             if self.world.is_main:
-                stack.enter_context(claimed(self.folder / experiment.STATE_NAME))
-                stack.enter_context(experiment.logging_to(self.folder / self.config.logfile))
+                stack.enter_context(claimed(folder / experiment.STATE_NAME))
+                stack.enter_context(experiment.logging_to(folder / self.config.logfile))
             if self.state.epoch:
                 self.stepper.load_state_dict(self.state.stepper)
             if self.world.is_main:
-                experiment.remove_unkept(self.folder, self.state)
+                experiment.remove_unkept(folder, self.state)
                 self._log_start()
-                recorder = Recorder(self.folder, self.state)
+                recorder = Recorder(folder, self.state)
             while not self._is_trained:
-                self._fit_epoch(self.state.epoch + 1, recorder)
+                self._fit_epoch(self.state.epoch + 1, folder, recorder)
             if recorder is not None:
                 recorder.close()
-            self._finish()
+            self._finish(folder)
         self.world.barrier()
-        return self.folder
+        return folder
 
     @property
     def _is_trained(self) -> bool:
         early_stop = self.validation.early_stop if self.validation else None
         return self.state.epoch >= self.config.epochs or (early_stop is not None and self.state.stale >= early_stop)
 
-    def _fit_epoch(self, epoch: int, recorder: Recorder | None) -> None:
+    def _fit_epoch(self, epoch: int, folder: Path, recorder: Recorder | None) -> None:
         """Train and validate one epoch; the first process saves and records it."""
         began = time.monotonic()
         loss = self._train(epoch)
         line = {"epoch": epoch, "loss": loss, "lr": self._rate(epoch * self.steps - 1)}
-        line |= self._validate(epoch)
+        line |= self._validate(epoch, folder)
         line["seconds"] = round(time.monotonic() - began, 3)
         self.state.epoch = epoch
         self.state.history.append(line)
         if recorder is None:
             return
         if self.after_epoch is not None:
-            self.after_epoch(epoch, self.folder)
-        self._save()
+            self.after_epoch(epoch, folder)
+        self._save(folder)
         recorder.epoch()
         figures = ", ".join(f"{key} {value:.5g}" for key, value in line.items() if key != "epoch")
         logger.info("epoch %d of %d: %s", epoch, self.config.epochs, figures)
@@ -279,7 +279,7 @@ class Trainer:
         if data.weights is None:
             items = list(islice(shuffled(len(data.dataset), config.batch_size, seed), self.steps))
         else:
-            items = list(drawn(data.weights, config.batch_size, self.steps, seed))
+            items = list(weighted(data.weights, config.batch_size, self.steps, seed))
         read = prefetch(data.dataset, [batch[self.share] for batch in items], config.num_workers)
         losses = torch.zeros(self.steps, device=self.world.device)
         for step, chunks in enumerate(read):
@@ -326,40 +326,40 @@ class Trainer:
             "warmup_iters or mode off may help, if the audio and the targets are right"
         )
 
-    def _validate(self, epoch: int) -> dict[str, float]:
+    def _validate(self, epoch: int, folder: Path) -> dict[str, float]:
         """Evaluate the network if the epoch is one to validate; keep it if it is among the best."""
         if self.validation is None or (epoch % self.validation.every and epoch != self.config.epochs):
             return {}
         found = self._evaluate(self.validation, self.network)
         file = self.state.add_validation(found.map, epoch, self.validation.n_saved)
         if file is not None and self.world.is_main:
-            experiment.save_network(self.folder / file, self.network)
+            experiment.save_network(folder / file, self.network)
         return {"mAP": found.map} | ({} if found.accuracy is None else {"accuracy": found.accuracy})
 
     def _evaluate(self, validation: Validation, network: CED) -> Evaluation:
         return validation.evaluator(experiment.as_tagger(network), world=self.world, progress=self.progress)
 
-    def _save(self) -> None:
+    def _save(self, folder: Path) -> None:
         """Write the state at the end of an epoch, then remove networks that are no longer among the best."""
         self.state.stepper = self.stepper.state_dict()
-        experiment.save_network(self.folder / LAST_NAME, self.network)
-        experiment.save_state(self.folder, self.state)
-        experiment.remove_unkept(self.folder, self.state)
+        experiment.save_network(folder / LAST_NAME, self.network)
+        experiment.save_state(folder, self.state)
+        experiment.remove_unkept(folder, self.state)
 
-    def _finish(self) -> None:
+    def _finish(self, folder: Path) -> None:
         """Make the result from the kept networks, if there are any, and mark the run as finished."""
         if self.validation is not None and self.state.kept:
-            self._make_result(self.validation)
+            self._make_result(self.validation, folder)
         self.state.finished = True
         if self.world.is_main:
-            experiment.save_state(self.folder, self.state)
+            experiment.save_state(folder, self.state)
 
-    def _make_result(self, validation: Validation) -> None:
+    def _make_result(self, validation: Validation, folder: Path) -> None:
         """Write and evaluate the mean of the kept networks, or the best one."""
         if self.world.is_main:
-            experiment.make_result(self.folder, self.state, validation.average)
+            experiment.make_result(folder, self.state, validation.average)
         self.world.barrier()
-        network = loading.load_model(self.folder / RESULT_NAME).to(self.world.device)
+        network = loading.load_model(folder / RESULT_NAME).to(self.world.device)
         found = self._evaluate(validation, network)
         if self.world.is_main:
             kept = len(self.state.kept)

@@ -400,7 +400,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         415: "The media type of the body is not a sound.",
         422: "The body cannot be decoded, or an option is unknown, out of range or contradicts another.",
         500: "The server failed; the request may be valid.",
-        503: "Too many requests at once, or the server is shutting down; Retry-After says when to try again.",
+        503: "Too many requests at once, or the server is shutting down; retry after the seconds in Retry-After.",
         507: "The server has no room left to store the body.",
     }.items()
 }

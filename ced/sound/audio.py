@@ -147,7 +147,7 @@ def open_sound(
         channel: "mean" of all channels, "left", "right", or the number of a channel, from 1. "mean" adds a warning
             where the channels cancel each other.
         strict: refuse a sound that is cut short; otherwise the rest is read, `complete` becomes False, and a warning
-            says what is missing.
+            reports the missing part.
         budget: the most samples x channels to decode. Seconds do not measure the work: one second of 8 channels
             at 700 kHz costs as much as two minutes of one CD channel.
         cancelled: called for each decoded block (at most a few tenths of a second of work) in the reading thread;

@@ -145,8 +145,13 @@ def matched(table: ClassTable, target: ClassTable) -> list[int]:
     return columns
 
 
+def mostly_audioset(table: ClassTable) -> bool:
+    """Return whether a table has more than half of AudioSet's classes, in any order."""
+    return 2 * sum(column >= 0 for column in matched(table, audioset())) > len(audioset())
+
+
 def _words(name: str) -> str:
-    return " ".join(re.findall(r"\w+", name.casefold()))
+    return " ".join(re.findall(r"[^\W_]+", name.casefold()))
 
 
 def _read_rows(path: Path, what: str) -> tuple[list[str], list[dict[str, str]]]:

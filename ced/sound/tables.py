@@ -5,7 +5,7 @@ The parser is the standard `csv`, so that a core install reads them.
 
 import csv
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +41,13 @@ class Table:
             TableError: the table does not have it.
         """
         if name not in self.columns:
-            raise TableError(f"table {self.path} has no column {name!r}; its columns are {', '.join(self.columns)}")
+            raise missing_column(self.path, name, self.columns)
         return self.columns[name]
+
+
+def missing_column(path: Path, name: str, columns: Iterable[str]) -> TableError:
+    """Return the error that a table lacks a column."""
+    return TableError(f"table {path} has no column {name!r}; its columns are {', '.join(columns)}")
 
 
 def read_table(
@@ -119,17 +124,17 @@ def write_table(path: str | os.PathLike[str], columns: Mapping[str, Sequence[str
             file.write(f"{line}\n")
 
 
-def parse_labels(table: Table, num_classes: int) -> list[tuple[int, ...]]:
-    """Return the class indices of each row, from the column `labels`: joined by ";", empty for none.
+def parse_labels(fields: Sequence[str], num_classes: int, path: Path) -> list[tuple[int, ...]]:
+    """Return the class indices of each row of the table `path`, from its column `labels`: joined by ";", or empty.
 
     Raises:
-        TableError: there is no such column, or a label is not one of 0 ... num_classes - 1; the error has the row.
+        TableError: a label is not one of 0 ... num_classes - 1; the error has the row.
     """
     parsed: dict[str, tuple[int, ...]] = {"": ()}  # many rows have the same field
     labels = []
-    for number, field in enumerate(table.column("labels"), 1):
+    for number, field in enumerate(fields, 1):
         if field not in parsed:
-            parsed[field] = tuple(_label(part, num_classes, table, number) for part in field.split(LABEL_SEPARATOR))
+            parsed[field] = tuple(_label(part, num_classes, path, number) for part in field.split(LABEL_SEPARATOR))
         labels.append(parsed[field])
     return labels
 
@@ -142,10 +147,10 @@ def multi_hot(labels: Sequence[Sequence[int]], num_classes: int) -> NDArray[np.b
     return rows
 
 
-def _label(text: str, num_classes: int, table: Table, number: int) -> int:
+def _label(text: str, num_classes: int, path: Path, number: int) -> int:
     text = text.strip()
     if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) >= num_classes:
-        raise TableError(f"table {table.path}, row {number}: label {text!r} is not one of 0 to {num_classes - 1}")
+        raise TableError(f"table {path}, row {number}: label {text!r} is not one of 0 to {num_classes - 1}")
     return int(text)
 
 
@@ -177,7 +182,7 @@ def read_labelled(table: str | os.PathLike[str], classes: ClassTable) -> list[La
     rows = read_table(path, required=("filename",))
     if "labels" not in rows.columns and "label" in rows.columns:
         rows = Table({**rows.columns, "labels": rows.columns["label"]}, path)
-    labels = parse_labels(rows, len(classes))
+    labels = parse_labels(rows.column("labels"), len(classes), path)
     _check_class_names(rows, labels, classes)
     names = rows.column("filename")
     found = [_find_file(name, path.parent) for name in names]

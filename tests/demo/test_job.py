@@ -24,7 +24,7 @@ SETTINGS = DemoSettings(
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoReport, list[str]]:
     announced: list[str] = []
-    return run_demo(tmp_path_factory.mktemp("unbroken"), settings=SETTINGS, say=announced.append), announced
+    return run_demo(tmp_path_factory.mktemp("unbroken"), settings=SETTINGS, announce=announced.append), announced
 
 
 def test_a_run_goes_from_sounds_to_tags(unbroken: tuple[DemoReport, list[str]]) -> None:
@@ -64,7 +64,7 @@ def test_an_interrupted_run_resumes_to_the_same_results(unbroken: tuple[DemoRepo
             raise PowerCutError
 
     with pytest.raises(PowerCutError):
-        run_demo(tmp_path, settings=SETTINGS, say=announced.append, progress=cut)
+        run_demo(tmp_path, settings=SETTINGS, announce=announced.append, progress=cut)
     report = run_demo(tmp_path, settings=SETTINGS)
     experiments = tmp_path / "generated_fold5" / "experiments"
     assert sorted(path.parent.name for path in experiments.glob("*/*/")) == ["student", "teacher_a", "teacher_b"]

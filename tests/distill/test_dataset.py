@@ -14,11 +14,11 @@ from ced.distill.dataset import (
     chunks_of_rows,
     crop,
     cut_chunks,
-    drawn,
     in_batches,
     prefetch,
     shuffled,
-    whole,
+    weighted,
+    whole_clips,
 )
 from ced.distill.pack_reader import AudioPack
 from ced.distill.view_store import Rows
@@ -78,16 +78,16 @@ def test_rows_of_a_store_are_mapped_to_the_chunks_that_were_cut(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("starts", "ends", "message"),
     [
-        ([0.0], [1.9], "1.90000 s where the pack has 2.00000 s"),
-        ([0.0], [2.0 - 1 / SECOND], "1.99994 s where the pack has 2.00000 s"),
-        ([0.7], [2.7], "0.70000 s where the pack has 0.00000 s"),
+        ([0.0], [1.9], "1.90000 s .* 2.00000 s"),
+        ([0.0], [2.0 - 1 / SECOND], "1.99994 s .* 2.00000 s"),
+        ([0.7], [2.7], "0.70000 s .* 0.00000 s"),
     ],
 )
 def test_a_store_of_another_pack_is_refused(
     tmp_path: Path, starts: list[float], ends: list[float], message: str
 ) -> None:
     pack = make_pack(tmp_path, {"a": ramp(5)})
-    with pytest.raises(PackError, match=f"clip a: the store says {message}"):
+    with pytest.raises(PackError, match=f"clip a: .* {message} in the pack"):
         chunks_of_rows(pack, rows(["a"], starts, ends), 2.0)
 
 
@@ -116,8 +116,8 @@ def test_waves_of_a_batch_are_shifted_and_padded_in_any_order(tmp_path: Path) ->
 
 def test_float_and_integer_clips_share_a_batch_on_one_scale(tmp_path: Path) -> None:
     pack = make_pack(tmp_path, {"i": np.full(SECOND, 16384, np.int16), "f": np.full(SECOND, 0.25, np.float32)})
-    both = ViewDataset(pack, whole(pack, [0, 1])).__getitems__([0, 1])
-    alone = ViewDataset(pack, whole(pack, [0, 1]))[0]
+    both = ViewDataset(pack, whole_clips(pack, [0, 1])).__getitems__([0, 1])
+    alone = ViewDataset(pack, whole_clips(pack, [0, 1]))[0]
     device = torch.device("cpu")
     assert both.to_device(device)[0][:, 7].tolist() == [0.5, 0.25]
     assert alone.to_device(device)[0][0, 7].item() == 0.5
@@ -125,7 +125,7 @@ def test_float_and_integer_clips_share_a_batch_on_one_scale(tmp_path: Path) -> N
 
 def test_whole_clips_come_without_a_view(tmp_path: Path) -> None:
     pack = make_pack(tmp_path, {"a": ramp(1.25), "b": ramp(1)})
-    batch = ViewDataset(pack, whole(pack, [1, 0]))[1]
+    batch = ViewDataset(pack, whole_clips(pack, [1, 0]))[1]
     assert batch.waves[0].tolist() == ramp(1.25).tolist()
 
 
@@ -151,7 +151,7 @@ def test_prefetching_keeps_the_order_and_the_batches(tmp_path: Path, workers: in
 
 def test_prefetching_raises_errors_and_stops_when_closed(tmp_path: Path) -> None:
     pack = make_pack(tmp_path, {"a": ramp(2)})
-    dataset = ViewDataset(pack, whole(pack, [0] * 50))
+    dataset = ViewDataset(pack, whole_clips(pack, [0] * 50))
     with pytest.raises(IndexError):
         list(prefetch(dataset, [[0], [99]], 2))
     asked: list[int] = []
@@ -187,13 +187,13 @@ def test_shuffled_batches_cover_all_items_in_each_round_and_depend_only_on_the_s
 
 def test_items_are_drawn_in_proportion_to_their_weights() -> None:
     weights = np.array([1.0, 0.0, 2.5, 0.5])
-    batches = list(drawn(weights, 8, 50, [1, 2]))
+    batches = list(weighted(weights, 8, 50, [1, 2]))
     assert [len(batch) for batch in batches] == [8] * 50
     assert np.bincount(np.concatenate(batches), minlength=4).tolist() == [100, 0, 250, 50]
     assert len({tuple(batch.tolist()) for batch in batches}) > 40  # not in order
-    again, other = (list(drawn(weights, 8, 50, [1, seed])) for seed in (2, 3))
+    again, other = (list(weighted(weights, 8, 50, [1, seed])) for seed in (2, 3))
     np.testing.assert_array_equal(batches, again)
     assert not np.array_equal(batches, other)
     # With fewer draws than items, each one comes up at most once where the weights are equal.
-    few = np.concatenate([np.concatenate(list(drawn(np.ones(10), 3, 1, [seed]))) for seed in range(200)])
+    few = np.concatenate([np.concatenate(list(weighted(np.ones(10), 3, 1, [seed]))) for seed in range(200)])
     assert np.bincount(few).min() > 30

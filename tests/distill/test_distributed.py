@@ -17,5 +17,5 @@ def test_a_launcher_that_omits_a_variable_is_refused(monkeypatch: pytest.MonkeyP
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ProcessError, match="WORLD_SIZE is 2 without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
+    with pytest.raises(ProcessError, match=r"WORLD_SIZE is 2 .* MASTER_PORT"):
         join_processes()

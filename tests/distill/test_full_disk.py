@@ -42,8 +42,8 @@ def run(words):
     "Return exit code, standard output and all that was written to standard error, by C libraries as well."
     sys.argv = ["ced", *words]
     kept = os.dup(1), os.dup(2)
-    with open("said", "w+b") as said, open("warned", "w+b") as warned:
-        os.dup2(said.fileno(), 1), os.dup2(warned.fileno(), 2)
+    with open("printed", "w+b") as printed, open("warned", "w+b") as warned:
+        os.dup2(printed.fileno(), 1), os.dup2(warned.fileno(), 2)
         try:
             main()
         except SystemExit as ended:
@@ -51,8 +51,8 @@ def run(words):
         finally:
             sys.stdout.flush(), sys.stderr.flush()
             os.dup2(kept[0], 1), os.dup2(kept[1], 2)
-        said.seek(0), warned.seek(0)
-        return code, said.read().decode(), warned.read().decode()
+        printed.seek(0), warned.seek(0)
+        return code, printed.read().decode(), warned.read().decode()
 
 def contents():
     "Return the files of the disk; of trainings without the times of day in their names and in their measurements."
@@ -82,7 +82,7 @@ report = {}
 for name, words in jobs.items():
     disk.mkdir(exist_ok=True)
     mount(1 << 28)
-    code, said, warned = run(words)
+    code, printed, warned = run(words)
     assert code == 0, warned
     unbroken = contents()
     used = sum(path.stat().st_blocks * 512 for path in disk.rglob("*"))
@@ -90,7 +90,7 @@ for name, words in jobs.items():
     report[name] = cases = []
     for part in parts:
         mount(int(part * used))
-        code, said, warned = run(words)
+        code, printed, warned = run(words)
         after = contents()
         left = [str(path) for path in disk.rglob("*.partial")]
         mount(1 << 28, "remount")

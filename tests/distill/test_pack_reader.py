@@ -108,7 +108,7 @@ def test_reads_out_of_range_and_of_unknown_clips_are_refused(foreign: Path) -> N
     row = packed.find(["plain"])[0]
     assert packed.find(["x/plain"]) == row
     for start, stop in ((-1, 5), (5, 4), (0, 10_001)):
-        with pytest.raises(PackError, match=rf"^clip x/plain has 10000 samples, not {start} to {stop}$"):
+        with pytest.raises(PackError, match=rf"x/plain .* 10000 samples, not {start} to {stop}"):
             packed.read(row, start, stop)
     with pytest.raises(PackError, match=r"f\.tsv has no clip nothing$"):
         packed.find(["plain", "nothing"])
@@ -141,7 +141,7 @@ def test_invalid_packs_are_refused(tmp_path: Path) -> None:
     cut.write_bytes(part.read_bytes()[:50_000])
     assert refused("a", cut).startswith(f"cannot read {cut}: ")
     table = table_of(tmp_path / "p.tsv", ["a"], hdf5path=["gone/q.h5"])
-    with pytest.raises(PackError, match=r"^pack .*p\.tsv lacks its file gone/q\.h5; looked for in "):
+    with pytest.raises(PackError, match=r"p\.tsv lacks .* gone/q\.h5"):
         AudioPack(table)
     with pytest.raises(TableError, match="no column 'hdf5path'"):
         AudioPack(table_of(tmp_path / "p.tsv", ["a"]))

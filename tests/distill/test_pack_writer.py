@@ -231,9 +231,7 @@ def test_unreadable_files_are_listed_and_the_rest_is_packed(tmp_path: Path) -> N
 
 def test_a_table_without_readable_clips_is_refused(tmp_path: Path) -> None:
     table = table_of(tmp_path / "mine.tsv", ["no.wav", "nothing.wav"])
-    with pytest.raises(
-        PackError, match=r"^none of 2 clips could be read; the first: no\.wav: cannot be read: No such file"
-    ):
+    with pytest.raises(PackError, match=r"none of 2 clips .* no\.wav: .*No such file"):
         pack(table, tmp_path / "out")
     assert not (tmp_path / "out" / "labels" / "mine.tsv").exists()
     assert len(read_table(tmp_path / "out" / "labels" / "mine.failed.tsv")) == 2
@@ -361,8 +359,8 @@ def test_options_out_of_range_are_refused(tmp_path: Path) -> None:
         ({"filename_column": "path"}, TableError, "no column 'path'; its columns are filename"),
         ({"delimiter": "tab"}, TableError, "one character"),
     ]
-    for options, error, said in cases:
-        with pytest.raises(error, match=said):
+    for options, error, expected in cases:
+        with pytest.raises(error, match=expected):
             pack(table, out, **options)
     with pytest.raises(PackError, match="would overwrite its own table"):
         pack(table, tmp_path, index_dirname=".")

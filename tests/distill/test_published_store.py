@@ -221,7 +221,7 @@ def test_damaged_pickles_are_refused(tmp_path: Path, content: bytes) -> None:
 
 def test_files_that_are_not_metadata_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "meta.pt"
-    with pytest.raises(StoreError, match=r"meta\.pt is not a published meta\.pt: FileNotFoundError"):
+    with pytest.raises(StoreError, match=r"meta\.pt .*FileNotFoundError"):
         read_meta_pt(path)
     path.write_bytes(b"no zip")
     with pytest.raises(StoreError, match=r"meta\.pt is not a published meta\.pt: BadZipFile"):

@@ -71,7 +71,7 @@ def test_filters_are_those_of_transformers(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("framing", ["centred", "plain", "kaldi"])
 @pytest.mark.parametrize("rate", [16_000, 32_000])
-def test_frames_and_bands_lie_where_they_are_said_to(framing: str, rate: int) -> None:
+def test_frames_and_bands_lie_where_the_settings_put_them(framing: str, rate: int) -> None:
     ours = spectrogram(rate, framing=framing, window=400, hop=rate // 100)
     samples = rate // 2
     click, seconds = torch.zeros(1, samples), torch.arange(samples) / rate
@@ -114,7 +114,7 @@ def test_resampled_waves_keep_their_tones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"windw": 400}, r"windw: unknown key; did you mean window"),
         ({"window": 600}, r"window 600 is longer than fft 512"),
@@ -125,6 +125,6 @@ def test_resampled_waves_keep_their_tones() -> None:
         ({"std": 0}, r"std: .*greater than 0"),
     ],
 )
-def test_wrong_settings_are_explained(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_wrong_settings_are_explained(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
         spectrogram(**changes)

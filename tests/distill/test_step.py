@@ -131,8 +131,8 @@ def test_a_step_continues_from_a_saved_state_bit_for_bit() -> None:
 @pytest.mark.parametrize(
     ("key", "other", "message"),
     [
-        ("optimizer", "Adam8bit", "begun with Adam8bit in float32, but here it would be Adam in float32"),
-        ("precision", "float16", "begun with Adam in float16, but here it would be Adam in float32"),
+        ("optimizer", "Adam8bit", "Adam8bit in float32, .* Adam in float32"),
+        ("precision", "float16", "Adam in float16, .* Adam in float32"),
     ],
 )
 def test_a_state_of_other_hardware_is_refused(key: str, other: str, message: str) -> None:
@@ -151,7 +151,7 @@ def test_a_batch_too_large_for_the_gpu_names_batch_size() -> None:
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    with pytest.raises(TrainingError, match="too small for the 2 items of a step; a smaller batch_size"):
+    with pytest.raises(TrainingError, match=r"2 items .* smaller batch_size"):
         stepper_of(network_of(), loss).step(batch_of(torch.zeros(2, 3)), 0.01)
 
 

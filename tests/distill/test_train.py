@@ -317,7 +317,7 @@ def test_a_run_begun_on_other_hardware_is_refused(sounds: Path, tmp_path: Path) 
     state["finished"], state["epoch"] = False, 1
     state["stepper"]["kind"] = {"optimizer": "Adam8bit", "precision": "float16"}
     torch.save(state, folder / "resume.pt")
-    with pytest.raises(TrainingError, match="begun with Adam8bit in float16, but here it would be Adam in float32"):
+    with pytest.raises(TrainingError, match=r"Adam8bit in float16, .* Adam in float32"):
         train(config, name="tiny", resume=folder)
 
 
@@ -392,7 +392,7 @@ def test_a_configuration_changed_during_a_run_is_refused(sounds: Path, tmp_path:
     folder = train(config_of(sounds, tmp_path, epochs=1), name="tiny")
     path = folder / "config.yaml"
     path.write_text(path.read_text().replace("lr: 0.005", "lr: 0.004"))
-    with pytest.raises(TrainingError, match=r"config\.yaml is not the one that the run was begun with"):
+    with pytest.raises(TrainingError, match=r"config\.yaml .* damaged, or edited"):
         train(load_config(TrainConfig, path), name="tiny", resume=folder)
 
 

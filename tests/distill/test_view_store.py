@@ -209,7 +209,7 @@ def test_the_content_of_meta_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "expected"),
     [
         (META, None),
         (replace(META, topk=5), "topk was 3 and is now 5"),
@@ -220,13 +220,17 @@ def test_the_content_of_meta_json(tmp_path: Path) -> None:
             "and is now (shift (-0.5, 0.5), time_mask 192, freq_mask 24)",
         ),
         (replace(META, labels=None), "the class table differs"),
-        (replace(META, weights=("34cd", "")), "the weights of a teacher differ"),
+        (
+            replace(META, weights=("34cd", "")),
+            "the weights, the settings or the class table of teacher ced_tiny differ",
+        ),
+        (replace(META, members=({}, {"weight": 2.0})), "weight of teacher mine:teach was the default and is now 2.0"),
         (replace(META, chunks="56ef"), "the audio differs, or the names of the clips do"),
         (replace(META, digests={"logits_ep1_0.h5": "78"}), None),
     ],
 )
-def test_differences_are_named(asked: StoreMeta, said: str | None) -> None:
-    assert difference(META, asked) == said
+def test_differences_are_named(asked: StoreMeta, expected: str | None) -> None:
+    assert difference(META, asked) == expected
 
 
 def edit(path: Path, before: str, after: str) -> None:
@@ -251,7 +255,7 @@ def drop_dataset(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "damage", "said"),
+    ("name", "damage", "expected"),
     [
         ("meta.json", Path.unlink, "is not a view store: it has neither meta.json nor meta.pt"),
         ("meta.json", truncate, "meta.json is damaged: JSONDecodeError"),
@@ -279,7 +283,7 @@ def drop_dataset(path: Path) -> None:
     ],
 )
 def test_damage_gives_a_one_line_error_with_the_file(
-    tmp_path: Path, name: str, damage: Callable[[Path], object], said: str
+    tmp_path: Path, name: str, damage: Callable[[Path], object], expected: str
 ) -> None:
     make_store(tmp_path / "other", epochs=1)
     write_part(tmp_path / "other", 1, 0, make_rows(3))
@@ -289,7 +293,7 @@ def test_damage_gives_a_one_line_error_with_the_file(
     with pytest.raises(StoreError) as caught:
         ViewStore(folder).rows(2)
     message = str(caught.value)
-    assert said in message
+    assert expected in message
     assert str(folder) in message
     assert "\n" not in message
 
@@ -303,7 +307,7 @@ def test_missing_rows_are_detected(tmp_path: Path) -> None:
 
 def test_other_format_versions_are_refused(tmp_path: Path) -> None:
     edit(make_store(tmp_path) / "meta.json", '"version": 2', '"version": 4')
-    with pytest.raises(StoreError, match=r"is 'ced view store' version 4; this program reads versions 1, 2, 3"):
+    with pytest.raises(StoreError, match=r"version 4; .* versions 1, 2, 3"):
         ViewStore(tmp_path)
 
 
@@ -372,7 +376,7 @@ def hostile(path: Path, name: str, **how: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "how", "said"),
+    ("name", "how", "expected"),
     [
         ("seeds", {"link": h5py.ExternalLink("other.h5", "seeds")}, "seeds is stored in another file"),
         ("seeds", {"shape": (4,), "dtype": "i4", "external": [("/etc/hostname", 0, 16)]}, "stored in another file"),
@@ -383,13 +387,15 @@ def hostile(path: Path, name: str, **how: Any) -> None:
         ("seeds", {"shape": (4,), "dtype": "i4", "chunks": None}, "needs 16 bytes"),
     ],
 )
-def test_arrays_of_another_type_or_place_are_refused(tmp_path: Path, name: str, how: dict[str, Any], said: str) -> None:
+def test_arrays_of_another_type_or_place_are_refused(
+    tmp_path: Path, name: str, how: dict[str, Any], expected: str
+) -> None:
     folder = make_store(tmp_path, epochs=1)
     shutil.copy(folder / "logits_ep1_0.h5", folder / "other.h5")
     hostile(folder / "logits_ep1_0.h5", name, **how)
     with pytest.raises(StoreError) as caught:
         ViewStore(folder).rows(1)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_arrays_larger_than_their_file_take_no_memory(tmp_path: Path) -> None:
@@ -398,7 +404,7 @@ def test_arrays_larger_than_their_file_take_no_memory(tmp_path: Path) -> None:
         for name, width, kind in (("topk_values", 3, "f2"), ("topk_indexes", 3, "i2")):
             file.create_dataset(name, shape=(10**9, width), dtype=kind)
         file.create_dataset("seeds", shape=(10**9,), dtype="i4")
-    with pytest.raises(StoreError, match=r"damaged: topk_values needs 6,000,000,000 bytes and has 0"):
+    with pytest.raises(StoreError, match="topk_values needs 6,000,000,000 bytes"):
         ViewStore(folder)
 
 
@@ -412,7 +418,7 @@ def test_filenames_that_are_not_text_are_reported_as_damage(tmp_path: Path) -> N
         ViewStore(folder).rows(1)
     for missing in (["a", None, "b", "c"], [None] * 4):
         pq.write_table(table.set_column(0, "filename", pa.array(missing, pa.string())), path)
-        with pytest.raises(StoreError, match=r"logits_ep1_0\.parquet is damaged: a row has no filename"):
+        with pytest.raises(StoreError, match=r"logits_ep1_0\.parquet .* no filename"):
             ViewStore(folder).rows(1)
     for values in (pa.array([1, 2, 3, 4]), pa.array([b"a"] * 4)):
         pq.write_table(table.set_column(0, "filename", values), path)

@@ -198,5 +198,5 @@ def test_masks_that_blank_chunks_are_refused_or_warned_about(caplog: pytest.LogC
     assert not caplog.records
     check_masks(ViewRecipe(time_mask=55), 8_000)
     assert "time_mask_param is 55 and a chunk of 0.5 s has 51 frames: the mask blanks 7% of the views" in caplog.text
-    with pytest.raises(ConfigError, match=r"time_mask_param is 192 .* blanks 73% of the views; at most 51 fit; 9 is"):
+    with pytest.raises(ConfigError, match=r"time_mask_param is 192 .* 73% .* at most 51 .* 9 is"):
         check_masks(ViewRecipe(), 8_000)

@@ -130,20 +130,19 @@ def test_a_failed_write_leaves_the_file_unchanged(tmp_path: Path) -> None:
 
 
 def test_labels_are_parsed() -> None:
-    table = Table({"labels": ["0", "2;1", "", " 3 ; 0 ", "2;1"]}, Path("a.tsv"))
-    assert parse_labels(table, 4) == [(0,), (2, 1), (), (3, 0), (2, 1)]
+    fields = ["0", "2;1", "", " 3 ; 0 ", "2;1"]
+    assert parse_labels(fields, 4, Path("a.tsv")) == [(0,), (2, 1), (), (3, 0), (2, 1)]
 
 
 @pytest.mark.parametrize("label", ["4", "-1", "dog", "1.0", "1,2", "1;", "0;²", "9" * 5000])
 def test_labels_out_of_range(label: str) -> None:
-    table = Table({"labels": ["0", "0;3", label, "9"]}, Path("a.tsv"))
     with pytest.raises(TableError, match=r"^table a\.tsv, row 3: label '.*' is not one of 0 to 3$"):
-        parse_labels(table, 4)
+        parse_labels(["0", "0;3", label, "9"], 4, Path("a.tsv"))
 
 
 def test_a_missing_column_of_labels() -> None:
     with pytest.raises(TableError, match=r"^table a\.tsv has no column 'labels'; its columns are filename$"):
-        parse_labels(Table({"filename": ["a"]}, Path("a.tsv")), 4)
+        Table({"filename": ["a"]}, Path("a.tsv")).column("labels")
 
 
 SEGMENTS = """\
@@ -190,7 +189,7 @@ def test_segments_of_a_folder(tmp_path: Path) -> None:
         unlabelled=(f"{audio}/fffffffffff.wav",),
         unknown_mids=("/m/0other", "/m/0unknown"),
     )
-    assert parse_labels(table, 3) == [(0, 1), (2,), (0,), (0,)]
+    assert parse_labels(table.column("labels"), 3, table.path) == [(0, 1), (2,), (0,), (0,)]
 
 
 def test_segments_of_a_pack(tmp_path: Path) -> None:
