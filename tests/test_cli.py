@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from ced.cli import app
 from ced.cli.console import LINE_SECONDS
@@ -201,14 +202,43 @@ def test_an_option_has_one_spelling_in_all_commands(name: str) -> None:
     assert found
     assert {options[0] for options in found} == {f"--{name.replace('_', '-')}"}
     shown = {option for command in commands for parameter in command.params for option in parameter.opts}
-    assert not shown & {"--topk", "--chunk", "-c"}
+    assert not shown & {"--topk", "--chunk", "--chunk-length", "-c"}
+
+
+PUBLISHED_OPTIONS = {  # of the published programs, by the command that each is now
+    "tag": "-m --model -k --topk -c --chunk_length",
+    "pack": "-s --size_per_file -n --n_workers --duration --hdf5_dirname --index_dirname --filename_column --fullname "
+    "--stereo -d --delim --dtype",
+    "evaluate": "--test_data",
+    "export": "-m --model",
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(command, option) for command, options in PUBLISHED_OPTIONS.items() for option in options.split()],
+)
+def test_options_of_the_published_programs_are_known(command: str, option: str) -> None:
+    """An unknown option would be reported first."""
+    done = CliRunner().invoke(app, [command, option, *["1"] * 9, "--no-such-option"])
+    assert (done.exit_code, "No such option: --no-such-option" in done.output) == (2, True), done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [(["models", "-c", "3"], "-c"), (["models", "--topk", "3"], "--topk"), (["tag", "--top_l", "3"], "--top_l")],
+)
+def test_an_unknown_option_is_reported_as_it_was_typed(words: list[str], option: str) -> None:
+    """Also if it is a published spelling of an option that the command does not have."""
+    done = CliRunner().invoke(app, words)
+    assert (done.exit_code, f"No such option: {option}" in done.output) == (2, True), done.output
 
 
 def test_published_spellings_of_options_are_accepted(ced: Command, model: Path, tmp_path: Path) -> None:
     sound = noise(tmp_path / "a.wav", 1.0)
     expected = ced("tag", sound, "-m", model, "--window", "0.5", "--top-k", "2")
     assert expected.returncode == 0, expected.stderr
-    for words in (["-c", "0.5", "-k", "2"], ["--chunk", "0.5", "--topk=2"], ["-w0.5", "--top_k", "2"]):
+    for words in (["-c", "0.5", "-k", "2"], ["--chunk_length", "0.5", "--topk=2"], ["-w0.5", "--top_k", "2"]):
         assert ced("tag", sound, "-m", model, *words).stdout == expected.stdout
     assert ced("tag", sound, "-m", model, "--allow_private", "-c0.5", "-k2").stdout == expected.stdout
 
