@@ -173,7 +173,7 @@ def calibrate(
     out: Annotated[
         Path, typer.Option("--out", "-o", rich_help_panel="Output", help="The file of thresholds to write.")
     ] = Path("thresholds.tsv"),
-    precision: Annotated[
+    least_precision: Annotated[
         float | None,
         typer.Option(
             rich_help_panel="Selection",
@@ -181,6 +181,7 @@ def calibrate(
             show_default="the best F1",
         ),
     ] = None,
+    precision: options.Precision = "float32",
     window: options.Window = TagOptions.window,
     hop: options.Hop = None,
     jobs: options.Jobs = options.CORES,
@@ -196,10 +197,17 @@ def calibrate(
 
     with (
         reporting() as progress,
-        Tagger(model, device=device, jobs=jobs, batch=batch, progress=progress) as tagger,
+        Tagger(model, device=device, precision=precision, jobs=jobs, batch=batch, progress=progress) as tagger,
     ):
         found = calibrate_thresholds(
-            tagger, table, out, precision=precision, window=window, hop=hop, jobs=tagger.jobs, progress=progress
+            tagger,
+            table,
+            out,
+            least_precision=least_precision,
+            window=window,
+            hop=hop,
+            jobs=tagger.jobs,
+            progress=progress,
         )
     show(f"{found.out}: thresholds fitted to {found.clips} clips with {found.classes} classes")
     show(

@@ -1,6 +1,5 @@
 """Any sound as models take it: mono float32 samples at 16 kHz, whole, block by block, or in windows."""
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from numpy.typing import NDArray
 from ced.errors import AudioError, ConfigError
 from ced.sound.decode import AUDIO_SUFFIXES, SoundBytes, Source, checked, name_of, open_source, to_float
 from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading, join_blocks
-from ced.text import printable
 
 __all__ = [
     "AUDIO_SUFFIXES",
@@ -48,8 +46,6 @@ _BLOCK, _LOAD_BLOCK = 10.0, 120.0  # seconds; for `load`, most files are one blo
 _CANCELLED = 0.06
 _SILENCE = 1e-10  # power, -100 dB; quieter channels are not judged
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, eq=False)
 class Window:
@@ -76,7 +72,7 @@ class Sound:
         channels: of the file.
     """
 
-    def __init__(self, opened: Opened, reading: Reading, channel: Channel, strict: bool, block_seconds: float):
+    def __init__(self, opened: Opened, reading: Reading, channel: Channel, strict: bool, block_seconds: float) -> None:
         self.name, self.rate, self.channels = reading.name, opened.rate, opened.channels
         self._opened, self._reading = opened, reading
         self._mix, self._strict, self._block_seconds = Mix(channel, reading.name), strict, block_seconds
@@ -85,6 +81,10 @@ class Sound:
     def warnings(self) -> list[str]:
         """Problems found so far, a phrase each, without the name; the list grows while the sound is read."""
         return self._reading.warnings
+
+    def log_warnings(self, name: str | None = None) -> None:
+        """Log the problems, and what can be done about them, under the name of the sound or another."""
+        self._reading.log_warnings(name or self.name)
 
     @property
     def expected_seconds(self) -> float | None:
@@ -226,7 +226,7 @@ def load_stored(source: Source, stereo: bool = False) -> NDArray[np.int16] | NDA
         opened = open_source(source, reading, stack)
         blocks = opened.blocks(opened.frames(_LOAD_BLOCK))
         pieces = list(_checked_at_end(checked(blocks, reading), reading, strict=True))
-    _report(reading)
+    reading.log_warnings(reading.name)
     rate, channels = pieces[0].rate, opened.channels
     if any((piece.rate, piece.samples.shape[1]) != (rate, channels) for piece in pieces):
         samples: NDArray[Any] = join_blocks(list(resampled(pieces, Mix("mean", reading.name))))
@@ -262,12 +262,7 @@ def stream(
         try:
             yield from sound.blocks()
         finally:
-            _report(sound)
-
-
-def _report(sound: Sound | Reading) -> None:
-    for warning in sound.warnings:
-        logger.warning("%s: %s", printable(sound.name), warning)
+            sound.log_warnings()
 
 
 def _checked_at_end(blocks: Iterable[Block], reading: Reading, strict: bool) -> Iterator[Block]:
