@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from ced.cli import app
 from ced.cli.console import LINE_SECONDS
+from ced.tag.options import TagOptions
 
 ROOT = Path(__file__).parents[1]
 RATE = 16_000
@@ -194,9 +196,11 @@ def test_every_command_has_help(ced: Command, command: str) -> None:
     assert f"Usage: ced {command} " in done.stdout
 
 
-@pytest.mark.parametrize("name", ["top_k", "window", "hop", "jobs", "max_megabytes", "max_seconds"])
+@pytest.mark.parametrize(
+    "name", [*(field.name for field in fields(TagOptions)), "jobs", "max_megabytes", "max_seconds"]
+)
 def test_an_option_has_one_spelling_in_all_commands(name: str) -> None:
-    """That of the function's argument, which is that of `TagOptions` where it has such a field."""
+    """That of the function's argument, and options of tagging are named as the fields of `TagOptions`."""
     commands = vars(get_command(app))["commands"].values()
     found = [parameter.opts for command in commands for parameter in command.params if parameter.name == name]
     assert found

@@ -79,7 +79,7 @@ def tag(
         channel=_one_channel(channel),
         strict=strict,
         top_k=top_k,
-        only=tuple(labels or ()),
+        labels=tuple(labels or ()),
         exclude=tuple(exclude or ()),
         rollup=rollup,
         events=events,
@@ -528,7 +528,7 @@ class _Embedding:
 
 
 def _with_thresholds(chosen: TagOptions, threshold: str | None, labels: "ClassTable") -> TagOptions:
-    return chosen if threshold is None else replace(chosen, thresholds=thresholds(threshold, labels))
+    return chosen if threshold is None else replace(chosen, threshold=thresholds(threshold, labels))
 
 
 def thresholds(text: str, labels: "ClassTable") -> float | tuple[float, ...]:

@@ -20,7 +20,7 @@ LULL = 10.0  # seconds without sound from a source, after which open events end
 
 # A sound is reported within two seconds: the time until it fills a window, a hop, a block and the scoring. Short pauses
 # belong to an event: a dog that barks three times is one event.
-OPTIONS = TagOptions(window=1.5, hop=0.25, thresholds=0.5, events=True, gap=2.0)
+OPTIONS = TagOptions(window=1.5, hop=0.25, threshold=0.5, events=True, gap=2.0)
 
 
 @dataclass(frozen=True)
