@@ -22,6 +22,7 @@ EACH = "each"  # instead of a channel: the command line tags each channel on its
 BATCH = 32  # windows in one call of the model on an accelerator
 TOP_K = 3  # tags of a window without `top_k` and thresholds
 EVENT_THRESHOLD = 0.5  # threshold of events without thresholds
+FormatName = Literal["text", "jsonl", "csv", "spreadsheet", "audacity", "raven", "parquet"]  # `ced.tag.writers.FORMATS`
 Tail = Literal["aligned", "short"]  # as in `ced.sound.audio`, which is not imported here
 _SHORTEST, _LONGEST = 0.001, 2.0**31  # limits of a window or hop in seconds
 
@@ -46,6 +47,11 @@ class TagKeywords(TypedDict, total=False):
     gap: float
     shortest: float
     clock: str | None
+
+
+# Defaults of live tagging. A sound is reported within two seconds: the time until it fills a window, a hop, a block and
+# the scoring. Short pauses belong to an event: a dog that barks three times is one event.
+LIVE: TagKeywords = {"events": True, "window": 1.5, "hop": 0.25, "threshold": EVENT_THRESHOLD, "gap": 2.0}
 
 
 @dataclass(frozen=True)
