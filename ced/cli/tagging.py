@@ -3,7 +3,7 @@
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -285,8 +285,14 @@ class _Output:
         """Print timelines in the one format, each piece as soon as it is known."""
         (kind,) = self.found(sounds)
         assert kind.text is not None
-        for text in kind.text(timelines):
-            show_data(text)
+        texts = kind.text(timelines)
+        try:
+            for text in texts:
+                show_data(text)
+        except KeyboardInterrupt as error:
+            if isinstance(texts, Generator):  # if interrupted while printing: the end that the format writes then
+                show_data(texts.throw(error))
+            raise
 
     def write(
         self,
