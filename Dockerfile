@@ -24,7 +24,7 @@ RUN useradd --system --uid 10001 --no-create-home ced \
 COPY --from=build /opt/ced /opt/ced
 # One thread a window: the server runs as many windows at a time as there are cores.
 ENV PATH=/opt/ced/bin:$PATH PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 CED_CACHE=/var/cache/ced \
-    ORT_DISABLE_TELEMETRY=1 HF_HUB_DISABLE_TELEMETRY=1 DO_NOT_TRACK=1
+    ORT_DISABLE_TELEMETRY=1 HF_HUB_DISABLE_TELEMETRY=1 DO_NOT_TRACK=1 RAY_USAGE_STATS_ENABLED=0
 USER ced
 VOLUME /var/cache/ced
 EXPOSE 8000

@@ -41,7 +41,7 @@ coverage: .venv/dev.stamp  ## run the tests and report the coverage of each file
 
 lock: $(BIN)/uv  ## resolve all dependencies into locks/, with hashes; versions named in constraints.txt are kept
 	$(COMPILE) --extra serve --extra media pyproject.toml -o locks/serve.txt
-	$(COMPILE) --extra train --extra hf --extra media --extra mqtt --extra serve --extra dev --extra docs \
+	$(COMPILE) --extra train --extra hf --extra media --extra mqtt --extra ray --extra serve --extra dev --extra docs \
 		--no-emit-package torch pyproject.toml -o locks/dev.txt
 	echo setuptools | $(COMPILE) - -o locks/build.txt
 

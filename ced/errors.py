@@ -8,9 +8,12 @@ DISTRIBUTION = "ced-audio"  # on the package index, where "ced" is another proje
 # Optional modules: the package of each, and the smallest extra of this project that installs it.
 _OPTIONAL = {
     "accelerate": ("accelerate", "hf"),
+    "adlfs": ("adlfs", "cloud"),
     "av": ("av", "media"),
     "bitsandbytes": ("bitsandbytes", "gpu"),
     "fastapi": ("fastapi", "serve"),
+    "fsspec": ("fsspec", "cloud"),
+    "gcsfs": ("gcsfs", "cloud"),
     "h5py": ("h5py", "train"),
     "matplotlib": ("matplotlib", "train"),
     "multipart": ("python-multipart", "serve"),
@@ -19,6 +22,7 @@ _OPTIONAL = {
     "pyarrow": ("pyarrow", "parquet"),
     "python_multipart": ("python-multipart", "serve"),
     "ray": ("ray", "ray"),
+    "s3fs": ("s3fs", "cloud"),
     "sounddevice": ("sounddevice", "live"),
     "starlette": ("starlette", "serve"),
     "tensorboard": ("tensorboard", "train"),

@@ -150,8 +150,6 @@ checksums = json.loads(sys.argv.pop(1))
 for name, sha256 in checksums.items():
     zoo.MODELS[name] = replace(zoo.MODELS[name], hub=replace(zoo.MODELS[name].hub, sha256=sha256))
 from ced.cli import main
-
-pytestmark = pytest.mark.slow
 main()
 """
 

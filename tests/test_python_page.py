@@ -1,4 +1,4 @@
-"""The Python examples of two pages, run in order; their output is compared with the page."""
+"""The Python examples of three pages, run in order; their output is compared with the page."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 NUMBER = re.compile(r"\d+\.\d+")
 
 
-@pytest.mark.parametrize("name", ["python.md", "panns.md"])
+@pytest.mark.parametrize("name", ["python.md", "panns.md", "cloud.md"])
 def test_the_examples_print_the_output_of_the_page(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs" / name).read_text(encoding="utf-8")

@@ -257,7 +257,8 @@ def test_transformers_sends_nothing(machine: Machine) -> None:
         assert len(classify(np.zeros(16_000, np.float32))) == 3
     """
     trace = machine.run("-c", program)
-    assert trace.addresses == []
+    # Accelerate imports boto3 where it is installed, and with it urllib3, which binds to find out about IPv6.
+    assert [each for each in trace.addresses if each != "bind ::1:0"] == []
     machine.assert_quiet(trace)
 
 

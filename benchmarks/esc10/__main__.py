@@ -233,7 +233,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("esc10"), help="folder for all that is trained")
     parser.add_argument("--out", type=Path, help="folder of results.md, .json and .svg (default: --work)")
     parser.add_argument("--teacher", help="an outside teacher that knows AudioSet, as `ced store` names it: onnx:FILE")
-    parser.add_argument("--arms", nargs="+", choices=outside.ARMS, default=outside.ARMS, help="with --teacher")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=outside.ARMS,
+        default=outside.MAIN,
+        help="with --teacher; the ones left out of the default change one thing",
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the box writes into the package")
     parser.add_argument("--folds", nargs="+", type=int, choices=report.FOLDS, default=report.FOLDS)
     parser.add_argument("--seeds", type=_count, default=1, help="seeds of the students in the main table")
@@ -249,11 +255,14 @@ def main() -> None:
     if args.teacher is None:
         todo = tasks(work, args.parts, folds, args.seeds)
     else:
-        todo = outside_tasks(work, args.teacher, args.arms, folds, args.seeds)
+        teacher = _absolute(args.teacher)
+        todo = outside_tasks(work, teacher, args.arms, folds, args.seeds)
     try:
         out.mkdir(parents=True, exist_ok=True)  # said now what could not be written in hours
         with claimed(args.work / "run"):
             check_made(todo)
+            if args.teacher is not None:
+                outside.open_teacher(teacher)  # a clear error now, not after an hour of mixing
             results = report.Results(args.work / report.RESULTS)
             for fold in folds:
                 split.prepare(args.data, work / f"fold{fold}", fold)
@@ -268,6 +277,12 @@ def main() -> None:
         sys.exit(f"error: {error}")
     undone = sum(not task.made.exists() for task in todo)
     sys.exit(f"{len(failures)} failed, and {undone} of {len(todo)} are still to be done" if failures else 0)
+
+
+def _absolute(teacher: str) -> str:
+    """Return the name of a teacher that works in any folder."""
+    kind, colon, path = teacher.partition(":")
+    return f"{kind}:{Path(path).resolve()}" if colon and Path(path).exists() else teacher
 
 
 def _count(text: str) -> int:

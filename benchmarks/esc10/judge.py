@@ -27,6 +27,16 @@ CPU = torch.device("cpu")
 _LEAST = 1e-6  # a probability is taken to be at least, and as far from 1
 
 
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Clips:
+    """The verdict on each clip of a held-out fold."""
+
+    source: tuple[str, ...]  # the recording that the clip was cut from
+    right: str  # 1 or 0 for each clip
+    probe: str | None = None  # the same of a linear probe
+    divergence: tuple[float, ...] | None = None  # from the teacher, mean over classes
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))  # a file of another version is no list of these
 class Verdict:
     """How good one network is on one held-out fold."""
@@ -41,7 +51,8 @@ class Verdict:
     per_class: dict[str, float]  # average precision
     parameters: int | None  # None: unknown
     probe: float | None = None  # accuracy of a linear probe on its embeddings
-    right: str | None = None  # 1 or 0 for each clip of the fold
+    clips: Clips | None = None
+    teacher: str | None = None  # name of the outside teacher
 
 
 def student(folder: Path, job: plan.Job, fold: int) -> Verdict:
@@ -66,8 +77,15 @@ def divergence(scores: NDArray[np.floating], others: NDArray[np.floating]) -> fl
 
     Each class is a yes or no of its own, as it is to the students' loss, which is this but for a constant.
     """
+    return float(np.mean(divergences(scores, others)))
+
+
+def divergences(scores: NDArray[np.floating], others: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return the divergence of each clip, (n, c), (n, c) -> (n,): the mean over classes."""
     q, p = (np.clip(each.astype(np.float64), _LEAST, 1 - _LEAST) for each in (scores, others))
-    return float(np.mean(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))))
+    by_class: NDArray[np.float64] = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    found: NDArray[np.float64] = by_class.mean(1)
+    return found
 
 
 @cache

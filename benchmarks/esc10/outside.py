@@ -19,16 +19,16 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.esc10 import plan, split, teachers
-from benchmarks.esc10.judge import CPU, HELD_OUT, Verdict, divergence
+from benchmarks.esc10.judge import CPU, HELD_OUT, Clips, Verdict, divergences
 from benchmarks.esc10.plan import MODELS, Job
+from benchmarks.esc10.split import LENGTH
 from ced.config import FinetuneConfig, StoreConfig, TeacherEntry, TrainConfig, check
 from ced.distill.pack_reader import AudioPack
 from ced.distill.store import store_folder
-from ced.distill.teachers import load_teacher
-from ced.distill.views import SoundView
+from ced.distill.teachers import Ensemble, load_teacher, teacher_name
+from ced.distill.views import NO_VIEW
 from ced.model.loading import TorchScorer, load_model
 from ced.model.metrics import average_precision
-from ced.sound.audio import SAMPLE_RATE
 from ced.sound.decode import to_float
 from ced.sound.labels import audioset
 from ced.sound.tables import read_table
@@ -37,12 +37,12 @@ TEACHER = "outside"  # the arm of the teacher itself
 VIEWS = "outside_views"
 CLASSES = 527
 WIDTH, DEPTH = 128, 4
-EPOCHS, STEPS = 20, 150
+EPOCHS, STEPS, BATCH = 20, 150, 32
 STORED, TOPK = 4, 20  # views of each clip, and scores of each view
 MIXTURES = 6  # for each recording
 PROBE_C = 0.1  # inverse strength of the probe's regularisation
 
-FREE, FREE_MIXED = f"pack/labels/{split.FREE}.tsv", f"pack/labels/{split.FREE}_{split.MIXED}.tsv"
+FREE, FREE_MIXED = f"pack/labels/{split.FREE}.tsv", f"pack/labels/{split.FREE}_{split.MIXED}{MIXTURES}.tsv"
 _VIEWS: Mapping[str, Any] = {
     "chunk_length": split.SECONDS,
     "wavtransforms": {"Shift": {}},
@@ -61,7 +61,7 @@ _STUDENT: Mapping[str, Any] = {
     "mode": "amp_bf16",
     "num_workers": 0,
     "pretrained": False,
-    "batch_size": 32,
+    "batch_size": BATCH,
     "optimizer": "Adam",
     "optimizer_args": {"lr": 1e-3},
     "warmup_iters": 100,
@@ -73,18 +73,36 @@ LABELS: Mapping[str, Mapping[str, Any]] = {
     "outside_labels": {"wavtransforms": {}, "spectransforms": {}},
     "outside_labels_views": {},
     "outside_labels_mixup": {"mixup": 0.3},
+    "outside_labels_mixtures": {"train_data": FREE_MIXED},
+    # As many steps as the first weights of `outside_tuned` and its own together.
+    "outside_labels_double": {"epochs": 2 * EPOCHS},
 }
 CED, OWN, TUNED = "outside_ced", "outside_own_views", "outside_tuned"
 CED_ALL, RECORDINGS = "outside_ced_all", "outside_recordings"
-ARMS = (CED, OWN, "outside_labels_views", TUNED, "outside_labels", "outside_labels_mixup", CED_ALL, RECORDINGS)
+CHANGED: Mapping[str, Mapping[str, Any]] = {
+    "outside_ced_half": {"epochs": EPOCHS // 2},
+    "outside_ced_double": {"epochs": 2 * EPOCHS},
+    "outside_ced_wide": {"model_args": {**_STUDENT["model_args"], "embed_dim": 192, "num_heads": 6}},
+    "outside_ced_deep": {"model_args": {**_STUDENT["model_args"], "depth": 12}},
+    "outside_ced_one_view": {"max_aug_epochs": 1},
+    "outside_ced_last_half": {"label_type": "last_half"},
+}
+STORED_CHANGED: Mapping[str, Mapping[str, Any]] = {
+    "outside_ced_topk_5": {"topk": 5},
+    "outside_ced_freq_24": {
+        "spectransforms": {**_VIEWS["spectransforms"], "FrequencyMasking": {"freq_mask_param": 24}},
+    },
+}
+MAIN = (CED, OWN, "outside_labels_views", TUNED, *LABELS, CED_ALL, RECORDINGS)
+ARMS = tuple(dict.fromkeys((*MAIN, *CHANGED, *STORED_CHANGED)))
 
 
 def jobs(teacher: str, seed: int) -> list[Job]:
     """Return the arms of one seed, each behind what it needs."""
     small = [f"{teachers.__name__}:{name}" for name in plan.TEACHERS]
-    alone = _stored(VIEWS, [teacher], FREE_MIXED, STORED)
-    together = _stored(f"{VIEWS}_all", [teacher, *small], FREE_MIXED, STORED)
-    recordings = _stored(f"{VIEWS}_recordings", [teacher], FREE, (1 + MIXTURES) * STORED)
+    alone = _stored(VIEWS, [teacher])
+    together = _stored(f"{VIEWS}_all", [teacher, *small])
+    recordings = _stored(f"{VIEWS}_recordings", [teacher], train_data=FREE, epochs=(1 + MIXTURES) * STORED)
     ced = _distilled(CED, seed, alone)
     found = [
         alone,
@@ -96,22 +114,27 @@ def jobs(teacher: str, seed: int) -> list[Job]:
         _distilled(CED_ALL, seed, together),
         recordings,
         _distilled(RECORDINGS, seed, recordings),
+        *(_distilled(arm, seed, alone, **changes) for arm, changes in CHANGED.items()),
     ]
+    for arm, changes in STORED_CHANGED.items():
+        views = _stored(f"{arm}_views", [teacher], **changes)
+        found += [views, _distilled(arm, seed, views)]
     return [replace(job, outside=teacher) for job in found]
 
 
-def _stored(name: str, who: list[str], table: str, epochs: int) -> Job:
+def _stored(name: str, who: list[str], **changes: Any) -> Job:
     values = {
         **_VIEWS,
-        "train_data": table,
+        "train_data": FREE_MIXED,
         "outputpath": name,
         "model": who,
         "classes": "audioset",
-        "epochs": epochs,
+        "epochs": STORED,
         "topk": TOPK,
         "batch_size": 32,
         "mode": "off",
         "num_workers": 0,
+        **changes,
     }
     needs = tuple(plan.TEACHERS) if len(who) > 1 else ()
     return Job(name, "store", check(StoreConfig, values, name), needs)
@@ -137,36 +160,40 @@ def _labelled(arm: str, seed: int, needs: tuple[str, ...], changes: Mapping[str,
 def student(folder: Path, job: Job, fold: int) -> Verdict:
     """Judge a student: by ESC-10's classes, by a linear probe on its embeddings, and by how near it is to its teacher.
 
-    The probe learns from the labels of the recordings that the student has learned from.
+    The probe is trained with the labels of the recordings that the student was trained on.
     """
     assert job.outside is not None
     network = load_model(folder / MODELS / job.name)
     scorer = TorchScorer(network)
-    scores = {
-        table: np.concatenate([scorer(wave[None]) for wave in _waves(folder, table)]) for table in (HELD_OUT, FREE)
-    }
-    vectors = {table: np.concatenate([scorer.embed(wave[None]) for wave in _waves(folder, table)]) for table in scores}
+    waves = {table: _waves(folder, table) for table in (HELD_OUT, FREE)}
+    scores = {table: np.concatenate([scorer(wave[None]) for wave in found]) for table, found in waves.items()}
+    vectors = {table: np.concatenate([scorer.embed(wave[None]) for wave in found]) for table, found in waves.items()}
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=PROBE_C, max_iter=2000))
     probe.fit(vectors[FREE], _labels(folder, FREE))
-    apart = {}
-    if len(network.labels) == CLASSES:
-        apart = {
-            table: round(divergence(found, _taught(folder, table, job.outside)), 5) for table, found in scores.items()
-        }
+    probed = probe.predict(vectors[HELD_OUT]) == _labels(folder, HELD_OUT)
     verdict = _verdict(job.arm or job.name, folder, fold, job.seed, scores[HELD_OUT])
+    assert verdict.clips is not None
+    clips = replace(verdict.clips, probe=_digits(probed))
+    apart: dict[str, float] = {}
+    if len(network.labels) == CLASSES:
+        by_clip = {table: divergences(found, _taught(folder, table, job.outside)) for table, found in scores.items()}
+        apart = {table: round(float(values.mean()), 5) for table, values in by_clip.items()}
+        clips = replace(clips, divergence=tuple(round(float(value), 5) for value in by_clip[HELD_OUT]))
     return replace(
         verdict,
-        probe=round(float(np.mean(probe.predict(vectors[HELD_OUT]) == _labels(folder, HELD_OUT))), 4),
+        probe=round(float(probed.mean()), 4),
         divergence=apart.get(HELD_OUT),
         divergence_learned=apart.get(FREE),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
+        clips=clips,
+        teacher=teacher_name(job.outside),
     )
 
 
 def taught(folder: Path, fold: int, teacher: str) -> Verdict:
     """Judge the teacher itself."""
     verdict = _verdict(TEACHER, folder, fold, 1, _taught(folder, HELD_OUT, teacher))
-    return replace(verdict, divergence=0.0, divergence_learned=0.0)
+    return replace(verdict, divergence=0.0, divergence_learned=0.0, teacher=teacher_name(teacher))
 
 
 def ten(scores: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -192,8 +219,12 @@ def _verdict(arm: str, folder: Path, fold: int, seed: int, scores: NDArray[np.fl
         divergence_learned=None,
         per_class={name: round(float(ap), 4) for name, ap in zip(names, per_class, strict=True)},
         parameters=None,
-        right="".join(str(int(one)) for one in right),
+        clips=Clips(_sources(folder, HELD_OUT), _digits(right)),
     )
+
+
+def _digits(right: NDArray[np.bool_]) -> str:
+    return "".join(str(int(one)) for one in right)
 
 
 @cache
@@ -209,8 +240,19 @@ def _labels(folder: Path, table: str) -> NDArray[np.int64]:
 
 
 @cache
+def _sources(folder: Path, table: str) -> tuple[str, ...]:
+    """Return the recording that each clip was cut from: ESC-10's files are named FOLD-SOURCE-TAKE-LABEL."""
+    return tuple(Path(name).name.split("-")[1] for name in read_table(folder / table).column("filename"))
+
+
+@cache
 def _taught(folder: Path, table: str, teacher: str) -> NDArray[np.float32]:
     """Return the outside teacher's probabilities of the recordings of a table, without a view, (n, 527)."""
-    loaded = load_teacher(TeacherEntry(name=teacher), {}, CPU)
+    ensemble = open_teacher(teacher)
     waves = (torch.from_numpy(wave[None]) for wave in _waves(folder, table))
-    return np.concatenate([loaded.score(wave, SAMPLE_RATE, [SoundView(None, None)]).numpy() for wave in waves])
+    return np.concatenate([ensemble(wave, torch.zeros(1, 2)).numpy() for wave in waves])
+
+
+def open_teacher(teacher: str) -> Ensemble:
+    """Return a teacher that scores AudioSet's classes, in their order, without masks."""
+    return Ensemble([load_teacher(TeacherEntry(name=teacher), {}, CPU)], "off", NO_VIEW, LENGTH, CPU, audioset())

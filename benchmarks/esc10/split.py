@@ -114,14 +114,14 @@ def prepare(data: Path, folder: Path, fold: int) -> None:
 def prepare_unlabelled(folder: Path, mixtures: int) -> None:
     """Pack two more tables of a prepared fold, for students that need no labelled clips to choose checkpoints by.
 
-    `free` has the recordings of `learn` and `choose`, `free_mixed` those and `mixtures` mixtures for each, of
+    `free` has the recordings of `learn` and `choose`, `free_mixed<mixtures>` those and `mixtures` mixtures for each, of
     recordings played a little faster or slower.
     """
     tables = [read_table(folder / f"{table}.tsv") for table in ("learn", "choose")]
     columns = {name: [cell for table in tables for cell in table.column(name)] for name in ("filename", "labels")}
     write_table(folder / f"{FREE}.tsv", columns)
     pack(folder / f"{FREE}.tsv", folder / "pack")
-    _mix_table(folder, FREE, f"{FREE}_{MIXED}", mixtures, fastest=FASTEST)
+    _mix_table(folder, FREE, f"{FREE}_{MIXED}{mixtures}", mixtures, fastest=FASTEST)
 
 
 def mix(first: NDArray[np.float32], second: NDArray[np.float32], share: float) -> NDArray[np.float32]:

@@ -1,6 +1,7 @@
 """Commands that make a student: pack, labels, store, train, finetune, pretrain, evaluate, demo."""
 
 import shlex
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -26,7 +27,14 @@ Words = Annotated[
 
 
 def pack(
-    table: Annotated[Path, typer.Argument(metavar="LIST.tsv", help="A table with a column of file names.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="LIST.tsv|SOUND...",
+            help="A table with a column of file names; or, as for `ced tag`, folders, patterns, shards and addresses, "
+            "whose sounds are listed in OUTDIR/clips.tsv.",
+        ),
+    ],
     outdir: Annotated[Path, typer.Argument(help="Folder for hdf5/ and labels/.")],
     size_per_file: Annotated[int, typer.Option("--size-per-file", "-s", min=1, help="Clips of an HDF5 file.")] = 50_000,
     jobs: Annotated[
@@ -53,7 +61,7 @@ def pack(
 
     with reporting() as progress:
         report = pack_writer.pack(
-            table,
+            _clips_table(sources, outdir, filename_column),
             outdir,
             size_per_file=size_per_file,
             workers=jobs,
@@ -75,6 +83,23 @@ def pack(
     show(f"{report.index}: {report.packed} packed, {len(report.failed)} failed")
     if report.failed and not skip_bad:
         raise typer.Exit(1)
+
+
+def _clips_table(sources: list[str], outdir: Path, column: str) -> Path:
+    """Return the table of clips: the one that is named, or a new one of the sounds that are named."""
+    from ced.remote import address_of
+    from ced.sound.shards import is_shard
+    from ced.sound.tables import write_table
+    from ced.tag.inputs import find_inputs
+
+    (first, *others) = sources
+    if not others and not (Path(first).is_dir() or has_magic(first) or is_shard(first) or address_of(first)):
+        return Path(first)
+    table = outdir / "clips.tsv"
+    if address_of(outdir) is not None:  # `pack` refuses it
+        return table
+    write_table(table, {column: [str(item.source) for item in find_inputs(sources)]})
+    return table
 
 
 def labels(

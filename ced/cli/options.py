@@ -20,8 +20,8 @@ _INPUT, _MODEL, _WINDOWS, _SELECTION, _EVENTS, _OUTPUT, _ACTIONS, _CLUSTER = (
     *("Events", "Output", "Actions", "Cluster"),
 )
 _SOUNDS = (
-    "Files, folders, patterns, http(s) addresses, @LIST (a file with a path on each line; @-: standard input), or - (a"
-    " sound on standard input)."
+    "Files, folders, patterns, shards (.tar, .parquet), each also at s3://, gs://, az:// or hf://, http(s) addresses,"
+    " @LIST (a file with a path on each line; @-: standard input), or - (a sound on standard input)."
 )
 Sounds = Annotated[list[str], typer.Argument(metavar="SOUND", help=_SOUNDS)]
 SoundsUnlessFrom = Annotated[list[str] | None, typer.Argument(metavar="SOUND", help=_SOUNDS)]
@@ -323,7 +323,12 @@ Clock = Annotated[
 ]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", "-o", rich_help_panel=_OUTPUT, help="Folder for outputs; an interrupted run resumes there."),
+    typer.Option(
+        "--out",
+        "-o",
+        rich_help_panel=_OUTPUT,
+        help="Folder for outputs, also at s3://, gs:// or az://; an interrupted run resumes there.",
+    ),
 ]
 KeepScores = Annotated[
     bool,
@@ -347,7 +352,8 @@ EmbeddingsOut = Annotated[
         "--out",
         "-o",
         rich_help_panel=_OUTPUT,
-        help="NAME.npy (with NAME.npy.tsv beside it) or NAME.parquet; with --ray a folder.",
+        help="NAME.npy (with NAME.npy.tsv beside it) or NAME.parquet, also at s3://, gs:// or az://; with --ray a "
+        "folder.",
     ),
 ]
 EachWindow = Annotated[

@@ -16,6 +16,7 @@ from ced.cli.console import Meter, reporting, show, show_data, show_error, speed
 from ced.errors import AudioError, ConfigError
 from ced.model.zoo import DEFAULT_MODEL
 from ced.progress import Progress, silent
+from ced.remote import address_of, check_writable
 from ced.tag.options import BATCH, EACH, TagOptions
 from ced.text import some
 
@@ -143,6 +144,7 @@ def embed(
     exit code is then 1.
     """
     from ced.tag.tagger import Tagger
+    from ced.tag.uploads import local_file
     from ced.tag.writers import check_embeddings_path, write_embeddings
 
     chosen = TagOptions(window=window, hop=hop, tail=tail, channel=_one_channel(channel), strict=strict)
@@ -154,13 +156,16 @@ def embed(
                 raise typer.Exit(1)
         return
     check_embeddings_path(out)
+    if (address := address_of(out)) is not None:
+        check_writable(address)
     inputs = _find(sounds, channel, allow_private)
     with (
         reporting() as progress,
         Tagger(model, device=device, precision=precision, jobs=jobs, batch=batch, progress=progress) as tagger,
     ):
         embedding = _Embedding(tagger, chosen, windows, Meter(progress, len(inputs), "embedding"))
-        count = write_embeddings(out, embedding.rows(inputs, tagger.jobs))
+        with local_file(out) as path:
+            count = write_embeddings(path, embedding.rows(inputs, tagger.jobs))
     failed, cut = embedding.failed, embedding.cut_short
     show(f"{out}: {count} vectors of {len(inputs) - failed} sounds, {failed} failed" + f", {cut} truncated" * bool(cut))
     if failed or cut:
@@ -260,10 +265,16 @@ class _Output:
             raise ConfigError("--combine applies to files; name their folder with --out")
         if self.keep_scores and self.folder is None:
             raise ConfigError("--keep-scores writes into the folder of a run; name it with --out")
+        if self.folder is not None and (address := address_of(self.folder)) is not None:
+            if self.keep_scores:
+                raise ConfigError(f"--keep-scores keeps scores in a local folder; --out is {address}")
+            check_writable(address)
         if self.folder is None and len(self.formats) > 1:
             raise ConfigError(f"{' and '.join(self.formats)} cannot be printed at once; name a folder with --out")
         if self.clips is not None and not chosen.events:
             raise ConfigError("--clips cuts out events; add --events")
+        if self.clips is not None and address_of(self.clips) is not None:
+            raise ConfigError(f"--clips writes into a local folder; got {self.clips}")
 
     def check_inputs(self, inputs: "Sequence[InputSound]", chosen: TagOptions) -> None:
         """Check the options against the sounds, and that the formats are known and can be written."""
@@ -344,6 +355,7 @@ def _tag_sounds(
 ) -> bool:
     """Tag sounds; return whether all of them could be read to the end."""
     from ced.tag.tagger import Tagger, in_turn
+    from ced.tag.uploads import local_folder
 
     with Tagger(
         model.name,
@@ -360,7 +372,9 @@ def _tag_sounds(
         meter = Meter(silent if is_shown else progress, len(inputs), "tagging")
         tagging = _Tagging(tagger, chosen, output, meter)
         if output.folder is not None:
-            return tagging.to_folder(inputs, output.folder, tagger.jobs)
+            with local_folder(output.folder, progress) as folder:
+                tagging = replace(tagging, output=replace(output, folder=folder))
+                return tagging.to_folder(inputs, folder, tagger.jobs)
         failed: list[str] = []
         streams = in_turn(map(tagging.stream, inputs), tagger.jobs)
         output.print(tagging.readable(zip(inputs, streams, strict=True), failed), len(inputs))
@@ -435,6 +449,7 @@ class _Logged:
 def _tag_again(folder: Path, chosen: TagOptions, threshold: str | None, output: _Output, progress: Progress) -> bool:
     """Make tags from the scores of an earlier run; return whether all of its sounds have scores and are complete."""
     from ced.tag.batch import EarlierRun
+    from ced.tag.uploads import local_folder
 
     run = EarlierRun(folder)
     chosen = with_thresholds(chosen, threshold, run.labels)
@@ -447,7 +462,9 @@ def _tag_again(folder: Path, chosen: TagOptions, threshold: str | None, output: 
         output.print(tagging.readable(failed), len(run.inputs))
         return not failed
     settings = {**chosen.settings(), **{name: run.settings.get(name) for name in ("model", *_SCORED)}}
-    return output.write(run.inputs, tagging.record, settings, 1, tagging.meter)
+    with local_folder(output.folder, progress) as place:
+        local = replace(output, folder=place)
+        return local.write(run.inputs, tagging.record, settings, 1, tagging.meter)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from ced import remote
 from ced.distill.pack_format import ClipIndex, DType, Outcome, PackSettings, Wave, digest_path, write_file
 from ced.environment import cores
 from ced.errors import AudioError, ConfigError, PackError, WriteError
@@ -27,6 +28,7 @@ from ced.parallel import attempts
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE, load_stored
 from ced.sound.decode import FULL_SCALE, to_float
+from ced.sound.shards import split_member
 from ced.sound.tables import read_table, write_table
 from ced.text import quoted
 
@@ -105,6 +107,8 @@ def pack(
         raise ConfigError(f"size_per_file is {size_per_file}, workers {workers}; both must be at least 1")
     if dtype not in ("int16", "float32"):
         raise ConfigError(f"dtype is {dtype!r}; expected int16 or float32")
+    if (address := remote.address_of(outdir)) is not None:
+        raise ConfigError(f"a pack is written to local files, which training maps into memory; got {address}")
     table = read_table(table_path, delimiter, required=(filename_column,))
     filenames, stem, settings = table.column(filename_column), table.path.stem, PackSettings(dtype, stereo, fullname)
     _check_names(filenames, settings, table.path)
@@ -223,9 +227,13 @@ def _complete(file: PackFile) -> list[Outcome] | None:
 
 def _changed(filename: str) -> int:
     """Return when a clip was last changed, in ns; 0 if it no longer exists, as after packing it is not needed."""
+    member = split_member(filename)
+    place = filename if member is None else member[0]
     try:
-        return os.stat(filename).st_mtime_ns
-    except OSError:
+        if (address := remote.address_of(place)) is not None:
+            return remote.modified_ns(address)
+        return os.stat(place).st_mtime_ns
+    except (OSError, AudioError):
         return 0
 
 

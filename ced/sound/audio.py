@@ -140,8 +140,9 @@ def open_sound(
     resampled to 16 kHz (soxr HQ).
 
     Args:
-        source: a path of a regular file, an http(s) address, the bytes of a file, a binary file object, or
-            (samples, rate) with samples (t,) or (t, channels) of any integer or float type.
+        source: a path of a regular file, SHARD!MEMBER (`ced.sound.shards`), an address in a store (`ced.remote`), an
+            http(s) address, the bytes of a file, a binary file object, or (samples, rate) with samples (t,) or
+            (t, channels) of any integer or float type.
         channel: "mean" of all channels, "left", "right", or the number of a channel, from 1. "mean" adds a warning
             where the channels cancel each other.
         strict: refuse a sound that is cut short; otherwise the rest is read, `complete` becomes False, and a warning

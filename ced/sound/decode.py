@@ -19,7 +19,9 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from ced import remote
 from ced.errors import AudioError, TooLongError
+from ced.sound import shards
 from ced.sound.ffmpeg import open_address
 from ced.sound.libsndfile import open_part
 from ced.sound.reading import MOST_CHANNELS, Block, FileRange, Opened, Reading, boundary
@@ -51,7 +53,8 @@ Source = str | os.PathLike[str] | bytes | BinaryIO | tuple[NDArray[Any], int]
 def name_of(source: Source) -> str:
     """Return the name of a source in messages and results: its path, or its kind."""
     if isinstance(source, str | os.PathLike):
-        return os.fspath(source)
+        path = os.fspath(source)
+        return path if remote.address_of(path) is None else remote.without_secrets(path)
     if isinstance(source, bytes | tuple):
         return "<bytes>" if isinstance(source, bytes) else "<array>"
     name = getattr(source, "name", None)
@@ -84,6 +87,10 @@ def open_source(source: Source, reading: Reading, stack: ExitStack) -> Opened:
 
 
 def _open_path(path: str, reading: Reading, stack: ExitStack) -> Opened:
+    if (found := shards.split_member(path)) is not None:
+        return _open_file(shards.open_member(*found, reading, stack), reading, stack)
+    if (address := remote.address_of(path)) is not None:
+        return _open_file(stack.enter_context(remote.open_file(address)), reading, stack)
     try:
         file = stack.enter_context(_regular_file(path, reading.name))
     except ValueError as error:  # a null byte
@@ -186,7 +193,7 @@ class SoundBytes(io.BytesIO):
         self.name = name
 
 
-def _open_file(file: IO[bytes], reading: Reading, stack: ExitStack) -> Opened:
+def _open_file(file: IO[bytes] | FileRange, reading: Reading, stack: ExitStack) -> Opened:
     """Open the sound in a file, or the several sounds of joined files, one after the other."""
     view = FileRange(file, 0, file.seek(0, os.SEEK_END))
     if not view.size:

@@ -1,4 +1,4 @@
-"""Find the sounds that arguments name: files, folders, patterns, lists, addresses, sound on standard input."""
+"""Find the sounds that arguments name: files, folders, patterns, lists, shards, addresses, sound on standard input."""
 
 import glob
 import io
@@ -12,8 +12,10 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from urllib.parse import quote, urlsplit
 
+from ced import remote
 from ced.errors import AudioError, ConfigError
-from ced.sound import audio
+from ced.remote import Listed
+from ced.sound import audio, shards
 from ced.sound.decode import is_address
 from ced.sound.ffmpeg import MEDIA_SUFFIXES
 from ced.sound.web import TrustedAddress, without_password
@@ -63,7 +65,8 @@ def find_inputs(
     """Find the sounds that arguments name, in the order of the arguments, each sound once.
 
     An argument is a file; a folder, searched recursively for known suffixes, in sorted order; a pattern with `*`, `?`,
-    `[...]` or `**`, in sorted order; an http(s) address; `-`, sound on `stdin`; `@FILE` or `@-`, a list of files,
+    `[...]` or `**`, in sorted order; each of these also in a store (`ced.remote`); a shard, whose members are sounds,
+    or SHARD!MEMBER (`ced.sound.shards`); an http(s) address; `-`, sound on `stdin`; `@FILE` or `@-`, a list of files,
     folders and addresses, each terminated by a line feed (or all by zero bytes), in UTF-8 or UTF-16. Other suffixes,
     hidden files, linked folders, pipes and devices in folders are skipped and counted in a log message, and so are
     text and image files that are named beside other files. A missing file is an input, too: reading it fails later.
@@ -78,8 +81,9 @@ def find_inputs(
             addresses are without passwords.
 
     Raises:
-        AudioError: a folder, a pattern or a list contains no sound.
+        AudioError: a folder, a pattern or a list contains no sound, or a folder or pattern in a store cannot be listed.
         ConfigError: there are no arguments, or standard input is named twice or does not exist.
+        MissingPackageError: a package for a store, or for Parquet, is not installed.
     """
     if not words:
         raise ConfigError("nothing to tag; name files, folders, patterns, addresses, @LIST or -")
@@ -128,9 +132,9 @@ def _trusted(source: audio.Source) -> audio.Source:
 
 def _is_named(word: str) -> bool:
     """Return whether an argument is the path of a single file, existing or not."""
-    return (
-        word != "-" and not word.startswith("@") and not (is_address(word) or os.path.isdir(word) or _is_pattern(word))
-    )
+    if word == "-" or word.startswith("@") or is_address(word) or remote.address_of(word) is not None:
+        return False
+    return not (os.path.isdir(word) or _is_pattern(word))
 
 
 def _is_pattern(word: str) -> bool:
@@ -141,12 +145,89 @@ def _meant(word: str, places: dict[str, Path]) -> Iterator[InputSound]:
     """Yield the inputs of an argument other than standard input; `places` are those of single files."""
     if is_address(word):
         yield InputSound(without_password(word), word, _place_of_address(word))
+    elif (address := remote.address_of(word)) is not None:
+        yield from _in_store(address)
     elif os.path.isdir(word):
         yield from _in_folder(word)
     elif _is_pattern(word):
         yield from _matching(word)
     else:
-        yield InputSound(word, word, places[word])
+        yield from _in_file(word, word, places[word])
+
+
+def _in_file(name: str, source: str, place: Path) -> Iterator[InputSound]:
+    """Yield the sound of a file, or those of a shard, and at the end of a damaged shard one that fails."""
+    if not shards.is_shard(name):
+        yield InputSound(name, source, place)
+        return
+    try:
+        members, fault = shards.members(source)
+    except AudioError:  # reading it fails again, and is reported then
+        yield InputSound(name, f"{source}!", place)
+        return
+    stamp = shards.stamp_of(source)
+    is_table = name.lower().endswith(".parquet")  # whose rows are sounds, with any names
+    places = {member: _safe(member) for member in members}
+    skipped = Counter(kind for at in places.values() if not is_table and (kind := _skipped_by_name(at)))
+    if skipped or remote.address_of(source) is not None:  # searching a shard in a store takes time
+        count = len(places) - skipped.total()
+        logger.info("%s: %d sounds%s", name, count, _counted(skipped, ", skipped: "))
+    for member, at in places.items():
+        if is_table or _skipped_by_name(at) is None:
+            yield InputSound(f"{name}!{member}", Listed(f"{source}!{member}", stamp), place / at)
+    if fault is not None or len(places) == skipped.total():
+        yield InputSound(name, f"{source}!", place.with_name(f"{place.name}!"))
+
+
+def _safe(member: str) -> Path:
+    """Return a place for the outputs of a member, below that of its shard."""
+    parts = [part for part in PurePosixPath(member).parts if part not in ("/", "..")]
+    return Path(*(part.replace("\\", "_").replace(":", "_") for part in parts or ["member"]))
+
+
+def _in_store(address: str) -> Iterator[InputSound]:
+    """Yield the sounds in a folder of a store or that match a pattern, or the one at an address.
+
+    The store is not asked for addresses of sounds: lists may have millions, and reading a missing one fails later.
+    """
+    shown = remote.without_secrets(address)
+    if not remote.is_pattern(address) and (shards.split_member(address) or _suffix(shown) in SUFFIXES):
+        yield InputSound(shown, address, _safe(shown.partition("://")[2]))
+        return
+    try:
+        found: list[str] = list(remote.find(address))
+    except AudioError as error:
+        if remote.is_pattern(address):
+            raise AudioError(f"cannot list {error.message}") from error
+        found = [address]  # reading it fails, too
+    if found == [address]:
+        yield from _in_file(shown, found[0], _safe(shown.partition("://")[2]))
+        return
+    folder = address
+    while remote.is_pattern(folder):
+        folder = os.path.dirname(folder)
+    places = {file: _safe(file[len(folder) :]) for file in found}
+    skipped: Counter[str] = Counter()
+    for file, place in list(places.items()):
+        kind = _skipped_by_name(place)
+        if kind is not None and (kind == "hidden" or not remote.is_pattern(address)):  # as in local folders
+            skipped[kind] += 1
+            del places[file]
+    if not places:
+        none = "no file matches" if remote.is_pattern(address) else "no sound files in"
+        raise AudioError(f"{none} {shown}{_counted(skipped, ': ')}")
+    if skipped:
+        logger.info("%s: skipped%s", shown, _counted(skipped, ": "))
+    for file, place in places.items():
+        yield from _in_file(remote.without_secrets(file), file, place)
+
+
+def _skipped_by_name(place: Path) -> str | None:
+    """Return the kind of a file to skip in a folder of a store or in an archive; None: it is a sound."""
+    if any(part.startswith(".") for part in place.parts):
+        return "hidden"
+    suffix = _suffix(place.name)
+    return None if suffix in SUFFIXES else suffix or "without suffix"
 
 
 def _in_folder(folder: str) -> Iterator[InputSound]:
@@ -230,7 +311,7 @@ def _matching(pattern: str) -> Iterator[InputSound]:
         raise AudioError(f"no file matches {pattern}")
     places = _places(files, fixed)
     for file in files:
-        yield InputSound(file, file, places[file])
+        yield from _in_file(file, file, places[file])
 
 
 def _listed(word: str, stdin: BinaryIO | None) -> Iterator[InputSound]:
@@ -249,11 +330,13 @@ def _listed(word: str, stdin: BinaryIO | None) -> Iterator[InputSound]:
     words = [word for word in words if word.strip()]
     if not words:
         raise AudioError(f"the list {name} is empty")
-    files = [word for word in words if not is_address(word) and not os.path.isdir(word)]
+    files = [
+        word for word in words if not (is_address(word) or remote.address_of(word) is not None or os.path.isdir(word))
+    ]
     places = _places(files)
     for line in words:
         if line in places:  # even with pattern characters: a list has no patterns
-            yield InputSound(line, line, places[line])
+            yield from _in_file(line, line, places[line])
         else:
             yield from _meant(line, places)
 

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from ced.errors import ConfigError, StoreError
 from ced.files import open_to_append, writing
+from ced.remote import Listed
 from ced.tag.inputs import InputSound
 from ced.tag.records import FORMAT_VERSION as RECORD_FORMAT
 from ced.tag.records import Record
@@ -22,11 +23,13 @@ from ced.tag.records import Record
 FORMAT_VERSION = 1
 _AGAIN = "choose another folder, or remove that file to start again"
 
-Stamp = tuple[int, int]  # size in bytes, time of the last change in ns since 1970
+Stamp = tuple[int, int]  # size in bytes; time of the last change in ns since 1970, or a digest of the version
 
 
 def stamp_of(item: InputSound) -> Stamp | None:
-    """Return size and time of change of a file, to detect changes; None for streams, addresses and missing files."""
+    """Return a file's size and time of change, or its version in a store, to detect changes; None if unknown."""
+    if isinstance(item.source, Listed):
+        return item.source.stamp
     if not isinstance(item.source, str | os.PathLike):
         return None
     try:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ced import remote
 from ced.errors import ConfigError, MissingPackageError
 from ced.files import written_aside
 from ced.sound.decode import is_address
@@ -183,7 +184,8 @@ def raven(records: Iterable[Timeline]) -> Iterator[str]:
 
 def _whole_path(file: str) -> str:
     """Return the absolute path of a file, which Raven needs; addresses and names such as <stdin> are unchanged."""
-    return file if is_address(file) or file.startswith("<") else os.path.abspath(file)
+    is_local = not (is_address(file) or remote.address_of(file) or file.startswith("<"))
+    return os.path.abspath(file) if is_local else file
 
 
 def _rows(records: Iterable[Timeline]) -> Iterator[tuple[Timeline, Tags, Tag]]:

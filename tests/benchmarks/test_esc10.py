@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.esc10 import __main__ as esc10
 from benchmarks.esc10 import outside, plan, report, split
-from benchmarks.esc10.judge import ENSEMBLE, Verdict, divergence
+from benchmarks.esc10.judge import ENSEMBLE, Clips, Verdict, divergence
 from ced.config import FinetuneConfig, TrainConfig, check
 from ced.errors import ConfigError, TableError
 from ced.sound.labels import audioset
@@ -211,13 +211,16 @@ def write_random_teacher(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_students_of_an_outside_teacher_are_judged_by_ten_classes_and_a_probe(data: Path, tmp_path: Path) -> None:
+def test_students_of_an_outside_teacher_are_judged_by_ten_classes_and_a_probe(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_random_teacher(tmp_path / "teacher.onnx")
     split.prepare(data, tmp_path / "fold5", 5)
+    monkeypatch.setattr(outside, "FREE_MIXED", "pack/labels/free_mixed1.tsv")
     split.prepare_unlabelled(tmp_path / "fold5", 1)
     free = read_table(tmp_path / "fold5" / "free.tsv")
     assert len(free) == 30  # all recordings of the other fold
-    assert len(read_table(tmp_path / "fold5" / "free_mixed.tsv")) == 60
+    assert len(read_table(tmp_path / "fold5" / "free_mixed1.tsv")) == 60
     arms = [outside.CED, "outside_labels_views", outside.TUNED]
     planned = esc10.outside_tasks(tmp_path, f"onnx:{tmp_path / 'teacher.onnx'}", arms, [5], seeds=1)
     network = {"embed_dim": 32, "num_heads": 1, "depth": 1, "target_length": plan.FRAMES, "pad_last": False}
@@ -227,7 +230,7 @@ def test_students_of_an_outside_teacher_are_judged_by_ten_classes_and_a_probe(da
     assert esc10.run(todo, 2, results) == []
     found = {one.arm: one for one in results.verdicts}
     assert set(found) == {outside.TEACHER, *arms}
-    assert all(len(one.right or "") == 30 and len(one.per_class) == 10 for one in found.values())
+    assert all(one.clips and len(one.clips.right) == 30 and len(one.per_class) == 10 for one in found.values())
     assert found[outside.CED].divergence is not None
     assert found[outside.TUNED].divergence is None  # it has other classes than the teacher
     assert all(0 <= (found[arm].probe or 0) <= 1 for arm in arms)
@@ -248,15 +251,16 @@ def test_the_highest_of_the_classes_that_stand_for_one_counts() -> None:
     assert found.max(1).tolist() == pytest.approx([0.9, 0.5])
 
 
-def test_intervals_of_a_difference_are_drawn_over_clips() -> None:
-    def verdict(arm: str, seed: int, right: str) -> Verdict:
-        return Verdict(arm, 1, seed, right.count("1") / 8, 0.5, 0.1, 0.1, {}, 1, right=right)
-
-    pairs = [(verdict("a", seed, "11111111"), verdict("b", seed, "11110000")) for seed in (1, 2)]
-    text = report.bootstrapped(pairs)
-    assert text.startswith("+50.0 [")
-    low, high = (float(value) for value in text[text.index("[") + 1 : -1].split(", "))
+def test_intervals_of_a_difference_are_drawn_over_recordings() -> None:
+    sources = ("a", "a", "b", "b", "c", "d", "e", "f")
+    one = Clips(sources, "11111111", divergence=(0.1,) * 8)
+    other = Clips(sources, "11110000", "00000000", (0.2,) * 8)
+    accuracy, probe, divergence = report.bootstrapped([(one, other), (one, other)])
+    assert accuracy.startswith("+50.0 [")
+    low, high = (float(value) for value in accuracy[accuracy.index("[") + 1 : -1].split(", "))
     assert 0 <= low < 50 < high <= 100
+    assert probe == ""  # one of them has none
+    assert divergence == "-50.0 [-50.0, -50.0]"
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,8 @@ def test_only_public_hosts_are_connected_to() -> None:
             for port in ("", ":22", f":{httpx.URL(url).port}"):
                 message = error(client.post(CLASSIFY, json={"address": f"http://{host}{port}/"}), 422)
                 assert "not a public address" in message or "port" in message
-        for address in ("file:///etc/passwd", "ftp://example.org/a", "concat:a|b", "", "http://"):
+        elsewhere = ("s3://bucket/a.wav", "memory://a.wav", "hf://datasets/a/b/c.wav", "a.tar!b.wav")
+        for address in ("file:///etc/passwd", "ftp://example.org/a", "concat:a|b", "", "http://", *elsewhere):
             error(client.post(CLASSIFY, json={"address": address}), 422)
 
 

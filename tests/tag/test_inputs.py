@@ -3,12 +3,18 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ced.errors import AudioError, ConfigError
+from ced.sound.audio import load
 from ced.sound.web import TrustedAddress
 from ced.tag.inputs import InputSound, find_inputs
+from ced.tag.journal import stamp_of
+from tests.stores import CLIPS, audio_table, memory, parquet_of, tar_of
+
+__all__ = ["memory"]  # fixture
 
 
 @pytest.fixture
@@ -219,3 +225,65 @@ def test_names_that_are_not_valid_text(tree: Path) -> None:
     assert found("none") == [(f"none/{name}", name)]
     assert found("none/*.wav") == [(f"none/{name}", name)]
     assert found("@-", stdin=b"none/caf\xe9.wav\n") == [(f"none/{name}", name)]
+
+
+@pytest.mark.parametrize("place", ["memory://", ""])
+def test_shards_in_files_and_stores(tree: Path, memory: Any, caplog: pytest.LogCaptureFixture, place: str) -> None:
+    text = {"a/1.json": b"{}", "a/2.json": b"{}", "a/._1.flac": b"x"}
+    files = {
+        "s/1.tar": tar_of({**CLIPS, **text}),
+        "s/2.tar": tar_of({"../../x.flac": b"x"}),
+        "s/t.parquet": parquet_of(audio_table({"/x/1": b"1", "2": b"2"})),
+        "s/broken.tar": b"broken" * 1000,
+        "s/empty.tar": tar_of(text),
+    }
+    for name, data in files.items():
+        path = tree / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+        memory.pipe(f"/{name}", data)
+    caplog.set_level(logging.INFO)
+    expected = [(f"{place}s/1.tar!{name}", f"1.tar/{name}") for name in CLIPS]
+    assert found(f"{place}s/1*.tar") == expected
+    assert "3 sounds, skipped: 2 .json, 1 hidden" in caplog.text
+    assert found(f"{place}s/[2b]*.tar", f"{place}s/*.parquet") == [
+        (f"{place}s/2.tar!../../x.flac", "2.tar/x.flac"),
+        (f"{place}s/broken.tar", "broken.tar"),
+        (f"{place}s/t.parquet!/x/1", "t.parquet/x/1"),
+        (f"{place}s/t.parquet!2", "t.parquet/2"),
+    ]
+    stamps = {stamp_of(item) for item in find_inputs([f"{place}s/1.tar", f"{place}s/1*.tar"])}
+    assert len(stamps) == 1
+    assert None not in stamps
+    (empty,) = find_inputs([f"{place}s/empty.tar"])
+    with pytest.raises(AudioError, match=r"s/empty\.tar: .*no sounds"):
+        load(empty.source)
+    (failing,) = find_inputs([f"{place}s/broken.tar"])
+    with pytest.raises(AudioError, match=r"^(memory://)?s/broken\.tar: .*not a tar"):
+        load(failing.source)
+
+
+def test_folders_and_patterns_of_stores(tree: Path, memory: Any, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a/b.wav", "a/a/z.mp3", "a/.hidden/x.wav", "a/notes.txt", "a/what#1?.flac", "none/notes.txt"):
+        memory.pipe(f"/{name}", b"1")
+    caplog.set_level(logging.INFO)
+    expected = [("memory://a/a/z.mp3", "a/z.mp3"), ("memory://a/b.wav", "b.wav")]
+    odd = ("memory://a/what#1?.flac", "what#1?.flac")
+    assert found("memory://a") == found("memory://a/") == [*expected, odd]
+    assert "skipped: 1 .txt, 1 hidden" in caplog.text
+    assert found("memory://a/**/*.[wm]*") == expected
+    (tree / "list").write_text("memory://a/b.wav\nmemory://gone/b.wav\nin/b.wav\n")
+    assert found("@list") == [
+        ("memory://a/b.wav", "a/b.wav"),
+        ("memory://gone/b.wav", "gone/b.wav"),
+        ("in/b.wav", "b.wav"),
+    ]
+    for words, message in {
+        "memory://none": "no sound files in .*: 1 .txt",
+        "memory://a/*.opus": "no file matches",
+    }.items():
+        with pytest.raises(AudioError, match=message):
+            find_inputs([words])
+    (missing,) = find_inputs(["memory://gone/"])  # reading it fails
+    with pytest.raises(AudioError, match="no such file"):
+        load(missing.source)
