@@ -16,9 +16,9 @@ import soundfile
 
 from ced.tag.records import Record
 
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 RATE = 16_000
 SECONDS = 300
 SLOW = """
@@ -74,9 +74,9 @@ def test_windows_are_printed_at_once_and_stay_after_ctrl_c(long: Path, tmp_path:
     assert process.stdout is not None
     out = b""
     while len(out) < 500:  # far less than all, and long before the end
-        more = process.stdout.read(500)
-        assert more, process.communicate(timeout=30)
-        out += more
+        read = process.stdout.read(500)
+        assert read, process.communicate()[1].decode()
+        out += read
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=30)
@@ -179,6 +179,7 @@ def test_tags_are_made_again_from_kept_scores(long: Path, tmp_path: Path) -> Non
         (["--from", "kept", "a.wav"], "leave out a.wav"),
         (["--from", "kept", "-c", "3"], "window is fixed"),
         (["--from", "kept", "--channel", "each"], "channel is fixed"),
+        (["--from", "kept", "-m", "ced_mini"], "model is fixed"),
         (["--from", "kept", "-o", "kept"], "another folder"),
         (["--from", "plain"], "--keep-scores"),
         (["--from", "nowhere"], "nowhere/journal.jsonl"),

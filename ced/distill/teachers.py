@@ -35,7 +35,7 @@ from ced.model.vit import CED
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.labels import ClassTable, audioset, matched, mostly_audioset, named
-from ced.text import quoted
+from ced.text import quoted, some
 
 MODEL_ARGS = ("pooling", "target_length")  # what a configuration may change about a CED network
 HF, ONNX = "hf:", "onnx:"
@@ -409,11 +409,13 @@ class Ensemble:
         for teacher, columns in zip(self.teachers, self._columns, strict=True):
             names = teacher.labels.names if teacher.labels else ()
             if left := [name for index, name in enumerate(names) if index not in columns]:
-                parts.append(f"{len(left)} of {len(names)} of teacher {teacher.name} are left out: {_some(left)}")
+                parts.append(
+                    f"{len(left)} of {len(names)} of teacher {teacher.name} are left out: {some(left, _SHOWN)}"
+                )
         names = self.labels.names if self.labels else ()
         known = (self._shares > 0).any(0).tolist()
         if unknown := [name for name, yes in zip(names, known, strict=bool(names)) if not yes]:
-            parts.append(f"{len(unknown)} of {len(names)} of the store are in no teacher: {_some(unknown)}")
+            parts.append(f"{len(unknown)} of {len(names)} of the store are in no teacher: {some(unknown, _SHOWN)}")
         if parts:
             logger.warning("classes are matched by mid or name; %s", "; ".join(parts))
 
@@ -432,11 +434,6 @@ def _probabilities(teacher: Teacher, scores: Tensor) -> Tensor:
             hint="a callable has to apply a sigmoid or softmax itself, an ONNX graph has activation in its YAML file",
         )
     return scores.clamp(0, 1)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(quoted, names[:_SHOWN])) + more
 
 
 def _store_classes(teachers: Sequence[Teacher], classes: ClassTable | None) -> ClassTable | None:
