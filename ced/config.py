@@ -150,6 +150,10 @@ class LossArgs(Section):
     reduction: Literal["none", "mean"] = Field("mean", description="none or mean: the gradient is the same")
 
 
+_TEACHER_KINDS = {"hf:": "hf:OWNER/NAME or hf:FOLDER", "onnx:": "onnx:FILE"}
+Activation = Literal["sigmoid", "softmax"]
+
+
 class TeacherEntry(Section):
     """One teacher of a store; a text alone is its name."""
 
@@ -160,11 +164,25 @@ class TeacherEntry(Section):
     batch_size: Positive | None = Field(None, description="chunks of a forward pass; null: that of the store")
     device: str | None = Field(None, description="where it computes, as torch names it; null: that of the process")
     mode: Mode | None = Field(None, description="precision; null: that of the store")
+    activation: Activation | None = Field(
+        None, description="of hf: alone: sigmoid or softmax of its logits; null: as its config.json implies"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _named(cls, name: str) -> str:
+        if name in _TEACHER_KINDS:
+            raise ValueError(f"should be {_TEACHER_KINDS[name]}")
+        return name
 
 
 def _teacher_entries(value: Any) -> Any:
     """Accept one teacher for a list of them, and a text for a teacher that is only named."""
     entries = value if isinstance(value, list) else [value]
+    for entry in entries:
+        # YAML reads `hf:`, and `hf: NAME` with a space, as a mapping.
+        if isinstance(entry, dict) and len(entry) == 1 and (kind := f"{next(iter(entry))}:") in _TEACHER_KINDS:
+            raise ValueError(f"should be {_TEACHER_KINDS[kind]}, without a space")
     return [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
 
 
@@ -429,6 +447,8 @@ def read_file(path: Path) -> dict[str, Any]:
         values = _values_of(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an invalid date, a number with too many digits
         raise ConfigError(f"configuration {path} is not YAML: {' '.join(str(error).split())[:200]}") from error
+    if values is None:
+        raise ConfigError(f"configuration {path} is empty; it must be keys and values")
     if not isinstance(values, dict):
         raise ConfigError(f"configuration {path} is {type(values).__name__}; it must be keys and values")
     return values

@@ -104,6 +104,12 @@ def _encoding(begin: bytes) -> str:
     return "utf-8"
 
 
+def some(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names of a list, each as `quoted`, and the number of the others."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(quoted, names[:most])) + rest
+
+
 def quoted(name: str) -> str:
     """Return a name for messages and lists: in quotes if it has spaces, commas or quotes, or is empty."""
     return name if name and not set(name) & set(" ,;'\"") else repr(name)

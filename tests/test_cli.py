@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -15,9 +16,11 @@ import numpy as np
 import pytest
 import soundfile
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from ced.cli import app
 from ced.cli.console import LINE_SECONDS
+from ced.tag.options import TagOptions
 
 ROOT = Path(__file__).parents[1]
 RATE = 16_000
@@ -194,22 +197,53 @@ def test_every_command_has_help(ced: Command, command: str) -> None:
     assert f"Usage: ced {command} " in done.stdout
 
 
-@pytest.mark.parametrize("name", ["top_k", "window", "hop", "jobs", "max_megabytes", "max_seconds"])
+@pytest.mark.parametrize(
+    "name", [*(field.name for field in fields(TagOptions)), "jobs", "max_megabytes", "max_seconds"]
+)
 def test_an_option_has_one_spelling_in_all_commands(name: str) -> None:
-    """That of the function's argument, which is that of `TagOptions` where it has such a field."""
+    """That of the function's argument, and options of tagging are named as the fields of `TagOptions`."""
     commands = vars(get_command(app))["commands"].values()
     found = [parameter.opts for command in commands for parameter in command.params if parameter.name == name]
     assert found
     assert {options[0] for options in found} == {f"--{name.replace('_', '-')}"}
     shown = {option for command in commands for parameter in command.params for option in parameter.opts}
-    assert not shown & {"--topk", "--chunk", "-c"}
+    assert not shown & {"--topk", "--chunk", "--chunk-length", "-c"}
+
+
+PUBLISHED_OPTIONS = {  # of the published programs, by the command that each is now
+    "tag": "-m --model -k --topk -c --chunk_length",
+    "pack": "-s --size_per_file -n --n_workers --duration --hdf5_dirname --index_dirname --filename_column --fullname "
+    "--stereo -d --delim --dtype",
+    "evaluate": "--test_data",
+    "export": "-m --model",
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(command, option) for command, options in PUBLISHED_OPTIONS.items() for option in options.split()],
+)
+def test_options_of_the_published_programs_are_known(command: str, option: str) -> None:
+    """An unknown option would be reported first."""
+    done = CliRunner().invoke(app, [command, option, *["1"] * 9, "--no-such-option"])
+    assert (done.exit_code, "No such option: --no-such-option" in done.output) == (2, True), done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [(["models", "-c", "3"], "-c"), (["models", "--topk", "3"], "--topk"), (["tag", "--top_l", "3"], "--top_l")],
+)
+def test_an_unknown_option_is_reported_as_it_was_typed(words: list[str], option: str) -> None:
+    """Also if it is a published spelling of an option that the command does not have."""
+    done = CliRunner().invoke(app, words)
+    assert (done.exit_code, f"No such option: {option}" in done.output) == (2, True), done.output
 
 
 def test_published_spellings_of_options_are_accepted(ced: Command, model: Path, tmp_path: Path) -> None:
     sound = noise(tmp_path / "a.wav", 1.0)
     expected = ced("tag", sound, "-m", model, "--window", "0.5", "--top-k", "2")
     assert expected.returncode == 0, expected.stderr
-    for words in (["-c", "0.5", "-k", "2"], ["--chunk", "0.5", "--topk=2"], ["-w0.5", "--top_k", "2"]):
+    for words in (["-c", "0.5", "-k", "2"], ["--chunk_length", "0.5", "--topk=2"], ["-w0.5", "--top_k", "2"]):
         assert ced("tag", sound, "-m", model, *words).stdout == expected.stdout
     assert ced("tag", sound, "-m", model, "--allow_private", "-c0.5", "-k2").stdout == expected.stdout
 

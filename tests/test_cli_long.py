@@ -17,14 +17,14 @@ import soundfile
 from ced.tag.records import Record
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
 RATE = 16_000
 SECONDS = 300
 SLOW = """
 import sys, time
 import ced.cli.console, ced.tag.scores
 from ced.model.runtime import OnnxModel
-
-pytestmark = pytest.mark.slow
 ced.tag.scores._FLUSH_SECONDS = ced.cli.console.LINE_SECONDS = 0.5
 score = OnnxModel.__call__
 def slowly(self, waves):
@@ -74,7 +74,9 @@ def test_windows_are_printed_at_once_and_stay_after_ctrl_c(long: Path, tmp_path:
     assert process.stdout is not None
     out = b""
     while len(out) < 500:  # far less than all, and long before the end
-        out += process.stdout.read(500)
+        read = process.stdout.read(500)
+        assert read, process.communicate()[1].decode()
+        out += read
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=30)
@@ -177,6 +179,7 @@ def test_tags_are_made_again_from_kept_scores(long: Path, tmp_path: Path) -> Non
         (["--from", "kept", "a.wav"], "leave out a.wav"),
         (["--from", "kept", "-c", "3"], "window is fixed"),
         (["--from", "kept", "--channel", "each"], "channel is fixed"),
+        (["--from", "kept", "-m", "ced_mini"], "model is fixed"),
         (["--from", "kept", "-o", "kept"], "another folder"),
         (["--from", "plain"], "--keep-scores"),
         (["--from", "nowhere"], "nowhere/journal.jsonl"),

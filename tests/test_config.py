@@ -272,7 +272,7 @@ LAUGHS = 'l0: &l0 ["lol"]\n' + "".join(
     [
         ("- 1\n", "is list"),
         ("a: [", "is not YAML"),
-        ("", "is NoneType"),
+        ("", "is empty"),
         ("seed: 1\nepochs: 2\nseed: 3\n", "key 'seed' is repeated"),
         ("? [a]\n: b\n", "a key is a list or a mapping"),
         ("seed: 2026-13-45\n", "month must be"),

@@ -22,6 +22,7 @@ from ced.sound.labels import audioset
 from tests.local_hub import LocalHub, published, random_network, running
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 HEAVY = ("torch", "h5py", "pyarrow", "matplotlib")
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,8 +30,15 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 5.0  # between two plain lines of progress
 REPORT_SECONDS = 0.1  # between two reports within a file
-# Published spellings of options, accepted as hidden aliases.
-_PUBLISHED = {"topk": "top-k", "chunk": "window", "c": "w", "n-workers": "jobs", "n": "j"}
+# Published spellings of options, accepted as hidden aliases by the commands that have the option.
+_PUBLISHED = {
+    "topk": "top-k",
+    "chunk-length": "window",
+    "chunk": "window",  # abbreviated, as the published program also accepts it
+    "c": "w",
+    "n-workers": "jobs",
+    "n": "j",
+}
 INTERRUPTED = 130  # exit code, as a shell gives it for SIGINT
 
 
@@ -109,11 +117,27 @@ class Commands(TyperGroup):
             _flush()
         return result
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that is named; it accepts the published spellings of its own options."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            spelling = {"token_normalize_func": partial(_current_spelling, options=_option_names(command))}
+            command.context_settings = {**command.context_settings, **spelling}
+        return name, command, rest
 
-def _current_spelling(name: str) -> str:
-    """Return the name of an option in its current spelling, from that or from a published one such as `top_k`."""
-    name = name.replace("_", "-")
-    return _PUBLISHED.get(name, name)
+
+def _option_names(command: Any) -> set[str]:
+    spellings = (name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts))
+    return {name.lstrip("-") for name in spellings}
+
+
+def _current_spelling(name: str, options: set[str]) -> str:
+    """Return the name of an option, which may be in a published spelling, as its command has it; else unchanged."""
+    if name in options:
+        return name
+    current = name.replace("_", "-")
+    current = _PUBLISHED.get(current, current)
+    return current if current in options else name
 
 
 app = typer.Typer(
@@ -123,7 +147,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _current_spelling},
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 

@@ -9,7 +9,7 @@ import typer
 
 from ced.cli.console import is_main_process, reporting, show, show_error, show_note, show_warnings_only
 from ced.errors import CheckpointError, ConfigError
-from ced.text import quoted
+from ced.text import quoted, some
 
 if TYPE_CHECKING:
     from ced.config import TrainerConfig
@@ -124,7 +124,7 @@ def labels(
         ("unknown labels", report.unknown_mids),
     ):
         if names:
-            show(f"{what}: {len(names)} ({', '.join(map(quoted, names[:3]))}{', ...' if len(names) > 3 else ''})")
+            show(f"{what}: {len(names)} ({some(names, 3)})")
 
 
 def store(words: Words = None) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from ced.cli.console import reporting, show, show_error
+from ced.model.zoo import DEFAULT_MODEL
 
 
 def models(
@@ -61,7 +62,7 @@ def _verify() -> None:
 def export(
     model: Annotated[
         str, typer.Option("--model", "-m", help="A model name, a checkpoint, or an experiment.")
-    ] = "ced_mini",
+    ] = DEFAULT_MODEL,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: MODEL.onnx.")] = None,
     source: Annotated[
         Literal["wave", "feats"],

@@ -13,9 +13,10 @@ import typer
 
 from ced.cli import options
 from ced.cli.console import reporting, show, show_data, show_error
-from ced.cli.tagging import thresholds
+from ced.cli.tagging import with_thresholds
 from ced.errors import ConfigError
-from ced.tag.options import EVENT_THRESHOLD
+from ced.model.zoo import DEFAULT_MODEL
+from ced.tag.options import LIVE, TagOptions
 from ced.text import json_line
 
 if TYPE_CHECKING:
@@ -29,29 +30,29 @@ logger = logging.getLogger(__name__)
 
 
 def live(
-    address: options.Address = None,
+    address: options.AddressArgument = None,
     device: options.InputDevice = None,
     list_devices: options.ListDevices = False,
     channel: options.LiveChannel = None,
     rate: options.PipeRate = None,
     channels: options.PipeChannels = None,
     sample_format: options.PipeFormat = None,
-    model: options.Model = "ced_mini",
-    precision: options.Precision = "float32",
-    window: options.Window = 1.5,
-    hop: options.LiveHop = 0.25,
+    model: options.ModelOption = DEFAULT_MODEL,
+    precision: options.PrecisionOption = "float32",
+    window: options.WindowOption = LIVE["window"],
+    hop: options.LiveHop = LIVE["hop"],
     silence: options.Silence = None,
-    threshold: options.LiveThreshold = str(EVENT_THRESHOLD),
+    threshold: options.Threshold = str(LIVE["threshold"]),
     labels: options.Labels = None,
     exclude: options.Exclude = None,
     rollup: options.Rollup = False,
-    release: options.LiveRelease = 0.5,
-    gap: options.LiveGap = 2.0,
-    shortest: options.LiveShortest = 0.0,
+    release: options.Release = TagOptions.release,
+    gap: options.Gap = LIVE["gap"],
+    shortest: options.Shortest = TagOptions.shortest,
     format: options.LiveFormat = "text",
     exec: options.Exec = None,
-    webhook: options.Webhook = None,
-    mqtt: options.Mqtt = None,
+    webhook: options.WebhookOption = None,
+    mqtt: options.MqttOption = None,
     on: options.On = "both",
 ) -> None:
     """Tag live sound: print events while a microphone, a stream or a recording program delivers it.
@@ -79,15 +80,14 @@ def live(
             window=window,
             hop=hop,
             silence=silence,
-            thresholds=thresholds(threshold, tagger.labels),
-            only=tuple(labels or ()),
+            labels=tuple(labels or ()),
             exclude=tuple(exclude or ()),
             rollup=rollup,
             release=release,
             gap=gap,
             shortest=shortest,
         )
-        listener = Listener(tagger, source, chosen)
+        listener = Listener(tagger, source, with_thresholds(chosen, threshold, tagger.labels))
         with _stopping(listener) as signals:
             for report in listener.reports():
                 event = report.to_json(source.name, model, channel)

@@ -1,13 +1,18 @@
-"""Options of the commands that tag sounds: their names and help texts, grouped as --help shows them."""
+"""Options of the commands that tag sounds: their names and help texts, grouped as --help shows them.
+
+Names that a class elsewhere has end in `Option` or `Argument` here.
+"""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import typer
 
 from ced.environment import cores
-from ced.model.graph import Precision as GraphPrecision
-from ced.tag.options import EVENT_THRESHOLD, TOP_K, Tail
+from ced.model.graph import Precision
+from ced.tag.options import EVENT_THRESHOLD, TOP_K, FormatName, Tail
+
+FORMATS = get_args(FormatName)
 
 # Panels of --help
 _INPUT, _MODEL, _WINDOWS, _SELECTION, _EVENTS, _OUTPUT, _ACTIONS, _CLUSTER = (
@@ -18,9 +23,9 @@ _SOUNDS = (
     "Files, folders, patterns, shards (.tar, .parquet), each also at s3://, gs://, az:// or hf://, http(s) addresses,"
     " @LIST (a file with a path on each line; @-: standard input), or - (a sound on standard input)."
 )
-Sounds = Annotated[list[str], typer.Argument(metavar="SOUND...", help=_SOUNDS)]
-SoundsUnlessFrom = Annotated[list[str] | None, typer.Argument(metavar="SOUND...", help=_SOUNDS)]
-Model = Annotated[
+Sounds = Annotated[list[str], typer.Argument(metavar="SOUND", help=_SOUNDS)]
+SoundsUnlessFrom = Annotated[list[str] | None, typer.Argument(metavar="SOUND", help=_SOUNDS)]
+ModelOption = Annotated[
     str,
     typer.Option(
         "--model",
@@ -29,8 +34,8 @@ Model = Annotated[
         help="A model name (see `ced models`), an ONNX file, a checkpoint or an experiment.",
     ),
 ]
-Precision = Annotated[
-    GraphPrecision,
+PrecisionOption = Annotated[
+    Precision,
     typer.Option(
         rich_help_panel=_MODEL, help="float32, or int8: a smaller and faster model whose scores differ slightly."
     ),
@@ -43,7 +48,7 @@ AllowPrivate = Annotated[
         help="Allow redirects and playlists of addresses to lead to this machine and to local networks.",
     ),
 ]
-Channel = Annotated[
+ChannelOption = Annotated[
     str,
     typer.Option(
         rich_help_panel=_INPUT,
@@ -77,7 +82,7 @@ Jobs = Annotated[
     ),
 ]
 
-Device = Annotated[
+DeviceOption = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=_MODEL,
@@ -86,7 +91,7 @@ Device = Annotated[
         show_default="cpu",
     ),
 ]
-Batch = Annotated[
+BatchOption = Annotated[
     int,
     typer.Option(
         min=1, rich_help_panel=_MODEL, help="Windows that share a call of the model on an accelerator; not on the CPU."
@@ -102,7 +107,7 @@ Ray = Annotated[
         "here or that RAY_ADDRESS names, else one with the cores of this machine), HOST:PORT or ray://HOST:PORT.",
     ),
 ]
-Workers = Annotated[
+WorkersOption = Annotated[
     int | None,
     typer.Option(
         "--workers",
@@ -114,21 +119,22 @@ Workers = Annotated[
 ]
 
 # Windows
-Window = Annotated[
+_HOP = "Seconds from one window's start to the next, at most the window length."
+WindowOption = Annotated[
     float, typer.Option("--window", "-w", rich_help_panel=_WINDOWS, help="Length of a window in seconds, above 0.")
 ]
 Hop = Annotated[
     float | None,
     typer.Option(
         rich_help_panel=_WINDOWS,
-        help="Seconds from one window's start to the next, at most the window length.",
+        help=_HOP,
         show_default="the window length",
     ),
 ]
 Columns = Annotated[
     bool, typer.Option("--columns", rich_help_panel=_WINDOWS, help="Score every 0.16 s instead of whole windows.")
 ]
-Tails = Annotated[
+TailOption = Annotated[
     Tail,
     typer.Option(
         rich_help_panel=_WINDOWS,
@@ -137,11 +143,11 @@ Tails = Annotated[
     ),
 ]
 LiveHop = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--hop",
         rich_help_panel=_WINDOWS,
-        help="Seconds from one window's start to the next, at most the window length.",
+        help=_HOP,
     ),
 ]
 Silence = Annotated[
@@ -200,25 +206,19 @@ Events = Annotated[
 ]
 Release = Annotated[
     float,
-    typer.Option(
-        rich_help_panel=_EVENTS, help="With --events: an event continues above this fraction of its threshold."
-    ),
+    typer.Option(rich_help_panel=_EVENTS, help="An event continues above this fraction of its threshold."),
 ]
 Gap = Annotated[
     float,
-    typer.Option(
-        rich_help_panel=_EVENTS, help="With --events: merge events of a class at most this many seconds apart."
-    ),
+    typer.Option(rich_help_panel=_EVENTS, help="Merge events of a class at most this many seconds apart."),
 ]
-Shortest = Annotated[
-    float, typer.Option(rich_help_panel=_EVENTS, help="With --events: drop events shorter than this many seconds.")
-]
+Shortest = Annotated[float, typer.Option(rich_help_panel=_EVENTS, help="Drop events shorter than this many seconds.")]
 
 # Live sound
-Address = Annotated[
+AddressArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[URL|-]",
+        metavar="URL|-",
         help="An http(s) or rtsp stream; -: samples or a WAV file on standard input; default: an input device.",
     ),
 ]
@@ -260,26 +260,6 @@ PipeFormat = Annotated[
         help="With --rate: s16le (default), u8, s24le, s32le, f32le and others, also as arecord names them (S16_LE).",
     ),
 ]
-LiveThreshold = Annotated[
-    str,
-    typer.Option(
-        "--threshold",
-        rich_help_panel=_EVENTS,
-        help="Probability that starts an event, or a file with one for each class.",
-    ),
-]
-LiveRelease = Annotated[
-    float,
-    typer.Option("--release", rich_help_panel=_EVENTS, help="An event continues above this fraction of its threshold."),
-]
-LiveGap = Annotated[
-    float,
-    typer.Option("--gap", rich_help_panel=_EVENTS, help="Merge events of a class at most this many seconds apart."),
-]
-LiveShortest = Annotated[
-    float,
-    typer.Option("--shortest", rich_help_panel=_EVENTS, help="Do not report events shorter than this many seconds."),
-]
 LiveFormat = Annotated[
     str,
     typer.Option(
@@ -299,13 +279,13 @@ Exec = Annotated[
         "environment ($CED_LABEL and others). May be repeated.",
     ),
 ]
-Webhook = Annotated[
+WebhookOption = Annotated[
     list[str] | None,
     typer.Option(
         "--webhook", metavar="URL", rich_help_panel=_ACTIONS, help="POST each event as JSON. May be repeated."
     ),
 ]
-Mqtt = Annotated[
+MqttOption = Annotated[
     list[str] | None,
     typer.Option(
         "--mqtt",
@@ -328,7 +308,7 @@ Formats = Annotated[
         "--format",
         "-f",
         rich_help_panel=_OUTPUT,
-        help="text, jsonl, csv, spreadsheet (CSV without formulas), audacity, raven or parquet; with --out, may be "
+        help=f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]} (spreadsheet: CSV without formulas); with --out, may be "
         "repeated.",
         show_default="text",
     ),

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ced.cli.console import reporting, set_up_logging, set_up_streams, show_data, show_note
-from ced.cli.options import CORES, Jobs, Model, Precision
+from ced.cli.options import CORES, Jobs, ModelOption, PrecisionOption
 from ced.environment import allow_open_files
 from ced.errors import ConfigError, optional_packages
+from ced.model.zoo import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from ced.serve.body import Limits
@@ -42,8 +43,8 @@ _MaxLive = Annotated[int, typer.Option(min=0, help="Most live connections at the
 
 
 def serve(
-    model: Model = "ced_mini",
-    precision: Precision = "float32",
+    model: ModelOption = DEFAULT_MODEL,
+    precision: PrecisionOption = "float32",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 or :: for other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: any free one.")] = 8000,
     unix_socket: Annotated[
@@ -115,8 +116,8 @@ def serve(
 
 
 def open_app(
-    model: Model = "ced_mini",
-    precision: Precision = "float32",
+    model: ModelOption = DEFAULT_MODEL,
+    precision: PrecisionOption = "float32",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: any free one.")] = 0,
     jobs: Jobs = CORES,
     max_megabytes: _MaxMegabytes = 2000.0,

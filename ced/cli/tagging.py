@@ -3,7 +3,7 @@
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +14,11 @@ from ced.cli import clustering, options
 from ced.cli.clustering import ChosenModel, Cluster
 from ced.cli.console import Meter, reporting, show, show_data, show_error, speed
 from ced.errors import AudioError, ConfigError
+from ced.model.zoo import DEFAULT_MODEL
 from ced.progress import Progress, silent
 from ced.remote import address_of, check_writable
 from ced.tag.options import BATCH, EACH, TagOptions
+from ced.text import some
 
 if TYPE_CHECKING:
     from ced.sound.audio import Source
@@ -29,21 +31,21 @@ if TYPE_CHECKING:
     from ced.tag.writers import EmbeddingRow, Format
 
 _SCORED = ("window", "hop", "columns", "tail", "silence", "channel", "strict", "clock")  # options that scores depend on
-_NAMES_SHOWN = 5  # classes that are named before the rest is counted
 
 
 def tag(
+    context: typer.Context,
     sounds: options.SoundsUnlessFrom = None,
     allow_private: options.AllowPrivate = False,
-    model: options.Model = "ced_mini",
-    precision: options.Precision = "float32",
-    channel: options.Channel = "mean",
+    model: options.ModelOption = DEFAULT_MODEL,
+    precision: options.PrecisionOption = "float32",
+    channel: options.ChannelOption = "mean",
     strict: options.Strict = False,
     earlier: options.From = None,
-    window: options.Window = TagOptions.window,
+    window: options.WindowOption = TagOptions.window,
     hop: options.Hop = None,
     columns: options.Columns = False,
-    tail: options.Tails = TagOptions.tail,
+    tail: options.TailOption = TagOptions.tail,
     silence: options.Silence = None,
     top_k: options.TopK = None,
     threshold: options.Threshold = None,
@@ -61,10 +63,10 @@ def tag(
     keep_scores: options.KeepScores = False,
     clips: options.Clips = None,
     jobs: options.Jobs = options.CORES,
-    device: options.Device = None,
-    batch: options.Batch = BATCH,
+    device: options.DeviceOption = None,
+    batch: options.BatchOption = BATCH,
     ray: options.Ray = None,
-    workers: options.Workers = None,
+    workers: options.WorkersOption = None,
 ) -> None:
     """Tag sounds: print the most probable classes of each window as it is scored, or write them to files.
 
@@ -80,7 +82,7 @@ def tag(
         channel=_one_channel(channel),
         strict=strict,
         top_k=top_k,
-        only=tuple(labels or ()),
+        labels=tuple(labels or ()),
         exclude=tuple(exclude or ()),
         rollup=rollup,
         events=events,
@@ -103,10 +105,10 @@ def tag(
             inputs = _find(sounds or (), "mean", allow_private)  # workers open sounds to find their channels
             output.check_inputs(inputs, chosen)
             with clustering.open_here(scorer, progress) as tagger:
-                chosen = _with_thresholds(chosen, threshold, tagger.labels)
+                chosen = with_thresholds(chosen, threshold, tagger.labels)
                 ok = clustering.tag(cluster, tagger, scorer, inputs, chosen, channel, progress)
     elif earlier is not None:
-        _check_from(earlier, sounds, chosen, output, other_model=(model, precision) != ("ced_mini", "float32"))
+        _check_from(earlier, sounds, _given(context), output)
         with reporting() as progress:
             ok = _tag_again(earlier, chosen, threshold, output, progress)
     else:
@@ -122,19 +124,19 @@ def embed(
     sounds: options.Sounds,
     out: options.EmbeddingsOut,
     allow_private: options.AllowPrivate = False,
-    model: options.Model = "ced_mini",
-    precision: options.Precision = "float32",
-    channel: options.Channel = "mean",
+    model: options.ModelOption = DEFAULT_MODEL,
+    precision: options.PrecisionOption = "float32",
+    channel: options.ChannelOption = "mean",
     strict: options.Strict = False,
-    window: options.Window = TagOptions.window,
+    window: options.WindowOption = TagOptions.window,
     hop: options.Hop = None,
-    tail: options.Tails = TagOptions.tail,
+    tail: options.TailOption = TagOptions.tail,
     windows: options.EachWindow = False,
     jobs: options.Jobs = options.CORES,
-    device: options.Device = None,
-    batch: options.Batch = BATCH,
+    device: options.DeviceOption = None,
+    batch: options.BatchOption = BATCH,
     ray: options.Ray = None,
-    workers: options.Workers = None,
+    workers: options.WorkersOption = None,
 ) -> None:
     """Write an embedding of each sound: a vector for classifiers and searches of your own.
 
@@ -174,11 +176,11 @@ def calibrate(
     table: Annotated[
         Path, typer.Argument(help="Labelled clips: a table with filename and labels, or a folder with a meta.tsv.")
     ],
-    model: options.Model = "ced_mini",
+    model: options.ModelOption = DEFAULT_MODEL,
     out: Annotated[
         Path, typer.Option("--out", "-o", rich_help_panel="Output", help="The file of thresholds to write.")
     ] = Path("thresholds.tsv"),
-    precision: Annotated[
+    least_precision: Annotated[
         float | None,
         typer.Option(
             rich_help_panel="Selection",
@@ -186,11 +188,12 @@ def calibrate(
             show_default="the best F1",
         ),
     ] = None,
-    window: options.Window = TagOptions.window,
+    precision: options.PrecisionOption = "float32",
+    window: options.WindowOption = TagOptions.window,
     hop: options.Hop = None,
     jobs: options.Jobs = options.CORES,
-    device: options.Device = None,
-    batch: options.Batch = BATCH,
+    device: options.DeviceOption = None,
+    batch: options.BatchOption = BATCH,
 ) -> None:
     """Fit a threshold for each class to labelled clips, for `ced tag --threshold FILE`.
 
@@ -201,10 +204,17 @@ def calibrate(
 
     with (
         reporting() as progress,
-        Tagger(model, device=device, jobs=jobs, batch=batch, progress=progress) as tagger,
+        Tagger(model, device=device, precision=precision, jobs=jobs, batch=batch, progress=progress) as tagger,
     ):
         found = calibrate_thresholds(
-            tagger, table, out, precision=precision, window=window, hop=hop, jobs=tagger.jobs, progress=progress
+            tagger,
+            table,
+            out,
+            least_precision=least_precision,
+            window=window,
+            hop=hop,
+            jobs=tagger.jobs,
+            progress=progress,
         )
     show(f"{found.out}: thresholds fitted to {found.clips} clips with {found.classes} classes")
     show(
@@ -212,16 +222,11 @@ def calibrate(
         f" ({found.f1_before:.3f} with {USUAL_THRESHOLD} for all); expect less on others"
     )
     if found.unseen:
-        show(f"without clips, so with a threshold common to all: {_some(found.unseen)}")
+        show(f"without clips, so with a threshold common to all: {some(found.unseen)}")
     if found.never:
-        show(f"never precise enough, so never a tag: {_some(found.never)}")
+        show(f"never precise enough, so never a tag: {some(found.never)}")
     if found.unreadable:
         raise typer.Exit(1)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _NAMES_SHOWN
-    return "; ".join(names[:_NAMES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _one_channel(channel: str) -> str:
@@ -291,8 +296,14 @@ class _Output:
         """Print timelines in the one format, each piece as soon as it is known."""
         (kind,) = self.found(sounds)
         assert kind.text is not None
-        for text in kind.text(timelines):
-            show_data(text)
+        texts = kind.text(timelines)
+        try:
+            for text in texts:
+                show_data(text)
+        except KeyboardInterrupt as error:
+            if isinstance(texts, Generator):  # if interrupted while printing: the end that the format writes then
+                show_data(texts.throw(error))
+            raise
 
     def write(
         self,
@@ -354,7 +365,7 @@ def _tag_sounds(
         batch=model.batch,
         progress=progress,
     ) as tagger:
-        chosen = _with_thresholds(chosen, threshold, tagger.labels)
+        chosen = with_thresholds(chosen, threshold, tagger.labels)
         tagger.windows.check(chosen)
         # On a terminal, results are progress enough.
         is_shown = output.folder is None and sys.stdout.isatty()
@@ -441,7 +452,7 @@ def _tag_again(folder: Path, chosen: TagOptions, threshold: str | None, output: 
     from ced.tag.uploads import local_folder
 
     run = EarlierRun(folder)
-    chosen = _with_thresholds(chosen, threshold, run.labels)
+    chosen = with_thresholds(chosen, threshold, run.labels)
     chosen.check(run.labels)
     output = replace(output, channel=run.settings.get("channel") == EACH, clock=run.settings.get("clock") is not None)
     output.found(len(run.inputs))
@@ -488,16 +499,19 @@ class _TaggingAgain:
             self.meter.file()
 
 
-def _check_from(
-    folder: Path, sounds: Sequence[str] | None, chosen: TagOptions, output: _Output, *, other_model: bool
-) -> None:
+def _given(context: typer.Context) -> set[str]:
+    """Return the names of the options that the command line has, also if they have their default values."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _check_from(folder: Path, sounds: Sequence[str] | None, given: set[str], output: _Output) -> None:
     """Check that options can be applied to the scores of an earlier run."""
     if sounds:
         raise ConfigError(f"--from tags the sounds of an earlier run; leave out {', '.join(sounds)}")
-    given = [name for name in _SCORED if getattr(chosen, name) != getattr(TagOptions, name)]
-    given += ["channel"] * output.channel + ["model or precision"] * other_model
-    if given:
-        raise ConfigError(f"{given[0]} is fixed in the scores of an earlier run; leave it out with --from {folder}")
+    fixed = [name for name in ("model", "precision", "device", "batch", *_SCORED) if name in given]
+    if fixed:
+        raise ConfigError(f"{fixed[0]} is fixed in the scores of an earlier run; leave it out with --from {folder}")
     if output.keep_scores:
         raise ConfigError("--keep-scores cannot be used with --from; the scores stay in the folder of the earlier run")
     if output.folder is not None and output.folder.resolve() == folder.resolve():
@@ -536,11 +550,12 @@ class _Embedding:
                 yield from embedding_rows(outcome.input.name, found, windows=self.windows)
 
 
-def _with_thresholds(chosen: TagOptions, threshold: str | None, labels: "ClassTable") -> TagOptions:
-    return chosen if threshold is None else replace(chosen, thresholds=thresholds(threshold, labels))
+def with_thresholds(chosen: TagOptions, threshold: str | None, labels: "ClassTable") -> TagOptions:
+    """Return options with the thresholds that --threshold names, if it is given."""
+    return chosen if threshold is None else replace(chosen, threshold=_thresholds(threshold, labels))
 
 
-def thresholds(text: str, labels: "ClassTable") -> float | tuple[float, ...]:
+def _thresholds(text: str, labels: "ClassTable") -> float | tuple[float, ...]:
     """Return the threshold of all classes that an option names, or those of its file, one for each class."""
     try:
         threshold = float(text)

@@ -1,9 +1,11 @@
 """Teachers that are models for audio classification of Hugging Face Transformers, with their feature extractors."""
 
+import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ced.config import check
+from ced.config import Activation, check
 from ced.distill.spectrogram import FeatureSettings, Spectrogram, resample
 from ced.distill.views import SoundView, mask_waves
 from ced.environment import SWITCHES
-from ced.errors import CheckpointError, ConfigError, optional_packages
+from ced.errors import CheckpointError, ConfigError, DownloadError, optional_packages
 from ced.model import download
 from ced.model.config import read_config
 from ced.progress import Progress, silent
@@ -26,6 +28,8 @@ os.environ.update(SWITCHES)
 logger = logging.getLogger(__name__)
 
 AST, WHISPER = "ASTFeatureExtractor", "WhisperFeatureExtractor"
+# Entries of config.json: where a model was loaded from, and by which program and in which precision it was saved.
+_ORIGIN = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 _FILES = ("preprocessor_config.json", "model.safetensors", "config.json")
 
 
@@ -33,26 +37,34 @@ class HfTeacher:
     """A model with its feature extractor as a teacher that takes waves.
 
     Views are masked in the features of AST and Whisper, and in the waves of all others. Logits become probabilities by
-    a softmax where the configuration's `problem_type` is single_label_classification and by a sigmoid where it is
-    multi_label_classification; without it, by a sigmoid if the classes are AudioSet's, and otherwise by a softmax.
+    `activation`. Without it, they do by a softmax where the configuration's `problem_type` is
+    single_label_classification and by a sigmoid where it is multi_label_classification; without that, by a sigmoid if
+    the model has more than half of AudioSet's classes, and otherwise by a softmax.
 
     Raises:
-        CheckpointError: it is not a model for audio classification, lacks weights, or needs code from the hub, which is
-            never run.
-        ConfigError: it is a CED network, which is given by name or path.
+        CheckpointError: it is not a model for audio classification, lacks weights, or needs code of its repository,
+            which is never run.
+        ConfigError: it is a CED network, which is given by name or path, or was trained for regression.
         DownloadError: a file is not cached and could not be downloaded.
         MissingPackageError: Transformers is not installed.
     """
 
     takes = "waves"
 
-    def __init__(self, source: str, device: torch.device, progress: Progress = silent) -> None:
+    def __init__(
+        self,
+        source: str,
+        device: torch.device,
+        progress: Progress = silent,
+        activation: Activation | None = None,
+    ) -> None:
         """Load a model.
 
         Args:
             source: a folder, or REPO or REPO@REVISION on the hub.
             device: where it computes.
             progress: called during a download, with bytes.
+            activation: the function that turns logits into probabilities; None: as its configuration implies.
         """
         folder = Path(source).expanduser()
         if not folder.is_dir():
@@ -64,11 +76,10 @@ class HfTeacher:
         self.model.to(device).eval()
         self.device = device
         config = self.model.config
-        names = [str(name) for name in config.id2label.values()]
-        self.labels: ClassTable | None = None
-        if not all(re.fullmatch(r"LABEL_\d+", name) for name in names):
-            self.labels = named_by_config({"id2label": config.id2label})
-        self.activation = _activation(config.problem_type, self.labels)
+        if config.problem_type == "regression":
+            raise ConfigError(f"hf:{source} was trained for regression (problem_type); it gives no probabilities")
+        self.labels = _classes(source, config.id2label)
+        self.activation = activation or _activation(config.problem_type, self.labels)
         self._is_ast = type(self.extractor).__name__ == AST
         self._spectrogram = layout_of(self.extractor)
         logger.info(
@@ -83,8 +94,9 @@ class HfTeacher:
 
     @property
     def settings(self) -> str:
-        """The settings of the feature extractor and the activation, which a digest of the weights does not cover."""
-        return f"{self.extractor.to_json_string()} {self.activation}"
+        """The settings of model and feature extractor and the activation, which a digest of the weights lacks."""
+        config = _without_origin(json.loads(self.model.config.to_json_string()))
+        return f"{self.extractor.to_json_string()} {self.activation} {json.dumps(config, sort_keys=True)}"
 
     def __call__(self, waves: Tensor, rate: int, views: Sequence[SoundView]) -> Tensor:
         """Return the probability of each class, (b, t) -> (b, c), under views.
@@ -149,7 +161,28 @@ def layout_of(extractor: Any) -> Spectrogram | None:
     return Spectrogram(check(FeatureSettings, settings, kind), rate)
 
 
-def _activation(problem: str | None, labels: ClassTable | None) -> str:
+def _classes(source: str, id2label: Mapping[int, str]) -> ClassTable | None:
+    """Return the class table of a configuration; None, with a warning, if it is unusable, and if it has no names."""
+    if all(re.fullmatch(r"LABEL_\d+", str(name)) for name in id2label.values()):
+        return None
+    labels = named_by_config({"id2label": id2label})
+    if labels is None:
+        logger.warning(
+            "hf:%s: the class names (id2label) of its config.json do not count from 0, or one of them occurs twice; "
+            "they are not used, and its classes are taken to be those of the store, in the same order",
+            source,
+        )
+    return labels
+
+
+def _without_origin(config: Any) -> Any:
+    """Return a configuration without the entries that depend on the place and the program that it was loaded by."""
+    if isinstance(config, dict):
+        return {key: _without_origin(value) for key, value in config.items() if key not in _ORIGIN}
+    return [_without_origin(value) for value in config] if isinstance(config, list) else config
+
+
+def _activation(problem: str | None, labels: ClassTable | None) -> Activation:
     if problem is not None:
         return "softmax" if problem == "single_label_classification" else "sigmoid"
     return "sigmoid" if labels is not None and mostly_audioset(labels) else "softmax"
@@ -160,7 +193,11 @@ def _downloaded(source: str, progress: Progress) -> Path:
     repo, _, revision = source.partition("@")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
         raise ConfigError(f"hf:{source} is neither a folder nor a repository, as OWNER/NAME or OWNER/NAME@REVISION")
-    return [download.hub_file(repo, file, revision or "main", progress) for file in _FILES][-1].parent
+    try:
+        return [download.hub_file(repo, file, revision or "main", progress) for file in _FILES][-1].parent
+    except DownloadError as error:
+        error.hint = error.hint or "hf:FOLDER takes a model that was saved in a folder"
+        raise
 
 
 def _load(source: str, folder: Path) -> tuple[Any, Any]:
@@ -176,11 +213,15 @@ def _load(source: str, folder: Path) -> tuple[Any, Any]:
     transformers_logging.set_verbosity_error()
     try:
         local = {"local_files_only": True, "trust_remote_code": False}
-        extractor = AutoFeatureExtractor.from_pretrained(folder, **local)
+        with warnings.catch_warnings():  # that the lowest mel filters of AST are empty, as they were in its training
+            warnings.filterwarnings("ignore", "At least one mel filter", UserWarning)
+            extractor = AutoFeatureExtractor.from_pretrained(folder, **local)
         model, found = AutoModelForAudioClassification.from_pretrained(
             folder, **local, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # damaged files, unknown kinds of models, and code of the repository fail in many ways
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(f"teacher hf:{source} needs code of its repository, which is never run") from error
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"cannot load teacher hf:{source}: {type(error).__name__}: {reason}") from error
     finally:

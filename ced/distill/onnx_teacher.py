@@ -5,7 +5,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from ced.distill.views import SoundView, mask_waves
 from ced.errors import ConfigError
 from ced.model import ort
 from ced.sound.labels import AUDIOSET, ClassTable, class_table
+
+_YAML = (".yaml", ".yml")
 
 Axis = Literal["batch", "mel", "time", 1]
 
@@ -78,16 +80,18 @@ class OnnxTeacher:
         Args:
             file: the graph, with its settings in a YAML file of the same name beside it; or that YAML file.
         """
-        path = file if file.suffix in (".yaml", ".yml") else file.with_suffix(".yaml")
-        if not path.is_file():
-            raise ConfigError(f"there is no {path}, which describes the input and output of an ONNX teacher")
+        path = _settings_file(file)
         self.settings = check(GraphSettings, read_file(path), str(path))
         graph = path.parent / (self.settings.graph or f"{path.stem}.onnx") if file == path else file
         self._session = ort.open_session(graph, torch.get_num_threads())
         features = self.settings.features
         self._spectrogram = None if features is None else Spectrogram(features, self.settings.rate)
-        self._input = self._check_input(path)
-        self._batch = 1 if self._session.get_inputs()[0].shape[0] == 1 else None  # clips that the graph takes at once
+        node = self._check_input(path)
+        self._input: str = node.name
+        sizes = dict(zip(self.settings.shape, node.shape, strict=True))
+        self._batch = 1 if sizes.get("batch") == 1 else None  # clips that the graph takes at once
+        fixed = features is None and isinstance(sizes["time"], int)
+        self._samples: int | None = sizes["time"] if fixed else None  # of every wave that the graph takes
         outputs = {node.name: node.shape for node in self._session.get_outputs()}
         self._output = self.settings.output or next(iter(outputs))
         if self._output not in outputs:
@@ -107,20 +111,23 @@ class OnnxTeacher:
         """Return the probability of each class, (b, t) -> (b, c), under views.
 
         Raises:
-            ConfigError: the waves are too short for a frame, or too long for the graph.
+            ConfigError: the waves are too short for a frame, or the graph takes none of this length.
         """
         waves = waves.cpu()
         if self.masks == "waves":
             waves, views = mask_waves(waves, views, rate), [SoundView(None, None)] * len(views)
         waves = resample(waves, rate, self.settings.rate)
-        inputs = waves
+        samples, inputs = waves.shape[1], waves
+        if self._samples is not None and self._samples != samples:
+            seconds, taken = samples / self.settings.rate, self._samples / self.settings.rate
+            raise ConfigError(
+                f"a chunk of {seconds:g} s has {samples} samples at {self.settings.rate} Hz; the graph takes exactly "
+                f"{self._samples}: set chunk_length to {taken:g}"
+            )
         if self._spectrogram is not None:
-            self._spectrogram.check(waves.shape[1])
-            inputs = self._spectrogram.mask(self._spectrogram(waves), views, waves.shape[1])
-        scores = torch.from_numpy(self._run(self._laid_out(inputs)))
-        if self.settings.activation == "softmax":
-            return scores.softmax(-1)
-        return scores.sigmoid() if self.settings.activation == "sigmoid" else scores
+            self._spectrogram.check(samples)
+            inputs = self._spectrogram.mask(self._spectrogram(waves), views, samples)
+        return self._run(self._laid_out(inputs))
 
     def _laid_out(self, inputs: Tensor) -> NDArray[np.float32]:
         """Return inputs, (b, t) or (b, f, n), with the axes of the graph behind the batch."""
@@ -129,22 +136,24 @@ class OnnxTeacher:
         array: NDArray[np.float32] = inputs.permute(0, *(given[axis] for axis in axes if axis != 1)).numpy()
         return np.expand_dims(array, [place for place, axis in enumerate(axes, start=1) if axis == 1])
 
-    def _run(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the output for inputs with a batch axis, (b, c)."""
+    def _run(self, inputs: NDArray[np.float32]) -> Tensor:
+        """Return the probabilities for inputs with a batch axis, (b, c)."""
         if self.settings.shape[0] != "batch":
             # (c,), or (n, c) of a graph that cuts its input into n patches
             answers = [self._once(clip) for clip in inputs]
-            return np.stack([answer.reshape(-1, answer.shape[-1]).mean(0) for answer in answers])
+            return torch.stack([answer.reshape(-1, answer.shape[-1]).mean(0) for answer in answers])
         size = self._batch or len(inputs)
-        return np.concatenate([self._once(inputs[at : at + size]) for at in range(0, len(inputs), size)])
+        return torch.cat([self._once(inputs[at : at + size]) for at in range(0, len(inputs), size)])
 
-    def _once(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _once(self, inputs: NDArray[np.float32]) -> Tensor:
         (answer,) = self._session.run([self._output], {self._input: np.ascontiguousarray(inputs)})
-        result: NDArray[np.float32] = np.asarray(answer, np.float32)
-        return result
+        scores = torch.from_numpy(np.asarray(answer, np.float32))
+        if self.settings.activation == "softmax":
+            return scores.softmax(-1)
+        return scores.sigmoid() if self.settings.activation == "sigmoid" else scores
 
-    def _check_input(self, path: Path) -> str:
-        """Return the name of the graph's input, which has to fit the settings."""
+    def _check_input(self, path: Path) -> Any:
+        """Return the graph's only input, with `name` and `shape`, which has to fit the settings."""
         inputs = self._session.get_inputs()
         if len(inputs) != 1:
             raise ConfigError(f"{path}: the graph has the inputs {', '.join(i.name for i in inputs)}; it must have one")
@@ -153,15 +162,41 @@ class OnnxTeacher:
             raise ConfigError(f"{path}: the graph takes {node.type}; it must take tensor(float)")
         if len(node.shape) != len(self.settings.shape):
             raise ConfigError(f"{path}: shape is {self.settings.shape}; input {node.name} of the graph is {node.shape}")
-        features = self.settings.features
         for axis, size in zip(self.settings.shape, node.shape, strict=True):
-            if not isinstance(size, int) or (axis == "time" and features is None):
-                continue
-            allowed = {"batch": 1, "mel": features and features.mel.bands, "time": features and features.frames, 1: 1}
-            if size != allowed[axis]:
-                raise ConfigError(f"{path}: axis {axis} is {allowed[axis]}; input {node.name} of the graph has {size}")
-        name: str = node.name
-        return name
+            if isinstance(size, int) and (problem := self._misfit(axis, size)):
+                raise ConfigError(f"{path}: input {node.name} of the graph is {node.shape}: {problem}")
+        return node
+
+    def _misfit(self, axis: Axis, size: int) -> str | None:
+        """Return the problem of an axis with a fixed size in the graph, and how to solve it; None if there is none."""
+        features = self.settings.features
+        if axis == 1:
+            return None if size == 1 else f"shape has the axis 1 where the graph has {size}"
+        if axis == "batch":
+            return None if size == 1 else f"it takes exactly {size} clips at once; it must take 1, or any number"
+        if features is None:
+            return None  # a fixed number of samples is compared with the waves
+        of_mel, of_time = ("features.mel.bands", features.mel.bands), ("features.frames", features.frames)
+        key, given = of_mel if axis == "mel" else of_time
+        if size == given:
+            return None
+        return f"axis {axis} has {size}, but {key} is {given or 'not set'}; set {key}: {size}, or correct shape"
+
+
+def _settings_file(file: Path) -> Path:
+    """Return the YAML file of a teacher, which is given as its graph or as this file.
+
+    Raises:
+        ConfigError: it is missing.
+    """
+    allowed = [file] if file.suffix in _YAML else [file.with_suffix(suffix) for suffix in _YAML]
+    for path in allowed:
+        if path.is_file():
+            return path
+    raise ConfigError(
+        f"there is no {allowed[0]}, which describes the input and output of an ONNX teacher; "
+        f"its keys are explained in docs/teachers.md"
+    )
 
 
 def _classes(path: Path, classes: str | None) -> ClassTable | None:

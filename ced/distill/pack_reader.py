@@ -27,6 +27,7 @@ from ced.distill.pack_format import (
     key_of,
 )
 from ced.errors import PackError, TableError
+from ced.sound.reading import mean_of_channels
 from ced.sound.tables import missing_column, parse_labels, read_batches
 from ced.text import quoted
 
@@ -382,10 +383,7 @@ def _damage_of(path: Path) -> Iterator[None]:
 
 def _average(frames: Wave) -> Wave:
     """Average channels, (t, channels) -> (t,) of the same type."""
-    mean = frames[:, 0].astype(np.float32)
-    for channel in range(1, frames.shape[1]):
-        mean += frames[:, channel]
-    mean /= frames.shape[1]
+    mean = mean_of_channels(frames)
     return np.rint(mean).astype(np.int16) if frames.dtype == np.int16 else mean
 
 

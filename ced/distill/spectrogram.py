@@ -147,8 +147,14 @@ class Spectrogram:
             raise ConfigError(f"{chunk} has {frames} frames; at most {most} can be scored: set a shorter chunk_length")
 
     def mask(self, features: Tensor, views: Sequence[SoundView], samples: int) -> Tensor:
-        """Mask features, (b, f, n), of waves of `samples` samples under views."""
-        return mask_spectrogram(features, views, self.times(features.shape[2], samples), self.hertz, self.fill)
+        """Mask features, (b, f, n), of waves of `samples` samples under views; frames behind their end are kept.
+
+        A network that pads waves with silence expects its features there, and `fill` may be another value.
+        """
+        times = self.times(features.shape[2], samples)
+        inside = int((times <= 1).sum())
+        masked = mask_spectrogram(features[:, :, :inside], views, times[:inside], self.hertz, self.fill)
+        return torch.cat([masked, features[:, :, inside:]], dim=2)
 
     def _features(self, waves: Tensor) -> Tensor:
         settings = self.settings

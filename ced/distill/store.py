@@ -4,6 +4,8 @@ The steps are: chunks of the pack and new seeds -> waves, shifted -> front end a
 probabilities -> top k -> view store. Training later makes the same mel from the same seeds.
 """
 
+import hashlib
+import json
 import logging
 import math
 import re
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ced.config import StoreConfig
+from ced.config import Mode, StoreConfig
 from ced.distill import view_store
 from ced.distill.dataset import (
     Chunks,
@@ -38,11 +40,12 @@ from ced.errors import ConfigError, StoreError
 from ced.files import claimed, remove_leftovers
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
-from ced.sound.labels import class_table
+from ced.sound.labels import ClassTable, class_table
 
 logger = logging.getLogger(__name__)
 
 _MAX_CLASSES = 2**15  # class indices are stored as int16
+MIXED = "mixed"  # the precision of teachers that compute in different ones
 _PRECISIONS = {None: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 Part = tuple[int, int]  # epoch from 1, and rank of the process that stores it
@@ -83,9 +86,9 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
         chunk_length=config.chunk_length,
         teachers=tuple(teacher_name(entry.name) for entry in config.model),
         labels=ensemble.labels,
-        precision=_PRECISIONS[half_type(config.mode, world.device)],
-        weights=tuple(teacher.weights for teacher in teachers),
-        members=_members(teachers),
+        precision=_shared(_precisions(teachers, config.mode)),
+        weights=tuple(_fingerprint(teacher, ensemble.labels) for teacher in teachers),
+        members=_members(teachers, config.mode),
         model_args=config.model_args,
         seed=config.seed,
         batch_size=config.batch_size,
@@ -196,26 +199,53 @@ def store_folder(config: StoreConfig) -> Path:
     return config.outputpath / model / config.train_data.stem / f"chunk_{config.chunk_length:g}"
 
 
-def _members(teachers: Sequence[Teacher]) -> tuple[dict[str, Any], ...] | None:
-    """Return the fields that a store records of each teacher where they differ from their defaults; None if none do."""
+def _precisions(teachers: Sequence[Teacher], mode: Mode) -> list[str]:
+    """Return the precision that each teacher computes in: fp32, fp16 or bf16."""
+    return [_PRECISIONS[half_type(teacher.mode or mode, teacher.device)] for teacher in teachers]
+
+
+def _shared(precisions: Sequence[str]) -> str:
+    """Return the precision of all teachers, or that it is mixed."""
+    return precisions[0] if len(set(precisions)) == 1 else MIXED
+
+
+def _fingerprint(teacher: Teacher, labels: ClassTable | None) -> str:
+    """Return the fingerprint of a teacher, with its class table where that is not the store's, which meta.json has."""
+    if teacher.labels is None or teacher.labels == labels:
+        return teacher.weights
+    table = json.dumps([teacher.labels.names, teacher.labels.mids])
+    return hashlib.sha256(f"{teacher.weights} {table}".encode()).hexdigest()
+
+
+def _members(teachers: Sequence[Teacher], mode: Mode) -> tuple[dict[str, Any], ...] | None:
+    """Return the fields that a store records of each teacher where they differ from their defaults; None if none do.
+
+    If the teachers compute in different precisions, that of each is among them.
+    """
     defaults = {field.name: field.default for field in fields(Teacher)}
-    names = ("takes", "masks", "weight", "batch_size", "mode")
+    names = ("takes", "masks", "weight", "batch_size")
     members = tuple(
         {name: value for name in names if (value := getattr(teacher, name)) != defaults[name]} for teacher in teachers
     )
+    precisions = _precisions(teachers, mode)
+    if _shared(precisions) == MIXED:
+        return tuple({**member, "precision": precision} for member, precision in zip(members, precisions, strict=True))
     return members if any(members) else None
 
 
 def _missing_parts(folder: Path, meta: StoreMeta, epochs: int) -> set[Part]:
     """Begin a store, or compare an existing one with the settings; return the parts that have to be written.
 
+    A folder without a part, as after a run that failed in its first epoch, is begun again with the present settings.
+
     Raises:
         StoreError: there are views without a meta.json, or the settings differ.
     """
     remove_leftovers(folder)
-    if not (folder / META_NAME).exists():
-        if any(folder.glob("logits_ep*.h5")):
-            raise StoreError(f"{folder} has views but no {META_NAME}; choose another outputpath")
+    begun = any(folder.glob("logits_ep*.h5"))
+    if begun and not (folder / META_NAME).exists():
+        raise StoreError(f"{folder} has views but no {META_NAME}; choose another outputpath")
+    if not begun:
         view_store.write_meta(folder, meta)
         return _parts(epochs, meta)
     stored = view_store.read_meta(folder)

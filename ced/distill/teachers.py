@@ -7,11 +7,13 @@ features of their own and mask the same seconds and hertz in them.
 import hashlib
 import importlib
 import logging
+import math
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,24 +21,25 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ced.config import Mode, TeacherEntry
+from ced.config import Activation, Mode, TeacherEntry
 from ced.distill.dataset import in_batches
 from ced.distill.distributed import autocast
 from ced.distill.experiment import run_name
 from ced.distill.hf_teacher import HfTeacher
 from ced.distill.onnx_teacher import OnnxTeacher
 from ced.distill.views import SoundView, ViewRecipe, mask, sound_views
-from ced.errors import CedError, ConfigError, StoreError
+from ced.errors import CedError, ConfigError, StoreError, TableError
 from ced.model.frontend import LogMel
 from ced.model.loading import load_model
 from ced.model.vit import CED
 from ced.progress import Progress, silent
 from ced.sound.audio import SAMPLE_RATE
-from ced.sound.labels import ClassTable, audioset, matched, mostly_audioset
-from ced.text import quoted
+from ced.sound.labels import ClassTable, audioset, matched, mostly_audioset, named
+from ced.text import quoted, some
 
 MODEL_ARGS = ("pooling", "target_length")  # what a configuration may change about a CED network
 HF, ONNX = "hf:", "onnx:"
+_ROUNDING = 1e-6  # by which probabilities may exceed 0 or 1
 _SHOWN = 20  # classes that a warning names before the rest is counted
 
 logger = logging.getLogger(__name__)
@@ -97,28 +100,44 @@ def load_teacher(
     if unknown := [name for name in model_args if name not in MODEL_ARGS]:
         raise ConfigError(f"model_args.{unknown[0]} cannot be changed in a teacher; {', '.join(MODEL_ARGS)} can")
     spec = entry.name
+    _check_entry(entry)
     device = device if entry.device is None else _device(entry.device)
     if spec.startswith(ONNX):
-        if entry.device is not None and device.type != "cpu":
-            raise ConfigError(f"teacher {spec}: device is {entry.device}; ONNX graphs run on the cpu")
         teacher = _load_onnx(spec)
     elif spec.startswith(HF):
-        teacher = _load_hf(spec, device, progress)
+        teacher = _load_hf(spec, device, progress, entry.activation)
     elif _is_callable(spec):
         teacher = _load_callable(spec, device)
     else:
         teacher = _ced_teacher(spec, load_model(spec, progress=progress, **model_args), device)
-    return replace(teacher, weight=entry.weight, batch_size=entry.batch_size, mode=entry.mode)
+    return replace(teacher, weight=entry.weight, batch_size=entry.batch_size, mode=entry.mode or teacher.mode)
+
+
+def _check_entry(entry: TeacherEntry) -> None:
+    """Check that the settings of a teacher apply to its kind.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    if entry.name.startswith(ONNX):
+        if entry.device not in (None, "cpu"):
+            raise ConfigError(f"teacher {entry.name}: device is {entry.device}; ONNX graphs run on the cpu")
+        if entry.mode is not None:
+            raise ConfigError(f"teacher {entry.name}: mode is {entry.mode}; ONNX graphs have a precision of their own")
+        if entry.activation is not None:
+            raise ConfigError(f"teacher {entry.name}: set activation in the YAML file of the graph")
+    elif entry.activation is not None and not entry.name.startswith(HF):
+        raise ConfigError(f"teacher {entry.name}: activation is for models of Transformers (hf:) alone")
 
 
 def _load_onnx(spec: str) -> Teacher:
     graph = OnnxTeacher(Path(spec.removeprefix(ONNX)).expanduser())
-    return Teacher(teacher_name(spec), graph, "waves", graph.labels, graph.fingerprint, masks=graph.masks)
+    return Teacher(teacher_name(spec), graph, "waves", graph.labels, graph.fingerprint, mode="off", masks=graph.masks)
 
 
-def _load_hf(spec: str, device: torch.device, progress: Progress) -> Teacher:
-    model = HfTeacher(spec.removeprefix(HF), device, progress)
-    weights = _fingerprint(model.model, model.settings)
+def _load_hf(spec: str, device: torch.device, progress: Progress, activation: Activation | None) -> Teacher:
+    model = HfTeacher(spec.removeprefix(HF), device, progress, activation)
+    weights = _fingerprint(spec, model.model, model.settings)
     return Teacher(teacher_name(spec), model, "waves", model.labels, weights, device, masks=model.masks)
 
 
@@ -127,14 +146,35 @@ def _load_callable(spec: str, device: torch.device) -> Teacher:
     if isinstance(found, CED):
         return _ced_teacher(spec, found, device)
     if isinstance(found, nn.Module):
-        found.to(device).eval()
+        try:
+            found.to(device).eval()
+        except Exception as error:  # a module of the user may raise anything
+            raise ConfigError(f"cannot move teacher {spec} to {device}: {_reason(error)}") from error
     takes: Takes = getattr(found, "takes", "mel")
     if takes not in get_args(Takes):
         raise ConfigError(f"teacher {spec} has takes = {takes!r}; allowed: {' and '.join(map(repr, get_args(Takes)))}")
-    score = found if takes == "waves" else lambda mel, rate, views: found(mel)
+    score = partial(_score_with_callable, found, takes)
+    return Teacher(spec, score, takes, _labels_of(spec, found), _fingerprint(spec, found), device)
+
+
+def _score_with_callable(
+    found: Callable[..., Tensor], takes: Takes, chunks: Tensor, rate: int, views: Sequence[SoundView]
+) -> Tensor:
+    own = chunks.clone()  # code of the user may change it, and the other teachers get the same chunks
+    return found(own, rate, views) if takes == "waves" else found(own)
+
+
+def _labels_of(spec: str, found: object) -> ClassTable | None:
+    """Return the class table of a callable, whose `labels` may also be the names alone."""
     labels = getattr(found, "labels", None)
-    labels = labels if isinstance(labels, ClassTable) else None
-    return Teacher(spec, score, takes, labels, _fingerprint(found), device)
+    if labels is None or isinstance(labels, ClassTable):
+        return labels
+    if isinstance(labels, str) or not isinstance(labels, Sequence) or not all(isinstance(one, str) for one in labels):
+        raise ConfigError(f"the labels of teacher {spec} are {type(labels).__name__}; allowed: a ClassTable, or names")
+    try:
+        return named(labels)
+    except TableError as error:
+        raise ConfigError(f"the labels of teacher {spec}: {error.message}") from error
 
 
 def _ced_teacher(spec: str, network: CED, device: torch.device) -> Teacher:
@@ -151,7 +191,7 @@ def _ced_teacher(spec: str, network: CED, device: torch.device) -> Teacher:
         lambda mel, rate, views: network.as_probs(network.forward_mel(mel)),
         "mel",
         network.labels,
-        _fingerprint(network),
+        _fingerprint(spec, network),
         device,
     )
 
@@ -168,7 +208,14 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"the device of a teacher is {name!r}; torch cannot use it here: {reason}") from error
+    if device.type == "meta":
+        raise ConfigError(f"the device of a teacher is {name!r}, on which nothing is computed")
     return device
+
+
+def _reason(error: Exception) -> str:
+    """Return an error of code of the user in one line, with its kind."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _import(spec: str) -> Any:
@@ -178,22 +225,48 @@ def _import(spec: str) -> Any:
     try:
         found = attrgetter(name)(importlib.import_module(module_name))
     except Exception as error:  # importing executes the module, which may raise anything
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"cannot import teacher {spec}: {type(error).__name__}: {reason}") from error
+        raise ConfigError(f"cannot import teacher {spec}: {_reason(error)}") from error
     if not callable(found):
-        raise ConfigError(f"teacher {spec} is {type(found).__name__}; it must be callable: mel -> probabilities")
+        raise ConfigError(
+            f"teacher {spec} is {type(found).__name__}; it must be callable with mel, or with waves, rate and views, "
+            "and return probabilities"
+        )
     return found
 
 
-def _fingerprint(found: object, settings: str = "") -> str:
-    """Return a digest of settings and a module's weights; "" for anything that is not a module."""
+def _fingerprint(spec: str, found: object, settings: str = "") -> str:
+    """Return a digest of settings and a module's weights; "" for anything that is not a module.
+
+    Raises:
+        ConfigError: the weights cannot be read.
+    """
     if not isinstance(found, nn.Module):
         return ""
     digest = hashlib.sha256(settings.encode())
-    for name, tensor in sorted(found.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    try:
+        for name, value in sorted(found.state_dict().items()):
+            digest.update(name.encode())
+            _add_state(digest, value)
+    except Exception as error:  # a module of the user may raise anything
+        raise ConfigError(f"cannot read the weights of teacher {spec}: {_reason(error)}") from error
     return digest.hexdigest()
+
+
+def _add_state(digest: "hashlib._Hash", value: object) -> None:
+    """Add a value of a module's state to a digest: a tensor, or what `get_extra_state` of the user returned."""
+    if isinstance(value, Tensor):
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            digest.update(repr(key).encode())
+            _add_state(digest, item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _add_state(digest, item)
+    elif value is None or isinstance(value, bool | int | float | str | bytes):
+        digest.update(repr(value).encode())
+    else:
+        digest.update(type(value).__name__.encode())  # its text may have an address, which changes from run to run
 
 
 class Ensemble:
@@ -258,9 +331,7 @@ class Ensemble:
             StoreError: a teacher fails, or its scores are not (b, c) probabilities.
         """
         members = self._score(waves, uniforms)
-        for teacher, scores in zip(self.teachers, members, strict=True):
-            if not ((scores >= 0) & (scores <= 1)).all():  # false for NaN, too
-                raise StoreError(f"teacher {teacher.name} gave scores that are not probabilities in [0, 1]")
+        members = [_probabilities(*member) for member in zip(self.teachers, members, strict=True)]
         if self._plain:
             return torch.stack(members).mean(0)
         total = torch.zeros(len(waves), self.num_classes, device=waves.device)
@@ -294,8 +365,7 @@ class Ensemble:
             except CedError:
                 raise
             except Exception as error:  # a callable of the user may raise anything
-                reason = " ".join(str(error).split())
-                raise StoreError(f"teacher {teacher.name} failed: {type(error).__name__}: {reason}") from error
+                raise StoreError(f"teacher {teacher.name} failed: {_reason(error)}") from error
             parts.append(self._checked(number, scores, len(batch)))
         return torch.cat(parts)
 
@@ -339,18 +409,31 @@ class Ensemble:
         for teacher, columns in zip(self.teachers, self._columns, strict=True):
             names = teacher.labels.names if teacher.labels else ()
             if left := [name for index, name in enumerate(names) if index not in columns]:
-                parts.append(f"{len(left)} of {len(names)} of teacher {teacher.name} are left out: {_some(left)}")
+                parts.append(
+                    f"{len(left)} of {len(names)} of teacher {teacher.name} are left out: {some(left, _SHOWN)}"
+                )
         names = self.labels.names if self.labels else ()
         known = (self._shares > 0).any(0).tolist()
         if unknown := [name for name, yes in zip(names, known, strict=bool(names)) if not yes]:
-            parts.append(f"{len(unknown)} of {len(names)} of the store are in no teacher: {_some(unknown)}")
+            parts.append(f"{len(unknown)} of {len(names)} of the store are in no teacher: {some(unknown, _SHOWN)}")
         if parts:
             logger.warning("classes are matched by mid or name; %s", "; ".join(parts))
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(quoted, names[:_SHOWN])) + more
+def _probabilities(teacher: Teacher, scores: Tensor) -> Tensor:
+    """Return scores as probabilities: what exceeds 0 or 1 by rounding alone is clamped.
+
+    Raises:
+        StoreError: they are no probabilities.
+    """
+    low, high = (float(one) for one in torch.stack(scores.aminmax()))
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # false for NaN, too
+        came = "NaN is among them" if math.isnan(low) else f"they lie between {low:.4g} and {high:.4g}"
+        raise StoreError(
+            f"teacher {teacher.name} gave scores that are not probabilities in [0, 1]: {came}",
+            hint="a callable has to apply a sigmoid or softmax itself, an ONNX graph has activation in its YAML file",
+        )
+    return scores.clamp(0, 1)
 
 
 def _store_classes(teachers: Sequence[Teacher], classes: ClassTable | None) -> ClassTable | None:

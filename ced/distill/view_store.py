@@ -52,8 +52,9 @@ class StoreMeta:
     labels: ClassTable | None = None
     sample_rate: int = SAMPLE_RATE
     values: str = "probabilities"
-    precision: str | None = None  # of the teachers' forward pass: fp32, fp16 or bf16
-    weights: tuple[str, ...] | None = None  # fingerprint of each teacher's weights, "" where it has none
+    precision: str | None = None  # of the teachers' forward pass: fp32, fp16 or bf16; mixed: as `members` has it
+    # Fingerprint of each teacher: its weights and settings, and its class table if it differs; "" where it has none.
+    weights: tuple[str, ...] | None = None
     # What is special about each teacher: what it takes, its weight in the mean, ...; None: nothing about any.
     members: tuple[Mapping[str, Any], ...] | None = None
     model_args: Mapping[str, Any] | None = None  # what was changed about the teachers
@@ -158,15 +159,36 @@ def difference(stored: StoreMeta, asked: StoreMeta) -> str | None:
         if before != now and one.compare:
             if one.name in _DIFFERENCES:
                 return _DIFFERENCES[one.name]
+            if one.name == "weights":
+                return _differing_weights(stored, asked)
+            if one.name == "members":
+                return _differing_members(stored, asked)
             return f"{one.name} was {_short(before)} and is now {_short(now)}"
     return None
 
 
 _DIFFERENCES = {  # settings whose values are digests or long tables
     "labels": "the class table differs",
-    "weights": "the weights of a teacher differ",
     "chunks": "the audio differs, or the names of the clips do",
 }
+
+
+def _differing_weights(stored: StoreMeta, asked: StoreMeta) -> str:
+    """Return which teacher has another fingerprint, as text."""
+    pairs = zip(asked.teachers, stored.weights or (), asked.weights or (), strict=False)
+    changed = next((name for name, before, now in pairs if before != now), asked.teachers[0])
+    return f"the weights, the settings or the class table of teacher {changed} differ"
+
+
+def _differing_members(stored: StoreMeta, asked: StoreMeta) -> str:
+    """Return the first setting in which a teacher differs, as text."""
+    nothing: tuple[Mapping[str, Any], ...] = tuple({} for _ in asked.teachers)
+    for teacher, before, now in zip(asked.teachers, stored.members or nothing, asked.members or nothing, strict=False):
+        for key in [*before, *now]:
+            if before.get(key) != now.get(key):
+                was, is_now = before.get(key, "the default"), now.get(key, "the default")
+                return f"{key} of teacher {teacher} was {was} and is now {is_now}"
+    return "the settings of the teachers differ"
 
 
 def _short(value: object) -> str:

@@ -162,7 +162,7 @@ class OnnxModel:
             # Double until it is too long, then bisect: the limit is found once, to a hundredth of a second.
             longer = min(2 * self._good, samples, LONGEST_WINDOW)
             middle = longer if longer < self._bad else (self._good + self._bad) // 2
-            if self._takes(middle):
+            if self._accepts(middle):
                 self._good = middle
             else:
                 self._bad = middle
@@ -170,7 +170,7 @@ class OnnxModel:
             longest = math.floor(100 * self._good / SAMPLE_RATE) / 100
             raise ConfigError(f"the window is {seconds:g} s; graph {self.path} takes at most {longest:.2f} s")
 
-    def _takes(self, samples: int) -> bool:
+    def _accepts(self, samples: int) -> bool:
         try:
             self._run(self._scores, _noise(samples))
         except CheckpointError:
@@ -294,12 +294,12 @@ def _graph_of(name_or_path: str | os.PathLike[str], precision: Precision, progre
         checkpoint = zoo.fetch(name_or_path, progress)
         pinned = entry.hub is not None and checkpoint.suffix == ".safetensors"
         digest = entry.hub.sha256 if pinned and entry.hub is not None else _digest(checkpoint)
-        return _made(checkpoint, _cached(digest, precision), precision, str(name_or_path))
+        return _make_graph(checkpoint, _cached(digest, precision), precision, str(name_or_path))
     path = zoo.local_path(name_or_path)
     if path.suffix == ".onnx":
         return path if precision == "float32" else _quantized(path)
     checkpoint = zoo.checkpoint_file(path)
-    return _made(checkpoint, _cached(_digest(checkpoint), precision), precision, str(path))
+    return _make_graph(checkpoint, _cached(_digest(checkpoint), precision), precision, str(path))
 
 
 def _cached(weights_digest: str, precision: str) -> Path:
@@ -316,7 +316,7 @@ def _digest(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
-def _made(checkpoint: Path, path: Path, precision: Precision, name: str) -> Path:
+def _make_graph(checkpoint: Path, path: Path, precision: Precision, name: str) -> Path:
     def write(out: Path) -> None:
         from ced.model import weights
         from ced.model.graph.export import write_graph
@@ -332,7 +332,7 @@ def _made(checkpoint: Path, path: Path, precision: Precision, name: str) -> Path
             write_graph(given, Path(folder) / "float32.onnx")
             quantize(Path(folder) / "float32.onnx", out)
 
-    return _once(path, write)
+    return _write_if_missing(path, write)
 
 
 def _quantized(path: Path) -> Path:
@@ -350,7 +350,7 @@ def _quantized(path: Path) -> Path:
 
         quantize(path, out)
 
-    return _once(_cached(_digest(path), "int8"), write)
+    return _write_if_missing(_cached(_digest(path), "int8"), write)
 
 
 def front_end_file() -> Path:
@@ -363,10 +363,10 @@ def front_end_file() -> Path:
 
         onnx.save(front_end_graph(PUBLISHED), out)
 
-    return _once(_cached("front-end", "float32"), write)
+    return _write_if_missing(_cached("front-end", "float32"), write)
 
 
-def _once(path: Path, write: Callable[[Path], None]) -> Path:
+def _write_if_missing(path: Path, write: Callable[[Path], None]) -> Path:
     """Return a file of the cache; the first process that needs it writes it, others wait."""
     if path.is_file():
         return path
@@ -410,7 +410,7 @@ def _labels(path: Path, meta: dict[str, str], classes: int | str) -> ClassTable:
         elif path.with_name(LABELS_FILE).is_file():
             table = read_classes(path.with_name(LABELS_FILE))
         else:
-            table = _beside(path.with_name("config.json"), classes) or default_classes(int(classes))
+            table = _read_config_classes(path.with_name("config.json"), classes) or default_classes(int(classes))
     except (ValueError, TypeError, AttributeError, TableError, OSError, csv.Error, RecursionError) as error:
         raise CheckpointError(f"graph {path}: its class table cannot be read ({error})") from error
     if len(table) != classes:
@@ -418,7 +418,7 @@ def _labels(path: Path, meta: dict[str, str], classes: int | str) -> ClassTable:
     return table
 
 
-def _beside(config: Path, classes: int | str) -> ClassTable | None:
+def _read_config_classes(config: Path, classes: int | str) -> ClassTable | None:
     named = named_by_config(read_config(config))
     return named if named is not None and len(named) == classes else None
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ced.errors import AudioError, TooLongError, install_command
+from ced.errors import AudioError, TooLongError
 from ced.serve.body import Limits, RefusedError, Upload
 from ced.serve.metrics import Metrics
 from ced.serve.overview import Overview
@@ -181,9 +181,8 @@ class Decoding:
         except TooLongError as error:
             limit = f"{limits.seconds:g} s at {_VALUES // 1000} kHz, all channels together"
             raise RefusedError(413, f"{self.upload.name} is too much to decode; the limit is {limit}") from error
-        except AudioError as error:  # clients cannot install anything, and arrays have no name
-            reason = error.reason.partition(f"; {install_command('media')}")[0]
-            raise RefusedError(422, f"{self.upload.name}: {reason}") from error
+        except AudioError as error:  # without its hint: clients cannot install anything
+            raise RefusedError(422, f"{self.upload.name}: {error.reason}") from error
 
     def _blocks(self, sound: Sound) -> Iterator[NDArray[np.float32]]:
         samples = 0

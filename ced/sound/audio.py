@@ -1,6 +1,5 @@
 """Any sound as models take it: mono float32 samples at 16 kHz, whole, block by block, or in windows."""
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from numpy.typing import NDArray
 
 from ced.errors import AudioError, ConfigError
 from ced.sound.decode import AUDIO_SUFFIXES, SoundBytes, Source, checked, name_of, open_source, to_float
-from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading, join_blocks
-from ced.text import printable
+from ced.sound.features import MIN_SAMPLES, SAMPLE_RATE
+from ced.sound.reading import MOST_CHANNELS, Block, Opened, Reading, join_blocks, mean_of_channels
 
 __all__ = [
     "AUDIO_SUFFIXES",
@@ -37,18 +36,14 @@ __all__ = [
     "stream",
 ]
 
-SAMPLE_RATE = 16_000
 Channel = str | int  # "mean", "left", "right", or a number from 1
 Tail = Literal["aligned", "short"]
 TAILS: tuple[Tail, ...] = ("aligned", "short")
-_ONE_PATCH = 2_400  # samples: `features.MIN_SAMPLES`
 _SIDES = {"left": 1, "right": 2}
 _BLOCK, _LOAD_BLOCK = 10.0, 120.0  # seconds; for `load`, most files are one block
 # The mean of n independent channels has 1/n of their power; far less means that they are in opposite phase.
 _CANCELLED = 0.06
 _SILENCE = 1e-10  # power, -100 dB; quieter channels are not judged
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +71,7 @@ class Sound:
         channels: of the file.
     """
 
-    def __init__(self, opened: Opened, reading: Reading, channel: Channel, strict: bool, block_seconds: float):
+    def __init__(self, opened: Opened, reading: Reading, channel: Channel, strict: bool, block_seconds: float) -> None:
         self.name, self.rate, self.channels = reading.name, opened.rate, opened.channels
         self._opened, self._reading = opened, reading
         self._mix, self._strict, self._block_seconds = Mix(channel, reading.name), strict, block_seconds
@@ -85,6 +80,10 @@ class Sound:
     def warnings(self) -> list[str]:
         """Problems found so far, a phrase each, without the name; the list grows while the sound is read."""
         return self._reading.warnings
+
+    def log_warnings(self, name: str | None = None) -> None:
+        """Log the problems, and what can be done about them, under the name of the sound or another."""
+        self._reading.log_warnings(name or self.name)
 
     @property
     def expected_seconds(self) -> float | None:
@@ -119,7 +118,7 @@ class Sound:
             yield wave
         if not samples:
             raise _too_short(self.name)
-        if samples < _ONE_PATCH:
+        if samples < MIN_SAMPLES:
             self._reading.warn(f"only {samples / SAMPLE_RATE:.3f} s long, too short to be tagged reliably")
         if (cancelled := self._mix.cancelled()) is not None:
             self._reading.warn(cancelled)
@@ -156,7 +155,7 @@ def open_sound(
 
     Raises:
         AudioError: the sound is missing, not a regular file, unreadable, of an unknown kind, or has a sampling rate
-            outside 1,000-768,000 Hz more than 64 channels, or no channel of that number; see also `Sound.blocks`.
+            outside 1,000-768,000 Hz, more than 64 channels, or no channel of that number; see also `Sound.blocks`.
         ConfigError: `channel` is not one of those above.
         TooLongError: (while reading) the budget is exceeded, or the sound has more than 2**27 samples and more than
             2,560 for each byte of its file, as decompression bombs have.
@@ -227,7 +226,7 @@ def load_stored(source: Source, stereo: bool = False) -> NDArray[np.int16] | NDA
         opened = open_source(source, reading, stack)
         blocks = opened.blocks(opened.frames(_LOAD_BLOCK))
         pieces = list(_checked_at_end(checked(blocks, reading), reading, strict=True))
-    _report(reading)
+    reading.log_warnings(reading.name)
     rate, channels = pieces[0].rate, opened.channels
     if any((piece.rate, piece.samples.shape[1]) != (rate, channels) for piece in pieces):
         samples: NDArray[Any] = join_blocks(list(resampled(pieces, Mix("mean", reading.name))))
@@ -236,7 +235,7 @@ def load_stored(source: Source, stereo: bool = False) -> NDArray[np.int16] | NDA
         if channels == 1:
             samples = samples[:, 0]
         elif channels != 2 or not stereo:
-            samples = _mean(to_float(samples))
+            samples = mean_of_channels(to_float(samples))
         if rate != SAMPLE_RATE:
             samples = soxr.resample(to_float(samples), rate, SAMPLE_RATE, "HQ")
     if not len(samples):
@@ -263,12 +262,7 @@ def stream(
         try:
             yield from sound.blocks()
         finally:
-            _report(sound)
-
-
-def _report(sound: Sound | Reading) -> None:
-    for warning in sound.warnings:
-        logger.warning("%s: %s", printable(sound.name), warning)
+            sound.log_warnings()
 
 
 def _checked_at_end(blocks: Iterable[Block], reading: Reading, strict: bool) -> Iterator[Block]:
@@ -323,7 +317,7 @@ class Mix:
         if self._number is not None:  # a later part of a file may have fewer channels than the first
             return to_float(np.ascontiguousarray(samples[:, min(self._number, channels) - 1]))
         each = to_float(samples)
-        mono = _mean(each)
+        mono = mean_of_channels(each)
         power = float(np.vdot(each, each)) / channels
         self._powers += float(np.vdot(mono, mono)), power
         self._expected += power / channels
@@ -426,24 +420,12 @@ def _windows(blocks: Iterable[NDArray[np.float32]], size: int, step: int, tail: 
         return
     if tail == "short" or not seen:
         yield _window(buffer[start - held :], start, seen)
-    elif end - seen >= _ONE_PATCH:
+    elif end - seen >= MIN_SAMPLES:
         yield _window(buffer[end - size - held :], end - size, seen)
 
 
 def _window(wave: NDArray[np.float32], start: int, seen: int) -> Window:
     return Window(start / SAMPLE_RATE, (start + len(wave)) / SAMPLE_RATE, wave, max(start, seen) / SAMPLE_RATE)
-
-
-def _mean(samples: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Average channels, (t, channels) -> (t,)."""
-    channels = samples.shape[1]
-    if channels == 1:
-        return samples[:, 0]
-    mono = samples[:, 0] + samples[:, 1]  # by columns: numpy's mean over a short last axis is 30 times slower
-    for channel in range(2, channels):
-        mono += samples[:, channel]
-    mono /= channels
-    return mono
 
 
 def _too_short(name: str) -> AudioError:

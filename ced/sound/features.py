@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import ConfigError
-from ced.sound.audio import SAMPLE_RATE
 
+SAMPLE_RATE = 16_000  # Hz, of all waves
 HOP = 160  # samples from one frame to the next
 PATCH = 16  # frames and mel bins of a patch; patches do not overlap
 MIN_SAMPLES = (PATCH - 1) * HOP  # 2,400: the shortest wave with one column of patches

@@ -151,7 +151,7 @@ def mostly_audioset(table: ClassTable) -> bool:
 
 
 def _words(name: str) -> str:
-    return " ".join(re.findall(r"\w+", name.casefold()))
+    return " ".join(re.findall(r"[^\W_]+", name.casefold()))
 
 
 def _read_rows(path: Path, what: str) -> tuple[list[str], list[dict[str, str]]]:

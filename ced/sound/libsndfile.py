@@ -147,8 +147,8 @@ def _blocks(
         unread = seen.size - source.tell()
         lost = unread / (seen.size - unread) * reading.seconds
         reading.expected_seconds, reading.broken = reading.seconds + lost, True
-        need = install_command("media")
-        reading.warn(f"its length is not in its header, so the end, about {lost:.0f} s, needs FFmpeg: {need}")
+        about = f"its length is not in its header, so the end, about {lost:.0f} s, cannot be read without FFmpeg"
+        reading.warn(about, hint=install_command("media"))
     elif complete is False or (failed and complete is not True) or (missing > slack and complete is None):
         reading.broken = True
     elif missing > slack or failed:

@@ -1,6 +1,7 @@
 """What the decoders of all formats share: blocks of samples, the state of reading one source, and parts of files."""
 
 import io
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ced.errors import AudioError, CedError, ClosedError, TooLongError
+from ced.text import printable
 
 RATES = (1_000, 768_000)  # Hz
 MOST_CHANNELS = 64
@@ -18,6 +20,8 @@ MOST_CHANNELS = 64
 _MOST_PER_BYTE = 2_560
 _UNSUSPICIOUS = 1 << 27  # samples x channels that any file may have: 25 minutes of CD sound
 _MOST_VALUES = 1 << 22  # samples x channels in a block: 16 MiB of float32, whatever a header claims
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -74,6 +78,7 @@ class Reading:
         size: bytes of the file; None: unknown. It bounds the number of samples.
         cancelled: called for each block; True ends reading with ClosedError.
         warnings: problems found, a phrase each, without the name.
+        hints: what the user of this machine can do about a warning.
         expected_seconds: the length according to the header; None: the header gives none.
         position: the end of the last frame according to its time stamp, in seconds; None: unknown.
         lost: packets that could not be decoded and were skipped.
@@ -85,6 +90,7 @@ class Reading:
     size: int | None = None
     cancelled: Callable[[], bool] | None = None
     warnings: list[str] = field(default_factory=list)
+    hints: dict[str, str] = field(default_factory=dict)
     expected_seconds: float | None = None
     position: float | None = None
     lost: int = 0
@@ -101,10 +107,18 @@ class Reading:
         """Count frames as passed on."""
         self._frames[rate] = self._frames.get(rate, 0) + frames
 
-    def warn(self, text: str) -> None:
-        """Add a warning, unless it was given before."""
+    def warn(self, text: str, hint: str = "") -> None:
+        """Add a warning, unless it was given before, and what can be done about it."""
         if text not in self.warnings:
             self.warnings.append(text)
+        if hint:
+            self.hints[text] = hint
+
+    def log_warnings(self, name: str) -> None:
+        """Log the warnings with their hints, under a name of the sound."""
+        for warning in self.warnings:
+            hint = f"; {self.hints[warning]}" if warning in self.hints else ""
+            logger.warning("%s: %s%s", printable(name), warning, hint)
 
     def spend(self, values: int) -> None:
         """Count `values` (samples x channels) as decoded.
@@ -235,3 +249,15 @@ class FileRange(io.RawIOBase):
     def seekable(self) -> bool:
         """Return True."""
         return True
+
+
+def mean_of_channels(samples: NDArray[np.int16] | NDArray[np.float32]) -> NDArray[np.float32]:
+    """Average channels, (t, channels) -> (t,)."""
+    channels = samples.shape[1]
+    if channels == 1:
+        return samples[:, 0].astype(np.float32, copy=False)
+    mono = samples[:, 0].astype(np.float32)
+    for channel in range(1, channels):  # by columns: numpy's mean over a short last axis is 30 times slower
+        mono += samples[:, channel]
+    mono /= channels
+    return mono

@@ -98,9 +98,9 @@ def find_inputs(
             assert stdin is not None
             found.append(InputSound("<stdin>", stdin, Path("stdin")))
         elif word.startswith("@"):
-            found += _listed(word, stdin)
+            found += _read_list(word, stdin)
         else:
-            found += _meant(word, places)
+            found += _find_argument(word, places)
     unique: dict[str, InputSound] = {}
     for item in found:
         unique.setdefault(str(item.source), item)
@@ -141,7 +141,7 @@ def _is_pattern(word: str) -> bool:
     return glob.has_magic(word) and not os.path.lexists(word)
 
 
-def _meant(word: str, places: dict[str, Path]) -> Iterator[InputSound]:
+def _find_argument(word: str, places: dict[str, Path]) -> Iterator[InputSound]:
     """Yield the inputs of an argument other than standard input; `places` are those of single files."""
     if is_address(word):
         yield InputSound(without_password(word), word, _place_of_address(word))
@@ -314,7 +314,7 @@ def _matching(pattern: str) -> Iterator[InputSound]:
         yield from _in_file(file, file, places[file])
 
 
-def _listed(word: str, stdin: BinaryIO | None) -> Iterator[InputSound]:
+def _read_list(word: str, stdin: BinaryIO | None) -> Iterator[InputSound]:
     name = "standard input" if word == "@-" else word[1:]
     try:
         if word == "@-":
@@ -338,7 +338,7 @@ def _listed(word: str, stdin: BinaryIO | None) -> Iterator[InputSound]:
         if line in places:  # even with pattern characters: a list has no patterns
             yield from _in_file(line, line, places[line])
         else:
-            yield from _meant(line, places)
+            yield from _find_argument(line, places)
 
 
 def _places(files: Iterable[str], *folders: str) -> dict[str, Path]:

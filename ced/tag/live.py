@@ -12,15 +12,13 @@ from ced.sound.labels import ClassTable
 from ced.sound.live import Listening
 from ced.sound.live_sources import LiveSource
 from ced.tag.events import Event, Merging
-from ced.tag.options import TagOptions
+from ced.tag.options import LIVE, TagOptions
 from ced.tag.records import Record, Scored, Tags
 from ced.tag.tagger import Tagger
 
 LULL = 10.0  # seconds without sound from a source, after which open events end
 
-# A sound is reported within two seconds: the time until it fills a window, a hop, a block and the scoring. Short pauses
-# belong to an event: a dog that barks three times is one event.
-OPTIONS = TagOptions(window=1.5, hop=0.25, thresholds=0.5, events=True, gap=2.0)
+OPTIONS = TagOptions(**LIVE)
 
 
 @dataclass(frozen=True)

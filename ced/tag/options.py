@@ -4,8 +4,9 @@ The command line shows their defaults, so importing this module must not import 
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import InitVar, asdict, dataclass
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -21,6 +22,7 @@ EACH = "each"  # instead of a channel: the command line tags each channel on its
 BATCH = 32  # windows in one call of the model on an accelerator
 TOP_K = 3  # tags of a window without `top_k` and thresholds
 EVENT_THRESHOLD = 0.5  # threshold of events without thresholds
+FormatName = Literal["text", "jsonl", "csv", "spreadsheet", "audacity", "raven", "parquet"]  # `ced.tag.writers.FORMATS`
 Tail = Literal["aligned", "short"]  # as in `ced.sound.audio`, which is not imported here
 _SHORTEST, _LONGEST = 0.001, 2.0**31  # limits of a window or hop in seconds
 
@@ -36,8 +38,8 @@ class TagKeywords(TypedDict, total=False):
     channel: str | int
     strict: bool
     top_k: int | None
-    thresholds: float | tuple[float, ...] | None
-    only: Sequence[str]
+    threshold: float | tuple[float, ...] | None
+    labels: Sequence[str]
     exclude: Sequence[str]
     rollup: bool
     events: bool
@@ -45,6 +47,11 @@ class TagKeywords(TypedDict, total=False):
     gap: float
     shortest: float
     clock: str | None
+
+
+# Defaults of live tagging. A sound is reported within two seconds: the time until it fills a window, a hop, a block and
+# the scoring. Short pauses belong to an event: a dog that barks three times is one event.
+LIVE: TagKeywords = {"events": True, "window": 1.5, "hop": 0.25, "threshold": EVENT_THRESHOLD, "gap": 2.0}
 
 
 @dataclass(frozen=True)
@@ -64,9 +71,9 @@ class TagOptions:
         channel: the channel to tag: "mean" (of all), "left", "right", or a channel's number, from 1.
         strict: refuse truncated files, instead of tagging the part that can be read.
         top_k: the most tags of a window; None: 3, or with thresholds all. Events have one tag each.
-        thresholds: the least probability of a tag, one number or one for each class of the model (above 1: never a
+        threshold: the least probability of a tag, one number or one for each class of the model (above 1: never a
             tag); None: no threshold, or 0.5 for events.
-        only: labels to keep, as in `Selection`; empty: all.
+        labels: labels to keep, as in `Selection`; empty: all.
         exclude: labels to leave out.
         rollup: raise each class to the highest probability of its descendants, and add headings of AudioSet's ontology.
         events: merge windows into events.
@@ -75,6 +82,7 @@ class TagOptions:
         shortest: drop events shorter than this many seconds, after merging.
         clock: the clock time at the start of the sound, for `Record.began`: "auto", from its metadata or name, or a
             date and time in ISO 8601.
+        thresholds, only: deprecated names of the arguments `threshold` and `labels`.
 
     Raises:
         ConfigError: a number is out of range, or two options contradict each other.
@@ -88,8 +96,8 @@ class TagOptions:
     channel: str | int = "mean"
     strict: bool = False
     top_k: int | None = None
-    thresholds: float | tuple[float, ...] | None = None
-    only: Sequence[str] = ()
+    threshold: float | tuple[float, ...] | None = None
+    labels: Sequence[str] = ()
     exclude: Sequence[str] = ()
     rollup: bool = False
     events: bool = False
@@ -97,9 +105,13 @@ class TagOptions:
     gap: float = 0.0
     shortest: float = 0.0
     clock: str | None = None
+    thresholds: InitVar[float | tuple[float, ...] | None] = None
+    only: InitVar[Sequence[str]] = ()
 
-    def __post_init__(self) -> None:
-        for name in ("only", "exclude"):  # lists are common, but mutable
+    def __post_init__(self, thresholds: float | tuple[float, ...] | None, only: Sequence[str]) -> None:
+        self._take_deprecated("threshold", "thresholds", thresholds)
+        self._take_deprecated("labels", "only", only)
+        for name in ("labels", "exclude"):  # lists are common, but mutable
             if isinstance(value := getattr(self, name), str):
                 raise ConfigError(f"{name} is the text {value!r}; it must be a list of labels, as [{value!r}]")
             object.__setattr__(self, name, tuple(value))
@@ -116,6 +128,12 @@ class TagOptions:
         if self.clock is not None:
             parse_clock(self.clock)
 
+    def _take_deprecated(self, name: str, deprecated: str, value: object) -> None:
+        if value is None or (isinstance(value, tuple) and not value):
+            return
+        warnings.warn(f"{deprecated} is deprecated; use {name}", DeprecationWarning, stacklevel=4)
+        object.__setattr__(self, name, value)
+
     def _check_types(self) -> None:
         """Check the types of values, and convert thresholds to Python numbers."""
         for name in ("window", "hop", "silence", "release", "gap", "shortest", "top_k"):
@@ -126,16 +144,16 @@ class TagOptions:
         for name in ("columns", "strict", "rollup", "events"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
-        given = self.thresholds
+        given = self.threshold
         if given is None:
             return
         try:
             if isinstance(given, str):
                 raise TypeError
-            thresholds = tuple(map(float, given)) if isinstance(given, Iterable) else float(given)
+            threshold = tuple(map(float, given)) if isinstance(given, Iterable) else float(given)
         except (TypeError, ValueError):
-            raise ConfigError(f"thresholds is {given!r}; it must be a number, or one for each class") from None
-        object.__setattr__(self, "thresholds", thresholds)
+            raise ConfigError(f"threshold is {given!r}; it must be a number, or one for each class") from None
+        object.__setattr__(self, "threshold", threshold)
 
     def _check_windows(self) -> None:
         for name, seconds in (("window", self.window), ("hop", self.step)):
@@ -153,7 +171,7 @@ class TagOptions:
             raise ConfigError(f"top_k is {self.top_k}; it must be at least 1")
         if self.events and self.top_k is not None:
             raise ConfigError(f"top_k {self.top_k} does not apply to events, which have one tag each; leave it out")
-        given = self.thresholds if isinstance(self.thresholds, tuple) else (self.thresholds,)
+        given = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
         for threshold in given:
             if threshold is not None and not threshold >= 0:
                 raise ConfigError(f"a threshold is {threshold}; it must be 0 or more")
@@ -188,16 +206,18 @@ class TagOptions:
         return _selection(self, labels)
 
     def settings(self) -> dict[str, Any]:
-        """Return the options as JSON values, with defaults in place of None."""
-        return {**asdict(self), "hop": self.step, "top_k": self._top_k, "thresholds": self._thresholds}
+        """Return the options as JSON values, with defaults in place of None, under the names in journals."""
+        values = {**asdict(self), "hop": self.step, "top_k": self._top_k}
+        del values["threshold"], values["labels"]
+        return {**values, "thresholds": self._threshold, "only": self.labels}
 
     @property
-    def _thresholds(self) -> float | tuple[float, ...] | None:
-        return EVENT_THRESHOLD if self.thresholds is None and self.events else self.thresholds
+    def _threshold(self) -> float | tuple[float, ...] | None:
+        return EVENT_THRESHOLD if self.threshold is None and self.events else self.threshold
 
     @property
     def _top_k(self) -> int | None:
-        return TOP_K if self.top_k is None and self._thresholds is None else self.top_k
+        return TOP_K if self.top_k is None and self._threshold is None else self.top_k
 
 
 @lru_cache(maxsize=16)
@@ -207,8 +227,8 @@ def _selection(options: TagOptions, labels: "ClassTable") -> "Selection":
     return Selection(
         labels,
         top_k=options._top_k,
-        thresholds=options._thresholds,
-        only=options.only,
+        thresholds=options._threshold,
+        only=options.labels,
         exclude=options.exclude,
         rollup=options.rollup,
     )

@@ -1,13 +1,11 @@
 """The tagger: cut a sound into windows, score them with a model, and turn scores into tags, events or embeddings."""
 
-import logging
 import math
 import os
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice, pairwise
@@ -21,7 +19,7 @@ from numpy.typing import NDArray
 from ced.errors import AudioError, CedError, CheckpointError, ClosedError, ConfigError
 from ced.model.graph import PRECISIONS, Precision
 from ced.model.zoo import DEFAULT_MODEL
-from ced.parallel import in_order
+from ced.parallel import attempt, in_order, submitted_sounds
 from ced.progress import Progress, silent
 from ced.sound import audio
 from ced.sound.audio import Sound, Source, Window, name_of, open_sound
@@ -32,7 +30,6 @@ from ced.tag.options import BATCH, TagKeywords, TagOptions
 from ced.tag.records import Embedding, Kind, Record, Scored, Tags
 from ced.tag.scores import ScoreLog
 from ced.tag.shared_calls import SharedCalls
-from ced.text import printable
 
 if TYPE_CHECKING:
     from ced.model.vit import CED
@@ -40,8 +37,6 @@ if TYPE_CHECKING:
 _AHEAD = 2  # windows in memory per scoring thread
 _REMEMBERED = 64  # checked options that are kept
 _ROUNDING = 1e-6  # how far rounding may take a probability out of [0, 1]
-
-logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float32]
 WindowProgress = Callable[[float, float | None], None]
@@ -382,8 +377,7 @@ class Tagger:
             try:
                 yield sound
             finally:
-                for warning in sound.warnings:
-                    logger.warning("%s: %s", printable(name or sound.name), warning)
+                sound.log_warnings(name)
 
     def _scores(self, source: Source | Sound, options: TagOptions) -> Iterator[Scored]:
         with self._open_sound(source, options) as sound:
@@ -428,7 +422,7 @@ class TagStream:
         complete: whether the whole sound has been tagged.
         expected_seconds: the length of the sound according to its header, once that is known.
         events: the events so far, if the pieces are events.
-        error: after `read_ahead`, why the sound could not be read, or not to its end.
+        error: with `use_queue`, why the sound could not be read, or not to its end.
     """
 
     def __init__(
@@ -449,7 +443,8 @@ class TagStream:
         self.expected_seconds: float | None = None
         self.events: list[Tags] = []
         self.error: AudioError | None = None
-        self._pieces = self._tagged(tagger, source, options, scores, progress)
+        self._pieces = self._tagged_pieces = self._tagged(tagger, source, options, scores, progress)
+        self._queue: SimpleQueue[Tags | BaseException | None] = SimpleQueue()  # None: the end
 
     def __iter__(self) -> Iterator[Tags]:
         return self
@@ -476,14 +471,28 @@ class TagStream:
             self.began,
         )
 
-    def read_ahead(self, pool: Executor) -> None:
-        """Tag in a thread of `pool` from now on; the iteration waits for the pieces.
+    def use_queue(self) -> "TagStream":
+        """Let the iteration wait for what `fill_queue` finds in another thread from now on; return the stream."""
+        self._tagged_pieces, self._pieces = self._pieces, _taken(self._queue)
+        return self
+
+    def fill_queue(self) -> None:
+        """Tag the sound.
 
         An AudioError ends the iteration and is kept in `error`; the iteration raises other errors.
         """
-        found: SimpleQueue[Tags | BaseException | None] = SimpleQueue()
-        pool.submit(self._fill, self._pieces, found)
-        self._pieces = _taken(found)
+        try:
+            fault = attempt(self._put, self._tagged_pieces, name=lambda _: self.file)
+            if isinstance(fault, AudioError):
+                self.error = fault
+        except CedError as error:
+            self._queue.put(error)
+        finally:
+            self._queue.put(None)
+
+    def _put(self, pieces: Iterator[Tags]) -> None:
+        for piece in pieces:
+            self._queue.put(piece)
 
     def wait(self) -> bool:
         """Wait for the first piece or the end of the sound; return whether there is something to write."""
@@ -491,19 +500,6 @@ class TagStream:
         if first is not None:
             self._pieces = chain([first], self._pieces)
         return first is not None or self.error is None
-
-    def _fill(self, pieces: Iterator[Tags], found: "SimpleQueue[Tags | BaseException | None]") -> None:
-        try:
-            for piece in pieces:
-                found.put(piece)
-        except AudioError as error:
-            self.error = error
-        except CedError as error:
-            found.put(error)
-        except Exception as error:  # an unexpected error of a decoder must not stop the other sounds
-            self.error = AudioError(f"{type(error).__name__}: {error}", self.file)
-        finally:
-            found.put(None)
 
     def _tagged(
         self,
@@ -571,18 +567,10 @@ def in_turn(streams: Iterable[TagStream], jobs: int, ahead: int = 32) -> Iterato
         jobs: sounds that are read at the same time.
         ahead: finished sounds that may wait for an earlier one.
     """
-    pool = ThreadPoolExecutor(jobs, thread_name_prefix="sound")
-    waiting: deque[TagStream] = deque()
-    try:
-        for stream in streams:
-            stream.read_ahead(pool)
-            waiting.append(stream)
-            if len(waiting) > jobs + ahead:
-                yield waiting.popleft()
-        while waiting:
-            yield waiting.popleft()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    queued = (stream.use_queue() for stream in streams)
+    with closing(submitted_sounds(TagStream.fill_queue, queued, jobs, ahead)) as submitted:
+        for stream, _ in submitted:
+            yield stream
 
 
 def _result(stream: TagStream) -> Record | AudioError:

@@ -76,7 +76,7 @@ def calibrate_thresholds(
     table: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    precision: float | None = None,
+    least_precision: float | None = None,
     window: float = TagOptions.window,
     hop: float | None = None,
     jobs: int = 1,
@@ -91,16 +91,16 @@ def calibrate_thresholds(
         tagger: scores the clips.
         table: as for `read_labelled`.
         out: the file of thresholds.
-        precision: the least precision of each class; None: the best F1.
+        least_precision: the least precision of each class; None: the best F1.
         window, hop: as in `TagOptions`.
         jobs: clips scored at the same time, each in a thread.
         progress: called after each clip.
 
     Raises:
         TableError: the table is not valid, or none of the clips can be read or has a label.
-        ConfigError: `precision`, `window`, `hop` or `jobs` is out of range.
+        ConfigError: `least_precision`, `window`, `hop` or `jobs` is out of range.
     """
-    _check_precision(precision)
+    _check_precision(least_precision)
     score = _ClipScorer(tagger, TagOptions(window=window, hop=hop))
     clips = read_labelled(table, tagger.labels)
     inputs = [InputSound(str(clip.path), clip.path, Path(clip.path.name)) for clip in clips]
@@ -118,7 +118,7 @@ def calibrate_thresholds(
     if not rows:
         raise TableError(f"none of {len(clips)} clips of {table} can be read; the first: {unreadable[0]}")
     probs, targets = np.stack(rows), multi_hot(labels, len(tagger.labels))
-    fit = fit_thresholds(probs, targets, precision=precision)
+    fit = fit_thresholds(probs, targets, least_precision=least_precision)
     before = measure(probs, targets, np.full(len(tagger.labels), USUAL_THRESHOLD, np.float32))
     write_thresholds(out, fit, tagger.labels)
     seen, names = fit.positives > 0, tagger.labels.names
@@ -134,9 +134,9 @@ def calibrate_thresholds(
     )
 
 
-def _check_precision(precision: float | None) -> None:
-    if precision is not None and not 0 < precision <= 1:
-        raise ConfigError(f"precision is {precision}; it must be above 0 and at most 1")
+def _check_precision(least_precision: float | None) -> None:
+    if least_precision is not None and not 0 < least_precision <= 1:
+        raise ConfigError(f"least_precision is {least_precision}; it must be above 0 and at most 1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,23 +150,25 @@ class Fit:
     positives: NDArray[np.int64]
 
 
-def fit_thresholds(probs: NDArray[np.float32], targets: NDArray[np.bool_], *, precision: float | None = None) -> Fit:
+def fit_thresholds(
+    probs: NDArray[np.float32], targets: NDArray[np.bool_], *, least_precision: float | None = None
+) -> Fit:
     """Fit a threshold for each class.
 
-    It is the threshold with the best F1 or, with `precision`, with the best recall among those of at least this
-    precision; of equals the highest. If no threshold reaches the precision, the class gets `NEVER`. A class without
-    positives gets the threshold that is best for all classes together. A threshold is half-way between two scores.
+    It is the threshold with the best F1 or, with `least_precision`, with the best recall among those of at least this
+    precision; of equals the highest. If no threshold reaches it, the class gets `NEVER`. A class without positives gets
+    the threshold that is best for all classes together. A threshold is half-way between two scores.
 
     Args:
         probs: scores, (n, c).
         targets: the true labels, (n, c).
-        precision: above 0, at most 1.
+        least_precision: above 0, at most 1.
 
     Raises:
-        ConfigError: `precision` is out of range.
+        ConfigError: `least_precision` is out of range.
         TableError: there are no positives, or a score is NaN.
     """
-    _check_precision(precision)
+    _check_precision(least_precision)
     if not targets.any():
         raise TableError(f"none of {len(targets)} clips has a label, so there is nothing to fit thresholds to")
     if np.isnan(probs).any():
@@ -174,9 +176,9 @@ def fit_thresholds(probs: NDArray[np.float32], targets: NDArray[np.bool_], *, pr
     seen = targets.sum(0) > 0
     thresholds = np.empty(seen.shape, np.float32)
     for index in np.flatnonzero(seen):
-        thresholds[index] = _best(probs[:, index], targets[:, index], precision)
+        thresholds[index] = _best(probs[:, index], targets[:, index], least_precision)
     if not seen.all():
-        thresholds[~seen] = _best(probs.ravel(), targets.ravel(), precision)
+        thresholds[~seen] = _best(probs.ravel(), targets.ravel(), least_precision)
     return measure(probs, targets, thresholds)
 
 

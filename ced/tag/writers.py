@@ -255,6 +255,8 @@ class Format:
         file: writes a file that is not text.
         shared: whether several sounds can share one output.
         package: an optional package that writing needs.
+        channels: whether the writer takes `channel`, to name the channel of tags.
+        clocks: whether the writer takes `clock`, to add the clock times of tags.
     """
 
     suffix: str
@@ -262,28 +264,31 @@ class Format:
     file: Callable[[Iterable[Timeline], Path], None] | None = None
     shared: bool = True
     package: str | None = None
+    channels: bool = False
+    clocks: bool = False
+
+    def with_columns(self, channel: bool, clock: bool) -> "Format":
+        """Return the format with channels and clock times, as far as it has a place for them."""
+        added = {"channel": True} if channel and self.channels else {}
+        added |= {"clock": True} if clock and self.clocks else {}
+        if not added:
+            return self
+        return replace(
+            self,
+            text=None if self.text is None else partial(self.text, **added),
+            file=None if self.file is None else partial(self.file, **added),
+        )
 
 
 FORMATS: Mapping[str, Format] = {
-    "text": Format(".txt", text),
+    "text": Format(".txt", text, channels=True),
     "jsonl": Format(".jsonl", jsonl),
-    "csv": Format(".csv", csv),
-    "spreadsheet": Format(".spreadsheet.csv", spreadsheet),
+    "csv": Format(".csv", csv, channels=True, clocks=True),
+    "spreadsheet": Format(".spreadsheet.csv", spreadsheet, channels=True, clocks=True),
     "audacity": Format(".labels.txt", audacity, shared=False),
     "raven": Format(".selections.txt", raven),
-    "parquet": Format(".parquet", file=_write_parquet, package="pyarrow"),
+    "parquet": Format(".parquet", file=_write_parquet, package="pyarrow", channels=True, clocks=True),
 }
-
-
-def _with_columns(name: str, channel: bool, clock: bool) -> Format:
-    """Return a format that also writes channels and clock times, if it has columns or headings for them."""
-    changed: Mapping[str, Format] = {
-        "text": replace(FORMATS["text"], text=partial(text, channel=channel)),
-        "csv": replace(FORMATS["csv"], text=partial(csv, channel=channel, clock=clock)),
-        "spreadsheet": replace(FORMATS["spreadsheet"], text=partial(spreadsheet, channel=channel, clock=clock)),
-        "parquet": replace(FORMATS["parquet"], file=partial(_write_parquet, channel=channel, clock=clock)),
-    }
-    return changed.get(name, FORMATS[name])
 
 
 def formats(
@@ -306,7 +311,7 @@ def formats(
     for name in names:
         if name.lower() not in FORMATS:
             raise ConfigError(f"unknown output format {name}; allowed: {', '.join(FORMATS)}")
-        found = _with_columns(name.lower(), channel, clock) if channel or clock else FORMATS[name.lower()]
+        found = FORMATS[name.lower()].with_columns(channel, clock)
         if shared and not found.shared:
             raise ConfigError(f"the output format {name} has no column for a file's name; write a file for each sound")
         if printed and found.text is None:

@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,45 @@ def confused(mel):
     return half(mel)
 
 confused.takes = "pictures"
+
+def changes_input(mel):
+    mel.zero_()
+    return torch.stack([mel.mean((1, 2)), mel.mean((1, 2)) + 1], dim=1)
+
+changes_input.labels = ["quiet", "loud"]
+
+def changes_waves(waves, rate, views):
+    views.clear()
+    return torch.stack([waves.zero_().mean(1), waves.mean(1) + 1], dim=1)
+
+changes_waves.takes = "waves"
+
+def one_label(mel):
+    return half(mel)
+
+one_label.labels = "dog"
+
+def two_labels(mel):
+    return half(mel)
+
+two_labels.labels = ["dog", "dog", "cat"]
+
+class Stateful(torch.nn.Module):
+    def __init__(self, state):
+        super().__init__()
+        self.state = state
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+    def forward(self, mel):
+        return half(mel)
+
+first_state, second_state = Stateful({"threshold": 0.5, "kept": [torch.ones(2), None]}), Stateful({"threshold": 0.6})
+lazy = torch.nn.LazyLinear(3)
 """
 
 
@@ -173,7 +213,7 @@ def test_an_onnx_graph_teaches() -> None:
     with pytest.raises(CedError):  # std belongs to the features
         run(model="onnx:small.onnx")
     save_onnx(Path("small.onnx"), features={**EXAMPLE["features"], "std": 4})
-    with pytest.raises(StoreError, match="weights of a teacher differ"):
+    with pytest.raises(StoreError, match="settings or the class table of teacher onnx:small differ"):
         run(model="onnx:small.onnx")
 
 
@@ -228,11 +268,17 @@ def test_graphs_that_take_waves_get_masked_waves(inputs: list[Any], axes: list[i
     [
         ({"rates": 32_000}, r"small\.yaml.*\n.*rates: unknown key; did you mean rate"),
         ({"shape": ["batch", "time", "mel"]}, r"shape is .*input spec of the graph is \['batch', 1, 128"),
-        ({"shape": ["batch", 1, "time", "mel"]}, r"axis time is None; input spec of the graph has 128"),
+        (
+            {"shape": ["batch", 1, "time", "mel"]},
+            r"axis time has 128, but features\.frames is not set; set features\.frames: 128",
+        ),
         ({"shape": ["batch", 1, "time"]}, r"must have time and mel once"),
         ({"shape": [1, "batch", "mel", "time"]}, r"batch first or not at all"),
         ({"features": None}, r"without features, the graph takes waves"),
-        ({"features": {**EXAMPLE["features"], "mel": {"bands": 64, "high": 15_000}}}, r"axis mel is 64; .* has 128"),
+        (
+            {"features": {**EXAMPLE["features"], "mel": {"bands": 64, "high": 15_000}}},
+            r"axis mel has 128, but features\.mel\.bands is 64; set",
+        ),
         ({"output": "probs"}, r"no output probs; it has logits"),
         ({"classes": "few.csv"}, r"classes names 2 classes; output logits has 527"),
         ({"activation": "tanh"}, r"activation: input should be 'sigmoid', 'softmax' or 'none'"),
@@ -257,6 +303,61 @@ def test_graphs_without_settings_and_damaged_ones_are_explained() -> None:
         run(model="onnx:small.onnx")
     save_graph(Path("small.onnx"), ["batch", 1, 128, "n"], 527, [3], TensorProto.DOUBLE)
     with pytest.raises(CedError):
+        run(model="onnx:small.onnx")
+
+
+def test_a_changed_class_table_is_noticed() -> None:
+    save_graph(Path("waves.onnx"), ["batch", "t"], 2, [1])
+    settings = {"rate": 8_000, "shape": ["batch", "time"], "activation": "softmax", "classes": "own.csv"}
+    Path("waves.yaml").write_text(yaml.safe_dump(settings))
+    Path("own.csv").write_text("index,name\n0,dog\n1,bell\n")
+    run(model="onnx:waves.onnx", classes=_table("bell", "dog", "owl"))
+    Path("own.csv").write_text("index,name\n0,bell\n1,dog\n")
+    with pytest.raises(StoreError, match="class table of teacher onnx:waves differ"):
+        run(model="onnx:waves.onnx", classes=_table("bell", "dog", "owl"), epochs=2)
+
+
+def test_a_run_that_failed_at_once_can_be_repaired() -> None:
+    save_onnx(Path("small.onnx"), activation="none")
+    with pytest.raises(StoreError, match=r"teacher onnx:small gave .*: they lie between -\d.* and \d.*activation"):
+        run(model="onnx:small.onnx")
+    save_onnx(Path("small.onnx"))
+    assert len(rows_of(run(model="onnx:small.onnx", batch_size=5))) == 10
+
+
+def test_patches_of_a_graph_average_their_probabilities() -> None:
+    matrix = np.random.default_rng(0).normal(0, 3, (1_000, 2)).astype(np.float32)
+    nodes = [
+        helper.make_node("Reshape", ["wave", "shape"], ["patches"]),
+        helper.make_node("MatMul", ["patches", "matrix"], ["logits"]),
+    ]
+    constants: dict[str, Any] = {"shape": np.array([-1, 1_000], np.int64), "matrix": matrix}
+    graph = helper.make_graph(
+        nodes,
+        "patches",
+        [helper.make_tensor_value_info("wave", TensorProto.FLOAT, ["t"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 2])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), "patches.onnx")
+    Path("patches.yml").write_text(yaml.safe_dump({"rate": RATE, "shape": ["time"], "activation": "sigmoid"}))
+    waves = noise()
+    probs = (waves.reshape(3, 16, 1_000) @ torch.tensor(matrix)).sigmoid().mean(1)
+    teacher = OnnxTeacher(Path("patches.onnx"))  # with a YAML file named .yml
+    assert torch.allclose(teacher(waves, RATE, [PLAIN] * 3), probs, atol=1e-3)
+
+
+def test_graphs_with_fixed_sizes_name_the_setting() -> None:
+    save_graph(Path("waves.onnx"), ["batch", 7_800], 2, [1])
+    Path("waves.yaml").write_text(yaml.safe_dump({"rate": RATE, "shape": ["batch", "time"], "activation": "sigmoid"}))
+    with pytest.raises(ConfigError, match=r"teacher onnx:waves: .*16000 samples.* set chunk_length to 0\.4875"):
+        run(model="onnx:waves.onnx")
+    save_onnx(Path("small.onnx"))
+    save_graph(Path("small.onnx"), ["batch", 1, 128, 998], 527, [3])
+    with pytest.raises(ConfigError, match=r"axis time has 998.* set features\.frames: 998"):
+        run(model="onnx:small.onnx")
+    save_graph(Path("small.onnx"), [4, 1, 128, "n"], 527, [3])
+    with pytest.raises(ConfigError, match="exactly 4 clips at once"):
         run(model="onnx:small.onnx")
 
 
@@ -326,9 +427,10 @@ def test_whisper_is_masked_in_its_features() -> None:
         teacher(noise(1), RATE, [VIEW])
     (features,) = seen
     assert features.shape == (1, 80, 3_000)
-    columns = (features[0] == 0).all(0).nonzero().flatten().tolist()
-    assert columns == list(range(25, 51))
-    assert 0 < int((features[0] == 0).all(1).sum()) < 40
+    hidden = features[0] == 0
+    assert hidden.all(0).nonzero().flatten().tolist() == list(range(25, 51))
+    assert 0 < int(hidden[:, :101].all(1).sum()) < 40
+    assert not hidden[:, 101:].any()  # silence behind the sound is kept
 
 
 @pytest.mark.parametrize("broken", ["no config", "no weights", "no head", "unknown kind", "ced"])
@@ -359,6 +461,50 @@ def test_models_that_cannot_teach_are_explained(broken: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_changed_configuration_of_a_model_is_noticed() -> None:
+    save_ast("ast")
+    before = load_teacher(TeacherEntry(name="hf:ast"), {}, CPU).weights
+    config = json.loads(Path("ast/config.json").read_text())
+    Path("ast/config.json").write_text(json.dumps(config | {"transformers_version": "1.0"}))
+    assert load_teacher(TeacherEntry(name="hf:ast"), {}, CPU).weights == before
+    turned = dict(zip(config["id2label"], reversed(config["id2label"].values()), strict=True))
+    for changes in ({"num_attention_heads": 4}, {"id2label": turned}):
+        Path("ast/config.json").write_text(json.dumps(config | changes))
+        assert load_teacher(TeacherEntry(name="hf:ast"), {}, CPU).weights != before
+
+
+def test_class_names_that_cannot_be_used_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    save_wav2vec2("w2v")
+    config = json.loads(Path("w2v/config.json").read_text())
+    Path("w2v/config.json").write_text(json.dumps(config | {"id2label": {"0": "dog", "1": "dog", "2": "rain"}}))
+    assert HfTeacher("w2v", CPU).labels is None
+    assert "hf:w2v: the class names (id2label)" in caplog.text
+
+
+def test_an_entry_may_name_the_activation() -> None:
+    save_wav2vec2("w2v")
+    entry = TeacherEntry(name="hf:w2v", activation="sigmoid")
+    logits, views = load_teacher(entry, {}, CPU), [PLAIN] * 3
+    probs = load_teacher(TeacherEntry(name="hf:w2v"), {}, CPU).score(noise(), RATE, views)
+    with torch.inference_mode():
+        assert torch.allclose(logits.score(noise(), RATE, views).logit().softmax(1), probs, atol=1e-5)
+    config = json.loads(Path("w2v/config.json").read_text())
+    Path("w2v/config.json").write_text(json.dumps(config | {"problem_type": "regression"}))
+    with pytest.raises(ConfigError, match="trained for regression"):
+        load_teacher(entry, {}, CPU)
+
+
+def test_code_of_a_repository_is_never_run() -> None:
+    save_ast("ast")
+    config = json.loads(Path("ast/config.json").read_text())
+    code = {"auto_map": {"AutoConfig": "own.Own", "AutoModelForAudioClassification": "own.Own"}, "model_type": "own"}
+    Path("ast/config.json").write_text(json.dumps(config | code))
+    Path("ast/own.py").write_text("open('ran', 'w')\n")
+    with pytest.raises(CheckpointError, match="code of its repository, which is never run"):
+        run(model="hf:ast")
+    assert not Path("ran").exists()
+
+
 def test_a_model_of_the_hub_is_downloaded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     save_ast("ast")
     files = {("owner/small-ast", path.name): path.read_bytes() for path in Path("ast").iterdir()}
@@ -373,6 +519,8 @@ def test_a_model_of_the_hub_is_downloaded_once(monkeypatch: pytest.MonkeyPatch, 
         with pytest.raises(DownloadError, match="owner/small-ast"):
             HfTeacher("owner/small-ast@nowhere", CPU)
     monkeypatch.setenv("CED_OFFLINE", "1")
+    with pytest.raises(DownloadError, match=r"CED_OFFLINE is set.*hf:FOLDER"):
+        HfTeacher("owner/another", CPU)
     again = load_teacher(entry, {}, CPU)
     assert (found.name, found.weights) == ("hf:owner/small-ast", again.weights)
     assert found.weights == load_teacher(TeacherEntry(name="hf:ast"), {}, CPU).weights
@@ -407,6 +555,36 @@ def test_other_values_of_takes_are_refused() -> None:
         run(model="homemade:confused")
 
 
+def test_a_callable_that_changes_its_input_does_not_change_that_of_others() -> None:
+    changing = [load_teacher(TeacherEntry(name=f"homemade:changes_{what}"), {}, CPU) for what in ("input", "waves")]
+    energy = load_teacher(TeacherEntry(name="homemade:energy"), {}, CPU)
+    level = Teacher("level", lambda mel, rate, views: mel.mean((1, 2))[:, None].repeat(1, 2).sigmoid())
+    others, uniforms = [replace(energy, labels=None), level], torch.tensor([[0.2, 0.5]])
+    alone = Ensemble(others, "off", ViewRecipe(), RATE, CPU)(noise(1), uniforms)
+    members = [*(replace(teacher, labels=None) for teacher in changing), *others]
+    mean = Ensemble(members, "off", ViewRecipe(), RATE, CPU)(noise(1), uniforms)
+    assert torch.allclose(mean, (torch.tensor([[0.0, 1.0]]) + alone) / 2, atol=1e-6)
+
+
+def test_labels_of_a_callable_may_be_names_and_nothing_else() -> None:
+    teacher = load_teacher(TeacherEntry(name="homemade:changes_input"), {}, CPU)
+    assert teacher.labels == ClassTable(("quiet", "loud"))
+    with pytest.raises(ConfigError, match="labels of teacher homemade:one_label are str; allowed: a ClassTable"):
+        run(model="homemade:one_label")
+    with pytest.raises(ConfigError, match=r"labels of teacher homemade:two_labels: .*'dog' occurs more than once"):
+        run(model="homemade:two_labels")
+
+
+def test_modules_with_other_state_than_tensors_can_teach() -> None:
+    first, again, second = (
+        load_teacher(TeacherEntry(name=f"homemade:{name}_state"), {}, CPU).weights
+        for name in ("first", "first", "second")
+    )
+    assert first == again != second
+    with pytest.raises(ConfigError, match="cannot read the weights of teacher homemade:lazy"):
+        run(model="homemade:lazy")
+
+
 # Several teachers
 
 
@@ -425,7 +603,7 @@ def test_kinds_weights_and_class_tables_may_be_mixed(caplog: pytest.LogCaptureFi
         assert quiet == pytest.approx((3 * before[1] + 0.5) / 4, abs=2e-3)
     (warning,) = [record.getMessage() for record in caplog.records if "matched" in record.getMessage()]
     assert "2 of 3 of teacher homemade:half are left out: bell, dog" in warning
-    with pytest.raises(StoreError, match="members"):
+    with pytest.raises(StoreError, match=r"weight of teacher homemade:energy was 3\.0 and is now the default"):
         run(model=["homemade:energy", {"name": "homemade:half", "batch_size": 3}])
 
 
@@ -447,6 +625,25 @@ def test_the_mean_of_a_class_is_that_of_the_teachers_that_know_it() -> None:
     labels, scores = answer([fixed([0.2, 0.4], first), fixed([0.9, 0.8], second)], asked)
     assert labels == asked
     assert scores == pytest.approx([0.4, 0.9, 0.0, 0.5])  # no teacher knows owls
+
+
+def test_scores_may_exceed_probabilities_by_rounding_alone() -> None:
+    assert answer([fixed([1 + 1e-7, -1e-7])])[1] == [1, 0]
+    with pytest.raises(StoreError, match=r"not probabilities.* between 0 and 1\.5"):
+        answer([fixed([0.0, 1.5])])
+    with pytest.raises(StoreError, match=r"not probabilities.* NaN"):
+        answer([fixed([0.0, float("nan")])])
+
+
+def test_teachers_of_different_precisions_are_recorded() -> None:
+    save_onnx(Path("small.onnx"))
+    meta = ViewStore(run(model=["homemade:half", "onnx:small.onnx"], mode="amp_bf16")).meta
+    assert (meta.precision, meta.members) == (
+        "mixed",
+        ({"precision": "bf16"}, {"takes": "waves", "masks": "waves", "precision": "fp32"}),
+    )
+    meta = ViewStore(run(model="onnx:small.onnx", mode="amp_bf16")).meta
+    assert meta.precision == "fp32"  # ONNX Runtime does not use torch's autocast
 
 
 def test_weights_change_the_mean_of_teachers_with_one_table() -> None:
@@ -492,6 +689,13 @@ def test_the_batch_of_a_teacher_may_be_smaller() -> None:
         ({"name": "homemade:half", "wieght": 2}, r"model\.0\.wieght: unknown key; did you mean weight"),
         ({"name": "homemade:half", "weight": 0}, r"model\.0\.weight: .*greater than 0"),
         ({"name": "homemade:half", "device": "warp"}, r"the device of a teacher is 'warp'"),
+        ({"name": "homemade:half", "device": "meta"}, r"'meta', on which nothing is computed"),
+        ({"name": "homemade:half", "activation": "sigmoid"}, r"activation is for models of Transformers"),
+        ({"name": "onnx:small.onnx", "mode": "amp"}, r"mode is amp; ONNX graphs"),
+        ({"name": "onnx:small.onnx", "activation": "softmax"}, r"set activation in the YAML file"),
+        ({"name": "onnx:"}, r"model\.0\.name: should be onnx:FILE"),
+        ({"hf": None}, r"model: should be hf:OWNER/NAME or hf:FOLDER"),
+        ({"onnx": "small.onnx"}, r"model: should be onnx:FILE, without a space"),
         ({"name": "homemade:half", "mode": "int8"}, r"model\.0\.mode"),
         ({"weight": 2}, r"model\.0\.name: required"),
     ],
@@ -535,6 +739,8 @@ def test_the_callables_of_the_page_teach() -> None:
     Path("my_teacher.py").write_text(code)
     folder = run(model=["my_teacher:bright", "my_teacher:loudness"])
     assert ViewStore(folder).meta.labels == ClassTable(("dull", "bright"))
+    bright = sys.modules["my_teacher"].bright  # on another device than the CPU, as on a GPU
+    assert bright(torch.zeros(2, RATE, device="meta"), RATE, [VIEW, PLAIN]).shape == (2, 2)
     (entries,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)
     config = check(StoreConfig, {"train_data": "mine.tsv", **yaml.safe_load(entries)}, "the page")
     assert [entry.weight for entry in config.model] == [1, 2, 1]

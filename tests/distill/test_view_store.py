@@ -220,7 +220,11 @@ def test_the_content_of_meta_json(tmp_path: Path) -> None:
             "and is now (shift (-0.5, 0.5), time_mask 192, freq_mask 24)",
         ),
         (replace(META, labels=None), "the class table differs"),
-        (replace(META, weights=("34cd", "")), "the weights of a teacher differ"),
+        (
+            replace(META, weights=("34cd", "")),
+            "the weights, the settings or the class table of teacher ced_tiny differ",
+        ),
+        (replace(META, members=({}, {"weight": 2.0})), "weight of teacher mine:teach was the default and is now 2.0"),
         (replace(META, chunks="56ef"), "the audio differs, or the names of the clips do"),
         (replace(META, digests={"logits_ep1_0.h5": "78"}), None),
     ],

@@ -64,7 +64,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("patient")
 def test_events_are_those_of_ced_live(url: str) -> None:
-    options = TagOptions(window=0.5, hop=0.25, thresholds=0.5, events=True, gap=0.25)
+    options = TagOptions(window=0.5, hop=0.25, threshold=0.5, events=True, gap=0.25)
     samples = np.frombuffer(loud_then_quiet(), "<i2").reshape(-1, 1)
     blocks = [samples[start : start + RATE // 4] for start in range(0, len(samples), RATE // 4)]
     with Tagger(Mean(), name="mean") as tagger:

@@ -215,7 +215,7 @@ def test_events_are_those_of_the_command(visit: Callable[..., Any]) -> None:
             Scored(float(start), float(start + window), row, bool(quiet))
             for start, row, quiet in zip(starts, probs, silent, strict=True)
         ]
-        selection = TagOptions(events=True, thresholds=options["threshold"]).selection(labels)
+        selection = TagOptions(events=True, threshold=options["threshold"]).selection(labels)
         merging = {name: options[name] for name in ("release", "gap", "shortest")}
         expected.append([[e.start, e.end, e.tags[0].index, e.prob] for e in events(scored, selection, **merging)])
         windows = [[s.start, s.end, s.silent, base64.b64encode(s.probs.tobytes()).decode()] for s in scored]

@@ -39,7 +39,7 @@ def test_events_come_with_scores_of_all_classes(client: httpx.Client, graph: Pat
     scores = list(tagger.score((sound, RATE), window=1.0, hop=0.5))
     threshold = float(np.median([scored.probs for scored in scores]))
     options = {"window": 1, "hop": 0.5, "threshold": threshold, "events": True}
-    expected = tagger.tag((sound, RATE), window=1.0, hop=0.5, thresholds=threshold, events=True)
+    expected = tagger.tag((sound, RATE), window=1.0, hop=0.5, threshold=threshold, events=True)
     for encoding, kind in (("uint8", "u1"), ("float32", "<f4")):
         lines = stream(client, encode(sound), scores="windows", encoding=encoding, **options)
         found = [line for line in lines if line["type"] == "event"]

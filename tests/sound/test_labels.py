@@ -215,6 +215,11 @@ def test_the_classes_of_yamnet_match_all_but_six_of_audioset(known_by: str) -> N
     assert matched(classes, table) == kept
 
 
+def test_underscores_separate_words() -> None:
+    table = ClassTable(("Acoustic_guitar", "Gunshot_or_gunfire"))
+    assert matched(table, ClassTable(("gunshot or gunfire", "Acoustic guitar"))) == [1, 0]
+
+
 def test_names_match_by_their_words_and_up_to_the_first_comma() -> None:
     target = ClassTable(
         ("Dog", "Vehicle horn, car horn, honking", "Inside, small room", "Inside, public space", "Rain")

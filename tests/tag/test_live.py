@@ -69,7 +69,7 @@ def heard(reports: Iterator[LiveReport], label: str = "loud") -> list[tuple[str,
 @pytest.mark.parametrize(("gap", "shortest"), [(0.0, 0.0), (2.0, 0.0), (0.0, 1.5)])
 def test_reported_events_are_those_of_the_tagged_sound(gap: float, shortest: float) -> None:
     wave = sound((3, 0), (2, 0.8), (1.5, 0), (1, 0.9), (4, 0.1), (0.75, 1), (3, 0), (2, 0.7))
-    options = replace(OPTIONS, thresholds=0.6, gap=gap, shortest=shortest, only=("loud",))
+    options = replace(OPTIONS, threshold=0.6, gap=gap, shortest=shortest, labels=("loud",))
     scorer = Loudness(8)  # six make the first window
     tagger = Tagger(scorer)
     reports = list(Listener(tagger, unhurried(wave, scorer, 0.25), options).reports())
@@ -118,7 +118,7 @@ def test_an_event_is_reported_within_two_seconds_of_its_sound() -> None:
     listener = Listener(
         Tagger(Loudness()),
         live_sources.blocks(blocks(), SAMPLE_RATE),
-        replace(OPTIONS, thresholds=0.99, only=("loud",)),
+        replace(OPTIONS, threshold=0.99, labels=("loud",)),
     )
     report = next(listener.reports())
     assert time.time() - began < 2.0
@@ -138,7 +138,7 @@ def test_an_outage_ends_open_events_and_delays_later_ones() -> None:
         time.sleep(1.5)
         raise AudioError("the cable is out")
 
-    options = replace(OPTIONS, window=0.5, hop=0.5, gap=0.2, only=("loud",))
+    options = replace(OPTIONS, window=0.5, hop=0.5, gap=0.2, labels=("loud",))
     listener = Listener(Tagger(Loudness()), LiveSource("the shed", open_shed), options)
     found = []
     for report in listener.reports():
@@ -165,7 +165,7 @@ def test_a_stream_that_stalls_is_reported_once() -> None:
             raise AudioError("nothing comes")
         listener.stopped = True
 
-    options = replace(OPTIONS, window=0.5, hop=0.25, gap=0.2, only=("loud",))
+    options = replace(OPTIONS, window=0.5, hop=0.25, gap=0.2, labels=("loud",))
     listener = Listener(Tagger(Loudness()), LiveSource("the shed", stalls), options)
     assert [(report.state, report.event) for report in listener.reports()] == [("begin", 1), ("end", 1)]
 
@@ -176,7 +176,7 @@ def test_clock_times_of_an_event_differ_by_its_duration() -> None:
             time.sleep(0.01)  # ten times as fast as it sounds
             yield np.full((BLOCK, 1), number < 30, np.float32)
 
-    options = replace(OPTIONS, window=0.5, hop=0.5, gap=0.0, only=("loud",))
+    options = replace(OPTIONS, window=0.5, hop=0.5, gap=0.0, labels=("loud",))
     begin, end = Listener(Tagger(Loudness()), live_sources.blocks(blocks(), SAMPLE_RATE), options).reports()
     assert (begin.state, end.state, end.piece.end - end.piece.start) == ("begin", "end", 3.0)
     assert end.time - begin.time == pytest.approx(3.0, abs=1e-3)
@@ -217,7 +217,7 @@ def test_a_slow_model_gets_the_newest_windows(monkeypatch: pytest.MonkeyPatch) -
     listener = Listener(
         Tagger(Slow()),
         live_sources.blocks(blocks(), SAMPLE_RATE),
-        replace(OPTIONS, window=0.1, hop=0.1, only=("loud",)),
+        replace(OPTIONS, window=0.1, hop=0.1, labels=("loud",)),
     )
     reports = list(listener.reports())
     assert [report.state for report in reports] == ["begin", "end"]
@@ -253,7 +253,7 @@ def test_a_day_of_sound_needs_no_more_memory_than_an_hour() -> None:
                 memory.append(resident())
             yield blocks[number % every == 0]
 
-    options = replace(OPTIONS, window=10.0, hop=10.0, gap=0.0, only=("loud",))
+    options = replace(OPTIONS, window=10.0, hop=10.0, gap=0.0, labels=("loud",))
     listener = Listener(Tagger(scorer), live_sources.blocks(day(), SAMPLE_RATE), options)
     begun = ended = 0
     for report in listener.reports():

@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -24,8 +24,8 @@ def test_keywords_are_the_fields() -> None:
         ({"top_k": "3"}, "top_k is '3'; it must be a whole number"),
         ({"top_k": 2.5}, "top_k is 2.5; it must be a whole number"),
         ({"events": "yes"}, "events is 'yes'; it must be True or False"),
-        ({"thresholds": "0.5"}, "thresholds is '0.5'; it must be a number"),
-        ({"thresholds": ("a", "b", "c")}, "a number"),
+        ({"threshold": "0.5"}, "threshold is '0.5'; it must be a number"),
+        ({"threshold": ("a", "b", "c")}, "a number"),
         ({"window": float("nan")}, "window is nan"),
         ({"window": float("inf")}, "window is inf"),
         ({"hop": -1.0}, "hop is -1.0 s"),
@@ -36,13 +36,13 @@ def test_keywords_are_the_fields() -> None:
         ({"channel": 0}, "channel is 0; it must"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_k": 1, "events": True}, "top_k 1 does not apply to events"),
-        ({"thresholds": -0.5}, "a threshold is -0.5"),
-        ({"thresholds": (0.5, float("nan"), 0.5)}, "a threshold is nan"),
+        ({"threshold": -0.5}, "a threshold is -0.5"),
+        ({"threshold": (0.5, float("nan"), 0.5)}, "a threshold is nan"),
         ({"events": True, "release": 0.0}, "release is 0.0"),
         ({"events": True, "gap": -1.0}, "gap is -1.0"),
         ({"events": True, "shortest": float("nan")}, "shortest is nan"),
         ({"gap": 1.0}, "options of events"),
-        ({"only": "bark"}, r"a list of labels, as \['bark'\]"),
+        ({"labels": "bark"}, r"a list of labels, as \['bark'\]"),
     ],
 )
 def test_invalid_options_are_refused_on_creation(changes: dict[str, Any], part: str) -> None:
@@ -53,9 +53,9 @@ def test_invalid_options_are_refused_on_creation(changes: dict[str, Any], part: 
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"only": ["barc"]}, "did you mean 'bark'"),
+        ({"labels": ["barc"]}, "did you mean 'bark'"),
         ({"exclude": ["bark", "bell", "rain"]}, "no label remains"),
-        ({"thresholds": (0.5, 0.5)}, "3 classes"),
+        ({"threshold": (0.5, 0.5)}, "3 classes"),
         ({"rollup": True}, "mids"),
     ],
 )
@@ -72,19 +72,37 @@ def test_defaults_that_depend_on_other_options() -> None:
 
     assert resolved() == (10.0, 3, None)
     assert resolved(window=2.0, top_k=5) == (2.0, 5, None)
-    assert resolved(hop=5.0, thresholds=0.25) == (5.0, None, 0.25)
-    assert resolved(thresholds=0.25, top_k=2) == (10.0, 2, 0.25)
+    assert resolved(hop=5.0, threshold=0.25) == (5.0, None, 0.25)
+    assert resolved(threshold=0.25, top_k=2) == (10.0, 2, 0.25)
     assert resolved(events=True) == (10.0, None, 0.5)
 
 
 def test_lists_and_arrays_are_kept_as_tuples() -> None:
-    options = TagOptions(only=["bark"], thresholds=np.array([0.5, 0.25, 1.0], np.float32))  # type: ignore[arg-type]
-    assert (options.only, options.thresholds) == (("bark",), (0.5, 0.25, 1.0))
-    assert options == TagOptions(only=("bark",), thresholds=(0.5, 0.25, 1.0))
+    options = TagOptions(labels=["bark"], threshold=np.array([0.5, 0.25, 1.0], np.float32))  # type: ignore[arg-type]
+    assert (options.labels, options.threshold) == (("bark",), (0.5, 0.25, 1.0))
+    assert options == TagOptions(labels=("bark",), threshold=(0.5, 0.25, 1.0))
     assert options.selection(CLASSES) is options.selection(CLASSES)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    options = TagOptions(thresholds=np.float32(0.5), window=np.float64(2.0), top_k=np.int64(2))  # type: ignore[arg-type]
-    assert options.thresholds == 0.5
-    assert TagOptions(thresholds=[0.5, 0.25, 1.0]).thresholds == (0.5, 0.25, 1.0)  # type: ignore[arg-type]
+    options = TagOptions(threshold=np.float32(0.5), window=np.float64(2.0), top_k=np.int64(2))  # type: ignore[arg-type]
+    assert options.threshold == 0.5
+    assert TagOptions(threshold=[0.5, 0.25, 1.0]).threshold == (0.5, 0.25, 1.0)  # type: ignore[arg-type]
+
+
+def test_deprecated_names_of_options_are_accepted() -> None:
+    with pytest.warns(DeprecationWarning, match="thresholds is deprecated; use threshold"):
+        assert TagOptions(thresholds=0.25) == TagOptions(threshold=0.25)
+    with pytest.warns(DeprecationWarning, match="only is deprecated; use labels"):
+        assert replace(TagOptions(labels=("rain",), hop=1.0), only=["bark"]) == TagOptions(labels=("bark",), hop=1.0)
+    assert replace(TagOptions(threshold=0.25), hop=1.0) == TagOptions(threshold=0.25, hop=1.0)
+
+
+def test_journals_keep_the_names_that_they_had() -> None:
+    """So that runs of earlier versions can be resumed."""
+    settings = TagOptions(threshold=0.25, labels=("bark",)).settings()
+    assert (settings["thresholds"], settings["only"]) == (0.25, ("bark",))
+    assert settings.keys() == {field.name for field in fields(TagOptions)} - {"threshold", "labels"} | {
+        "thresholds",
+        "only",
+    }

@@ -279,7 +279,7 @@ def test_the_readable_part_of_a_truncated_file_is_tagged(tmp_path: Path, caplog:
 def test_one_channel_is_tagged(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.stack([np.full(RATE, 0.25), np.full(RATE, 0.75)], axis=1), RATE)
     for channel, level in (("mean", 0.5), ("left", 0.25), ("right", 0.75), (1, 0.25), (2, 0.75)):
-        record = Tagger(Levels()).tag(tmp_path / "a.wav", channel=channel, only=["high"])
+        record = Tagger(Levels()).tag(tmp_path / "a.wav", channel=channel, labels=["high"])
         assert record.channel == channel
         assert record[0].prob == pytest.approx(level, abs=1e-4)
     with pytest.raises(AudioError, match="no channel 3"):
@@ -359,10 +359,10 @@ def test_rounding_beyond_0_and_1_is_clipped() -> None:
 def test_options_and_keywords_are_the_same() -> None:
     wave = np.repeat(np.array([0.0, 0.75, 0.75, 0.0], np.float32), RATE)
     tagger = Tagger(Levels())
-    options = TagOptions(window=1.0, events=True, thresholds=0.6, only=("high",))
+    options = TagOptions(window=1.0, events=True, threshold=0.6, labels=("high",))
     record = tagger.tag((wave, RATE), options, name="a.wav")
     assert record == tagger.tag((wave, RATE), options, window=1.0, name="a.wav")
-    assert record == tagger.tag((wave, RATE), name="a.wav", window=1.0, events=True, thresholds=0.6, only=("high",))
+    assert record == tagger.tag((wave, RATE), name="a.wav", window=1.0, events=True, threshold=0.6, labels=("high",))
     assert (record.file, record.model, record.seconds, record.kind) == ("a.wav", "Levels", 4.0, "events")
     assert [(event.start, event.end, event.label, event.prob) for event in record.events] == [(1.0, 3.0, "high", 0.75)]
     assert list(tagger.stream((wave, RATE), options)) == list(record) == [record[0]] == list(record[:1])
@@ -383,7 +383,7 @@ def test_many_sounds_give_records_and_errors_in_order(tmp_path: Path) -> None:
         assert isinstance(found[2], AudioError)
         assert "missing.wav" in str(found[2])
     with pytest.raises(ConfigError, match="no label 'hi'"):
-        Tagger(Levels()).tag_many(["never-opened.wav"], only=("hi",))
+        Tagger(Levels()).tag_many(["never-opened.wav"], labels=("hi",))
 
 
 def test_a_model_runs_where_and_how_it_can() -> None:

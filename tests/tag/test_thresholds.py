@@ -43,14 +43,14 @@ def test_best_f1() -> None:
 def test_given_precision() -> None:
     probs = columns([0.75, 0.625, 0.5, 0.375, 0.25], [0.9, 0.8, 0.1, 0.1, 0.1])
     targets = columns([1, 0, 1, 1, 0], [0, 1, 0, 0, 0]) > 0
-    fit = fit_thresholds(probs, targets, precision=0.75)
+    fit = fit_thresholds(probs, targets, least_precision=0.75)
     assert fit.thresholds.tolist() == [0.3125, NEVER]  # the second class never reaches more than 1 of 2
     assert fit.precision.tolist() == pytest.approx([0.75, np.nan], nan_ok=True)
     assert fit.recall.tolist() == [1, 0]
     assert fit.f1.tolist() == pytest.approx([6 / 7, 0])
-    assert fit_thresholds(probs, targets, precision=1.0).thresholds.tolist() == [0.6875, NEVER]
+    assert fit_thresholds(probs, targets, least_precision=1.0).thresholds.tolist() == [0.6875, NEVER]
     # Calling the fifth as well keeps a precision of 0.6 but finds nothing more.
-    assert fit_thresholds(probs, targets, precision=0.6).thresholds.tolist() == [0.3125, NEVER]
+    assert fit_thresholds(probs, targets, least_precision=0.6).thresholds.tolist() == [0.3125, NEVER]
 
 
 def test_a_class_without_positives_gets_what_is_best_for_all() -> None:
@@ -94,7 +94,7 @@ def worth(said: NDArray[np.bool_], target: NDArray[np.bool_], precision: float |
 @given(samples(), st.sampled_from([None, 0.25, 0.5, 0.75, 1.0]))
 def test_no_threshold_does_better(sample: Sample, precision: float | None) -> None:
     probs, targets = sample
-    fit = fit_thresholds(probs, targets, precision=precision)
+    fit = fit_thresholds(probs, targets, least_precision=precision)
     for index in range(4):
         scores, target = probs[:, index], targets[:, index]
         falling = sorted({float(score) for score in scores}, reverse=True)
@@ -111,7 +111,7 @@ def test_no_threshold_does_better(sample: Sample, precision: float | None) -> No
 @given(samples())
 def test_it_agrees_with_scikit_learn(sample: Sample) -> None:
     probs, targets = sample
-    best, precise = fit_thresholds(probs, targets), fit_thresholds(probs, targets, precision=0.6)
+    best, precise = fit_thresholds(probs, targets), fit_thresholds(probs, targets, least_precision=0.6)
     for index in range(4):
         precision, recall, _ = precision_recall_curve(targets[:, index], probs[:, index])
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
@@ -123,7 +123,7 @@ def test_invalid_scores_and_labels_are_refused() -> None:
     probs, targets = columns([0.5, 0.25]), columns([1, 0]) > 0
     for precision in (0, 1.5, np.nan):
         with pytest.raises(ConfigError, match="it must be above 0 and at most 1"):
-            fit_thresholds(probs, targets, precision=precision)
+            fit_thresholds(probs, targets, least_precision=precision)
     with pytest.raises(TableError, match="none of 2 clips has a label"):
         fit_thresholds(probs, targets & False)
     with pytest.raises(TableError, match="not numbers"):
@@ -237,7 +237,7 @@ def test_thresholds_are_fitted_to_the_highest_of_a_clips_windows(table: Path, tm
 
 def test_calibration_with_a_precision(table: Path, tmp_path: Path) -> None:
     out = tmp_path / "thresholds.tsv"
-    found = calibrate_thresholds(Tagger(Loudness()), table, out, precision=0.9, window=1.0)
+    found = calibrate_thresholds(Tagger(Loudness()), table, out, least_precision=0.9, window=1.0)
     assert found.never == ("quiet", "none")  # all classes together reach it as little
     assert read_thresholds(out, Loudness.labels)[:2] == (0.1875, NEVER)
 
@@ -245,8 +245,8 @@ def test_calibration_with_a_precision(table: Path, tmp_path: Path) -> None:
 def test_calibration_that_is_refused(table: Path, tmp_path: Path) -> None:
     out = tmp_path / "thresholds.tsv"
     tagger = Tagger(Loudness())
-    with pytest.raises(ConfigError, match="precision is 2"):
-        calibrate_thresholds(tagger, table, out, precision=2)
+    with pytest.raises(ConfigError, match="least_precision is 2"):
+        calibrate_thresholds(tagger, table, out, least_precision=2)
     table.write_text("filename\tlabels\nbad.wav\t1\n", encoding="utf-8")
     with pytest.raises(TableError, match=r"none of 1 clips of .* can be read; the first: .*bad\.wav"):
         calibrate_thresholds(tagger, table, out)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow.parquet
@@ -16,6 +16,7 @@ import pytest
 
 from ced.errors import AudioError, ConfigError, MissingPackageError
 from ced.sound.tables import read_table
+from ced.tag.options import FormatName
 from ced.tag.records import Record, Tag, Tags
 from ced.tag.writers import FORMATS, EmbeddingRow, formats, write_embeddings, write_records
 
@@ -203,6 +204,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", program, tmp_path / "out"], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 25_000  # KB; 400,000 rows of six columns are far more
+
+
+def test_help_names_the_formats_that_there_are() -> None:
+    assert tuple(FORMATS) == get_args(FormatName)
 
 
 def test_unsupported_formats_are_refused_before_the_work() -> None:
