@@ -9,14 +9,14 @@ import pytest
 
 from tests import hostile
 
+pytestmark = pytest.mark.slow
+
 MOST_MEMORY, MOST_SECONDS = 400, 10  # MB and seconds of a processor, a case
 # Reads each file that is named on its command line as a server would, and prints what it took, a line of JSON each.
 PROGRAM = """
 import json, os, resource, sys, time
 from ced.errors import AudioError
 from ced.sound.audio import open_sound
-
-pytestmark = pytest.mark.slow
 
 def reset():
     try:

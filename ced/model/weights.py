@@ -26,7 +26,6 @@ from ced.model import zoo
 from ced.model.config import ModelConfig, Pooling, checked_config, read_config, shapes
 from ced.sound.features import PATCH
 from ced.sound.labels import ClassTable, default_classes, named_by_config
-from ced.text import some
 
 FORMAT_VERSION = 1
 HEADER = "ced"  # a single entry of safetensors' metadata, as the order of several is not fixed
@@ -348,7 +347,8 @@ def _target_length(columns: int) -> int:
 def _listed(what: str, keys: Iterable[str]) -> str:
     """List the first three keys and count the others; an empty text for none."""
     keys = list(keys)
-    return f"{what} {some(keys, 3)}" if keys else ""
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"{what} {', '.join(keys[:3])}{more}" if keys else ""
 
 
 def _path_as_text(*parts: str) -> str:
