@@ -133,6 +133,15 @@ def test_tag_continues_after_unreadable_files(ced: Command, model: Path, tmp_pat
     assert done.stdout.startswith(f"===== {good} =====\n[0.0s]-[0.5s] Topk-1 ")
 
 
+@pytest.mark.parametrize("command", ["tag", "embed"])
+def test_missing_files_are_reported_before_a_model_is_opened(ced: Command, tmp_path: Path, command: str) -> None:
+    done = ced(command, "-m", "no_such_model", tmp_path / "a.wav", tmp_path / "b.wav", "--out", tmp_path / "o.npy")
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert [name in line for name, line in zip(("a.wav", "b.wav"), lines, strict=True)] == [True, True]
+    assert all("No such file" in line for line in lines)
+
+
 def test_an_unknown_model_is_one_line(ced: Command, tmp_path: Path) -> None:
     message = error_of(ced("tag", "-m", "ced_mni", noise(tmp_path / "a.wav")))
     assert "ced_mni" in message

@@ -240,10 +240,17 @@ def _one_channel(channel: str) -> str:
 
 
 def _find(sounds: Sequence[str], channel: str, allow_private: bool) -> "list[InputSound]":
-    """Find the sounds that the arguments name, or with the channel "each" the channels of these sounds."""
-    from ced.tag.inputs import each_channel, find_inputs
+    """Find the sounds that the arguments name, or with the channel "each" the channels of these sounds.
+
+    If none of them exists, this is reported before a model is downloaded or opened for them.
+    """
+    from ced.tag.inputs import each_channel, find_inputs, none_exists
 
     inputs = find_inputs(sounds, sys.stdin.buffer, allow_private=allow_private)
+    if none_exists(inputs):
+        for item in inputs:
+            show_error(AudioError("cannot be read: No such file or directory", item.name))
+        raise typer.Exit(1)
     return list(each_channel(inputs)) if channel == EACH else inputs
 
 

@@ -130,6 +130,17 @@ def _trusted(source: audio.Source) -> audio.Source:
     return TrustedAddress(source) if isinstance(source, str) and is_address(source) else source
 
 
+def none_exists(inputs: Sequence[InputSound]) -> bool:
+    """Return whether all inputs are names of files of this machine, and none of these files exists."""
+    return bool(inputs) and all(
+        isinstance(item.source, str) and _is_named(item.source) and not _is_found(item.source) for item in inputs
+    )
+
+
+def _is_found(name: str) -> bool:
+    return shards.split_member(name) is not None or os.path.lexists(name)
+
+
 def _is_named(word: str) -> bool:
     """Return whether an argument is the path of a single file, existing or not."""
     if word == "-" or word.startswith("@") or is_address(word) or remote.address_of(word) is not None:
