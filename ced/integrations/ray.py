@@ -395,7 +395,7 @@ class _Pool:
             reads: leave a core to tasks that read a data set: where actors take all cores, Ray waits for ever.
 
         Raises:
-            ConfigError: so many workers, or a single one, cannot run.
+            ConfigError: the cluster cannot run this number of workers, or not even one.
         """
         resources = _ray().cluster_resources()
         cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))

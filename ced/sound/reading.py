@@ -125,7 +125,7 @@ class Reading:
 
         Raises:
             ClosedError: the reader has cancelled.
-            TooLongError: the budget is exceeded, or the file is too small for so many samples.
+            TooLongError: the budget is exceeded, or the file is too small for that number of samples.
         """
         if self.cancelled is not None and self.cancelled():
             raise ClosedError(f"reading {self.name} was cancelled")
