@@ -9,6 +9,8 @@ from benchmarks.scale import __main__ as scale
 from benchmarks.scale import cluster, costs, estimate, packs, report, results, sounds
 from benchmarks.scale.costs import Cost
 from benchmarks.scale.results import Part, Results, Row
+from ced.sound.audio import SAMPLE_RATE
+from ced.tag.batch import JOURNAL_NAME
 
 DOCS = Path(__file__).parents[2] / "docs"
 needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
@@ -69,7 +71,7 @@ def test_a_long_file_is_tagged_and_decoded(tmp_path: Path, monkeypatch: pytest.M
         commands.append([str(word) for word in command])
         out = Path(commands[-1][commands[-1].index("--out") + 1])
         out.mkdir()
-        (out / sounds.JOURNAL_NAME).write_text("tags")
+        (out / JOURNAL_NAME).write_text("tags")
         return Cost(1.0, 1.0, 90.0)
 
     monkeypatch.setattr(sounds, "of_work", work_here)
@@ -78,7 +80,7 @@ def test_a_long_file_is_tagged_and_decoded(tmp_path: Path, monkeypatch: pytest.M
     rows = list(sounds.hours_part(tmp_path, 0.01, sounds.generated_sounds(), "esc10"))
     assert [(row.work, row.size) for row in rows] == [(sounds.TAG, 0.01), (sounds.DECODE, 0.01), (sounds.OPUS, 0.001)]
     assert commands[0][-1].endswith("long.flac")
-    assert soundfile.info(tmp_path / "long.flac").frames == 36 * sounds.SAMPLE_RATE
+    assert soundfile.info(tmp_path / "long.flac").frames == 36 * SAMPLE_RATE
     opus = soundfile.info(tmp_path / "long.ogg")
     assert (opus.samplerate, opus.channels, opus.subtype) == (48_000, 2, "OPUS")
     assert opus.duration == pytest.approx(3.6, abs=0.1)
