@@ -143,8 +143,7 @@ def write(results: Results, out: Path) -> None:
     with written_aside(out / PAGE) as path:
         path.write_text("\n".join(_page(results)) + "\n", encoding="utf-8")
     if rows := [(arm, what) for arm, what in DRAWN.items() if results.of(arm)]:
-        with written_aside(out / PLOT) as path:
-            _draw(results, rows, path)
+        _draw(results, rows, out / PLOT)
 
 
 def _page(results: Results) -> Iterator[str]:
@@ -378,23 +377,16 @@ def _signed(values: Sequence[float], digits: int) -> str:
 
 def _draw(results: Results, rows: list[tuple[str, str]], path: Path) -> None:
     """Draw each arm as a row: folds as dots, their mean as a bar."""
-    import matplotlib
+    from scripts.drawing import figure
 
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "ced", "svg.fonttype": "none"})  # the same figures give the same file
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(rows) + 1), layout="constrained")
-    for place, (arm, _) in enumerate(rows):
-        accuracies = [100 * value for value in _by_fold(results, arm, "accuracy").values()]
-        colour = "tab:blue" if arm in plan.LABELS else "tab:grey" if arm == ENSEMBLE else "tab:orange"
-        axes.plot(accuracies, [place] * len(accuracies), "o", color=colour, alpha=0.5)
-        axes.plot([mean(accuracies)] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=3)
-    axes.set_yticks(range(len(rows)), [what for _, what in rows])
-    axes.invert_yaxis()
-    axes.axvline(OTHERS["human"], color="black", linestyle=":", linewidth=1)
-    axes.annotate("human", (OTHERS["human"], -0.6), ha="center", annotation_clip=False)
-    axes.set_xlabel("accuracy, percent; bar: mean of folds")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
+    with figure(path, 9, 0.5 * len(rows) + 1) as (axes,):
+        for place, (arm, _) in enumerate(rows):
+            accuracies = [100 * value for value in _by_fold(results, arm, "accuracy").values()]
+            colour = "tab:blue" if arm in plan.LABELS else "tab:grey" if arm == ENSEMBLE else "tab:orange"
+            axes.plot(accuracies, [place] * len(accuracies), "o", color=colour, alpha=0.5)
+            axes.plot([mean(accuracies)] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=3)
+        axes.set_yticks(range(len(rows)), [what for _, what in rows])
+        axes.invert_yaxis()
+        axes.axvline(OTHERS["human"], color="black", linestyle=":", linewidth=1)
+        axes.annotate("human", (OTHERS["human"], -0.6), ha="center", annotation_clip=False)
+        axes.set_xlabel("accuracy, percent; bar: mean of folds")

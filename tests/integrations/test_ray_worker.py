@@ -25,7 +25,7 @@ def sounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[InputSound]:
     for path in paths:
         soundfile.write(path, np.zeros(16_000), 16_000)
     paths.append(tmp_path / "none.wav")
-    return [InputSound(f"./{path.name}", str(path), Path(path.name)) for path in paths]
+    return [InputSound(f"./{path.name}", str(path), path.name) for path in paths]
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])
