@@ -147,11 +147,11 @@ def test_scripts_and_manifests_for_several_machines() -> None:
     for script in scripts:
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
         for line in script.replace("\\\n", " ").splitlines():
-            _, found, words = line.partition("torchrun ")
-            if found:
-                commands.append(shlex.split(words))
-            elif found := re.match(r"run (?=store|train)", line):  # the function of the script
-                commands.append([*commands[-1][: commands[-1].index("ced") + 1], *shlex.split(line[found.end() :])])
+            words = shlex.split(line, comments=True)
+            if "torchrun" in words:
+                commands.append(words[words.index("torchrun") + 1 :])
+            elif words[:1] == ["run"]:  # the function of the script
+                commands.append([*commands[-1][: commands[-1].index("ced") + 1], *words[1:]])
     service, job = yaml.safe_load_all("".join(blocks(page, "yaml")))
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
@@ -162,8 +162,8 @@ def test_scripts_and_manifests_for_several_machines() -> None:
     assert f"--rdzv-endpoint={job['metadata']['name']}-0.{service['metadata']['name']}:29400" in container["args"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert len(commands) == 6
-    for words in commands:
-        given = get_args_parser().parse_args(["2" if word == "$SLURM_JOB_NUM_NODES" else word for word in words])
+    for command in commands:
+        given = get_args_parser().parse_args(["2" if word == "$SLURM_JOB_NUM_NODES" else word for word in command])
         assert (given.module, given.training_script, given.rdzv_backend) == (True, "ced", "c10d")
         assert given.rdzv_id
         assert given.max_restarts > 0

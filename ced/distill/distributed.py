@@ -25,7 +25,7 @@ from ced.config import Mode
 from ced.errors import ProcessError
 
 UNNAMED_JOB = "none"  # the id of all jobs that have no --rdzv-id
-CLAIM_WAIT = 120.0  # seconds until a network file system has released the lock of a lost machine (NFS: 90)
+_CLAIM_WAIT = 120.0  # seconds until a network file system has released the lock of a lost machine (NFS: 90)
 _SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _JOIN_TIMEOUT = timedelta(minutes=10)
 _SHARED_WAIT = 60.0  # seconds until a network file system shows new files on other machines
@@ -151,6 +151,11 @@ def job_of(world: World) -> Job | None:
     restarts = world.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return None if name is None else Job(name, any(restarts))
+
+
+def claim_wait() -> float:
+    """Return the seconds to wait for the lock of an output, which a lost process of the same job may still have."""
+    return _CLAIM_WAIT if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
 
 def join_processes() -> World:

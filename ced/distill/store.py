@@ -31,7 +31,7 @@ from ced.distill.dataset import (
     in_batches,
     prefetch,
 )
-from ced.distill.distributed import CLAIM_WAIT, half_type, join_processes
+from ced.distill.distributed import claim_wait, half_type, join_processes
 from ced.distill.pack_reader import AudioPack
 from ced.distill.teachers import Ensemble, Teacher, load_teacher, teacher_name
 from ced.distill.view_store import META_NAME, Rows, StoreMeta, epoch_seeds
@@ -98,8 +98,7 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
         chunks=fingerprint(pack, chunks, filenames, starts, ends),
     )
     world.check_same({field.name: getattr(meta, field.name) for field in fields(meta)})
-    wait = CLAIM_WAIT if world.size > 1 else 0.0
-    with claimed(folder / META_NAME, wait) if world.is_main else nullcontext():
+    with claimed(folder / META_NAME, claim_wait()) if world.is_main else nullcontext():
         begun = _begin(folder, meta, config.epochs) if world.is_main else None
         parts, missing = cast("tuple[int, set[Part]]", world.broadcast(begun))
         world.check_shared(folder)

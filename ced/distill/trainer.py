@@ -23,7 +23,7 @@ from torch import Tensor
 from ced.config import TrainerConfig
 from ced.distill import experiment
 from ced.distill.dataset import Batch, ViewDataset, prefetch, shuffled, weighted
-from ced.distill.distributed import CLAIM_WAIT, Job, World, half_type, job_of, join_processes, lost_process_explained
+from ced.distill.distributed import Job, World, claim_wait, half_type, job_of, join_processes, lost_process_explained
 from ced.distill.evaluate import Evaluation, Validation
 from ced.distill.experiment import LAST_NAME, RESULT_NAME, State
 from ced.distill.pack_reader import AudioPack
@@ -248,8 +248,7 @@ class Trainer:
             stack.enter_context(lost_process_explained())
             recorder = None
             if self.world.is_main:
-                wait = CLAIM_WAIT if self.world.size > 1 else 0.0
-                stack.enter_context(claimed(folder / experiment.STATE_NAME, wait))
+                stack.enter_context(claimed(folder / experiment.STATE_NAME, claim_wait()))
                 stack.enter_context(experiment.logging_to(folder / self.config.logfile))
             if self.state.epoch:
                 self.stepper.load_state_dict(self.state.stepper)
