@@ -2,7 +2,8 @@
 
 The students have AudioSet's 527 classes. No label is used: a table maps each class of ESC-10 to AudioSet classes,
 and the most probable of those counts. All students are one network, are trained for the same number of steps, and keep
-their last weights: no labelled clips choose checkpoints.
+their last weights: no labelled clips choose checkpoints. Those of the teacher begin with the weights of a masked
+pre-training on the same sounds, which is done once a fold.
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from benchmarks.esc10 import plan, split, teachers
 from benchmarks.esc10.judge import CPU, HELD_OUT, Clips, Verdict, divergences
 from benchmarks.esc10.plan import MODELS, Job
 from benchmarks.esc10.split import LENGTH
-from ced.config import FinetuneConfig, StoreConfig, TeacherEntry, TrainConfig, check
+from ced.config import FinetuneConfig, PretrainConfig, StoreConfig, TeacherEntry, TrainConfig, check
 from ced.distill.pack_reader import AudioPack
 from ced.distill.store import store_folder
 from ced.distill.teachers import Ensemble, load_teacher, teacher_name
@@ -35,9 +36,11 @@ from ced.sound.tables import read_table
 
 TEACHER = "outside"  # the arm of the teacher itself
 VIEWS = "outside_views"
+MASKED = "outside_masked"  # the masked pre-training
 CLASSES = 527
 WIDTH, DEPTH = 128, 6
-EPOCHS, STEPS, BATCH = 16, 150, 32
+EPOCHS, STEPS, BATCH = 10, 150, 32
+MASKED_EPOCHS = 20  # of the pre-training, with as many steps each
 STORED, TOPK = 8, 20  # views of each clip, and scores of each view
 MIXTURES = 2  # for each recording
 PROBE_C = 0.1  # inverse strength of the probe's regularisation
@@ -48,7 +51,7 @@ _VIEWS: Mapping[str, Any] = {
     "wavtransforms": {"Shift": {}},
     "spectransforms": {"TimeMasking": {"time_mask_param": 160}, "FrequencyMasking": {"freq_mask_param": 24}},
 }
-_STUDENT: Mapping[str, Any] = {
+_TRAINING: Mapping[str, Any] = {
     "model": "ced_tiny",
     "model_args": {
         "embed_dim": WIDTH,
@@ -68,6 +71,15 @@ _STUDENT: Mapping[str, Any] = {
     "epochs": EPOCHS,
     "epoch_length": STEPS,
 }
+_MASKED: Mapping[str, Any] = {
+    **_TRAINING,
+    "train_data": FREE_MIXED,
+    "decoder_args": {"embed_dim": WIDTH, "num_heads": WIDTH // 32, "depth": 2},
+    "chunk_length": split.SECONDS,
+    "epochs": MASKED_EPOCHS,
+    "picture_every": MASKED_EPOCHS,
+    "seed": 1,
+}
 LABELS: Mapping[str, Mapping[str, Any]] = {
     "outside_labels": {"wavtransforms": {}, "spectransforms": {}},
     "outside_labels_views": {},
@@ -75,14 +87,17 @@ LABELS: Mapping[str, Mapping[str, Any]] = {
     "outside_labels_mixtures": {"train_data": FREE_MIXED},
     # As many steps as the first weights of `outside_tuned` and its own together.
     "outside_labels_double": {"epochs": 2 * EPOCHS},
+    "outside_labels_masked": {"pretrained": str(MODELS / MASKED)},
 }
 CED, OWN, TUNED = "outside_ced", "outside_own_views", "outside_tuned"
 CED_ALL, RECORDINGS = "outside_ced_all", "outside_recordings"
+_FRESH: Mapping[str, Any] = {"pretrained": False}
 CHANGED: Mapping[str, Mapping[str, Any]] = {
+    "outside_ced_fresh": _FRESH,
     "outside_ced_half": {"epochs": EPOCHS // 2},
     "outside_ced_double": {"epochs": 2 * EPOCHS},
-    "outside_ced_wide": {"model_args": {**_STUDENT["model_args"], "embed_dim": 192, "num_heads": 6}},
-    "outside_ced_deep": {"model_args": {**_STUDENT["model_args"], "depth": 12}},
+    "outside_ced_wide": {**_FRESH, "model_args": {**_TRAINING["model_args"], "embed_dim": 192, "num_heads": 6}},
+    "outside_ced_deep": {**_FRESH, "model_args": {**_TRAINING["model_args"], "depth": 12}},
     "outside_ced_one_view": {"max_aug_epochs": 1},
     "outside_ced_last_half": {"label_type": "last_half"},
 }
@@ -105,11 +120,12 @@ def jobs(teacher: str, seed: int) -> list[Job]:
     recordings = _stored(f"{VIEWS}_recordings", [teacher], train_data=FREE, epochs=(1 + MIXTURES) * STORED)
     ced = _distilled(CED, seed, alone)
     found = [
+        Job(MASKED, "pretrain", check(PretrainConfig, _MASKED, MASKED)),
         alone,
         ced,
         _distilled(OWN, seed, alone, disable_consistency=True),
-        *(_labelled(arm, seed, (), changes) for arm, changes in LABELS.items()),
-        _labelled(TUNED, seed, (ced.name,), {"pretrained": str(MODELS / ced.name)}),
+        *(_labelled(arm, seed, changes) for arm, changes in LABELS.items()),
+        _labelled(TUNED, seed, {"pretrained": str(MODELS / ced.name)}),
         together,
         _distilled(CED_ALL, seed, together),
         recordings,
@@ -143,18 +159,21 @@ def _stored(name: str, who: list[str], **changes: Any) -> Job:
 def _distilled(arm: str, seed: int, views: Job, **changes: Any) -> Job:
     assert isinstance(views.config, StoreConfig)
     values = {
-        **_STUDENT,
+        **_TRAINING,
         "train_data": str(views.config.train_data),
         "logitspath": str(store_folder(views.config)),
+        "pretrained": str(MODELS / MASKED),
         **changes,
         "seed": seed,
     }
-    return Job(f"{arm}-{seed}", "train", check(TrainConfig, values, arm), (views.name,), arm, seed)
+    config = check(TrainConfig, values, arm)
+    return Job(f"{arm}-{seed}", "train", config, (views.name, *plan.first_weights(config)), arm, seed)
 
 
-def _labelled(arm: str, seed: int, needs: tuple[str, ...], changes: Mapping[str, Any]) -> Job:
-    values = {**_STUDENT, **_VIEWS, "train_data": FREE, "classes": "classes.tsv", **changes, "seed": seed}
-    return Job(f"{arm}-{seed}", "finetune", check(FinetuneConfig, values, arm), needs, arm, seed)
+def _labelled(arm: str, seed: int, changes: Mapping[str, Any]) -> Job:
+    values = {**_TRAINING, **_VIEWS, "train_data": FREE, "classes": "classes.tsv", **changes, "seed": seed}
+    config = check(FinetuneConfig, values, arm)
+    return Job(f"{arm}-{seed}", "finetune", config, plan.first_weights(config), arm, seed)
 
 
 def student(folder: Path, job: Job, fold: int) -> Verdict:

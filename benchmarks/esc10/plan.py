@@ -241,5 +241,9 @@ def _distilled(arm: str, seed: int, changes: Mapping[str, Any], views: Job | Non
 
 
 def _student(arm: str, command: str, config: TrainerConfig, needs: tuple[str, ...]) -> Job:
-    first = (Path(config.pretrained).name,) if isinstance(config.pretrained, str) else ()
-    return Job(f"{arm}-{config.seed}", command, config, (*needs, *first), arm, config.seed)
+    return Job(f"{arm}-{config.seed}", command, config, (*needs, *first_weights(config)), arm, config.seed)
+
+
+def first_weights(config: TrainerConfig) -> tuple[str, ...]:
+    """Return the job that makes the first weights of a student; none if they are random."""
+    return (Path(config.pretrained).name,) if isinstance(config.pretrained, str) else ()

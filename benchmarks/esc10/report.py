@@ -68,13 +68,15 @@ OUTSIDE = {
     outside.RECORDINGS: "stored scores of the recordings alone, without mixtures; the teacher's views",
     "outside_labels_mixtures": "labels, also of the mixtures; shift and masks",
     "outside_labels_double": "labels; shift and masks; twice the steps",
+    "outside_labels_masked": "labels; shift and masks; first weights of the masked pre-training",
     outside.TUNED: f"labels; shift and masks; first weights of `{outside.CED}`, so twice the steps in all",
 }
 OUTSIDE_CHANGED = {
+    "outside_ced_fresh": "random first weights",
     "outside_ced_half": "half of the steps",
     "outside_ced_double": "twice the steps",
-    "outside_ced_wide": "width 192",
-    "outside_ced_deep": "depth 12",
+    "outside_ced_wide": "random first weights, width 192",
+    "outside_ced_deep": "random first weights, depth 12",
     "outside_ced_one_view": "1 stored view of each clip",
     "outside_ced_topk_5": "5 stored scores of each view",
     "outside_ced_last_half": "classes outside the stored ones filled with half of the last stored score",
@@ -209,8 +211,10 @@ def _outside(results: Results) -> Iterator[str]:
         f"{outside.EPOCHS * outside.STEPS} steps of {outside.BATCH} clips. Those of the teacher are trained on "
         f"{outside.STORED} stored views of {outside.TOPK} scores each, of the recordings of the other four folds and "
         f"{outside.MIXTURES} mixtures for each, whose parts are played at up to {split.FASTEST:g} times their speed "
-        "or down to its inverse. Students that are trained on labels have the recordings alone, except for "
-        "`outside_labels_mixtures`. No labelled clips are used to choose checkpoints: the last weights are evaluated. "
+        "or down to its inverse. They begin with the weights of a masked pre-training on the same sounds, of "
+        f"{outside.MASKED_EPOCHS * outside.STEPS} steps, once a fold. Students that are trained on labels have the "
+        "recordings alone, except for `outside_labels_mixtures`, and random first weights, unless the table names "
+        "others. No labelled clips are used to choose checkpoints: the last weights are evaluated. "
         "The views are those of the tables above: masks of up to 160 frames and 24 mel bins. This teacher was trained "
         "without masks in frequency and makes more errors under them (`benchmarks/teacher_masks.py`)."
     )
