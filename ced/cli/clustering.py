@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ced.cli.console import Meter, show, show_error, speed
 from ced.errors import ConfigError
 from ced.progress import Progress
-from ced.remote import address_of
 from ced.tag.options import EACH, TagOptions
 
 if TYPE_CHECKING:
@@ -50,8 +49,6 @@ class Cluster:
         if out is None or out.suffix in (".npy", ".parquet"):
             got = "" if out is None else f"; got {out}"
             raise ConfigError(f"--ray writes many files; name a folder with --out{got}")
-        if (store := address_of(out)) is not None:
-            raise ConfigError(f"--ray writes into a folder that all machines see, not into a store; got {store}")
         return cls(address, out, workers)
 
 

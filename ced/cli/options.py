@@ -232,6 +232,15 @@ InputDevice = Annotated[
         show_default="the default input of the system",
     ),
 ]
+ModelDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--model-device",
+        rich_help_panel=_MODEL,
+        help="Where the model runs, as --device of `ced tag`: cpu, cuda, coreml, auto and others.",
+        show_default="cpu",
+    ),
+]
 ListDevices = Annotated[
     bool,
     typer.Option("--list-devices", rich_help_panel=_INPUT, help="List the input devices of this machine, and exit."),

@@ -157,7 +157,7 @@ def embed(
         return
     check_embeddings_path(out)
     if (address := address_of(out)) is not None:
-        check_writable(address)
+        check_writable(address.rpartition("/")[0])
     inputs = _find(sounds, channel, allow_private)
     with (
         reporting() as progress,

@@ -23,12 +23,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ced import remote
 from ced.environment import SWITCHES, cores
 from ced.errors import AudioError, CedError, CheckpointError, ConfigError, ProcessError, optional_packages
-from ced.files import claimed
 from ced.model.graph import Precision
 from ced.model.zoo import DEFAULT_MODEL
 from ced.parallel import attempts
+from ced.remote import Listed
+from ced.sound import shards
 from ced.sound.decode import is_address
 from ced.tag import parts, writers
 from ced.tag.batch import Summary
@@ -261,7 +263,7 @@ def run(
     Args:
         inputs: files and addresses that all machines see under one path.
         work: what is done with each.
-        out: the folder, which all machines see under one path.
+        out: the folder, which all machines see under one path, or the address of one in a store.
         settings: what rows depend on besides the sounds, as JSON has it; a later run must have the same.
         address: of the cluster, HOST:PORT or ray://HOST:PORT; or `AUTO`.
         workers: sounds processed at a time; None: all cores of the cluster.
@@ -279,9 +281,8 @@ def run(
         if not isinstance(item.source, str | os.PathLike):
             raise ConfigError(f"{item.name} cannot be read by other machines; name files, folders or addresses")
     began = time.monotonic()
-    out = Path(os.path.abspath(out))
-    folder = PartFolder(out, work.rows)
-    with claimed(out / parts.RUN_NAME):
+    folder = PartFolder(out if remote.address_of(out) else Path(os.path.abspath(out)), work.rows)
+    with folder.files.claim():
         begun = folder.begin(settings)
         found = folder.settle()
         todo = parts.to_do(inputs, found)
@@ -465,9 +466,15 @@ def _shared(part: Part) -> Part:
 
 def _source(item: InputSound) -> str:
     """Return the address or whole path of an input."""
-    source = item.source
-    assert isinstance(source, str | os.PathLike)
-    return source if isinstance(source, str) and is_address(source) else os.path.abspath(os.fspath(source))
+    assert isinstance(item.source, str | os.PathLike)
+    source = os.fspath(item.source)
+    if is_address(source) or remote.address_of(source) is not None:
+        return source
+    shard, member = shards.split_member(source) or (source, None)
+    path = os.path.abspath(shard)
+    if member is None:
+        return path
+    return Listed(f"{path}!{member}", source.stamp if isinstance(source, Listed) else None)
 
 
 def _written(

@@ -176,7 +176,7 @@ class _Folder:
         keep_scores: whether the scores of sounds are kept.
 
     Raises:
-        ConfigError: two outputs would have one path.
+        ConfigError: two outputs would have one path, or two inputs have one name.
     """
 
     def __init__(
@@ -188,6 +188,10 @@ class _Folder:
         self._targets: dict[str, list[tuple[Format, Path]]] = {}  # by the key of an input
         owners = {out / JOURNAL_NAME: "the journal", self.errors: "the list of failures"}
         for item in inputs:
+            if item.key in self._targets:
+                raise ConfigError(
+                    f"two sounds have the name {item.key}, as versions of one file have; tag one at a time"
+                )
             place = out / item.relative
             self._targets[item.key] = [(kind, place.with_name(name_with(place.name, kind.suffix))) for kind in chosen]
             paths = [path for _, path in self._targets[item.key]]

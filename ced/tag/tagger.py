@@ -90,18 +90,28 @@ class WindowScorer:
     Args:
         model: scores waves; with `embed`, or `columns` and `column_starts`, it can also embed or score columns.
         name: the name of the model in errors.
-        calls: joins calls of several threads into one, as is faster on an accelerator; None: each is a call by itself.
+        batch: windows of several threads that share a call of a model that is `accelerated`, that is, not on the CPU.
     """
 
-    def __init__(self, model: Scorer, name: str, calls: SharedCalls | None = None) -> None:
+    def __init__(self, model: Scorer, name: str, batch: int = BATCH) -> None:
         self.model, self.name = model, name
-        self._calls = calls
+        self._batch = batch
+        self._calls = SharedCalls(batch) if getattr(model, "accelerated", False) else None
         self._checked: set[TagOptions] = set()  # options that fit the model; checking may run it
 
     @property
     def labels(self) -> ClassTable:
         """The classes of the model."""
         return self.model.labels
+
+    def threads(self, jobs: int) -> int:
+        """Return how many threads keep the model busy: `jobs`, or on an accelerator at least twice the batch."""
+        return jobs if self._calls is None else max(jobs, 2 * self._batch)
+
+    def close(self) -> None:
+        """End the calls that threads share; those that wait end with a ClosedError."""
+        if self._calls is not None:
+            self._calls.close()
 
     def check(self, options: TagOptions) -> None:
         """Check options against the model, before any sound is read.
@@ -245,10 +255,8 @@ class Tagger:
                 raise ConfigError(f"{what} is {number!r}; it must be a whole number, 1 or more")
         self.name = name or (os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__)
         scorer = _open_scorer(model, device, precision, progress)
-        accelerated: bool = getattr(scorer, "accelerated", False)
-        self._calls = SharedCalls(batch) if accelerated else None
-        self.windows = WindowScorer(scorer, self.name, self._calls)
-        self.jobs = jobs = max(jobs, 2 * batch) if accelerated else jobs  # threads that read, and wait for a call
+        self.windows = WindowScorer(scorer, self.name, batch)
+        self.jobs = jobs = self.windows.threads(jobs)
         self._closed = False
         self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="scorer") if jobs > 1 else None
         self._slots = Semaphore(_AHEAD * jobs)  # limits the windows in memory, however many sounds are read at once
@@ -262,8 +270,7 @@ class Tagger:
     def close(self) -> None:
         """Stop the threads; tagging in progress ends with a ClosedError after the current window."""
         self._closed = True
-        if self._calls is not None:
-            self._calls.close()
+        self.windows.close()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 

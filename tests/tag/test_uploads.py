@@ -110,6 +110,24 @@ def test_outputs_that_another_machine_wrote_replace_those_of_an_interrupted_run(
     assert again.done == [f"memory://in/{name}" for name in CLIPS]
 
 
+def test_two_versions_of_a_file_are_not_mixed_up(memory: Any, sounds: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"two sounds have the name memory://in/guitar\.flac"):
+        run(Loudness(), ["memory://in/guitar.flac?versionId=1", "memory://in/guitar.flac?versionId=2"])
+
+
+def test_a_store_that_cannot_be_written_to_is_noticed_before_sounds_are_read(
+    memory: Any, sounds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("denied")
+
+    monkeypatch.setattr(type(memory), "pipe_file", refuse)
+    process = Loudness()
+    with pytest.raises(WriteError, match="no permission"):
+        run(process, sounds)
+    assert process.done == []
+
+
 def test_failures_are_listed_until_they_are_mended(memory: Any, sounds: list[str]) -> None:
     memory.pipe("/in/bad.wav", b"not sound at all" * 100)
     memory.pipe("/shards/a.tar", tar_of({"text.wav": b"hello" * 100, **CLIPS}))
