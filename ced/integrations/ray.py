@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -291,6 +292,7 @@ def run(
         seconds = 0.0
         if todo:
             connect(address)
+            _check_installed()
             size = _Pool.fitting(workers, work.model).size
             planned = _part_dataset(list(parts.plan(todo, size)))
             for result in _written(planned, work, folder, begun, workers):
@@ -372,6 +374,35 @@ def _no_stderr() -> Iterator[None]:
         os.close(kept)
 
 
+def _check_installed() -> None:
+    """Make sure that all machines of the cluster have this package, without which Ray would start workers for ever.
+
+    Raises:
+        ProcessError: one has not.
+    """
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ray = _ray()
+    importing = ray.remote(import_module)  # what is of this module would need the package to be called
+    answers = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            answer = importing.options(num_cpus=0, scheduling_strategy=place).remote(__name__)
+            answers.append((node["NodeName"], answer))
+    for machine, answer in answers:
+        try:
+            ray.get(answer)
+        except ImportError as error:
+            reason = _one_line(str(getattr(error, "cause", error)))
+            raise ProcessError(
+                f"machine {machine} of the Ray cluster cannot import ced ({reason});"
+                " install the same version of ced-audio[ray] on all machines"
+            ) from error
+        except ray.exceptions.RayError:  # a machine that was lost since: its work is done by others
+            continue
+
+
 def _ray() -> Any:
     with optional_packages("tagging on a cluster"):
         import ray
@@ -427,6 +458,7 @@ def _dataset(
     sounds: "Dataset | Sequence[str | os.PathLike[str]]", work: "Tagging | Embedding", workers: int | None
 ) -> "Dataset":
     connect()
+    _check_installed()
     ray = _ray()
     if isinstance(sounds, ray.data.Dataset):
         reads = True
