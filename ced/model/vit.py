@@ -28,9 +28,21 @@ class Attention(nn.Module):
         """Mix tokens, (b, tokens, d) -> (b, tokens, d)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (b, tokens, 3, heads, d / heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.proj(attend(query, key, value).transpose(1, 2).flatten(2))
         return out
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return scaled dot-product attention of (b, heads, tokens, d / heads) each, in the same shape.
+
+    In half precision on a CPU it is two products and a softmax: PyTorch's fused attention needs three times as long
+    there for the result and its gradients (`python benchmarks/distill.py --only attention`).
+    """
+    if query.device.type != "cpu" or query.dtype == torch.float32:
+        return F.scaled_dot_product_attention(query, key, value)
+    weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    mixed: Tensor = weights.softmax(-1).to(value.dtype) @ value
+    return mixed
 
 
 class Mlp(nn.Module):

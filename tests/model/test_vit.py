@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ced.errors import ConfigError
 from ced.model.config import POOLINGS, ModelConfig, Pooling
-from ced.model.vit import CED
+from ced.model.vit import CED, attend
 from ced.sound.labels import ClassTable, audioset
 
 SIZES = {"tiny": (192, 3, 5.5), "mini": (256, 4, 9.6), "small": (384, 6, 22), "base": (768, 12, 86)}
@@ -216,6 +216,24 @@ def test_autocast_leaves_the_features_in_float32() -> None:
     assert rough.dtype == torch.float32
     assert not torch.equal(rough, exact)  # the network itself did run in bfloat16
     torch.testing.assert_close(rough, exact, atol=0.05, rtol=0)
+
+
+def test_attention_in_half_precision_is_attention() -> None:
+    generator = torch.Generator().manual_seed(6)
+    inputs = [torch.randn(2, 3, 40, 16, generator=generator, requires_grad=True) for _ in range(3)]
+    query, key, value = inputs
+    exact = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    halves = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs]
+    query, key, value = halves
+    rough = attend(query, key, value)
+    assert rough.dtype == torch.bfloat16
+    torch.testing.assert_close(rough.float(), exact, atol=0.02, rtol=0.02)
+    for half, whole in zip(
+        torch.autograd.grad(rough.float().sum(), halves),
+        torch.autograd.grad(exact.sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(half.float(), whole, atol=0.03, rtol=0.03)
 
 
 def test_fresh_weights() -> None:
