@@ -10,7 +10,7 @@ import typer
 
 from ced.environment import cores
 from ced.model.graph import Precision
-from ced.tag.options import EVENT_THRESHOLD, TOP_K, FormatName, Tail
+from ced.tag.options import EVENT_THRESHOLD, MOST_BATCH, TOP_K, FormatName, Tail
 
 FORMATS = get_args(FormatName)
 
@@ -94,7 +94,10 @@ DeviceOption = Annotated[
 BatchOption = Annotated[
     int,
     typer.Option(
-        min=1, rich_help_panel=_MODEL, help="Windows that share a call of the model on an accelerator; not on the CPU."
+        min=1,
+        max=MOST_BATCH,
+        rich_help_panel=_MODEL,
+        help="Windows that share a call of the model on an accelerator; not on the CPU.",
     ),
 ]
 Ray = Annotated[

@@ -26,7 +26,7 @@ from ced.sound.audio import Sound, Source, Window, name_of, open_sound
 from ced.sound.labels import ClassTable
 from ced.tag import clock
 from ced.tag.events import events
-from ced.tag.options import BATCH, TagKeywords, TagOptions
+from ced.tag.options import BATCH, MOST_BATCH, TagKeywords, TagOptions
 from ced.tag.records import Embedding, Kind, Record, Scored, Tags
 from ced.tag.scores import ScoreLog
 from ced.tag.shared_calls import SharedCalls
@@ -236,7 +236,7 @@ class Tagger:
 
     Raises:
         CheckpointError, DownloadError: the model is unknown, unreadable, or could not be downloaded.
-        ConfigError: the model cannot run on the device or in the precision, or `jobs` or `batch` is below 1.
+        ConfigError: the model cannot run on the device or in the precision, or `jobs` or `batch` is out of range.
     """
 
     def __init__(
@@ -250,9 +250,10 @@ class Tagger:
         name: str | None = None,
         progress: Progress = silent,
     ) -> None:
-        for what, number in (("jobs", jobs), ("batch", batch)):
-            if not isinstance(number, int) or number < 1:
-                raise ConfigError(f"{what} is {number!r}; it must be a whole number, 1 or more")
+        if not isinstance(jobs, int) or jobs < 1:
+            raise ConfigError(f"jobs is {jobs!r}; it must be a whole number, 1 or more")
+        if not isinstance(batch, int) or not 1 <= batch <= MOST_BATCH:  # as many windows, and threads, are in memory
+            raise ConfigError(f"batch is {batch!r}; it must be a whole number, 1 to {MOST_BATCH}")
         self.name = name or (os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__)
         scorer = _open_scorer(model, device, precision, progress)
         self.windows = WindowScorer(scorer, self.name, batch)
