@@ -137,29 +137,33 @@ class _Tar:
 
     def _search(self, file: IO[bytes]) -> str | None:
         """Find the members, also those of joined archives and behind damaged headers; return why there may be more."""
-        last, end, damaged, repeated = "", 0, "", 0
+        head = file.read(tarfile.BLOCKSIZE)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                archive.ignore_zeros = True  # go on behind the end of an archive, and behind invalid headers
+            if head.strip(b"\0") or not head:  # zeros: an archive without members, which others may follow
+                tarfile.TarInfo.frombuf(head, tarfile.ENCODING, "surrogateescape")
+        except tarfile.HeaderError:
+            return "not a tar archive, or damaged from the start"
+        file.seek(0)
+        last, end, fault, repeated = "its beginning", 0, None, 0
+        try:
+            with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as archive:
                 for member in archive:
-                    if not damaged and _has_data(file, end, member.offset):
-                        damaged = last
-                    last, end = member.name, archive.offset
+                    if fault is None and _has_data(file, end, member.offset):
+                        fault = last
+                    last, end = f"the member {member.name}", archive.offset
                     if member.isreg() or member.islnk() or member.issym():
                         repeated += member.name in self.places
                         self.places[member.name] = self._place_of(member)
-                if not damaged and _has_data(file, end, self._size):
-                    damaged = last
+                if fault is None and _has_data(file, end, self._size):
+                    fault = last
         except (OSError, CedError):
             raise
         except Exception:  # tarfile raises errors of many kinds on damaged files
-            if not last:
-                return "not a tar archive, or damaged from the start"
-            damaged = damaged or last
+            fault = fault or last
         if repeated:
             name = remote.without_secrets(self._shard)
             logger.warning("%s: %d members are replaced by later ones with the same name", name, repeated)
-        return f"damaged after the member {damaged}; there may have been more members" if damaged else None
+        return None if fault is None else f"damaged after {fault}; there may have been more members"
 
     def _place_of(self, member: tarfile.TarInfo) -> tuple[int, int] | None:
         if member.islnk():  # another name of an earlier member
@@ -185,8 +189,11 @@ class _Tar:
 
 def _has_data(file: IO[bytes], start: int, end: int) -> bool:
     """Return whether there are other bytes than zeros between two offsets."""
-    file.seek(start)
-    return any(any(file.read(min(_CHUNK, end - place))) for place in range(start, end, _CHUNK))
+    for place in range(start, end, _CHUNK):
+        file.seek(place)
+        if file.read(min(_CHUNK, end - place)).strip(b"\0"):
+            return True
+    return False
 
 
 class _Parquet:
