@@ -3,10 +3,14 @@
 Run as `python benchmarks/distill.py` (about ten minutes on two cores; `--only NAME ...` for a part). Each pair
 alternates; figures are medians, and the ratio is what carries to another machine. The sounds are generated, the
 weights random.
+
+`--only reading` has tables of its own: what training reads from a pack, and how fast this disk delivers it, with a cold
+and a warm page cache (`--folder` chooses the disk).
 """
 
 import argparse
 import multiprocessing
+import os
 import platform
 import statistics
 import tempfile
@@ -27,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ced.config import Mode, StoreConfig, check
 from ced.distill import targets, views
-from ced.distill.dataset import Batch, ViewDataset, chunks_of_rows, in_batches, prefetch
+from ced.distill.dataset import Batch, ViewDataset, chunks_of_rows, in_batches, prefetch, whole_clips
 from ced.distill.distributed import World
 from ced.distill.pack_reader import AudioPack
 from ced.distill.pack_writer import pack
@@ -190,20 +194,22 @@ def measure_store(pack_table: Path, checkpoint: Path, folder: Path, rounds: int)
     yield "storing views (plain: bare forward pass)", "views/s", *alternate(rounds, forward, walk)  # type: ignore[misc]
 
 
-def training_step(mode: Mode, backend: SDPBackend | None = None, compiled: bool = False) -> Callable[[], float]:
-    """Return a timed training step of ced_tiny on a batch of 32 clips of 10 s, from waves to new weights."""
-    network = loading.create("ced_tiny", model_args={"pooling": "logit"}, pretrained=False, labels=audioset())
+def training_step(
+    mode: Mode, backend: SDPBackend | None = None, compiled: bool = False, model: str = "ced_tiny", size: int = 32
+) -> Callable[[], float]:
+    """Return a timed training step of a network on a batch of clips of 10 s, from waves to new weights."""
+    network = loading.create(model, model_args={"pooling": "logit"}, pretrained=False, labels=audioset())
     objective = TargetLoss(network, torch.nn.functional.binary_cross_entropy_with_logits)
     stepper = Stepper(network, objective, World(0, 1, torch.device("cpu")), mode=mode, compiled=compiled)
-    waves = (torch.randn(32, SECONDS * SAMPLE_RATE) * 3000).to(torch.int16)
-    chunks = Batch(np.arange(32), waves, torch.rand(32, 2))
-    batch = TrainingBatch(chunks, RECIPE, targets=torch.rand(32, CLASSES).pow(20))
+    waves = (torch.randn(size, SECONDS * SAMPLE_RATE) * 3000).to(torch.int16)
+    chunks = Batch(np.arange(size), waves, torch.rand(size, 2))
+    batch = TrainingBatch(chunks, RECIPE, targets=torch.rand(size, CLASSES).pow(20))
 
     def step() -> None:
         with sdpa_kernel(backend) if backend else nullcontext():
             stepper.step(batch, 1e-4)
 
-    return lambda: rate(32, step)
+    return lambda: rate(size, step)
 
 
 def measure_steps(rounds: int) -> Iterator[Measurement]:
@@ -232,15 +238,84 @@ def measure_attention(rounds: int) -> Iterator[Measurement]:
         yield what, "clips/s", *alternate(rounds, *sides)  # type: ignore[misc]
 
 
+def evict(pack_table: Path) -> None:
+    """Drop the files of a pack from the page cache; no process may have them mapped."""
+    for path in pack_table.parent.parent.glob("hdf5/*.h5"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bytes_from_disk() -> int:
+    """Return the bytes that storage has delivered to this process so far."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["read_bytes"])
+
+
+def read_clips(pack_table: Path, cold: bool, shuffled: bool, workers: int) -> tuple[float, float]:
+    """Read every clip of a pack once, as the first epoch of a training does.
+
+    Returns:
+        Clips per second, and bytes from the disk for each clip.
+    """
+    audio = AudioPack(pack_table)  # a new one: checksums are compared at the first reading
+    chunks = whole_clips(audio, range(len(audio)))
+    items = np.arange(len(audio))
+    if shuffled:
+        items = np.random.default_rng(0).permutation(items)
+    dataset = ViewDataset(audio, chunks, samples=SECONDS * SAMPLE_RATE)
+    batches = [items[list(places)] for places in in_batches(len(items), 32)]
+    if cold:
+        evict(pack_table)
+    before = bytes_from_disk()
+    found = rate(len(items), lambda: exhaust(prefetch(dataset, batches, workers)))
+    return found, (bytes_from_disk() - before) / len(items)
+
+
+def read_file(pack_table: Path) -> float:
+    """Read the files of a pack from the disk in blocks of a megabyte; return the bytes per second."""
+    evict(pack_table)
+    block, total, begin = bytearray(1 << 20), 0, time.perf_counter()
+    for path in pack_table.parent.parent.glob("hdf5/*.h5"):
+        with path.open("rb", buffering=0) as file:
+            while read := file.readinto(block):
+                total += read
+    return total / (time.perf_counter() - begin)
+
+
+def print_reading(pack_table: Path, rounds: int, gpu_rates: list[int]) -> None:
+    """Print what training reads, and what this disk delivers."""
+    clip = SECONDS * SAMPLE_RATE * 2  # bytes in int16
+    print("| reading | cache | order | MB/s | clips/s | from disk, kB per clip |\n|---|---|---|---|---|---|")
+    plain = statistics.median(read_file(pack_table) for _ in range(rounds))
+    print(f"| the file, in blocks of 1 MB | cold | in order | {plain / 1e6:,.0f} | {plain / clip:,.0f} | |", flush=True)
+    for cold, shuffled, workers in ((True, False, 4), (True, True, 4), (True, True, 1), (False, True, 4)):
+        runs = [read_clips(pack_table, cold, shuffled, workers) for _ in range(rounds)]
+        clips, fetched = (statistics.median(values) for values in zip(*runs, strict=True))
+        what = f"the loader, {workers} thread{'s' if workers > 1 else ''}"
+        state, order = "cold" if cold else "warm", "shuffled" if shuffled else "in order"
+        figures = f"{clips * clip / 1e6:,.0f} | {clips:,.0f} | {fetched / 1e3:,.0f}"
+        print(f"| {what} | {state} | {order} | {figures} |", flush=True)
+    size = 8
+    print(f"\n| training, batch {size} | clips/s | MB/s |\n|---|---|---|")
+    for model in ("ced_tiny", "ced_mini", "ced_small", "ced_base"):
+        (clips,) = alternate(rounds, training_step("off", model=model, size=size))
+        print(f"| {model} on this processor, float32 | {clips:,.2g} | {clips * clip / 1e6:,.2g} |", flush=True)
+    for clips in gpu_rates:
+        print(f"| a GPU that trains on {clips:,} clips/s | {clips:,} | {clips * clip / 1e6:,.0f} |")
+
+
 def main() -> None:
     """Run the chosen measurements and print a table in Markdown."""
-    parts = ("items", "packing", "store", "attention", "steps")
+    parts = ("items", "packing", "store", "attention", "steps", "reading")
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts[:-1])
     parser.add_argument("--clips", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where all files are made; default: that of temporary files")
+    parser.add_argument("--gpu-rates", type=int, nargs="+", default=[500, 2_000, 8_000], help="clips/s, for `reading`")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         sounds = make_sounds(folder / "sounds", arguments.clips)
         pack_table = pack(sounds, folder / "pack", workers=2).index
@@ -249,8 +324,12 @@ def main() -> None:
         machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         print(f"{machine}, torch {torch.__version__}")
         print(f"{arguments.clips} clips of {SECONDS} s, medians of {arguments.rounds} rounds\n")
-        print("| work | unit | plain | ours | ratio |\n|---|---|---|---|---|")
-        for part in arguments.only:
+        if "reading" in arguments.only:
+            print_reading(pack_table, arguments.rounds, arguments.gpu_rates)
+        chosen = [part for part in arguments.only if part != "reading"]
+        if chosen:
+            print("\n| work | unit | plain | ours | ratio |\n|---|---|---|---|---|")
+        for part in chosen:
             if part == "items":
                 stored_views = store(store_config(pack_table, checkpoint, folder / "store"))
                 measured = measure_items(pack_table, stored_views, arguments.rounds)

@@ -1,6 +1,6 @@
 """Measure time and memory of tagging files, from the start of a command to its end, compared with plain PyTorch.
 
-Run as `python benchmarks/tag_files.py` (some minutes on two cores). The sounds are generated, the weights random.
+Run as `python -m benchmarks.tag_files` (some minutes on two cores). The sounds are generated, the weights random.
 
     start   one clip of 10 s: from the start of a process to its end, and its peak memory
     long    a file of three hours: speed and peak memory
@@ -12,7 +12,6 @@ it in twenty lines; the sides take turns and figures are medians.
 
 import argparse
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ import numpy as np
 import soundfile
 import torch
 
+from benchmarks.scale.costs import Cost, of_command
 from ced.model import loading
 from ced.model.graph.compare import export_int8
 from ced.model.graph.export import export, int8_path
@@ -33,8 +33,8 @@ from ced.model.zoo import MODELS
 RATE = 44_100
 PLAIN = """if True:
     import sys, numpy as np, soundfile, soxr, torch
-    from ced.model.checkpoints import build, read
-    model = build(read(sys.argv[1]))
+    from ced.model.loading import load_model
+    model = load_model(sys.argv[1]).eval()
     for path in sys.argv[2:]:
         wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
         wave = soxr.resample(wave.mean(1), rate, 16000)
@@ -43,17 +43,6 @@ PLAIN = """if True:
                 scores = model.probs(torch.from_numpy(wave[None, start : start + 160000]))[0]
             best = scores.topk(3)
             print(path, [(model.labels.names[i], float(p)) for p, i in zip(best.values, best.indices)], flush=True)
-"""
-
-
-# A small process of its own, because the memory of the parent counts for a forked process.
-LAUNCH = """if True:
-    import os, sys, time
-    begin = time.perf_counter()
-    pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
-    _, status, usage = os.wait4(pid, 0)
-    print(time.perf_counter() - begin, usage.ru_maxrss, file=sys.stderr)
-    sys.exit(status != 0)
 """
 
 
@@ -80,16 +69,6 @@ def write_sound(path: Path, seconds: int, channels: int, seed: int) -> None:
             file.write((tone + 0.02 * rng.standard_normal((RATE, channels))).astype(np.float32))
 
 
-def run(command: list[str | Path]) -> tuple[float, float]:
-    """Return the seconds that a command takes and its peak memory in MB."""
-    launcher = [sys.executable, "-S", "-c", LAUNCH, *command]
-    done = subprocess.run(launcher, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"failed: {' '.join(map(str, command))}\n{done.stderr}")
-    seconds, kilobytes = done.stderr.splitlines()[-1].split()
-    return float(seconds), int(kilobytes) / 1024
-
-
 def command(side: str, model: Path, sounds: list[Path]) -> list[str | Path]:
     """Return the command of one side; `ced tag` gets the folder of several sounds."""
     if side == "plain":
@@ -101,14 +80,14 @@ def compare(
     what: str, unit: str, sounds: list[Path], paths: dict[str, Path], rounds: int, figure: Callable[[float], float]
 ) -> None:
     """Run all sides in turn and print a row of the table for each."""
-    results: dict[str, list[tuple[float, float]]] = {side: [] for side in paths}
+    results: dict[str, list[Cost]] = {side: [] for side in paths}
     for _ in range(rounds):
         for side, model in paths.items():
-            results[side].append(run(command(side, model, sounds)))
-    seconds = {side: statistics.median(took for took, _ in values) for side, values in results.items()}
+            results[side].append(of_command(command(side, model, sounds)))
+    seconds = {side: statistics.median(cost.seconds for cost in values) for side, values in results.items()}
     for side, values in results.items():
         ratio = f"{seconds['plain'] / seconds[side]:.2f}" if "plain" in seconds else "-"
-        memory = statistics.median(memory for _, memory in values)
+        memory = statistics.median(cost.memory or 0 for cost in values)
         print(f"| {what} | {side} | {figure(seconds[side]):.3g} {unit} | {ratio} | {memory:.0f} MB |", flush=True)
 
 

@@ -283,8 +283,12 @@ def errors_held(path: Path) -> Iterator[HeldWriter]:
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[None]:
+def claimed(path: Path, wait: float = 0.0) -> Iterator[None]:
     """Keep other processes from writing `path` inside the `with` block; a kill releases the claim.
+
+    Args:
+        path: the file to write.
+        wait: seconds to wait for another process to end.
 
     Raises:
         BusyError: another process is writing it.
@@ -297,7 +301,7 @@ def claimed(path: Path) -> Iterator[None]:
         place = path.with_name(f".{path.name}.lock")
         if place.is_symlink():
             raise WriteError(place, "it is a link")
-        lock = FileLock(place, timeout=0)
+        lock = FileLock(place, timeout=wait)
         try:
             lock.acquire()
         except Timeout as error:

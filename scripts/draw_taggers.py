@@ -1,21 +1,18 @@
 """Draw docs/taggers.svg: mAP of published AudioSet taggers against parameters and multiply-adds for ten seconds.
 
-Run as `python scripts/draw_taggers.py`. Other taggers' figures are as published; nothing was measured again. What CED
+Run as `python -m scripts.draw_taggers`. Other taggers' figures are as published; nothing was measured again. What CED
 computes is counted from its networks.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from ced.model.config import ModelConfig
 from ced.model.zoo import MODELS
 from ced.sound.features import PATCH
+from scripts.drawing import figure
 
 OUT = Path(__file__).parents[1] / "docs" / "taggers.svg"
 FRAMES = 1001  # ten seconds
@@ -79,17 +76,14 @@ def draw(axes: Axes, what: str, label: str) -> None:
     axes.set_xlim(right=300)  # room for names
     axes.set_xlabel(label)
     axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:
     """Draw the picture."""
-    matplotlib.rcParams.update({"svg.hashsalt": "ced", "svg.fonttype": "none"})  # the same figures give the same file
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    draw(left, "parameters", "parameters, millions")
-    draw(right, "multiply_adds", "multiply-adds for ten seconds, billions (AST, PaSST: about)")
-    left.set_ylabel("mAP on AudioSet, percent")
-    figure.savefig(OUT, metadata={"Date": None})
+    with figure(OUT, 10, 4, columns=2, share="y") as (left, right):
+        draw(left, "parameters", "parameters, millions")
+        draw(right, "multiply_adds", "multiply-adds for ten seconds, billions (AST, PaSST: about)")
+        left.set_ylabel("mAP on AudioSet, percent")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from ced import files
-from ced.errors import CedError, WriteError
+from ced.errors import BusyError, CedError, WriteError
 from ced.files import claimed, make_folders, name_with, open_to_append, remove_leftovers, written_aside
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="links and FIFOs as POSIX has them")
@@ -239,3 +240,22 @@ def test_a_full_disk_is_one_line_naming_the_file(small_disk: Path, write: Callab
         write(aside)
     assert "\n" not in str(raised.value)
     assert list(small_disk.iterdir()) == []
+
+
+def test_a_claim_waits_for_another_process_to_end(tmp_path: Path) -> None:
+    held, free = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with claimed(tmp_path / "out"):
+            held.set()
+            free.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    with pytest.raises(BusyError, match="out"), claimed(tmp_path / "out"):
+        pass
+    threading.Timer(0.2, free.set).start()
+    with claimed(tmp_path / "out", wait=60):
+        assert free.is_set()
+    holder.join()

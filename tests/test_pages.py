@@ -6,6 +6,7 @@ Only the number of epochs is reduced to one.
 import functools
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import pytest
 import soundfile
 import torch
 import yaml
+from torch.distributed.run import get_args_parser
 
 import ced
 from ced.cli import main
@@ -135,6 +137,38 @@ def test_printed_output_equals_that_of_the_page(page: str, place: Path, cache: P
         assert [float(found) for found in re.findall(SCORE, printed)] == pytest.approx(
             [float(found) for found in re.findall(SCORE, expected)], abs=0.02
         )
+
+
+def test_scripts_and_manifests_for_several_machines() -> None:
+    """Scripts are valid bash, manifests name each other, and torchrun and ced have all options that are given."""
+    page = DOCS / "several-machines.md"
+    scripts = blocks(page, "bash")
+    commands = []
+    for script in scripts:
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+        for line in script.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if "torchrun" in words:
+                commands.append(words[words.index("torchrun") + 1 :])
+            elif words[:1] == ["run"]:  # the function of the script
+                commands.append([*commands[-1][: commands[-1].index("ced") + 1], *words[1:]])
+    service, job = yaml.safe_load_all("".join(blocks(page, "yaml")))
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["command"] == ["torchrun"]
+    commands.append(container["args"])
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert f"--rdzv-endpoint={job['metadata']['name']}-0.{service['metadata']['name']}:29400" in container["args"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert len(commands) == 6
+    for command in commands:
+        given = get_args_parser().parse_args(["2" if word == "$SLURM_JOB_NUM_NODES" else word for word in command])
+        assert (given.module, given.training_script, given.rdzv_backend) == (True, "ced", "c10d")
+        assert given.rdzv_id
+        assert given.max_restarts > 0
+        for word in given.training_script_args:
+            assert word in ("store", "train", "$@") or (ROOT / word).is_file()
 
 
 def test_recordings_are_small_and_credited() -> None:

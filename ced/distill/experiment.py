@@ -9,6 +9,7 @@
     last.safetensors       the newest network
     averaged.safetensors   the result: the mean of the best; without validation the result is last.safetensors
     resume.pt              the state at the end of the last complete epoch, from which a run resumes
+    job.txt                under torchrun: the id of the job, by which the run is found when torchrun restarts it
 
 On resuming, the other files are brought back to the state in resume.pt.
 """
@@ -33,6 +34,7 @@ from typing import IO, Any, TypeVar, cast
 import torch
 
 from ced.config import TrainerConfig, dump, load_config
+from ced.distill.distributed import Job
 from ced.errors import ConfigError, TrainingError
 from ced.files import errors_held, writing, written_aside
 from ced.model import loading, weights
@@ -44,6 +46,7 @@ STATE_NAME = "resume.pt"
 METRICS_NAME = "metrics.jsonl"
 LAST_NAME = "last.safetensors"
 RESULT_NAME = "averaged.safetensors"
+JOB_NAME = "job.txt"
 _FREE_KEYS = {"num_workers"}  # may differ on resuming: they do not affect the result
 _STAMP = re.compile(r"\d{4}(-\d\d){2}_\d\d(-\d\d){2}(_\d+)?")  # the name of an experiment's folder, see `create_folder`
 
@@ -71,10 +74,10 @@ class State:
         return entry[2] if entry in self.kept else None
 
 
-def create_folder(config: TrainerConfig, name: str) -> Path:
-    """Make the folder of a new run, `<outputpath>/<name>/<time stamp>`, with its configuration in it.
+def create_folder(config: TrainerConfig, name: str, job: Job | None = None) -> Path:
+    """Make the folder of a new run, `<outputpath>/<name>/<time stamp>`, with its configuration and the id of its job.
 
-    The folder is renamed to that once the configuration is written, so that every experiment has one.
+    The folder is renamed to that once they are written, so that every experiment has them.
     """
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     parent = config.outputpath / name
@@ -84,6 +87,8 @@ def create_folder(config: TrainerConfig, name: str) -> Path:
         unnamed.mkdir()
         with written_aside(unnamed / CONFIG_NAME) as path:
             path.write_text(dump(config), encoding="utf-8")
+        if job is not None:
+            (unnamed / JOB_NAME).write_text(f"{job.id}\n", encoding="utf-8")
         folder, again = parent / stamp, 1
         while True:
             try:
@@ -95,6 +100,17 @@ def create_folder(config: TrainerConfig, name: str) -> Path:
             folder = parent / f"{stamp}_{again}"
     finally:
         shutil.rmtree(unnamed, ignore_errors=True)
+
+
+def find_folder(config: C, name: str, job: Job) -> Path | None:
+    """Return the newest experiment of a name that a job began with a configuration; None if there is none."""
+    if not job.is_known:
+        return None
+    for path in sorted((config.outputpath / name).glob(f"*/{JOB_NAME}"), reverse=True):
+        begun_by = path.read_text(encoding="utf-8", errors="replace").strip()
+        if begun_by == job.id and _changed_key(config, load_config(type(config), config_path(path.parent))) is None:
+            return path.parent
+    return None
 
 
 def run_name(path: Path) -> str | None:
@@ -127,16 +143,26 @@ def check_resumable(config: C, folder: Path) -> None:
     """
     path = config_path(folder)
     before = load_config(type(config), path)
-    for key in type(config).model_fields:
-        was, now = getattr(before, key), getattr(config, key)
-        if was != now and key not in _FREE_KEYS:
-            value = config.model_dump(mode="json")[key]
-            text = value if isinstance(value, str) else json.dumps(value)
-            words = ["ced", config.command, str(path), "--pretrained", str(folder), f"--{key.replace('_', '-')}", text]
-            raise ConfigError(
-                f"{key} is {now}, but {folder} was begun with {was}; a run is resumed with the settings that it was "
-                f"begun with. To train its result further, begin a new experiment: {shlex.join(words)}"
-            )
+    if key := _changed_key(config, before):
+        value = config.model_dump(mode="json")[key]
+        text = value if isinstance(value, str) else json.dumps(value)
+        words = ["ced", config.command, str(path), "--pretrained", str(folder), f"--{key.replace('_', '-')}", text]
+        raise ConfigError(
+            f"{key} is {getattr(config, key)}, but {folder} was begun with {getattr(before, key)}; a run is resumed "
+            "with the settings that it was begun with. To train its result further, begin a new experiment: "
+            f"{shlex.join(words)}"
+        )
+
+
+def settings_of(config: TrainerConfig) -> dict[str, Any]:
+    """Return the settings that affect the result of a run, by their keys."""
+    return {key: getattr(config, key) for key in type(config).model_fields if key not in _FREE_KEYS}
+
+
+def _changed_key(config: C, before: C) -> str | None:
+    """Return the first setting that affects the result and differs; None if there is none."""
+    was, now = settings_of(before), settings_of(config)
+    return next((key for key in now if was[key] != now[key]), None)
 
 
 def load_state(folder: Path) -> State | None:

@@ -39,7 +39,7 @@ def finetune(config: FinetuneConfig, *, name: str, resume: Path | None = None, p
     Args:
         config: what to train, on what, and how.
         name: of the experiment, the folder above the one named by the time.
-        resume: folder of an experiment to resume; None: a new one.
+        resume: folder of an experiment to resume; None: that of this job of torchrun, or a new one.
         progress: called after each step and evaluated batch, in the first process.
 
     Returns:
@@ -54,8 +54,8 @@ def finetune(config: FinetuneConfig, *, name: str, resume: Path | None = None, p
         BusyError: another process is training in this experiment.
     """
     run = begin_run(config, name=name, resume=resume, progress=progress)
-    if resume and run.state.finished:
-        return resume
+    if run.folder and run.state.finished:
+        return run.folder
     labels = class_table(config.classes or Path(AUDIOSET))
     data = LabelledClips(config, labels)
     if config.classes is None:

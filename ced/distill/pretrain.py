@@ -45,7 +45,7 @@ def pretrain(config: PretrainConfig, *, name: str, resume: Path | None = None, p
     Args:
         config: what to train, on what, and how.
         name: of the experiment, the folder above the one named by the time.
-        resume: folder of an experiment to resume; None: a new one.
+        resume: folder of an experiment to resume; None: that of this job of torchrun, or a new one.
         progress: called after each step, in the first process.
 
     Returns:
@@ -59,8 +59,8 @@ def pretrain(config: PretrainConfig, *, name: str, resume: Path | None = None, p
         BusyError: another process is training in this experiment.
     """
     run = begin_run(config, name=name, resume=resume, progress=progress)
-    if resume and run.state.finished:
-        return resume
+    if run.folder and run.state.finished:
+        return run.folder
     samples, pack = chunk_samples(config.chunk_length), AudioPack(config.train_data)
     warn_of_padding(pack, samples)
     network = initial_network(config, NO_CLASSES, {"pooling": "token"}, run.progress)

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from ced.distill.dataset import (
     in_batches,
     prefetch,
 )
-from ced.distill.distributed import half_type, join_processes
+from ced.distill.distributed import claim_wait, half_type, join_processes
 from ced.distill.pack_reader import AudioPack
 from ced.distill.teachers import Ensemble, Teacher, load_teacher, teacher_name
 from ced.distill.view_store import META_NAME, Rows, StoreMeta, epoch_seeds
@@ -48,14 +48,15 @@ _MAX_CLASSES = 2**15  # class indices are stored as int16
 MIXED = "mixed"  # the precision of teachers that compute in different ones
 _PRECISIONS = {None: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
-Part = tuple[int, int]  # epoch from 1, and rank of the process that stores it
+Part = tuple[int, int]  # epoch from 1, and number of the part from 0
 
 
 def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
     """Store the teachers' scores of `config.epochs` views of every chunk of `config.train_data`.
 
     Runs alone or as one of the processes of torchrun. Parts that are complete and undamaged are kept, so an interrupted
-    run can be repeated and then gives the same bytes as an uninterrupted one.
+    run can be repeated and then gives the same bytes as an uninterrupted one. There are as many parts of each epoch as
+    processes that began the store; any number of processes can complete it.
 
     Returns:
         The store's folder.
@@ -65,15 +66,15 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
             is no chunk to score.
         ConfigError: a teacher cannot be loaded, the masks blank whole chunks, or the settings contradict the teachers.
         PackError: the pack lacks a clip.
-        ProcessError: another process of the run has stopped.
+        ProcessError: another process of the run has stopped, has other settings or data, or sees another folder.
     """
+    world = join_processes()
     folder = store_folder(config)
     pack, samples = AudioPack(config.train_data), chunk_samples(config.chunk_length)
     chunks = _list_chunks(pack, config.chunk_length)
     filenames, (starts, ends) = pack.names(chunks.clips), chunks.seconds()
     recipe = recipe_of(config.wavtransforms, config.spectransforms, samples)
     check_masks(recipe, samples)
-    world = join_processes()
     progress = progress if world.is_main else silent
     teachers = [load_teacher(entry, config.model_args, world.device, progress) for entry in config.model]
     classes = class_table(config.classes) if config.classes else None
@@ -96,19 +97,25 @@ def store(config: StoreConfig, *, progress: Progress = silent) -> Path:
         rows=len(chunks),
         chunks=fingerprint(pack, chunks, filenames, starts, ends),
     )
-    batches = _share(len(chunks), config.batch_size, world.rank, world.size)
-    mine = _span(batches)  # the rows of this process
-    with claimed(folder / META_NAME) if world.is_main else nullcontext():
-        missing: set[Part] = world.broadcast(_missing_parts(folder, meta, config.epochs) if world.is_main else None)
+    world.check_same({field.name: getattr(meta, field.name) for field in fields(meta)})
+    with claimed(folder / META_NAME, claim_wait()) if world.is_main else nullcontext():
+        begun = _begin(folder, meta, config.epochs) if world.is_main else None
+        parts, missing = cast("tuple[int, set[Part]]", world.broadcast(begun))
+        world.check_shared(folder)
         for epoch in sorted({epoch for epoch, _ in missing}):
             written: dict[str, str] = {}
-            if (epoch, world.rank) in missing:
-                seeds = epoch_seeds(config.seed, epoch, len(chunks))
-                views = ViewDataset(pack, chunks, recipe, seeds, samples)
-                report = partial(progress, f"epoch {epoch} of {config.epochs}")
+            seeds = epoch_seeds(config.seed, epoch, len(chunks))
+            views = ViewDataset(pack, chunks, recipe, seeds, samples)
+            for part in range(world.rank, parts, world.size):
+                if (epoch, part) not in missing:
+                    continue
+                batches = _share(len(chunks), config.batch_size, part, parts)
+                mine = _span(batches)  # the rows of this part
+                name = f"epoch {epoch} of {config.epochs}" + (f", part {part + 1} of {parts}" if parts > 1 else "")
+                report = partial(progress, name)
                 scores = _top_scores(ensemble, views, batches, config.topk, config.num_workers, report)
                 rows = Rows(*scores, seeds[mine], filenames[mine], starts[mine], ends[mine])
-                written = view_store.write_part(folder, epoch, world.rank, rows)
+                written |= view_store.write_part(folder, epoch, part, rows)
             digests = {name: digest for each in world.gather(written) for name, digest in each.items()}
             if world.is_main:
                 view_store.add_digests(folder, digests)
@@ -177,10 +184,10 @@ def _list_chunks(pack: AudioPack, chunk_length: float) -> Chunks:
     return chunks
 
 
-def _share(chunks: int, batch_size: int, rank: int, size: int) -> list[range]:
-    """Return the batches of one of `size` processes: whole ones, so which chunks are scored together does not vary."""
+def _share(chunks: int, batch_size: int, part: int, parts: int) -> list[range]:
+    """Return the batches of a part of an epoch: whole ones, so which chunks are scored together does not vary."""
     batches = list(in_batches(chunks, batch_size))
-    first, last = (math.ceil(part * len(batches) / size) for part in (rank, rank + 1))
+    first, last = (math.ceil(each * len(batches) / parts) for each in (part, part + 1))
     return batches[first:last]
 
 
@@ -233,8 +240,11 @@ def _members(teachers: Sequence[Teacher], mode: Mode) -> tuple[dict[str, Any], .
     return members if any(members) else None
 
 
-def _missing_parts(folder: Path, meta: StoreMeta, epochs: int) -> set[Part]:
-    """Begin a store, or compare an existing one with the settings; return the parts that have to be written.
+def _begin(folder: Path, meta: StoreMeta, epochs: int) -> tuple[int, set[Part]]:
+    """Begin a store, or compare an existing one with the settings.
+
+    Returns:
+        The number of parts of each epoch, and the parts that have to be written.
 
     A folder without a part, as after a run that failed in its first epoch, is begun again with the present settings.
 
@@ -247,15 +257,12 @@ def _missing_parts(folder: Path, meta: StoreMeta, epochs: int) -> set[Part]:
         raise StoreError(f"{folder} has views but no {META_NAME}; choose another outputpath")
     if not begun:
         view_store.write_meta(folder, meta)
-        return _parts(epochs, meta)
+        return meta.world_size or 1, _parts(epochs, meta)
     stored = view_store.read_meta(folder)
-    # Another number of processes is a difference only if parts have to be written.
-    if changed := view_store.difference(replace(stored, world_size=meta.world_size), meta):
-        raise _other_settings(folder, changed)
+    if changed := view_store.difference(stored, replace(meta, world_size=stored.world_size)):
+        raise StoreError(f"{folder} was stored with other settings: {changed}; use those, or another outputpath")
     parts = _parts(epochs, stored)
     missing = {part for part in parts if not _is_stored(folder, *part, stored)}
-    if missing and (changed := view_store.difference(stored, meta)):
-        raise _other_settings(folder, changed)
     digests = {
         name: digest for part in parts - missing for name, digest in view_store.digests_of(folder, *part).items()
     }
@@ -264,31 +271,27 @@ def _missing_parts(folder: Path, meta: StoreMeta, epochs: int) -> set[Part]:
         view_store.add_digests(folder, digests)
     if complete := epochs - len({epoch for epoch, _ in missing}):
         logger.info("%d of %d epochs are already stored in %s", complete, epochs, folder)
-    return missing
+    return stored.world_size or 1, missing
 
 
 def _parts(epochs: int, meta: StoreMeta) -> set[Part]:
     """Return all parts of a store of this many epochs."""
-    return {(epoch, rank) for epoch in range(1, epochs + 1) for rank in range(meta.world_size or 1)}
+    return {(epoch, part) for epoch in range(1, epochs + 1) for part in range(meta.world_size or 1)}
 
 
-def _other_settings(folder: Path, changed: str) -> StoreError:
-    return StoreError(f"{folder} was stored with other settings: {changed}; use those, or another outputpath")
-
-
-def _is_stored(folder: Path, epoch: int, rank: int, meta: StoreMeta) -> bool:
+def _is_stored(folder: Path, epoch: int, part: int, meta: StoreMeta) -> bool:
     """Return whether a part exists, is undamaged, and has the seeds of its epoch."""
-    if not view_store.part_complete(folder, epoch, rank):
+    if not view_store.part_complete(folder, epoch, part):
         return False
     try:
-        rows = view_store.read_part(folder, epoch, rank, meta)
+        rows = view_store.read_part(folder, epoch, part, meta)
     except StoreError as error:
         logger.warning("%s; it is stored again", error)
         return False
-    share = _share(meta.rows or 0, meta.batch_size or 1, rank, meta.world_size or 1)
+    share = _share(meta.rows or 0, meta.batch_size or 1, part, meta.world_size or 1)
     expected = epoch_seeds(meta.seed or 0, epoch, meta.rows or 0)
     if not np.array_equal(rows.seeds, expected[_span(share)]):
-        logger.warning("%s has other seeds; it is stored again", view_store.part_path(folder, epoch, rank))
+        logger.warning("%s has other seeds; it is stored again", view_store.part_path(folder, epoch, part))
         return False
     return True
 

@@ -38,7 +38,7 @@ def train(config: TrainConfig, *, name: str, resume: Path | None = None, progres
     Args:
         config: what to train, on what, and how.
         name: of the experiment, the folder above the one named by the time.
-        resume: folder of an experiment to resume; None: a new one.
+        resume: folder of an experiment to resume; None: that of this job of torchrun, or a new one.
         progress: called after each step and evaluated batch, in the first process.
 
     Returns:
@@ -52,8 +52,8 @@ def train(config: TrainConfig, *, name: str, resume: Path | None = None, progres
         BusyError: another process is training in this experiment.
     """
     run = begin_run(config, name=name, resume=resume, progress=progress)
-    if resume and run.state.finished:
-        return resume
+    if run.folder and run.state.finished:
+        return run.folder
     store = open_store(config.logitspath, config.num_classes)
     labels = store.meta.labels or default_classes(store.meta.num_classes)
     data = StoredViews(

@@ -2,7 +2,7 @@
 
 The order of the data, every random draw and the learning rate are functions of (seed, epoch, step), and a run resumes
 at the end of an epoch. So an interrupted run that is resumed ends with the same weights as an uninterrupted one. Under
-torchrun each process takes its share of every batch.
+torchrun each process takes its share of every batch, and a run that torchrun restarts is resumed.
 """
 
 import logging
@@ -23,7 +23,7 @@ from torch import Tensor
 from ced.config import TrainerConfig
 from ced.distill import experiment
 from ced.distill.dataset import Batch, ViewDataset, prefetch, shuffled, weighted
-from ced.distill.distributed import World, half_type, join_processes
+from ced.distill.distributed import Job, World, claim_wait, half_type, job_of, join_processes, lost_process_explained
 from ced.distill.evaluate import Evaluation, Validation
 from ced.distill.experiment import LAST_NAME, RESULT_NAME, State
 from ced.distill.pack_reader import AudioPack
@@ -74,30 +74,43 @@ class Run:
     folder: Path | None  # of the experiment to resume; None: a new one
     state: State
     world: World
+    job: Job | None  # None: not under torchrun
     progress: Progress
 
 
 def begin_run(config: TrainerConfig, *, name: str, resume: Path | None, progress: Progress) -> Run:
-    """Check that an experiment can be resumed with a configuration, join the other processes, and read its state.
+    """Join the other processes, check that an experiment can be resumed with a configuration, and read its state.
+
+    An experiment that was begun by the same job of torchrun with the same configuration is resumed by itself.
 
     Args:
         config: how to train.
         name: of the experiment, the folder above the one named by the time.
-        resume: folder of an experiment to resume; None: a new one.
+        resume: folder of an experiment to resume; None: that of this job, or a new one.
         progress: called after each step and evaluated batch, in the first process.
 
     Raises:
         TrainingError: `resume` is not an experiment, or its state is damaged.
         ConfigError: a setting differs from that of the experiment.
-        ProcessError: the processes of the run cannot join.
+        ProcessError: the processes of the run cannot join, have other settings, or see another folder.
     """
-    if resume is not None:
-        experiment.check_resumable(config, resume)
     world = join_processes()
-    state = (experiment.load_state(resume) if resume else None) or State(world_size=world.size)
+    world.check_same(experiment.settings_of(config))
+    job = job_of(world)
+    folder = resume
+    if resume is None and job is not None:
+        folder = world.broadcast(experiment.find_folder(config, name, job) if world.is_main else None)
+        if folder is not None and world.is_main:
+            logger.info("job %s of torchrun began %s, which is resumed; another --rdzv-id begins anew", job.id, folder)
+    state = None
+    if folder is not None:
+        experiment.check_resumable(config, folder)
+        world.check_shared(folder)
+        state = experiment.load_state(folder)
+    state = state or State(world_size=world.size)
     if state.finished and world.is_main:
-        logger.warning("%s is finished after %d epochs; there is nothing to resume", resume, state.epoch)
-    return Run(name, resume, state, world, progress if world.is_main else silent)
+        logger.warning("%s is finished after %d epochs; there is nothing to resume", folder, state.epoch)
+    return Run(name, folder, state, world, job, progress if world.is_main else silent)
 
 
 # First weights, and whether they suit the data -----------------------------------------------------------------------
@@ -201,6 +214,7 @@ class Trainer:
 
         Raises:
             ConfigError: the batch cannot be divided between the processes.
+            ProcessError: another process has stopped, or has other data.
         """
         self.config, self.network, self.objective, self.data = config, network, objective, data
         self.validation, self.mixup, self.after_epoch = validation, mixup, after_epoch
@@ -208,15 +222,17 @@ class Trainer:
         self.share = batch_share(self.world.rank, self.world.size, config.batch_size)
         self.steps = config.epoch_length or math.ceil(len(data) / config.batch_size)  # of an epoch
         self.warmup = config.warmup_iters or round((config.warmup_epochs or 0) * self.steps)
-        self.stepper = Stepper(
-            network,
-            objective,
-            self.world,
-            optimizer=config.optimizer,
-            optimizer_args=config.optimizer_args,
-            mode=config.mode,
-            compiled=config.compile,
-        )
+        self.world.check_same({"the number of clips or chunks": len(data)})
+        with lost_process_explained():
+            self.stepper = Stepper(
+                network,
+                objective,
+                self.world,
+                optimizer=config.optimizer,
+                optimizer_args=config.optimizer_args,
+                mode=config.mode,
+                compiled=config.compile,
+            )
 
     def fit(self) -> Path:
         """Train the remaining epochs and write the result; return the experiment's folder, which a new run gets here.
@@ -224,15 +240,15 @@ class Trainer:
         Raises:
             TrainingError: the loss is not finite, or the run began on other hardware.
             BusyError: another process is training in this experiment.
+            ProcessError: another process has stopped, or does not see the experiment's folder.
         """
-        folder: Path = self.run.folder or self.world.broadcast(
-            experiment.create_folder(self.config, self.run.name) if self.world.is_main else None
-        )
+        folder = self.run.folder or self._create_folder()
         self.state.config = experiment.config_digest(folder)
         with ExitStack() as stack:
+            stack.enter_context(lost_process_explained())
             recorder = None
             if self.world.is_main:
-                stack.enter_context(claimed(folder / experiment.STATE_NAME))
+                stack.enter_context(claimed(folder / experiment.STATE_NAME, claim_wait()))
                 stack.enter_context(experiment.logging_to(folder / self.config.logfile))
             if self.state.epoch:
                 self.stepper.load_state_dict(self.state.stepper)
@@ -246,6 +262,13 @@ class Trainer:
                 recorder.close()
             self._finish(folder)
         self.world.barrier()
+        return folder
+
+    def _create_folder(self) -> Path:
+        """Make the folder of a new run, which all processes see."""
+        made = experiment.create_folder(self.config, self.run.name, self.run.job) if self.world.is_main else None
+        folder: Path = self.world.broadcast(made)
+        self.world.check_shared(folder)
         return folder
 
     @property

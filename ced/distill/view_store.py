@@ -1,6 +1,6 @@
 """The view store: the teachers' scores of each view of each chunk, and the seeds that reproduce the views.
 
-For each epoch e = 1, 2, ... and each process r = 0, 1, ... that wrote it, a folder has `logits_ep<e>_<r>.h5` with
+For each epoch e = 1, 2, ... and each part r = 0, 1, ... of it, a folder has `logits_ep<e>_<r>.h5` with
 `topk_values` float16 (n, k), `topk_indexes` int16 (n, k) and `seeds` int32 (n), and `logits_ep<e>_<r>.parquet` with the
 `filename`, `start` and `end` (float32 seconds) of each row. meta.json has the settings, the SHA-256 of every file of
 every complete epoch, and its own; a published store has a meta.pt instead. Every file is made in memory, written to a
@@ -60,7 +60,7 @@ class StoreMeta:
     model_args: Mapping[str, Any] | None = None  # what was changed about the teachers
     seed: int | None = None
     batch_size: int | None = None
-    world_size: int | None = None  # processes, each of which wrote one part of each epoch
+    world_size: int | None = None  # parts of each epoch: the number of processes that began the store
     rows: int | None = None  # of each epoch
     chunks: str | None = None  # `dataset.fingerprint` of the names, times and audio of the chunks
     # SHA-256 of each file of the complete epochs, by file name; None in stores of format version 1.
@@ -203,19 +203,19 @@ def epoch_seeds(seed: int, epoch: int, count: int) -> NDArray[np.int32]:
     return numbers.randint(0, 2**31, size=count, dtype=np.int64).astype(np.int32)
 
 
-def part_path(folder: Path, epoch: int, rank: int) -> Path:
-    """Return the path of the .h5 of one epoch and process; its .parquet has the same stem."""
-    return folder / f"logits_ep{epoch}_{rank}.h5"
+def part_path(folder: Path, epoch: int, part: int) -> Path:
+    """Return the path of the .h5 of a part of an epoch; its .parquet has the same stem."""
+    return folder / f"logits_ep{epoch}_{part}.h5"
 
 
-def part_complete(folder: Path, epoch: int, rank: int) -> bool:
-    """Return whether both files of one epoch and process exist."""
-    path = part_path(folder, epoch, rank)
+def part_complete(folder: Path, epoch: int, part: int) -> bool:
+    """Return whether both files of a part of an epoch exist."""
+    path = part_path(folder, epoch, part)
     return path.exists() and path.with_suffix(".parquet").exists()
 
 
-def write_part(folder: Path, epoch: int, rank: int, rows: Rows) -> dict[str, str]:
-    """Write the rows of one epoch and process; the same rows give the same bytes.
+def write_part(folder: Path, epoch: int, part: int, rows: Rows) -> dict[str, str]:
+    """Write the rows of a part of an epoch; the same rows give the same bytes.
 
     The files are made in memory, because HDF5 does not report a full disk when it closes a file, and may crash.
 
@@ -225,7 +225,7 @@ def write_part(folder: Path, epoch: int, rank: int, rows: Rows) -> dict[str, str
     Raises:
         WriteError: a file cannot be written; an existing one is unchanged.
     """
-    path = part_path(folder, epoch, rank)
+    path = part_path(folder, epoch, part)
     columns = [pa.array(rows.filenames, pa.large_string()), pa.array(rows.starts), pa.array(rows.ends)]
     table = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, schema=_SCHEMA), table, compression="zstd")
@@ -246,9 +246,9 @@ def _hdf5_of(rows: Rows) -> bytes:
     return image
 
 
-def digests_of(folder: Path, epoch: int, rank: int) -> dict[str, str]:
-    """Return the SHA-256 of both files of one epoch and process, by file name."""
-    path = part_path(folder, epoch, rank)
+def digests_of(folder: Path, epoch: int, part: int) -> dict[str, str]:
+    """Return the SHA-256 of both files of a part of an epoch, by file name."""
+    path = part_path(folder, epoch, part)
     return {one.name: hashlib.sha256(one.read_bytes()).hexdigest() for one in (path.with_suffix(".parquet"), path)}
 
 
@@ -269,16 +269,16 @@ class ViewStore:
         if not parts:
             raise StoreError(f"view store {folder} has no epochs yet: no logits_ep1_0.h5")
         self.epochs = max(epoch for epoch, _ in parts)
-        self._ranks = self.meta.world_size or 1 + max(rank for _, rank in parts)
+        self._parts = self.meta.world_size or 1 + max(part for _, part in parts)
         for epoch in range(1, self.epochs + 1):
-            for rank in range(self._ranks):
+            for part in range(self._parts):
                 for suffix in (".h5", ".parquet"):
-                    path = part_path(folder, epoch, rank).with_suffix(suffix)
+                    path = part_path(folder, epoch, part).with_suffix(suffix)
                     if not path.exists():
                         raise StoreError(
-                            f"{path} is missing; the store has {self.epochs} epochs of {self._ranks} part(s)"
+                            f"{path} is missing; the store has {self.epochs} epochs of {self._parts} part(s)"
                         )
-                _check_heads(part_path(folder, epoch, rank), self.meta)
+                _check_heads(part_path(folder, epoch, part), self.meta)
 
     def epoch_of(self, training_epoch: int, at_most: int | None = None) -> int:
         """Return the stored epoch for a training epoch (1, 2, ...): all in turn, then again from the first.
@@ -290,14 +290,14 @@ class ViewStore:
         return (training_epoch - 1) % min(self.epochs, at_most or self.epochs) + 1
 
     def rows(self, epoch: int) -> Rows:
-        """Return all views of a stored epoch (1, ..., `epochs`), in the order of the processes.
+        """Return all views of a stored epoch (1, ..., `epochs`), in the order of the parts.
 
         Raises:
             StoreError: a file is damaged or of another epoch, a pair of files does not match, or rows are missing.
         """
         if not 1 <= epoch <= self.epochs:
             raise StoreError(f"view store {self.folder} has epochs 1 to {self.epochs}, not {epoch}")
-        rows = Rows.concat([read_part(self.folder, epoch, rank, self.meta) for rank in range(self._ranks)])
+        rows = Rows.concat([read_part(self.folder, epoch, part, self.meta) for part in range(self._parts)])
         expected, seed = self.meta.rows, self.meta.seed
         if expected is not None and len(rows) != expected:
             raise StoreError(
@@ -311,13 +311,13 @@ class ViewStore:
         return rows
 
 
-def read_part(folder: Path, epoch: int, rank: int, meta: StoreMeta) -> Rows:
-    """Return the rows of one epoch and process.
+def read_part(folder: Path, epoch: int, part: int, meta: StoreMeta) -> Rows:
+    """Return the rows of a part of an epoch.
 
     Raises:
         StoreError: a file does not match its digest or is damaged, or the pair does not match.
     """
-    path = part_path(folder, epoch, rank)
+    path = part_path(folder, epoch, part)
     values, indexes, seeds = _read_hdf5(path, _read_whole(path, meta), meta)
     rows = len(seeds)
     if rows and not 0 <= indexes.min() <= indexes.max() < meta.num_classes:

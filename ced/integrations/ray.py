@@ -492,7 +492,7 @@ def _part_dataset(planned: Sequence[Part]) -> "Dataset":
 
 def _shared(part: Part) -> Part:
     """Return a part whose files have the paths that other machines see, too."""
-    inputs = tuple(InputSound(item.name, _source(item), item.relative, item.channel) for item in part.inputs)
+    inputs = tuple(InputSound(item.name, _source(item), item.place, item.channel) for item in part.inputs)
     return Part(inputs, part.stamps)
 
 
@@ -548,7 +548,7 @@ class _RowWorker:
 
 def _row_input(row: Mapping[str, Any]) -> InputSound:
     name = row.get("name") or row["path"]
-    return InputSound(name, row["path"] if row.get("bytes") is None else row["bytes"], Path(name))
+    return InputSound(name, row["path"] if row.get("bytes") is None else row["bytes"], name)
 
 
 class _PartWorker:

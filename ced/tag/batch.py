@@ -7,6 +7,7 @@ failures, and with kept scores their files (`ced.tag.scores`) and class table.
 import hashlib
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -113,7 +114,7 @@ def tag_to_folder(
             `clock` that is not None, tables have clock times; with the `channel` "each", channels.
         output: formats (`writers.FORMATS`); they may differ from those of an earlier run.
         combined: write one output for all of these inputs, `tags` with the format's suffix, at the end, instead of one
-            for each in a tree like that of the inputs (`InputSound.relative` followed by the format's suffix).
+            for each in a tree like that of the inputs (`InputSound.place` followed by the format's suffix).
         keep_scores: keep the score logs, which `process` has finished.
         jobs: inputs that are processed at the same time.
         finished: called after each input, once it is in the journal or in the list of failures.
@@ -133,27 +134,35 @@ def tag_to_folder(
     with claimed(out / JOURNAL_NAME), Journal(out / JOURNAL_NAME, settings) as journal:
         remove_leftovers(out)
         folder.check_owners(journal)
-        stamps = {item.key: stamp_of(item) for item in inputs}
-        todo = [item for item in inputs if not folder.has(item, journal, stamps[item.key])]
-        done = {item.key for item in inputs} - {item.key for item in todo}
+        done: set[str] = set()
+        todo: list[InputSound] = []
+        for item in inputs:
+            if folder.has(item, journal):
+                done.add(item.key)
+            else:
+                todo.append(item)
+        skipped = len(done)
         folder.errors.unlink(missing_ok=True)
         for item in inputs:
             if item.key in done:
                 folder.write_missing(item, journal)
-        for outcome in outcomes(todo, process, jobs=jobs):
-            item, record = outcome.input, outcome.result
+        for outcome in outcomes(todo, _Stamped(process), jobs=jobs):
+            item = outcome.input
             folder.remove_outdated(item, journal)
-            if record is None:
+            if outcome.result is None:
+                found = SoundOutcome[Record](item, None, outcome.error, outcome.hint)
                 failed += 1
-                folder.note_failure(outcome)
+                folder.note_failure(found)
             else:
+                stamp, record = outcome.result
+                found = SoundOutcome(item, record)
                 seconds += record.seconds
                 # Outputs first: what is in the journal has its outputs, even after a kill between the two.
                 folder.write_outputs(item, record)
-                journal.add(item, stamps[item.key], record)
+                journal.add(item, stamp, record)
                 done.add(item.key)
             (out / unfinished_scores(item)).unlink(missing_ok=True)
-            finished(outcome)
+            finished(found)
         if combined:
             for kind in chosen:
                 records = (journal.record(item) for item in inputs if item.key in done)
@@ -161,8 +170,22 @@ def tag_to_folder(
         with suppress(OSError):  # it is missing, or has scores of sounds that are not among these inputs
             (out / UNFINISHED).rmdir()
         incomplete = sum(item.key in done and not journal.is_complete(item) for item in inputs)
-    skipped = len(inputs) - len(todo)
     return Summary(len(inputs), failed, incomplete, skipped, seconds, time.monotonic() - began)
+
+
+@dataclass(frozen=True)
+class _Stamped:
+    """Processes a sound, and returns its stamp as well.
+
+    The stamp is from before it is read, so that a file that changes meanwhile is processed again by the next run.
+    """
+
+    process: Callable[[InputSound], Record]
+
+    def __call__(self, item: InputSound) -> tuple[Stamp | None, Record]:
+        """Process a sound."""
+        stamp = stamp_of(item)
+        return stamp, self.process(item)
 
 
 class _Folder:
@@ -183,24 +206,25 @@ class _Folder:
         self, out: Path, inputs: Sequence[InputSound], chosen: Sequence[Format], combined: bool, keep_scores: bool
     ) -> None:
         self.errors = out / ERRORS_NAME
-        self._out, self._inputs, self._keep_scores = out, inputs, keep_scores
+        self._out, self._inputs, self._chosen, self._keep_scores = out, inputs, chosen, keep_scores
         self._shares_paths = not combined or keep_scores  # whether sounds have outputs at paths of their own
-        self._targets: dict[str, list[tuple[Format, Path]]] = {}  # by the key of an input
-        owners = {out / JOURNAL_NAME: "the journal", self.errors: "the list of failures"}
-        for item in inputs:
-            if item.key in self._targets:
-                raise ConfigError(
-                    f"two sounds have the name {item.key}, as versions of one file have; tag one at a time"
-                )
-            place = out / item.relative
-            self._targets[item.key] = [(kind, place.with_name(name_with(place.name, kind.suffix))) for kind in chosen]
-            paths = [path for _, path in self._targets[item.key]]
+        if len({item.key for item in inputs}) < len(inputs):
+            key, _ = Counter(item.key for item in inputs).most_common(1)[0]
+            raise ConfigError(f"two sounds have the name {key}, as versions of one file have; tag one at a time")
+        owners = {str(out / JOURNAL_NAME): "the journal", str(self.errors): "the list of failures"}
+        for item in inputs if self._shares_paths else ():
+            paths = [path for _, path in self._targets(item)]
             for path in [*paths, self._kept(item)] if keep_scores else paths:
-                if owners.setdefault(path, item.key) != item.key:
+                if owners.setdefault(str(path), item.key) != item.key:
                     raise ConfigError(
-                        f"{owners[path]} and {item.key} would both be written to {path}; name the folder that holds"
-                        " both, or write one combined output"
+                        f"{owners[str(path)]} and {item.key} would both be written to {path}; name the folder that"
+                        " holds both, or write one combined output"
                     )
+
+    def _targets(self, item: InputSound) -> list[tuple[Format, Path]]:
+        """Return the outputs of a sound; computed each time, as runs may have millions of sounds."""
+        place = self._out / item.relative
+        return [(kind, place.with_name(name_with(place.name, kind.suffix))) for kind in self._chosen]
 
     def _kept(self, item: InputSound) -> Path:
         return self._out / kept_scores(item.relative)
@@ -218,13 +242,13 @@ class _Folder:
                     " choose another folder"
                 )
 
-    def has(self, item: InputSound, journal: Journal, stamp: Stamp | None) -> bool:
+    def has(self, item: InputSound, journal: Journal) -> bool:
         """Return whether an earlier run finished a sound that has not changed since."""
-        return journal.holds(item, stamp) and (not self._keep_scores or self._kept(item).exists())
+        return journal.holds(item) and (not self._keep_scores or self._kept(item).exists())
 
     def write_missing(self, item: InputSound, journal: Journal) -> None:
         """Write the outputs of a finished sound from the journal, unless all of them exist."""
-        if not all(path.exists() for _, path in self._targets[item.key]):
+        if not all(path.exists() for _, path in self._targets(item)):
             self._write(item, journal.record(item))
 
     def remove_outdated(self, item: InputSound, journal: Journal) -> None:
@@ -243,7 +267,7 @@ class _Folder:
             (self._out / unfinished_scores(item)).replace(self._kept(item))
 
     def _write(self, item: InputSound, record: Record) -> None:
-        for kind, path in self._targets[item.key]:
+        for kind, path in self._targets(item):
             make_folders(self._out, path.parent.relative_to(self._out))
             write_records(kind, [record], path)
 
@@ -298,7 +322,7 @@ class EarlierRun:
             InputSound(
                 record.file,
                 folder / kept_scores(place),
-                place,
+                str(place),
                 record.channel if isinstance(record.channel, int) else None,
             )
             for place, record in self._records.items()

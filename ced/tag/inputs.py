@@ -28,14 +28,19 @@ _KINDS_NAMED = 5  # suffixes of skipped files that a note names before it counts
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # runs may have millions
 class InputSound:
     """A sound to be tagged, or one of its channels."""
 
     name: str  # in records and errors
     source: audio.Source
-    relative: Path  # place of its output in a tree that mirrors the inputs, with its own suffix
+    place: str  # relative path of its output in a tree that mirrors the inputs, with its own suffix
     channel: int | None = None  # from 1, if each channel is tagged on its own
+
+    @property
+    def relative(self) -> Path:
+        """The place as a path; it is not kept, as a path takes four times the memory of a text."""
+        return Path(self.place)
 
     @property
     def key(self) -> str:
@@ -55,8 +60,7 @@ def each_channel(inputs: Iterable[InputSound]) -> Iterator[InputSound]:
             yield item
             continue
         for number in range(1, channels + 1):
-            place = item.relative.with_name(f"{item.relative.name}.channel{number}")
-            yield replace(item, relative=place, channel=number)
+            yield replace(item, place=f"{item.place}.channel{number}", channel=number)
 
 
 def find_inputs(
@@ -71,7 +75,7 @@ def find_inputs(
     hidden files, linked folders, pipes and devices in folders are skipped and counted in a log message, and so are
     text and image files that are named beside other files. A missing file is an input, too: reading it fails later.
 
-    `relative` is the place of a file in its folder, or below the fixed part of its pattern; of files that are named
+    `place` is that of a file in its folder, or below the fixed part of its pattern; of files that are named
     one by one, in arguments or in a list, it is their place in the deepest folder that contains them all.
 
     Args:
@@ -96,7 +100,7 @@ def find_inputs(
     for word in words:
         if word == "-":
             assert stdin is not None
-            found.append(InputSound("<stdin>", stdin, Path("stdin")))
+            found.append(InputSound("<stdin>", stdin, "stdin"))
         elif word.startswith("@"):
             found += _read_list(word, stdin)
         else:
@@ -155,7 +159,7 @@ def _is_pattern(word: str) -> bool:
 def _find_argument(word: str, places: dict[str, Path]) -> Iterator[InputSound]:
     """Yield the inputs of an argument other than standard input; `places` are those of single files."""
     if is_address(word):
-        yield InputSound(without_password(word), word, _place_of_address(word))
+        yield InputSound(without_password(word), word, str(_place_of_address(word)))
     elif (address := remote.address_of(word)) is not None:
         yield from _in_store(address)
     elif os.path.isdir(word):
@@ -169,12 +173,12 @@ def _find_argument(word: str, places: dict[str, Path]) -> Iterator[InputSound]:
 def _in_file(name: str, source: str, place: Path) -> Iterator[InputSound]:
     """Yield the sound of a file, or those of a shard, and at the end of a damaged shard one that fails."""
     if not shards.is_shard(name):
-        yield InputSound(name, source, place)
+        yield InputSound(name, source, str(place))
         return
     try:
         members, fault = shards.members(source)
     except AudioError:  # reading it fails again, and is reported then
-        yield InputSound(name, f"{source}!", place)
+        yield InputSound(name, f"{source}!", str(place))
         return
     stamp = shards.stamp_of(source)
     is_table = name.lower().endswith(".parquet")  # whose rows are sounds, with any names
@@ -185,9 +189,9 @@ def _in_file(name: str, source: str, place: Path) -> Iterator[InputSound]:
         logger.info("%s: %d sounds%s", name, count, _counted(skipped, ", skipped: "))
     for member, at in places.items():
         if is_table or _skipped_by_name(at) is None:
-            yield InputSound(f"{name}!{member}", Listed(f"{source}!{member}", stamp), place / at)
+            yield InputSound(f"{name}!{member}", Listed(f"{source}!{member}", stamp), str(place / at))
     if fault is not None or len(places) == skipped.total():
-        yield InputSound(name, f"{source}!", place.with_name(f"{place.name}!"))
+        yield InputSound(name, f"{source}!", str(place.with_name(f"{place.name}!")))
 
 
 def _safe(member: str) -> Path:
@@ -205,7 +209,7 @@ def _in_store(address: str) -> Iterator[InputSound]:
     place = _safe(shown.partition("://")[2])
     is_sound = shards.split_member(address) is not None or _suffix(shown) in SUFFIXES
     if is_sound and not remote.has_wildcards(address):
-        yield InputSound(shown, address, place)
+        yield InputSound(shown, address, str(place))
         return
     try:
         is_pattern = remote.is_pattern(address)
@@ -256,7 +260,7 @@ def _in_folder(folder: str) -> Iterator[InputSound]:
     if skipped:
         logger.info("%s: skipped%s", folder, _counted(skipped, ": "))
     for file in sorted(files, key=lambda file: file.split(os.sep)):
-        yield InputSound(file, file, Path(os.path.relpath(file, folder)))
+        yield InputSound(file, file, os.path.relpath(file, folder))
 
 
 def _search(folder: str, files: list[str], skipped: Counter[str]) -> None:

@@ -126,15 +126,15 @@ class Journal:
             self._file.flush()
         return place
 
-    def holds(self, item: InputSound, stamp: Stamp | None) -> bool:
+    def holds(self, item: InputSound) -> bool:
         """Return whether a file is finished and has not changed since; a stream never is."""
         if not isinstance(item.source, str | os.PathLike) or item.key not in self._lines:
             return False
-        return self._lines[item.key][1] == stamp
+        return self._lines[item.key][1] == stamp_of(item)
 
     def add(self, item: InputSound, stamp: Stamp | None, record: Record) -> None:
         """Append the record of a finished file."""
-        outputs = str(item.relative)
+        outputs = item.place
         place = self._append({"name": item.key, "place": outputs, "stamp": stamp, "record": record.to_json()})
         self._lines[item.key] = place, stamp
         self._owners[outputs] = item.key
@@ -165,7 +165,7 @@ class Journal:
 
     def owner(self, item: InputSound) -> str | None:
         """Return the name of the input whose outputs are where those of `item` would be; None if there is none."""
-        return self._owners.get(str(item.relative))
+        return self._owners.get(item.place)
 
     def record(self, item: InputSound) -> Record:
         """Read the record of a finished file.
@@ -211,7 +211,7 @@ def _place(value: Any) -> str:
         raise ValueError(f"{value!r:.40} is not a place in a folder")
     if b"\0" in os.fsencode(path):
         raise ValueError("a zero byte in a path")
-    return str(path)
+    return str(value)
 
 
 def _short(value: Any) -> str:

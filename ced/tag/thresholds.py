@@ -103,7 +103,7 @@ def calibrate_thresholds(
     _check_precision(least_precision)
     score = _ClipScorer(tagger, TagOptions(window=window, hop=hop))
     clips = read_labelled(table, tagger.labels)
-    inputs = [InputSound(str(clip.path), clip.path, Path(clip.path.name)) for clip in clips]
+    inputs = [InputSound(str(clip.path), clip.path, clip.path.name) for clip in clips]
     rows, labels, unreadable = [], [], []
     seconds = 0.0
     for number, (clip, outcome) in enumerate(zip(clips, outcomes(inputs, score, jobs=jobs), strict=True), 1):

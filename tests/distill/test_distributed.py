@@ -1,7 +1,13 @@
-import pytest
+from datetime import timedelta
+from typing import Any
 
-from ced.distill.distributed import join_processes
+import pytest
+import torch
+
+from ced.distill import distributed
+from ced.distill.distributed import Job, World, job_of, join_processes, lost_process_explained
 from ced.errors import ProcessError
+from tests.distill.trainings import free_ports
 
 
 def test_a_single_process_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,3 +25,50 @@ def test_a_launcher_that_omits_a_variable_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ProcessError, match=r"WORLD_SIZE is 2 .* MASTER_PORT"):
         join_processes()
+
+
+def test_a_process_that_nobody_joins_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_JOIN_TIMEOUT", timedelta(seconds=1))
+    place = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (place | {"MASTER_PORT": free_ports(1)[0]}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ProcessError, match=r"process 0 of 2 could not join .*127\.0\.0\.1"):
+        join_processes()
+
+
+class Together(World):
+    """The first of two processes, whose values are gathered as if the second one were on another machine."""
+
+    other: Any = None
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.other]
+
+
+def test_other_settings_on_a_machine_are_named() -> None:
+    world = Together(0, 2, torch.device("cpu"))
+    world.other = ("elsewhere", {"seed": 42, "epochs": 3})
+    world.check_same({"seed": 42, "epochs": 3})
+    with pytest.raises(ProcessError, match=r"epochs is 4 in process 0 on .*, and 3 in process 1 on elsewhere"):
+        world.check_same({"seed": 42, "epochs": 4})
+
+
+def test_only_errors_of_a_lost_connection_are_explained() -> None:
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5528")
+    for error in (lost, torch.distributed.DistNetworkError("Broken pipe")):
+        with pytest.raises(ProcessError, match="another process"), lost_process_explained():
+            raise error
+    with pytest.raises(RuntimeError, match="size of tensor"), lost_process_explained():
+        raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+
+
+def test_the_job_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert job_of(World(0, 1, torch.device("cpu"))) is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    # This machine is a replacement; the other one has seen the restart.
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    world = Together(0, 2, torch.device("cpu"))
+    world.other = 1
+    assert job_of(world) == Job("7", restarted=True)
+    assert [Job(*job).is_known for job in (("7", False), ("none", True), ("none", False))] == [True, True, False]

@@ -428,6 +428,51 @@ def test_a_state_larger_than_its_file_is_refused(tmp_path: Path) -> None:
         load_state(tmp_path)
 
 
+# Jobs of torchrun ----------------------------------------------------------------------------------------------------
+
+
+def test_a_job_of_torchrun_resumes_its_own_run(
+    sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Torchrun repeats the command without --resume, and may reset the count of restarts."""
+
+    def kill(task: str, done: int, total: int, _: str = "") -> None:
+        if (task, done) == ("epoch 3 of 4", 1):
+            raise KeyboardInterrupt
+
+    config = config_of(sounds, tmp_path / "job", epochs=4, mixup=0.5)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, name="run", progress=kill)
+    (begun,) = (tmp_path / "job/run").iterdir()
+    assert len(measurements(begun)) == 2
+    assert train(config, name="run") == begun
+    whole = train(config.model_copy(update={"outputpath": tmp_path / "whole"}), name="run")
+    for name in ("last.safetensors", "averaged.safetensors"):
+        assert (begun / name).read_bytes() == (whole / name).read_bytes()
+    # Once more, as after a kill at the end.
+    with caplog.at_level(logging.WARNING):
+        assert train(config, name="run") == begun
+    assert "is finished after 4 epochs" in caplog.text
+    # Another configuration, or another job, begins a run of its own.
+    assert train(config.model_copy(update={"seed": 1, "epochs": 1}), name="run") != begun
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "8")
+    assert train(config, name="run") != begun
+    assert len(list((tmp_path / "job/run").iterdir())) == 3
+
+
+def test_a_job_without_an_id_is_found_after_a_restart_only(
+    sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(sounds, tmp_path, epochs=1, eval_data=None)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    first, second = train(config, name="run"), train(config, name="run")
+    assert first != second
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train(config, name="run") == second
+
+
 # Several processes ----------------------------------------------------------------------------------------------------
 
 # Resumes the experiment `plain`; then trains `whole` and, as of its second epoch, leaves a copy of it in `killed`,

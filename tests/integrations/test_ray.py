@@ -146,7 +146,7 @@ def test_a_clip_that_crashes_its_worker_is_reported_and_the_rest_is_tagged(
     bad = tmp_path / POISONED
     soundfile.write(bad, np.zeros(16_000), 16_000)
     done: list[FileResult] = []
-    inputs = [*few[:2], InputSound(str(bad), str(bad), Path(POISONED)), *few[2:]]
+    inputs = [*few[:2], InputSound(str(bad), str(bad), POISONED), *few[2:]]
     summary = on_ray.run(inputs, tagging(graph), tmp_path / "out", settings={}, finished=done.append)
     assert (summary.files, summary.failed) == (len(few) + 1, 1)
     (error,) = (each.error for each in done if each.error)
@@ -264,7 +264,7 @@ def test_what_the_cluster_cannot_run_is_refused(cluster: Any, clips: Path, graph
     with pytest.raises(ConfigError, match="columns id; it must have path"):
         on_ray.tag(ray.data.range(3), graph)
     with pytest.raises(ConfigError, match="cannot be read by other machines"):
-        on_ray.run([InputSound("<stdin>", b"", Path("stdin"))], tagging(graph), tmp_path, settings={})
+        on_ray.run([InputSound("<stdin>", b"", "stdin")], tagging(graph), tmp_path, settings={})
 
 
 def test_a_machine_without_the_package_is_named(cluster: Any, clips: Path, graph: Path, tmp_path: Path) -> None:

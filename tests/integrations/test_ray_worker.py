@@ -26,7 +26,7 @@ def sounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[InputSound]:
     for path in paths:
         soundfile.write(path, np.zeros(16_000), 16_000)
     paths.append(tmp_path / "none.wav")
-    return [InputSound(f"./{path.name}", str(path), Path(path.name)) for path in paths]
+    return [InputSound(f"./{path.name}", str(path), path.name) for path in paths]
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])
@@ -55,8 +55,8 @@ def test_sources_are_those_that_other_machines_see(tmp_path: Path, monkeypatch: 
         ("s/0.tar!x/../a.wav", f"{tmp_path}/s/0.tar!x/../a.wav"),
         ("s3://bucket/0.tar!a.wav", "s3://bucket/0.tar!a.wav"),
     ):
-        assert ray._source(InputSound("name", given, Path("a"))) == expected
-    stamped = ray._source(InputSound("name", Listed("s3://bucket/a.wav", (1, 2)), Path("a")))
+        assert ray._source(InputSound("name", given, "a")) == expected
+    stamped = ray._source(InputSound("name", Listed("s3://bucket/a.wav", (1, 2)), "a"))
     assert isinstance(stamped, Listed)
     assert stamped.stamp == (1, 2)
 

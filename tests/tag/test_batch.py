@@ -100,7 +100,7 @@ def test_results_are_in_the_order_of_the_inputs(tree: Path) -> None:
 
 
 def test_inputs_are_processed_concurrently_with_bounded_read_ahead() -> None:
-    inputs = [InputSound(str(number), b"", Path(str(number))) for number in range(500)]
+    inputs = [InputSound(str(number), b"", str(number)) for number in range(500)]
     both = threading.Barrier(2, timeout=5)
     begun: list[int] = []
 
@@ -118,7 +118,7 @@ def test_inputs_are_processed_concurrently_with_bounded_read_ahead() -> None:
 
 
 def test_an_unreadable_sound_is_an_outcome_and_a_model_error_is_raised() -> None:
-    inputs = [InputSound(str(number), b"", Path(str(number))) for number in range(4)]
+    inputs = [InputSound(str(number), b"", str(number)) for number in range(4)]
     raised: dict[str, Exception] = {
         "0": AudioError("0 is cut\nshort"),
         "1": ValueError("a\nb"),
@@ -430,7 +430,7 @@ def test_a_damaged_journal_is_one_error(tree: Path, line: str) -> None:
     Path("out").mkdir()
     first = json.dumps({"format": 1, "settings": {**SETTINGS, "record format": 1}})
     Path("out/journal.jsonl").write_text(f"{first}\n{line}\n")
-    inputs = [InputSound("in/0/00.wav", "in/0/00.wav", Path("0/00.wav"))]
+    inputs = [InputSound("in/0/00.wav", "in/0/00.wav", "0/00.wav")]
     with pytest.raises(StoreError, match=r"line 2 of out/journal\.jsonl is not a line of a journal") as raised:
         tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, output=["csv"])
     assert "\n" not in str(raised.value)

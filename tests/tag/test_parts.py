@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> PartFolder:
 def given(tmp_path: Path, *names: str) -> list[InputSound]:
     for name in names:
         (tmp_path / name).write_bytes(name.encode())
-    return [InputSound(name, str(tmp_path / name), Path(name)) for name in names]
+    return [InputSound(name, str(tmp_path / name), name) for name in names]
 
 
 def write_part(
