@@ -9,7 +9,7 @@ import io
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
 from glob import has_magic
@@ -34,27 +34,31 @@ _MODULES = {
 _ADDRESS = re.compile(rf"({'|'.join(_MODULES)}):/+(.*)", re.DOTALL | re.IGNORECASE)
 _PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]*@")
 _QUERY = re.compile(r"\?[^\s/?]*=[^\s]*")  # of addresses: versions, signatures; "?" alone may be part of a name
-_WHOLE = 1 << 25  # bytes of a file that is read in one request
+WHOLE = 1 << 25  # bytes that are read in one request
 _BLOCK, _BLOCKS = 1 << 22, 8  # bytes of a request for a part of a larger file, and how many are kept
 _UPLOADED = 64  # files that are uploaded between two reports of progress
+_PROBE = ".ced-write-test"  # an object that is written and removed, to find out whether a store can be written to
+_ENDS = "{} bytes arrived instead of {}; the file has changed, or the server does not send ranges"
 _VERSIONS = ("ETag", "etag", "blob_id", "LastModified", "last_modified", "updated", "mtime", "created")
 
 Stamp = tuple[int, int]  # size in bytes, and a number that changes with the content
 
 
 class Listed(str):
-    """The address of a file in a listing, or the name of a sound in it, with the file's stamp at that time.
+    """The address of a file in a listing, or the name of a sound in it, with what was known of the file at that time.
 
     Attributes:
         stamp: changes when the file does; None: unknown.
+        modified: when it was changed, in seconds since 1970; 0: unknown.
     """
 
     stamp: Stamp | None
+    modified: float
 
-    def __new__(cls, name: str, stamp: Stamp | None = None) -> "Listed":
-        """Add a stamp to a name."""
+    def __new__(cls, name: str, stamp: Stamp | None = None, modified: float = 0.0) -> "Listed":
+        """Add the attributes to a name."""
         made = super().__new__(cls, name)
-        made.stamp = stamp
+        made.stamp, made.modified = stamp, modified
         return made
 
 
@@ -72,9 +76,23 @@ def without_secrets(text: str) -> str:
     return _QUERY.sub("", _PASSWORD.sub(r"\1:***@", text))
 
 
-def is_pattern(address: str) -> bool:
-    """Return whether an address is a pattern with `*`, `?` or `[...]`."""
+def has_wildcards(address: str) -> bool:
+    """Return whether an address has `*`, `?` or `[`, outside of a query; they may be part of the name of a file."""
     return has_magic(_QUERY.sub("", address))
+
+
+def is_pattern(address: str) -> bool:
+    """Return whether an address has wildcards and is not the name of a file or folder itself, which the store is asked.
+
+    Raises:
+        AudioError: the store cannot be asked.
+        MissingPackageError: the package for its scheme is not installed.
+    """
+    if not has_wildcards(address):
+        return False
+    with _reading(address):
+        _, system, path = _located(address)
+        return not system.exists(path)
 
 
 def find(address: str) -> Iterator[Listed]:
@@ -93,14 +111,26 @@ def find(address: str) -> Iterator[Listed]:
         else:
             yield Listed(address, _stamp(info))
             return
-        start = len(system._strip_protocol(root))
-        for place in sorted(found, key=lambda place: place.split("/")):
-            if found[place]["type"] == "file":
-                yield Listed(f"{root}{place[start:]}", _stamp(found[place]))
+        yield from _listed(root, system, found)
 
 
-def open_file(address: str, start: int = 0, end: int | None = None) -> IO[bytes]:
-    """Open a file, or the bytes of it from `start` to `end`: small ones are read at once, others in blocks.
+def find_below(folder: str) -> list[Listed]:
+    """Return the files below a folder in sorted order; none if it does not exist.
+
+    Raises:
+        AudioError: it cannot be listed.
+        MissingPackageError: the package for its scheme is not installed.
+    """
+    with _reading(folder):
+        root, system, path = _located(folder)
+        try:
+            return list(_listed(root, system, system.find(path, detail=True)))
+        except FileNotFoundError:
+            return []
+
+
+def open_file(address: str, at_once: int | None = None) -> IO[bytes]:
+    """Open a file: those of up to `at_once` bytes (None: `WHOLE`) are read at once, others in blocks.
 
     Raises:
         AudioError: it does not exist, or cannot be read. Reading raises OSError.
@@ -108,12 +138,23 @@ def open_file(address: str, start: int = 0, end: int | None = None) -> IO[bytes]
     """
     with _reading(address):
         _, system, path = _located(address)
-        if end is None:
-            stamp = address.stamp if isinstance(address, Listed) else None
-            end = stamp[0] if stamp is not None else int(system.info(path)["size"])
-        if end - start <= _WHOLE:
-            return io.BytesIO(system.cat_file(path, start=start, end=end) if end > start else b"")
-        return io.BufferedReader(_Blocks(system, path, start, end), 1 << 16)
+        stamp = address.stamp if isinstance(address, Listed) else None
+        size = stamp[0] if stamp is not None else int(system.info(path)["size"])
+        if size <= (WHOLE if at_once is None else at_once):
+            return io.BytesIO(_content(system, path, 0, size))
+        return io.BufferedReader(_Blocks(system, path, size), 1 << 16)
+
+
+def read_range(address: str, start: int, end: int) -> bytes:
+    """Return the bytes of a file from `start` to `end`, in one request.
+
+    Raises:
+        AudioError: it does not exist, cannot be read, or ends before `end`.
+        MissingPackageError: the package for its scheme is not installed.
+    """
+    with _reading(address):
+        _, system, path = _located(address)
+        return _content(system, path, start, end)
 
 
 def modified_ns(address: str) -> int:
@@ -185,48 +226,48 @@ def upload(files: Mapping[Path, str], progress: Progress = silent) -> None:
         progress("upload", min(done + _UPLOADED, len(pairs)), len(pairs))
 
 
-def check_writable(address: str) -> None:
-    """Check, before any work is done, that files can be written to a store.
+def check_writable(folder: str) -> None:
+    """Check, before any work is done, that files can be written below an address, by writing and removing one.
 
     Raises:
-        WriteError: its files are only read here.
+        WriteError: they cannot, or its files are only read here.
         MissingPackageError: the package for its scheme is not installed.
     """
-    if address.startswith("hf:"):
-        raise WriteError(address, "each file would be a commit; write to a folder, and upload it with `hf upload`")
-    with _writing(address):
-        _located(address)
+    if folder.startswith("hf:"):
+        raise WriteError(folder, "each file would be a commit; write to a folder, and upload it with `hf upload`")
+    with _writing(folder):
+        _, system, path = _located(f"{folder.rstrip('/')}/{_PROBE}")
+        system.pipe_file(path, b"")
+        with suppress(PermissionError):  # to remove files
+            system.rm_file(path)
 
 
 class _Blocks(io.RawIOBase):
-    """A range of a large file, read in blocks as they are needed; the last ones are kept."""
+    """A large file, read in blocks as they are needed; the last ones are kept."""
 
-    def __init__(self, system: Any, path: str, start: int, end: int) -> None:
+    def __init__(self, system: Any, path: str, size: int) -> None:
         kept = {"maxblocks": _BLOCKS}
         self._file = system.open(path, "rb", block_size=_BLOCK, cache_type="blockcache", cache_options=kept)
-        self._start, self._size, self._place = start, end - start, 0
+        self._size = size
 
     def readinto(self, buffer: Any) -> int:
         """Read up to as many bytes as `buffer` has; 0 at the end."""
-        count = max(0, min(len(buffer), self._size - self._place))
         try:
-            self._file.seek(self._start + self._place)
-            data = self._file.read(count)
+            data = self._file.read(len(buffer))
         except Exception as error:  # clients of stores raise errors of all kinds
             raise OSError(None, _reason(error)) from error
+        if not data and len(buffer) and self._file.tell() < self._size:
+            raise OSError(None, _ENDS.format(self._file.tell(), self._size))
         buffer[: len(data)] = data
-        self._place += len(data)
         return len(data)
 
     def seek(self, place: int, whence: int = os.SEEK_SET, /) -> int:
         """Go to an offset."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
-        self._place = max(0, base + place)
-        return self._place
+        return int(self._file.seek(place, whence))
 
     def tell(self) -> int:
         """Return the current offset."""
-        return self._place
+        return int(self._file.tell())
 
     def readable(self) -> bool:
         """Return True."""
@@ -241,6 +282,14 @@ class _Blocks(io.RawIOBase):
         if not self.closed:
             self._file.close()
         super().close()
+
+
+def _content(system: Any, path: str, start: int, end: int) -> bytes:
+    """Return a range of a file; servers may send another one, or less of a file that has changed."""
+    data: bytes = system.cat_file(path, start=start, end=end) if end > start else b""
+    if len(data) != end - start:
+        raise OSError(None, _ENDS.format(len(data), end - start))
+    return data
 
 
 def _located(address: str) -> tuple[str, Any, str]:
@@ -263,6 +312,16 @@ def _file_system(root: str, process: int) -> Any:
         return url_to_fs(root, use_listings_cache=False, skip_instance_cache=True)[0]  # files may change
     except ImportError as error:
         raise MissingPackageError(_MODULES[scheme], f"an address with {scheme}://") from error
+
+
+def _listed(root: str, system: Any, found: Mapping[str, Any]) -> Iterator[Listed]:
+    """Yield the files among what a store has listed."""
+    start = len(system._strip_protocol(root))
+    for place in sorted(found, key=lambda place: place.split("/")):
+        info = found[place]
+        if info["type"] == "file" and not place.endswith("/"):  # an empty object may stand for a folder
+            times = (info[key].timestamp() for key in _VERSIONS if isinstance(info.get(key), datetime))
+            yield Listed(f"{root}{place[start:]}", _stamp(info), next(times, 0.0))
 
 
 def _stamp(info: Mapping[str, Any]) -> Stamp:

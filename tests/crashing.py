@@ -1,4 +1,4 @@
-"""A decoder that crashes its process: whatever opens a certain file is ended as a bad memory access would end it."""
+"""Machines with faults: a decoder crashes its process as a bad memory access would end it, or a package is missing."""
 
 from pathlib import Path
 
@@ -19,4 +19,24 @@ def crashing_site(folder: Path) -> Path:
     site = folder / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(_SITE)
+    return site
+
+
+_LACKING = """
+import sys
+
+class Lacking:
+    def find_spec(self, name, *_):
+        if name == "ced":
+            raise ModuleNotFoundError("No module named 'ced'", name="ced")
+
+sys.meta_path.insert(0, Lacking())
+"""
+
+
+def lacking_site(folder: Path) -> Path:
+    """Return a folder that makes processes lack this package, if it is on their PYTHONPATH."""
+    site = folder / "lacking"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(_LACKING)
     return site

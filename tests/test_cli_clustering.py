@@ -36,7 +36,10 @@ def test_an_address_without_a_cluster_is_an_error(tmp_path: Path, address: str, 
         (["tag", "--out", "a", "-f", "csv"], "--format csv"),
         (["tag", "--out", "a", "--keep-scores"], "--keep-scores"),
         (["tag", "--out", "a", "--events", "--clips", "b"], "--clips"),
+        (["tag", "--out", "a", "--jobs", "77"], "--workers"),
+        (["tag", "--out", "hf://datasets/me/tags"], "hf upload"),
         (["embed", "--out", "a.npy"], "a.npy"),
+        (["embed", "--out", "s3://bucket/a.parquet"], "a.parquet"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(words: Sequence[str], part: str) -> None:

@@ -198,6 +198,7 @@ def test_a_failing_action_does_not_change_the_events() -> None:
     [
         (["a.wav"], "a.wav is not an http(s) or rtsp address"),
         (["-d", "1", "http://a/"], "--device 1 and http://a/ cannot be used together; leave one out"),
+        (["http://a/", "--model-device", "tpu"], "device is 'tpu'; available here: auto, "),
         (["-f", "csv"], "unknown live format csv; allowed: text, jsonl"),
         (["--rate", "16000"], "--rate applies to samples on standard input"),
         (["-", "--channels", "2"], "--channels needs --rate, the rate of raw samples in Hz"),

@@ -397,6 +397,7 @@ def test_invalid_server_options_are_one_line(
             (("-m", str(graph), "--port", port), f"port {port}: Address already in use"),
             (("-m", str(graph), "--host", "203.0.113.1", "--port", "0"), "203.0.113.1, port 0: "),
             (("-m", "nothing.onnx", "--port", "0"), "nothing.onnx"),
+            (("-m", str(graph), "--port", "0", "--device", "tpu"), "device is 'tpu'; available here: auto, "),
             (("-m", "nothing.onnx", "--port", "0", "--workers", "2"), "nothing.onnx"),
             (("-m", str(graph), "--port", "0", "--max-seconds", "nan"), "--max-seconds is nan"),
             (("-m", str(graph), "--port", "0", "--proxy", "junk"), "--proxy junk"),

@@ -18,6 +18,7 @@ from ced import remote
 from ced.errors import AudioError, MissingPackageError, WriteError
 from ced.sound.audio import load, name_of
 from ced.sound.web import Web
+from ced.tag.inputs import find_inputs
 from tests.stores import CLIPS, KEYS, bucket, memory, s3, tar_of
 
 __all__ = ["bucket", "memory", "s3"]  # fixtures
@@ -61,7 +62,7 @@ def test_a_sound_in_memory_is_read_at_once_or_in_blocks(memory: Any, monkeypatch
         assert np.array_equal(load(f"memory://a/{NAME}"), load(SOUND))
         assert np.array_equal(load(Path(f"memory://a/{NAME}")), load(SOUND))
         assert np.array_equal(load(f"memory://a/s.tar!{NAME}"), load(SOUND))
-        monkeypatch.setattr(remote, "_WHOLE", 1000)
+        monkeypatch.setattr(remote, "WHOLE", 1000)
 
 
 def test_files_of_a_bucket(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,9 +79,95 @@ def test_files_of_a_bucket(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None
     bucket.pipe("bucket/a/2.flac", SOUND[:-1] + b"x")
     assert remote.stamp_of("s3://bucket/a/2.flac") not in (None, one.stamp)
     assert np.array_equal(load(found[1]), load(SOUND))
-    monkeypatch.setattr(remote, "_WHOLE", 1000)
+    monkeypatch.setattr(remote, "WHOLE", 1000)
     monkeypatch.setattr(remote, "_BLOCK", 5000)
     assert np.array_equal(load(found[1]), load(SOUND))
+
+
+NAMES = (
+    "a b.flac",
+    "c#d.flac",
+    "e?f.flac",
+    "g%20h.flac",
+    "i[1].flac",
+    "j*k.flac",
+    "q?x=1.flac",
+    "q?x=2.flac",
+    "ü日.flac",
+)
+
+
+def test_names_with_special_characters(bucket: Any) -> None:
+    for number, name in enumerate(NAMES):
+        bucket.pipe(f"bucket/in/{name}", list(CLIPS.values())[number % 2])
+    bucket.pipe("bucket/in/", b"")  # what some programs write for a folder
+    found = find_inputs(["s3://bucket/in/"])
+    assert sorted(item.name for item in found) == sorted(f"s3://bucket/in/{name}" for name in NAMES)
+    for item in found:
+        number = NAMES.index(os.path.basename(item.name))
+        assert np.array_equal(load(item.source), load(list(CLIPS.values())[number % 2]))
+        (again,) = find_inputs([item.name])  # by its name, which may look like a pattern
+        assert again.source == item.source
+    with pytest.raises(AudioError, match=r"no file matches s3://bucket/in/none\[1\]"):
+        find_inputs(["s3://bucket/in/none[1].flac"])
+
+
+class Ranges(BaseHTTPRequestHandler):
+    """An S3 server that ignores the ranges of requests, or sends less than the size that it told."""
+
+    size = 0
+    content = b""
+
+    def do_HEAD(self) -> None:
+        self.answer(self.size)
+
+    def do_GET(self) -> None:
+        self.answer(len(self.content))
+        self.wfile.write(self.content)
+
+    def answer(self, size: int) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(size))
+        self.send_header("ETag", '"1"')
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Print nothing."""
+
+
+@pytest.mark.parametrize("whole", [remote.WHOLE, 1000])
+def test_other_bytes_than_those_requested_are_an_error(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch, whole: int
+) -> None:
+    monkeypatch.setattr(remote, "WHOLE", whole)
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        remote._file_system.cache_clear()
+        monkeypatch.setattr(Ranges, "content", SOUND[:-5000])
+        monkeypatch.setattr(Ranges, "size", len(SOUND))
+        with pytest.raises(AudioError, match=rf"{len(SOUND) - 5000} bytes arrived instead of {len(SOUND)}"):
+            load("s3://bucket/a.flac")
+        with pytest.raises(AudioError, match=f"{len(SOUND) - 5000} bytes arrived instead of 100"):
+            remote.read_range("s3://bucket/a.flac", 200, 300)
+        server.shutdown()
+    remote._file_system.cache_clear()
+
+
+def test_a_store_that_cannot_be_written_to_is_noticed_at_once(bucket: Any, s3: str) -> None:
+    remote.check_writable("s3://bucket/out")
+    remote.check_writable("s3://bucket/")
+    assert bucket.find("bucket") == []
+    with pytest.raises(WriteError, match=r"s3://nowhere/out: .*no such"):
+        remote.check_writable("s3://nowhere/out")
+    httpx.post(f"{s3}/moto-api/reset-auth", content=b"0")
+    try:
+        with pytest.raises(WriteError, match="no permission"):
+            remote.check_writable("s3://bucket/out")
+    finally:
+        httpx.post(f"{s3}/moto-api/reset-auth", content=b"inf")
 
 
 def test_errors_of_a_bucket(bucket: Any, s3: str) -> None:

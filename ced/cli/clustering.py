@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ced.cli.console import Meter, show, show_error, speed
+from ced.cli.options import CORES
 from ced.errors import ConfigError
 from ced.progress import Progress
-from ced.remote import address_of
 from ced.tag.options import EACH, TagOptions
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ class Cluster:
 
     @classmethod
     def chosen(
-        cls, address: str | None, out: Path | None, workers: int | None, others: Mapping[str, Any]
+        cls, address: str | None, out: Path | None, workers: int | None, jobs: int, others: Mapping[str, Any]
     ) -> "Cluster | None":
         """Return the cluster that --ray names, if it does.
 
         Args:
-            address, out, workers: the options --ray, --out and --workers.
+            address, out, workers, jobs: the options --ray, --out, --workers and --jobs.
             others: options that do not go together with --ray, and what is given for them.
         """
         if address is None:
@@ -44,14 +44,14 @@ class Cluster:
                     "--workers is the number of workers of a cluster; name that with --ray, or use --jobs"
                 )
             return None
+        if jobs != CORES:
+            raise ConfigError(f"--jobs {jobs} is for one machine; use --workers with --ray")
         for name, value in others.items():
             if value:
                 raise ConfigError(f"{name} does not go together with --ray, which writes Parquet parts; leave it out")
         if out is None or out.suffix in (".npy", ".parquet"):
             got = "" if out is None else f"; got {out}"
             raise ConfigError(f"--ray writes many files; name a folder with --out{got}")
-        if (store := address_of(out)) is not None:
-            raise ConfigError(f"--ray writes into a folder that all machines see, not into a store; got {store}")
         return cls(address, out, workers)
 
 

@@ -39,6 +39,7 @@ def live(
     sample_format: options.PipeFormat = None,
     model: options.ModelOption = DEFAULT_MODEL,
     precision: options.PrecisionOption = "float32",
+    model_device: options.ModelDevice = None,
     window: options.WindowOption = LIVE["window"],
     hop: options.LiveHop = LIVE["hop"],
     silence: options.Silence = None,
@@ -73,7 +74,7 @@ def live(
     from ced.tag.tagger import Tagger
 
     with reporting() as progress:
-        graph = open_model(model, precision=precision, threads=options.CORES, progress=progress)
+        graph = open_model(model, precision=precision, threads=options.CORES, device=model_device, progress=progress)
     with Tagger(graph, name=model) as tagger, Actions(found) as actions:
         chosen = replace(
             OPTIONS,

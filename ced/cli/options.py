@@ -10,7 +10,7 @@ import typer
 
 from ced.environment import cores
 from ced.model.graph import Precision
-from ced.tag.options import EVENT_THRESHOLD, TOP_K, FormatName, Tail
+from ced.tag.options import EVENT_THRESHOLD, MOST_BATCH, TOP_K, FormatName, Tail
 
 FORMATS = get_args(FormatName)
 
@@ -94,7 +94,10 @@ DeviceOption = Annotated[
 BatchOption = Annotated[
     int,
     typer.Option(
-        min=1, rich_help_panel=_MODEL, help="Windows that share a call of the model on an accelerator; not on the CPU."
+        min=1,
+        max=MOST_BATCH,
+        rich_help_panel=_MODEL,
+        help="Windows that share a call of the model on an accelerator; not on the CPU.",
     ),
 ]
 Ray = Annotated[
@@ -230,6 +233,15 @@ InputDevice = Annotated[
         rich_help_panel=_INPUT,
         help="Number or part of the name of an input device.",
         show_default="the default input of the system",
+    ),
+]
+ModelDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--model-device",
+        rich_help_panel=_MODEL,
+        help="Where the model runs, as --device of `ced tag`: cpu, cuda, coreml, auto and others.",
+        show_default="cpu",
     ),
 ]
 ListDevices = Annotated[

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ced.cli.console import reporting, set_up_logging, set_up_streams, show_data, show_note
-from ced.cli.options import CORES, Jobs, ModelOption, PrecisionOption
+from ced.cli.options import CORES, BatchOption, DeviceOption, Jobs, ModelOption, PrecisionOption
 from ced.environment import allow_open_files
 from ced.errors import ConfigError, optional_packages
 from ced.model.zoo import DEFAULT_MODEL
+from ced.tag.options import BATCH
 
 if TYPE_CHECKING:
     from ced.serve.body import Limits
@@ -60,6 +61,8 @@ def serve(
             help="Windows scored at the same time, one thread each.",
         ),
     ] = None,
+    device: DeviceOption = None,
+    batch: BatchOption = BATCH,
     workers: Annotated[
         int, typer.Option(min=1, help="Processes that share the port, each with a model of its own.")
     ] = 1,
@@ -101,10 +104,12 @@ def serve(
             model,
             Path(model).name,
             jobs or max(1, CORES // workers),
+            device,
+            batch,
             _limits(max_megabytes, max_seconds, queue, max_live),
             Access(keys, _hosts(listener, host, allowed_host), _prefix(root_path), allow_addresses),
             precision,
-            ("*",) if unix_socket is not None else tuple(map(_network, proxy or ())),
+            proxies=("*",) if unix_socket is not None else tuple(map(_network, proxy or ())),
         )
         if not is_local and not keys:
             logger.warning("%s accepts requests from other machines without an API key", server.url_of(listener))
@@ -120,6 +125,8 @@ def open_app(
     precision: PrecisionOption = "float32",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: any free one.")] = 0,
     jobs: Jobs = CORES,
+    device: DeviceOption = None,
+    batch: BatchOption = BATCH,
     max_megabytes: _MaxMegabytes = 2000.0,
     max_seconds: _MaxSeconds = 86_400.0,
     allow_addresses: _AllowAddresses = False,
@@ -135,7 +142,9 @@ def open_app(
     with server.listen("127.0.0.1", port) as listener:
         limits = _limits(max_megabytes, max_seconds, queue=16, live=4)
         access = Access(hosts=_hosts(listener, "127.0.0.1", None), addresses=allow_addresses)
-        settings = server.ServerSettings(model, Path(model).name, jobs, limits, access, precision, grace=1)
+        settings = server.ServerSettings(
+            model, Path(model).name, jobs, device, batch, limits, access, precision, grace=1
+        )
         _run(settings, listener, 1, False, browser)
 
 

@@ -95,7 +95,7 @@ def tag(
         raise typer.BadParameter("name sounds, or with --from the folder of an earlier run", param_hint="SOUND...")
     others = [name for name in format or () if name.lower() != "parquet"]
     given = {"--from": earlier, "--combine": combine, "--keep-scores": keep_scores, "--clips": clips}
-    cluster = Cluster.chosen(ray, out, workers, {**given, f"--format {' '.join(others)}": others})
+    cluster = Cluster.chosen(ray, out, workers, jobs, {**given, f"--format {' '.join(others)}": others})
     formats = format or ["text" if cluster is None else "parquet"]
     output = _Output(formats, out, combine, keep_scores, clips, channel == EACH, clock is not None)
     output.check(chosen)
@@ -148,7 +148,7 @@ def embed(
     from ced.tag.writers import check_embeddings_path, write_embeddings
 
     chosen = TagOptions(window=window, hop=hop, tail=tail, channel=_one_channel(channel), strict=strict)
-    cluster = Cluster.chosen(ray, out, workers, {})
+    cluster = Cluster.chosen(ray, out, workers, jobs, {})
     if cluster is not None:
         scorer, inputs = ChosenModel(model, precision, device, batch), _find(sounds, "mean", allow_private)
         with reporting() as progress, clustering.open_here(scorer, progress) as tagger:
@@ -157,7 +157,7 @@ def embed(
         return
     check_embeddings_path(out)
     if (address := address_of(out)) is not None:
-        check_writable(address)
+        check_writable(address.rpartition("/")[0])
     inputs = _find(sounds, channel, allow_private)
     with (
         reporting() as progress,

@@ -19,16 +19,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ced import remote
 from ced.environment import SWITCHES, cores
 from ced.errors import AudioError, CedError, CheckpointError, ConfigError, ProcessError, optional_packages
-from ced.files import claimed
 from ced.model.graph import Precision
 from ced.model.zoo import DEFAULT_MODEL
 from ced.parallel import attempts
+from ced.remote import Listed
+from ced.sound import shards
 from ced.sound.decode import is_address
 from ced.tag import parts, writers
 from ced.tag.batch import Summary
@@ -261,7 +264,7 @@ def run(
     Args:
         inputs: files and addresses that all machines see under one path.
         work: what is done with each.
-        out: the folder, which all machines see under one path.
+        out: the folder, which all machines see under one path, or the address of one in a store.
         settings: what rows depend on besides the sounds, as JSON has it; a later run must have the same.
         address: of the cluster, HOST:PORT or ray://HOST:PORT; or `AUTO`.
         workers: sounds processed at a time; None: all cores of the cluster.
@@ -279,9 +282,8 @@ def run(
         if not isinstance(item.source, str | os.PathLike):
             raise ConfigError(f"{item.name} cannot be read by other machines; name files, folders or addresses")
     began = time.monotonic()
-    out = Path(os.path.abspath(out))
-    folder = PartFolder(out, work.rows)
-    with claimed(out / parts.RUN_NAME):
+    folder = PartFolder(out if remote.address_of(out) else Path(os.path.abspath(out)), work.rows)
+    with folder.files.claim():
         begun = folder.begin(settings)
         found = folder.settle()
         todo = parts.to_do(inputs, found)
@@ -290,6 +292,7 @@ def run(
         seconds = 0.0
         if todo:
             connect(address)
+            _check_installed()
             size = _Pool.fitting(workers, work.model).size
             planned = _part_dataset(list(parts.plan(todo, size)))
             for result in _written(planned, work, folder, begun, workers):
@@ -371,6 +374,35 @@ def _no_stderr() -> Iterator[None]:
         os.close(kept)
 
 
+def _check_installed() -> None:
+    """Make sure that all machines of the cluster have this package, without which Ray would start workers for ever.
+
+    Raises:
+        ProcessError: one has not.
+    """
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ray = _ray()
+    importing = ray.remote(import_module)  # what is of this module would need the package to be called
+    answers = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            answer = importing.options(num_cpus=0, scheduling_strategy=place).remote(__name__)
+            answers.append((node["NodeName"], answer))
+    for machine, answer in answers:
+        try:
+            ray.get(answer)
+        except ImportError as error:
+            reason = _one_line(str(getattr(error, "cause", error)))
+            raise ProcessError(
+                f"machine {machine} of the Ray cluster cannot import ced ({reason});"
+                " install the same version of ced-audio[ray] on all machines"
+            ) from error
+        except ray.exceptions.RayError:  # a machine that was lost since: its work is done by others
+            continue
+
+
 def _ray() -> Any:
     with optional_packages("tagging on a cluster"):
         import ray
@@ -426,6 +458,7 @@ def _dataset(
     sounds: "Dataset | Sequence[str | os.PathLike[str]]", work: "Tagging | Embedding", workers: int | None
 ) -> "Dataset":
     connect()
+    _check_installed()
     ray = _ray()
     if isinstance(sounds, ray.data.Dataset):
         reads = True
@@ -465,9 +498,15 @@ def _shared(part: Part) -> Part:
 
 def _source(item: InputSound) -> str:
     """Return the address or whole path of an input."""
-    source = item.source
-    assert isinstance(source, str | os.PathLike)
-    return source if isinstance(source, str) and is_address(source) else os.path.abspath(os.fspath(source))
+    assert isinstance(item.source, str | os.PathLike)
+    source = os.fspath(item.source)
+    if is_address(source) or remote.address_of(source) is not None:
+        return source
+    shard, member = shards.split_member(source) or (source, None)
+    path = os.path.abspath(shard)
+    if member is None:
+        return path
+    return Listed(f"{path}!{member}", source.stamp if isinstance(source, Listed) else None)
 
 
 def _written(

@@ -37,6 +37,7 @@ from ced.serve.schema import CLASSIFY, LIVE_PATH, STREAM, RequestOptions, Stream
 from ced.serve.service import DOWN, Service
 from ced.sound.audio import SAMPLE_RATE
 from ced.sound.features import HOP_SECONDS, PATCH
+from ced.tag.options import BATCH
 from ced.tag.tagger import Scorer
 
 STATIC = Path(__file__).with_name("static")
@@ -71,6 +72,7 @@ class Application:
         model: scores waves.
         name: its name in records.
         jobs: windows that are scored at the same time, each in a thread.
+        batch: windows that share a call on an accelerator.
         limits: which requests are refused.
         access: who may use the server.
 
@@ -88,11 +90,12 @@ class Application:
         name: str,
         *,
         jobs: int = 1,
+        batch: int = BATCH,
         limits: Limits | None = None,
         access: Access | None = None,
     ) -> None:
         limits, access = limits or Limits(), access or Access()
-        self.service = Service(model, name, jobs, limits, addresses=access.addresses)
+        self.service = Service(model, name, jobs, limits, batch=batch, addresses=access.addresses)
         self.sessions: set[LiveSession] = set()
         self._addresses = access.addresses
         self._gate = Gate(self._build(access), limits, access.keys, access.root_path, self._observe)

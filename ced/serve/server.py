@@ -39,6 +39,7 @@ from ced.serve.app import Access, Application
 from ced.serve.body import Limits
 from ced.serve.live import LARGEST_FRAME
 from ced.serve.metrics import METRICS_FOLDER
+from ced.tag.options import BATCH
 
 _BACKLOG = 1024  # connections that wait to be accepted
 _HEAD_SECONDS = 10.0  # for a request's headers to arrive
@@ -60,6 +61,8 @@ class ServerSettings:
     model: str
     name: str  # of the model in records
     jobs: int = 1  # windows scored at the same time in each worker
+    device: str | None = None  # where the model runs
+    batch: int = BATCH  # windows that share a call on an accelerator
     limits: Limits = field(default_factory=Limits)
     access: Access = field(default_factory=Access)
     precision: Precision = "float32"
@@ -242,9 +245,17 @@ def open_application(settings: ServerSettings, progress: Progress = silent) -> A
 
     Raises:
         CheckpointError, DownloadError: the model cannot be opened.
+        ConfigError: it cannot run on the device.
     """
-    graph = open_model(settings.model, precision=settings.precision, progress=progress)
-    return Application(graph, settings.name, jobs=settings.jobs, limits=settings.limits, access=settings.access)
+    graph = open_model(settings.model, precision=settings.precision, device=settings.device, progress=progress)
+    return Application(
+        graph,
+        settings.name,
+        jobs=settings.jobs,
+        batch=settings.batch,
+        limits=settings.limits,
+        access=settings.access,
+    )
 
 
 def _ignore() -> None:

@@ -15,7 +15,7 @@ from ced.serve.overview import Overview
 from ced.serve.scheduler import CheckedRequest, Decoding, Scheduler, ScoredWindow, UploadWork
 from ced.serve.schema import RequestOptions, StreamOptions
 from ced.sound.audio import SAMPLE_RATE, Window
-from ced.tag.options import TagOptions
+from ced.tag.options import BATCH, TagOptions
 from ced.tag.tagger import Scorer, WindowScorer
 
 DOWN = "the server is shutting down; try again soon"
@@ -30,7 +30,9 @@ class Service:
     Args:
         model: scores waves.
         name: its name in records.
-        jobs: windows that are decoded and scored at the same time, each in a thread.
+        jobs: windows that are decoded and scored at the same time, each in a thread; on an accelerator more threads
+            decode and wait for a call that they share.
+        batch: windows that share a call on an accelerator.
         limits: which requests are refused.
         addresses: whether sounds may be fetched from addresses.
 
@@ -41,14 +43,17 @@ class Service:
         CheckpointError: the model cannot score a wave.
     """
 
-    def __init__(self, model: Scorer, name: str, jobs: int, limits: Limits, *, addresses: bool = False) -> None:
+    def __init__(
+        self, model: Scorer, name: str, jobs: int, limits: Limits, *, batch: int = BATCH, addresses: bool = False
+    ) -> None:
         self.name, self.limits, self.model = name, limits, model
         self.metrics = Metrics(name)
         self.bodies = Bodies(limits, jobs + limits.waiting, addresses=addresses)
-        self.scorer = WindowScorer(model, name)
-        self.scheduler = Scheduler(self.scorer, jobs, self.metrics)
+        self.scorer = WindowScorer(model, name, batch)
+        self._threads = self.scorer.threads(jobs)
+        self.scheduler = Scheduler(self.scorer, self._threads, self.metrics)
         self.stopping = False
-        self._jobs, self._places = jobs, jobs + limits.waiting
+        self._places = jobs + limits.waiting
         self._taken = 0  # places
         self._lock = Lock()
         self.has_columns, self.has_embeddings = _warm_up(self.scorer)
@@ -68,6 +73,7 @@ class Service:
         self.stop()
         self.bodies.close()
         self.scheduler.close()
+        self.scorer.close()
 
     def check(self, request: RequestOptions) -> CheckedRequest:
         """Check the options of a request.
@@ -141,7 +147,7 @@ class Service:
 
     def _share(self) -> int:
         """Return the number of threads for each upload."""
-        return self._jobs // self._taken
+        return self._threads // self._taken
 
     async def _scored(self, decoding: Decoding, request: CheckedRequest) -> AsyncGenerator[ScoredWindow, None]:
         """Yield the scored windows of an upload in order; at the end it is closed and its place is free."""

@@ -7,6 +7,7 @@ failures, and with kept scores their files (`ced.tag.scores`) and class table.
 import hashlib
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -198,7 +199,7 @@ class _Folder:
         keep_scores: whether the scores of sounds are kept.
 
     Raises:
-        ConfigError: two outputs would have one path.
+        ConfigError: two outputs would have one path, or two inputs have one name.
     """
 
     def __init__(
@@ -207,6 +208,9 @@ class _Folder:
         self.errors = out / ERRORS_NAME
         self._out, self._inputs, self._chosen, self._keep_scores = out, inputs, chosen, keep_scores
         self._shares_paths = not combined or keep_scores  # whether sounds have outputs at paths of their own
+        if len({item.key for item in inputs}) < len(inputs):
+            key, _ = Counter(item.key for item in inputs).most_common(1)[0]
+            raise ConfigError(f"two sounds have the name {key}, as versions of one file have; tag one at a time")
         owners = {str(out / JOURNAL_NAME): "the journal", str(self.errors): "the list of failures"}
         for item in inputs if self._shares_paths else ():
             paths = [path for _, path in self._targets(item)]

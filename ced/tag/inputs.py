@@ -206,35 +206,38 @@ def _in_store(address: str) -> Iterator[InputSound]:
     The store is not asked for addresses of sounds: lists may have millions, and reading a missing one fails later.
     """
     shown = remote.without_secrets(address)
-    if not remote.is_pattern(address) and (shards.split_member(address) or _suffix(shown) in SUFFIXES):
-        yield InputSound(shown, address, str(_safe(shown.partition("://")[2])))
+    place = _safe(shown.partition("://")[2])
+    is_sound = shards.split_member(address) is not None or _suffix(shown) in SUFFIXES
+    if is_sound and not remote.has_wildcards(address):
+        yield InputSound(shown, address, str(place))
         return
     try:
+        is_pattern = remote.is_pattern(address)
         found: list[str] = list(remote.find(address))
     except AudioError as error:
-        if remote.is_pattern(address):
+        if remote.has_wildcards(address):
             raise AudioError(f"cannot list {error.message}") from error
-        found = [address]  # reading it fails, too
+        found, is_pattern = [address], False  # reading it fails, too
     if found == [address]:
-        yield from _in_file(shown, found[0], _safe(shown.partition("://")[2]))
+        yield from _in_file(shown, found[0], place)
         return
     folder = address
-    while remote.is_pattern(folder):
+    while is_pattern and remote.has_wildcards(folder):
         folder = os.path.dirname(folder)
     places = {file: _safe(file[len(folder) :]) for file in found}
     skipped: Counter[str] = Counter()
-    for file, place in list(places.items()):
-        kind = _skipped_by_name(place)
-        if kind is not None and (kind == "hidden" or not remote.is_pattern(address)):  # as in local folders
+    for file, at in list(places.items()):
+        kind = _skipped_by_name(at)
+        if kind is not None and (kind == "hidden" or not is_pattern):  # as in local folders
             skipped[kind] += 1
             del places[file]
     if not places:
-        none = "no file matches" if remote.is_pattern(address) else "no sound files in"
+        none = "no file matches" if is_pattern else "no sound files in"
         raise AudioError(f"{none} {shown}{_counted(skipped, ': ')}")
     if skipped:
         logger.info("%s: skipped%s", shown, _counted(skipped, ": "))
-    for file, place in places.items():
-        yield from _in_file(remote.without_secrets(file), file, place)
+    for file, at in places.items():
+        yield from _in_file(str(file), file, at)  # a whole name: what follows a "?" in a listing is no query
 
 
 def _skipped_by_name(place: Path) -> str | None:

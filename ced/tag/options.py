@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 EACH = "each"  # instead of a channel: the command line tags each channel on its own
 BATCH = 32  # windows in one call of the model on an accelerator
+MOST_BATCH = 1024  # windows
 TOP_K = 3  # tags of a window without `top_k` and thresholds
 EVENT_THRESHOLD = 0.5  # threshold of events without thresholds
 FormatName = Literal["text", "jsonl", "csv", "spreadsheet", "audacity", "raven", "parquet"]  # `ced.tag.writers.FORMATS`

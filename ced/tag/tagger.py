@@ -26,7 +26,7 @@ from ced.sound.audio import Sound, Source, Window, name_of, open_sound
 from ced.sound.labels import ClassTable
 from ced.tag import clock
 from ced.tag.events import events
-from ced.tag.options import BATCH, TagKeywords, TagOptions
+from ced.tag.options import BATCH, MOST_BATCH, TagKeywords, TagOptions
 from ced.tag.records import Embedding, Kind, Record, Scored, Tags
 from ced.tag.scores import ScoreLog
 from ced.tag.shared_calls import SharedCalls
@@ -90,18 +90,28 @@ class WindowScorer:
     Args:
         model: scores waves; with `embed`, or `columns` and `column_starts`, it can also embed or score columns.
         name: the name of the model in errors.
-        calls: joins calls of several threads into one, as is faster on an accelerator; None: each is a call by itself.
+        batch: windows of several threads that share a call of a model that is `accelerated`, that is, not on the CPU.
     """
 
-    def __init__(self, model: Scorer, name: str, calls: SharedCalls | None = None) -> None:
+    def __init__(self, model: Scorer, name: str, batch: int = BATCH) -> None:
         self.model, self.name = model, name
-        self._calls = calls
+        self._batch = batch
+        self._calls = SharedCalls(batch) if getattr(model, "accelerated", False) else None
         self._checked: set[TagOptions] = set()  # options that fit the model; checking may run it
 
     @property
     def labels(self) -> ClassTable:
         """The classes of the model."""
         return self.model.labels
+
+    def threads(self, jobs: int) -> int:
+        """Return how many threads keep the model busy: `jobs`, or on an accelerator at least twice the batch."""
+        return jobs if self._calls is None else max(jobs, 2 * self._batch)
+
+    def close(self) -> None:
+        """End the calls that threads share; those that wait end with a ClosedError."""
+        if self._calls is not None:
+            self._calls.close()
 
     def check(self, options: TagOptions) -> None:
         """Check options against the model, before any sound is read.
@@ -226,7 +236,7 @@ class Tagger:
 
     Raises:
         CheckpointError, DownloadError: the model is unknown, unreadable, or could not be downloaded.
-        ConfigError: the model cannot run on the device or in the precision, or `jobs` or `batch` is below 1.
+        ConfigError: the model cannot run on the device or in the precision, or `jobs` or `batch` is out of range.
     """
 
     def __init__(
@@ -240,15 +250,14 @@ class Tagger:
         name: str | None = None,
         progress: Progress = silent,
     ) -> None:
-        for what, number in (("jobs", jobs), ("batch", batch)):
-            if not isinstance(number, int) or number < 1:
-                raise ConfigError(f"{what} is {number!r}; it must be a whole number, 1 or more")
+        if not isinstance(jobs, int) or jobs < 1:
+            raise ConfigError(f"jobs is {jobs!r}; it must be a whole number, 1 or more")
+        if not isinstance(batch, int) or not 1 <= batch <= MOST_BATCH:  # as many windows, and threads, are in memory
+            raise ConfigError(f"batch is {batch!r}; it must be a whole number, 1 to {MOST_BATCH}")
         self.name = name or (os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__)
         scorer = _open_scorer(model, device, precision, progress)
-        accelerated: bool = getattr(scorer, "accelerated", False)
-        self._calls = SharedCalls(batch) if accelerated else None
-        self.windows = WindowScorer(scorer, self.name, self._calls)
-        self.jobs = jobs = max(jobs, 2 * batch) if accelerated else jobs  # threads that read, and wait for a call
+        self.windows = WindowScorer(scorer, self.name, batch)
+        self.jobs = jobs = self.windows.threads(jobs)
         self._closed = False
         self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="scorer") if jobs > 1 else None
         self._slots = Semaphore(_AHEAD * jobs)  # limits the windows in memory, however many sounds are read at once
@@ -262,8 +271,7 @@ class Tagger:
     def close(self) -> None:
         """Stop the threads; tagging in progress ends with a ClosedError after the current window."""
         self._closed = True
-        if self._calls is not None:
-            self._calls.close()
+        self.windows.close()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 

@@ -30,8 +30,8 @@ def local_file(out: Path) -> Iterator[Path]:
     if address is None:
         yield out
         return
-    remote.check_writable(address)
     folder, _, name = address.rpartition("/")
+    remote.check_writable(folder)
     with tempfile.TemporaryDirectory(prefix="ced-") as place:
         yield Path(place, name)
         remote.upload({path: f"{folder}/{path.name}" for path in sorted(Path(place).iterdir())})
@@ -57,13 +57,18 @@ def local_folder(out: Path, progress: Progress = silent) -> Iterator[Path]:
         return
     remote.check_writable(address)
     address = address.rstrip("/")
-    place = cache_dir() / "outputs" / hashlib.sha256(address.encode()).hexdigest()[:32]
+    place = outputs_folder(address)
     with claimed(place):
         folder = place / "folder"
         _begin(address, place, folder)
         yield folder
         _upload(address, folder, progress)
         shutil.rmtree(place)
+
+
+def outputs_folder(address: str) -> Path:
+    """Return the folder of the cache for outputs at an address, to be claimed by the process that writes there."""
+    return cache_dir() / "outputs" / hashlib.sha256(address.encode()).hexdigest()[:32]
 
 
 def _begin(address: str, place: Path, folder: Path) -> None:

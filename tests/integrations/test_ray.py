@@ -18,7 +18,7 @@ import pytest
 import soundfile
 from pyarrow import parquet
 
-from ced.errors import CedError, ConfigError
+from ced.errors import CedError, ConfigError, ProcessError
 from ced.integrations import ray as on_ray
 from ced.integrations.ray import Embedding, Model, Tagging
 from ced.tag.batch import tag_to_folder
@@ -27,8 +27,10 @@ from ced.tag.options import TagOptions
 from ced.tag.parts import FileResult
 from ced.tag.tagger import Tagger
 from ced.tag.writers import embedding_rows, write_embeddings
-from tests.crashing import POISONED, crashing_site
+from tests.crashing import POISONED, crashing_site, lacking_site
+from tests.stores import KEYS, bucket, s3, tar_of
 
+__all__ = ["bucket", "s3"]  # fixtures
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[2]
@@ -37,14 +39,17 @@ OPTIONS = TagOptions(window=1.0, hop=0.1)  # slow enough for a node to be lost i
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A cluster of three nodes with a core each."""
+def cluster(tmp_path_factory: pytest.TempPathFactory, s3: str) -> Iterator[Any]:
+    """A cluster of three nodes with a core each, which know an S3 server."""
     from ray.cluster_utils import Cluster
 
     site = crashing_site(tmp_path_factory.mktemp("site"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{site}{os.pathsep}{ROOT}")
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RAY_raylet_start_wait_time_s", "120")  # on a busy machine
+        for name, value in {**KEYS, "AWS_ENDPOINT_URL": s3}.items():
+            patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
         nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         nodes.add_node(num_cpus=1)
@@ -174,6 +179,42 @@ def test_a_killed_run_is_continued(cluster: Any, clips: Path, graph: Path, expec
     assert "top_k 3, now 1" in errors
 
 
+def test_a_killed_run_between_stores_is_continued(
+    cluster: Any, clips: Path, graph: Path, expected: pa.Table, bucket: Any
+) -> None:
+    names = ["00.wav", "01.wav", "02.wav", "03.wav", "05.wav", "broken.wav"]
+    for name in names:
+        bucket.pipe(f"bucket/in/{name}", (clips / name).read_bytes())
+    bucket.pipe("bucket/s/0.tar", tar_of({name: (clips / name).read_bytes() for name in ("04.wav", "06.wav")}))
+    options = ["tag", "-m", graph, "-w", "1", "--hop", "0.1", "--ray", cluster.address, "--out", "s3://bucket/out"]
+    words = [*options, "s3://bucket/in/", "s3://bucket/s/0.tar"]
+    with ced(*words) as first:
+        end = time.monotonic() + 120
+        while not bucket.find("bucket/out/tags"):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        first.send_signal(signal.SIGKILL)
+    with ced(*words) as second:
+        said, errors = second.communicate(timeout=240)
+    assert second.returncode == 1, errors  # for the broken file
+    assert "8 files" in said
+    assert "done before" in said
+    assert "s3://bucket/in/broken.wav" in errors
+    assert "Traceback" not in errors
+    assert KEYS["AWS_SECRET_ACCESS_KEY"] not in said + errors
+    given = {f"s3://bucket/in/{name}": name for name in names} | {
+        f"s3://bucket/s/0.tar!{name}": name for name in ("04.wav", "06.wav")
+    }
+    found = rows(parquet.read_table("bucket/out/tags", filesystem=bucket))
+    assert sorted((given[row[0]], *row[1:]) for row in found) == sorted(
+        (Path(row[0]).name, *row[1:]) for row in rows(expected) if Path(row[0]).name in given.values()
+    )
+    files = parquet.read_table("bucket/out/files.parquet", filesystem=bucket).to_pylist()
+    assert {each["file"]: each["error"] is None for each in files} == {
+        file: name != "broken.wav" for file, name in given.items()
+    }
+
+
 def test_data_sets_hold_the_same_rows(
     cluster: Any, clips: Path, graph: Path, expected: pa.Table, tmp_path: Path
 ) -> None:
@@ -224,6 +265,18 @@ def test_what_the_cluster_cannot_run_is_refused(cluster: Any, clips: Path, graph
         on_ray.tag(ray.data.range(3), graph)
     with pytest.raises(ConfigError, match="cannot be read by other machines"):
         on_ray.run([InputSound("<stdin>", b"", "stdin")], tagging(graph), tmp_path, settings={})
+
+
+def test_a_machine_without_the_package_is_named(cluster: Any, clips: Path, graph: Path, tmp_path: Path) -> None:
+    bare = cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(lacking_site(tmp_path))})
+    try:
+        inputs = find_inputs([str(clips / "00.wav")])
+        with pytest.raises(ProcessError, match=r"cannot import ced \(No module named 'ced'\); install"):
+            on_ray.run(inputs, tagging(graph), tmp_path / "out", settings={})
+        with pytest.raises(ProcessError, match="cannot import ced"):
+            on_ray.tag([str(clips / "00.wav")], graph)
+    finally:
+        cluster.remove_node(bare, allow_graceful=False)
 
 
 def test_faults_that_concern_every_sound_end_the_run(cluster: Any, clips: Path, graph: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import soundfile
 from ced.errors import AudioError, CheckpointError
 from ced.integrations import ray
 from ced.integrations.ray import Model, Rows, Tagging, _Reader
+from ced.remote import Listed
 from ced.tag.inputs import InputSound
 from tests.crashing import POISONED, crashing_site
 
@@ -42,6 +43,22 @@ def test_a_sound_that_crashes_its_process_costs_no_other(
     assert str(crashed) == f"./{POISONED}: the process that read it ended, twice: SIGSEGV"
     assert isinstance(missing, AudioError)
     assert str(missing).startswith("./none.wav: ")
+
+
+def test_sources_are_those_that_other_machines_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given, expected in (
+        ("a/../b.wav", str(tmp_path / "b.wav")),
+        (Path("b.wav"), str(tmp_path / "b.wav")),
+        ("s3://bucket/a b?.wav", "s3://bucket/a b?.wav"),
+        ("https://host/a.wav?x=1", "https://host/a.wav?x=1"),
+        ("s/0.tar!x/../a.wav", f"{tmp_path}/s/0.tar!x/../a.wav"),
+        ("s3://bucket/0.tar!a.wav", "s3://bucket/0.tar!a.wav"),
+    ):
+        assert ray._source(InputSound("name", given, "a")) == expected
+    stamped = ray._source(InputSound("name", Listed("s3://bucket/a.wav", (1, 2)), "a"))
+    assert isinstance(stamped, Listed)
+    assert stamped.stamp == (1, 2)
 
 
 def test_faults_of_the_model_are_raised(sounds: list[InputSound]) -> None:

@@ -197,11 +197,12 @@ def test_windows_of_one_sound_share_calls(accelerated: type[AcceleratedSession],
     assert len(shapes) < 3 * 40
 
 
-def test_a_model_that_is_open_and_a_batch_of_none_are_refused(graph: Path) -> None:
+def test_a_model_that_is_open_and_batches_out_of_range_are_refused(graph: Path) -> None:
     with pytest.raises(ConfigError, match="runs where it is"):
         Tagger(OnnxModel(graph), device="cuda")
-    with pytest.raises(ConfigError, match="batch is 0"):
-        Tagger(graph, batch=0)
+    for batch in (0, 1_000_000):  # twice as many threads would read ahead
+        with pytest.raises(ConfigError, match=f"batch is {batch}; it must be a whole number, 1 to 1024"):
+            Tagger(graph, batch=batch)
 
 
 def test_torch_networks_take_the_accelerator_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,3 +315,35 @@ def test_embeddings_count_for_the_length_of_an_answer(monkeypatch: pytest.Monkey
         assert "/v1/audio/stream" in error(answer, 413)
         answer = httpx.post(url + CLASSIFY, content=constant(0.123, 8), params=options, headers=WAV, timeout=60)
         assert len(answer.json()["embeddings"]) == 8
+
+
+def test_on_an_accelerator_windows_of_all_requests_share_calls() -> None:
+    class Accelerated(Mean):
+        accelerated = True
+        calls: list[int]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.threads = [], set[str]()
+
+        def __call__(self, waves: NDArray[np.float32], /) -> NDArray[np.float32]:
+            self.calls.append(len(waves))
+            self.threads.add(threading.current_thread().name)
+            return np.concatenate([super(Accelerated, self).__call__(wave[None]) for wave in waves])
+
+    model = Accelerated()
+    app = Application(model, "mean", batch=4)
+    calls = app.service.scorer._calls
+    assert calls is not None
+    with running(app) as url:
+        model.calls.clear()
+        model.go.clear()
+        first = Senders(url, [constant(0.75, 1)])
+        until(lambda: len(model.calls) == 1)
+        rest = Senders(url, [constant(level, 1) for level in (0.1, 0.2, 0.3, 0.4, 0.5)])
+        until(lambda: len(calls._waiting) == 5)
+        model.go.set()
+        probs = [answer.json()["pieces"][0]["tags"][0]["prob"] for answer in first.answers() + rest.answers()]
+    assert probs == pytest.approx([0.75, 0.1, 0.2, 0.3, 0.4, 0.5], abs=1e-4)
+    assert model.calls == [1, 4, 1]
+    assert model.threads == {"accelerator"}

@@ -2,8 +2,10 @@
 
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -13,6 +15,9 @@ from ced.errors import ConfigError, StoreError
 from ced.tag.inputs import InputSound
 from ced.tag.journal import stamp_of
 from ced.tag.parts import FileResult, Part, PartFolder, plan, to_do
+from tests.stores import memory
+
+__all__ = ["memory"]  # fixture
 
 SCHEMA = pa.schema([("file", pa.string()), ("prob", pa.float32())])
 
@@ -30,7 +35,9 @@ def given(tmp_path: Path, *names: str) -> list[InputSound]:
     return [InputSound(name, str(tmp_path / name), name) for name in names]
 
 
-def write(folder: PartFolder, name: str, items: Sequence[InputSound], prob: float, failed: Sequence[str] = ()) -> None:
+def write_part(
+    folder: PartFolder, name: str, items: Sequence[InputSound], prob: float, failed: Sequence[str] = ()
+) -> None:
     """Write a part with two rows for each file, none for those that failed."""
     names = [item.name for item in items if item.name not in failed]
     table = pa.table({"file": [name for name in names for _ in range(2)], "prob": [prob] * 2 * len(names)}, SCHEMA)
@@ -40,6 +47,11 @@ def write(folder: PartFolder, name: str, items: Sequence[InputSound], prob: floa
         for item, error in zip(items, errors, strict=True)
     ]
     folder.write(name, SCHEMA, [table], results)
+
+
+def write(folder: PartFolder, name: str, items: Sequence[InputSound], prob: float, failed: Sequence[str] = ()) -> None:
+    """Write a part of a local folder, newer than those there."""
+    write_part(folder, name, items, prob, failed)
     path = folder.out / "tags" / f"{name}.parquet"
     parts = len(list(path.parent.iterdir()))
     os.utime(path, ns=(parts, parts))  # written one after the other, however coarse the clock
@@ -161,3 +173,58 @@ def test_damaged_parts_are_errors(folder: PartFolder, content: bytes) -> None:
     (folder.out / "run.json").write_bytes(content)
     with pytest.raises(StoreError, match=r"run\.json is damaged"):
         folder.begin({"model": "a"})
+
+
+def test_parts_in_a_store(memory: Any, tmp_path: Path) -> None:
+    folder = PartFolder(Path("memory://out/run"), "tags")
+    begun = folder.begin({"model": "a"})
+    assert folder.results() == {}
+    assert folder.begin({"model": "a"}) == begun
+    items = given(tmp_path, "a", "b", "c")
+    write_part(folder, "x", items[:2], 0.25)
+    time.sleep(0.01)  # the next part is newer
+    write_part(folder, "y", items[1:], 0.5, failed=["c"])
+    found = folder.settle()
+    assert {name: (result.error, result.stamp) for name, result in found.items()} == {
+        "a": (None, stamp_of(items[0])), "b": (None, stamp_of(items[1])), "c": ("damaged", stamp_of(items[2])),
+    }  # fmt: skip
+    assert list(memory.find("/out/run")) == [
+        "/out/run/run.json", "/out/run/tags/x.parquet", "/out/run/tags/y.parquet",
+    ]  # fmt: skip
+    table = parquet.read_table("/out/run/tags", filesystem=memory)
+    assert sorted(zip(table["file"].to_pylist(), table["prob"].to_pylist(), strict=True)) == (
+        [("a", 0.25)] * 2 + [("b", 0.5)] * 2
+    )
+    folder.finish(found.values())
+    assert b'"c"' in memory.cat("/out/run/errors.jsonl")
+    folder.settle(again=["a", "b", "c"])
+    assert folder.results() == {}
+    folder.finish([])
+    assert not memory.exists("/out/run/errors.jsonl")
+    folder.check(begun, "here")
+    with pytest.raises(ConfigError, match="machine there does not see"):
+        folder.check("other", "there")
+    with pytest.raises(ConfigError, match='model "a", now "b"'):
+        folder.begin({"model": "b"})
+    memory.rm_file("/out/run/run.json")
+    with pytest.raises(ConfigError, match=r"machine there cannot read .*no such file"):
+        folder.check(begun, "there")
+    memory.pipe("/out/run/run.json", b"{")
+    with pytest.raises(StoreError, match=r"memory:/.*run\.json is damaged"):
+        folder.begin({"model": "a"})
+    memory.pipe("/out/run/tags/z.parquet", b"PAR1 no table PAR1")
+    with pytest.raises(StoreError, match=r"z\.parquet is damaged"):
+        folder.settle()
+
+
+def test_an_interrupted_part_does_not_appear_in_a_store(memory: Any, tmp_path: Path) -> None:
+    folder = PartFolder(Path("memory://out/run"), "tags")
+    folder.begin({"model": "a"})
+
+    def tables() -> Iterator[pa.Table]:
+        yield pa.table({"file": ["a"], "prob": [0.5]}, SCHEMA)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.write("x", SCHEMA, tables(), [])
+    assert memory.find("/out/run") == ["/out/run/run.json"]

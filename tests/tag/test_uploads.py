@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ced import remote
 from ced.errors import ConfigError, WriteError
 from ced.model.zoo import cache_dir
 from ced.sound import audio
@@ -108,6 +109,46 @@ def test_outputs_that_another_machine_wrote_replace_those_of_an_interrupted_run(
     again = Loudness()
     run(again, sounds, combined=True)
     assert again.done == [f"memory://in/{name}" for name in CLIPS]
+
+
+def test_an_interrupted_upload_is_repeated(memory: Any, sounds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_UPLOADED", 1)
+    put, calls = type(memory).put, []
+
+    def lose(*given: Any, **options: Any) -> None:
+        calls.append(given)
+        if len(calls) == 3:
+            raise ConnectionError("lost")
+        put(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "put", lose)
+        with pytest.raises(WriteError, match="lost"):
+            run(Loudness(), sounds[:1])
+    assert len(there(memory)) == 2
+    assert "journal.jsonl" not in there(memory)
+    again = Loudness()
+    assert run(again, sounds[:1]).skipped == 3
+    assert again.done == []
+    assert there(memory) == {"journal.jsonl", *(f"{name}.jsonl" for name in CLIPS)}
+
+
+def test_two_versions_of_a_file_are_not_mixed_up(memory: Any, sounds: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"two sounds have the name memory://in/guitar\.flac"):
+        run(Loudness(), ["memory://in/guitar.flac?versionId=1", "memory://in/guitar.flac?versionId=2"])
+
+
+def test_a_store_that_cannot_be_written_to_is_noticed_before_sounds_are_read(
+    memory: Any, sounds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("denied")
+
+    monkeypatch.setattr(type(memory), "pipe_file", refuse)
+    process = Loudness()
+    with pytest.raises(WriteError, match="no permission"):
+        run(process, sounds)
+    assert process.done == []
 
 
 def test_failures_are_listed_until_they_are_mended(memory: Any, sounds: list[str]) -> None:
