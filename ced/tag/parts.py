@@ -46,7 +46,7 @@ FILES = (
 )  # columns; size in bytes, modified in ns since 1970
 _MOST_FILES, _MOST_BYTES = 256, 1 << 28  # of a part: what a machine that is lost may have to do again
 _FILES_KEY = b"ced.files"
-_PARTS_EACH = 8  # parts for each worker, where there are few files
+_PARTS_EACH = 16  # parts for each worker, where there are few files
 _PARTS_AT_ONCE = 16  # whose files are read
 _READ_AT_ONCE = 1 << 20  # bytes of a part in a store; of larger ones, only the end with the metadata may be needed
 _AGAIN = "choose another folder, or remove that file to start again"
