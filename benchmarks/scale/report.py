@@ -153,7 +153,8 @@ def _assumptions(results: Results) -> Iterator[str]:
     yield (
         f"- Prices are typical on-demand list prices of {prices.date}, rounded, in {prices.currency}: a core hour "
         f"{prices.core_hour:g}, an hour of a GPU with its host {prices.gpu_hour:g}, a GB stored for a month "
-        f"{prices.storage_gb_month:g}, a GB of egress {prices.egress_gb:g}. Nothing is idle, and nothing is repeated."
+        f"{prices.storage_gb_month:g}, a GB of egress {prices.egress_gb:g}. Nothing is idle, and nothing is repeated; "
+        "sounds arrive as fast as they are decoded."
     )
 
 
