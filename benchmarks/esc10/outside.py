@@ -73,7 +73,6 @@ _TRAINING: Mapping[str, Any] = {
 }
 _MASKED: Mapping[str, Any] = {
     **_TRAINING,
-    "train_data": FREE_MIXED,
     "decoder_args": {"embed_dim": WIDTH, "num_heads": WIDTH // 32, "depth": 2},
     "chunk_length": split.SECONDS,
     "epochs": MASKED_EPOCHS,
@@ -120,7 +119,7 @@ def jobs(teacher: str, seed: int) -> list[Job]:
     recordings = _stored(f"{VIEWS}_recordings", [teacher], train_data=FREE, epochs=(1 + MIXTURES) * STORED)
     ced = _distilled(CED, seed, alone)
     found = [
-        Job(MASKED, "pretrain", check(PretrainConfig, _MASKED, MASKED)),
+        Job(MASKED, "pretrain", check(PretrainConfig, {**_MASKED, "train_data": FREE_MIXED}, MASKED)),
         alone,
         ced,
         _distilled(OWN, seed, alone, disable_consistency=True),
