@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ced.errors import BusyError, CedError, WriteError
+
+logger = logging.getLogger(__name__)
 
 _LONGEST_NAME, _LONGEST_STEM = 255, 200  # bytes that file systems allow; bytes of a name that temporary files keep
 _STALE = 86_400.0  # seconds without a change, after which a temporary file is taken for one of a killed process
@@ -301,13 +304,21 @@ def claimed(path: Path, wait: float = 0.0) -> Iterator[None]:
         place = path.with_name(f".{path.name}.lock")
         if place.is_symlink():
             raise WriteError(place, "it is a link")
-        lock = FileLock(place, timeout=wait)
+        lock = FileLock(place, timeout=0)
         try:
-            lock.acquire()
+            try:
+                lock.acquire()
+            except Timeout:
+                if not wait:
+                    raise
+                logger.info("another process is writing %s; waiting for it, %g s at most", path, wait)
+                lock.acquire(timeout=wait)
         except Timeout as error:
             raise BusyError(f"another process is writing {path}; wait for it, or choose another output") from error
     try:
         yield
     finally:
+        # Before the release: afterwards it could be the file that the next process has locked.
+        with suppress(OSError):  # Windows does not remove an open file; releasing the lock does then
+            Path(lock.lock_file).unlink()
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)

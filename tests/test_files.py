@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and are never written through links."""
 
+import logging
 import os
 import re
 import signal
@@ -242,7 +243,7 @@ def test_a_full_disk_is_one_line_naming_the_file(small_disk: Path, write: Callab
     assert list(small_disk.iterdir()) == []
 
 
-def test_a_claim_waits_for_another_process_to_end(tmp_path: Path) -> None:
+def test_a_claim_waits_for_another_process_to_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     held, free = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -256,6 +257,8 @@ def test_a_claim_waits_for_another_process_to_end(tmp_path: Path) -> None:
     with pytest.raises(BusyError, match="out"), claimed(tmp_path / "out"):
         pass
     threading.Timer(0.2, free.set).start()
-    with claimed(tmp_path / "out", wait=60):
+    with caplog.at_level(logging.INFO), claimed(tmp_path / "out", wait=60):
         assert free.is_set()
+    assert "waiting" in caplog.text
     holder.join()
+    assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.scale import cluster, packs, report, results, sounds
+from benchmarks.scale import packs, report, results, sounds
 from benchmarks.scale.results import Row
 from benchmarks.scale.sounds import Wave
 
@@ -42,7 +42,7 @@ def measure(name: str, size: float, folder: Path, waves: Sequence[Wave], model: 
         return sounds.files_part(folder, int(size), waves, model)
     if name == "hours":
         return sounds.hours_part(folder, size, waves, model)
-    return cluster.ray_part(folder, int(size), waves, model, rounds)
+    return sounds.ray_part(folder, int(size), waves, model, rounds)
 
 
 def run(name: str, model: str, about: str, waves: Sequence[Wave], given: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.scale import cluster, sounds
+from benchmarks.scale import sounds
 from benchmarks.scale.results import Part, Results
 from ced.model.config import ModelConfig
 from ced.model.zoo import MODELS
@@ -46,7 +46,8 @@ class Rates:
         decode: processor seconds of an hour of compressed stereo sound.
         overhead: the share that a cluster adds.
         flac, opus: bytes of an hour of sound.
-        tags: bytes of the tags of a window.
+        line: bytes of the tags of a file with one window.
+        tags: bytes of the tags of each further window.
     """
 
     file: float
@@ -54,6 +55,7 @@ class Rates:
     overhead: float
     flac: float
     opus: float
+    line: float
     tags: float
 
 
@@ -68,6 +70,7 @@ def rates(results: Results) -> Rates | None:
         hours.largest(sounds.DECODE),
         hours.largest(sounds.TAG),
     )
+    assert file.bytes is not None
     assert opus.bytes is not None
     assert flac.bytes is not None
     assert long.bytes is not None
@@ -77,6 +80,7 @@ def rates(results: Results) -> Rates | None:
         max(0.0, overheads(results.parts["ray"])[2]),
         flac.bytes / flac.size,
         opus.bytes / opus.size,
+        file.bytes / file.size,
         long.bytes / (long.size * 3600 / WINDOW),
     )
 
@@ -90,14 +94,14 @@ def per_clip(part: Part, side: str) -> tuple[float, float, float]:
 
 def gain(part: Part) -> float:
     """Return how many times as fast as one worker two are."""
-    return per_clip(part, cluster.RAY[1])[1] / per_clip(part, cluster.RAY[2])[1]
+    return per_clip(part, sounds.RAY[1])[1] / per_clip(part, sounds.RAY[2])[1]
 
 
 def overheads(part: Part) -> dict[int, float]:
     """Return the share of time that Ray adds to `ced tag`, by the number of workers."""
     return {
-        workers: per_clip(part, side)[1] / per_clip(part, cluster.PLAIN[workers])[1] - 1
-        for workers, side in cluster.RAY.items()
+        workers: per_clip(part, side)[1] / per_clip(part, sounds.PLAIN[workers])[1] - 1
+        for workers, side in sounds.RAY.items()
     }
 
 
@@ -147,7 +151,7 @@ def storing(results: Results) -> Iterator[list[str]]:
         for name, bytes in (
             ("FLAC, 16 kHz, mono", found.flac * corpus.hours),
             ("Opus, 48 kHz, stereo", found.opus * corpus.hours),
-            ("tags of the default options", found.tags * corpus.windows),
+            ("tags of the default options", corpus.files * found.line + (corpus.windows - corpus.files) * found.tags),
         ):
             size = bytes / 1e9
             month, egress = size * prices.storage_gb_month, size * prices.egress_gb

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.scale import cluster, estimate, sounds
+from benchmarks.scale import estimate, sounds
 from benchmarks.scale.results import JSON, Part, Results, Row, read
 from ced.files import written_aside
 
@@ -107,10 +107,10 @@ def _packs(part: Part) -> str:
 def _ray(part: Part) -> str:
     header = ["", "start, s", "clips/s", "processor, ms a clip"]
     rows = []
-    for side in (*cluster.PLAIN.values(), *cluster.RAY.values()):
+    for side in (*sounds.PLAIN.values(), *sounds.RAY.values()):
         start, seconds, processor = estimate.per_clip(part, side)
         rows.append([side, f"{start:.1f}", f"{1 / seconds:.1f}", f"{1000 * processor:.1f}"])
-    plain, ray = (estimate.per_clip(part, sides[1])[2] for sides in (cluster.PLAIN, cluster.RAY))
+    plain, ray = (estimate.per_clip(part, sides[1])[2] for sides in (sounds.PLAIN, sounds.RAY))
     found = estimate.overheads(part)
     return (
         f"{_table(header, rows)}\n\nTwo workers are {estimate.gain(part):.2f} times as fast as one (aim: 1.8). Against "
@@ -153,7 +153,8 @@ def _assumptions(results: Results) -> Iterator[str]:
     yield (
         f"- Prices are typical on-demand list prices of {prices.date}, rounded, in {prices.currency}: a core hour "
         f"{prices.core_hour:g}, an hour of a GPU with its host {prices.gpu_hour:g}, a GB stored for a month "
-        f"{prices.storage_gb_month:g}, a GB of egress {prices.egress_gb:g}. Nothing is idle, and nothing is repeated."
+        f"{prices.storage_gb_month:g}, a GB of egress {prices.egress_gb:g}. Nothing is idle, and nothing is repeated; "
+        "sounds arrive as fast as they are decoded."
     )
 
 

@@ -1,16 +1,21 @@
-"""The parts `files` and `hours`: `ced tag` of many short files, and of one long file.
+"""The parts `files`, `hours` and `ray`: `ced tag` of many short files, of one long file, and on a Ray cluster.
 
     files   folders of files of one second each (hard links to a few hundred different ones): tag them, each into a file
             of its own; repeat the command, which then finds everything done; and write one table of all from the
             journal (`--combine`), as CSV and as Parquet
     hours   one FLAC file, 16 kHz, mono: tag it, and decode it without a model; and six minutes of Opus, 48 kHz,
             stereo, decoded only
+    ray     clips of five seconds: `ced tag` with one and with two threads, and a Ray cluster of this machine with one
+            and with two workers take turns. Each tags a few clips, then all of them. What the larger run takes beyond
+            the smaller is the rate; what the smaller takes is mostly the start: of Python, of Ray, of workers and
+            models. Figures are medians over rounds; the processor time is that of all processes, with Ray's own
 
 The sounds are cut from real ones and repeated, or generated if there are none. The model's time does not depend on the
 number of files, so the default is a small one.
 """
 
 import os
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import cycle
@@ -18,9 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import soxr
 from numpy.typing import NDArray
 
-from benchmarks.scale.costs import Work, of_command, of_work
+from benchmarks.scale.costs import Cost, Work, of_command, of_processes, of_work
 from benchmarks.scale.results import Row
 from ced.files import make_folders
 from ced.sound.audio import SAMPLE_RATE, cut_windows, load, open_sound
@@ -36,6 +42,10 @@ BLOCK = 60  # seconds of a long file that are written at once
 GENERATED = 20  # sounds
 LENGTH = 5  # seconds of each
 OPUS_HOURS = 0.1  # encoding it takes longer than all else
+PLAIN = {1: "ced tag -j 1", 2: "ced tag -j 2"}
+RAY = {1: "Ray, 1 worker", 2: "Ray, 2 workers"}
+CLUSTER_FEW = 16  # clips
+CLUSTER_SECONDS = 5.0  # of a clip
 
 Wave = NDArray[np.float32]  # (t,), 16 kHz
 
@@ -72,12 +82,9 @@ def write_files(folder: Path, sounds: Sequence[Wave], count: int, seconds: float
 
 
 def write_hours(path: Path, sounds: Sequence[Wave], hours: float, rate: int, channels: int, subtype: str) -> None:
-    """Write a file that repeats sounds, in the container that its suffix names.
-
-    At another rate than 16 kHz the sounds are not resampled: only the time of decoding them counts.
-    """
+    """Write a file that repeats sounds, resampled to `rate`, in the container that its suffix names."""
     left = round(hours * 3600 * rate)
-    whole = repeated(sounds, BLOCK * SAMPLE_RATE)
+    whole = soxr.resample(repeated(sounds, BLOCK * SAMPLE_RATE), SAMPLE_RATE, rate)
     with soundfile.SoundFile(path, "w", rate, channels, subtype) as file:
         while left > 0:
             block = whole[:left]
@@ -129,3 +136,29 @@ def prepare_decoding(path: Path) -> Work:
                 pass
 
     return decode
+
+
+def options_of(side: str) -> list[str]:
+    """Return the options of a side; both write Parquet."""
+    for workers, name in PLAIN.items():
+        if side == name:
+            return ["--jobs", str(workers), "--format", "parquet", "--combine"]
+    (workers,) = (workers for workers, name in RAY.items() if side == name)
+    return ["--ray", "auto", "--workers", str(workers)]
+
+
+def ray_part(folder: Path, clips: int, sounds: Sequence[Wave], model: str, rounds: int) -> Iterator[Row]:
+    """Measure all sides, each with few clips and with all of them."""
+    found: dict[tuple[str, int], list[Cost]] = {}
+    for count in (CLUSTER_FEW, clips):
+        write_files(folder / f"{count}", sounds, count, CLUSTER_SECONDS)
+    for number in range(rounds):
+        for side in (*PLAIN.values(), *RAY.values()):
+            for count in (CLUSTER_FEW, clips):
+                out = folder / f"out-{number}-{count}-{side}"
+                cost = of_processes(tagging(folder / f"{count}", out, model, *options_of(side)))
+                found.setdefault((side, count), []).append(cost)
+    for (side, count), costs in found.items():
+        seconds = statistics.median(cost.seconds for cost in costs)
+        processor = statistics.median(cost.processor for cost in costs)
+        yield Row.of(side, count, Cost(seconds, processor, None))

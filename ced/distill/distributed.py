@@ -23,8 +23,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from ced.config import Mode
 from ced.errors import ProcessError
+from ced.files import writing
 
-UNNAMED_JOB = "none"  # the id of all jobs that have no --rdzv-id
+_UNNAMED = "none"  # the id of all jobs on several machines that have no --rdzv-id
 _CLAIM_WAIT = 120.0  # seconds until a network file system has released the lock of a lost machine (NFS: 90)
 _SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _JOIN_TIMEOUT = timedelta(minutes=10)
@@ -90,13 +91,15 @@ class World:
 
         Raises:
             ProcessError: one does not; the message has the names of the machines.
+            WriteError: the first process cannot write to it.
         """
         if self.size == 1:
             return
         # No other folder has a file of this name, and no machine has cached that there is none.
         mark = folder / str(self.broadcast(f".shared.{secrets.token_hex(4)}.partial"))
         if self.is_main:
-            mark.touch()
+            with writing(mark):
+                mark.touch()
         self.barrier()
         deadline = time.monotonic() + _SHARED_WAIT
         while not (seen := mark.exists()) and time.monotonic() < deadline:
@@ -129,28 +132,28 @@ def lost_process_explained() -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
             raise
-        raise ProcessError("another process of this run has stopped; its own message explains why") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ProcessError(
+            f"another process of this run has stopped, and its own message explains why, or cannot be reached: {reason}"
+        ) from error
 
 
-@dataclass(frozen=True)
-class Job:
-    """The job of torchrun that a run belongs to: all its processes, also after restarts."""
+def job_names(world: World) -> list[str]:
+    """Return the names by which a job of torchrun finds its experiments again; none without torchrun.
 
-    id: str  # of --rdzv-id; torchrun on a single machine draws one
-    restarted: bool  # whether torchrun has started this run again because a process failed
+    A job has one name, its id: `--rdzv-id`, or what torchrun draws on a single machine. On several machines without
+    `--rdzv-id` all jobs have the same id. Such a job has a name for each machine instead, that of the folder of
+    torchrun's logs, which is drawn when torchrun begins and stays when it restarts its processes.
 
-    @property
-    def is_known(self) -> bool:
-        """Whether earlier runs with the same id belong to this job."""
-        return self.id != UNNAMED_JOB or self.restarted
-
-
-def job_of(world: World) -> Job | None:
-    """Return the job of a run; None without torchrun. All processes call this."""
-    # The agent of a machine that was replaced counts from zero again; the others know of the restart.
-    restarts = world.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return None if name is None else Job(name, any(restarts))
+    All processes call this.
+    """
+    # <folder>/attempt_0/0/error.json. The count of attempts is no help: it does not change when a machine is added.
+    logs = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parents
+    folders = set(world.gather(logs[2].name if len(logs) > 2 else ""))
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    if job == _UNNAMED:
+        return sorted(folders - {""})
+    return [] if job is None else [job]
 
 
 def claim_wait() -> float:

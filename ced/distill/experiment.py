@@ -9,7 +9,7 @@
     last.safetensors       the newest network
     averaged.safetensors   the result: the mean of the best; without validation the result is last.safetensors
     resume.pt              the state at the end of the last complete epoch, from which a run resumes
-    job.txt                under torchrun: the id of the job, by which the run is found when torchrun restarts it
+    job.txt                under torchrun: the names of the job, by which the run is found when torchrun restarts it
 
 On resuming, the other files are brought back to the state in resume.pt.
 """
@@ -24,7 +24,7 @@ import secrets
 import shlex
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -33,8 +33,7 @@ from typing import IO, Any, TypeVar, cast
 
 import torch
 
-from ced.config import TrainerConfig, dump, load_config
-from ced.distill.distributed import Job
+from ced.config import TrainerConfig, command_of, dump, load_config
 from ced.errors import ConfigError, TrainingError
 from ced.files import errors_held, writing, written_aside
 from ced.model import loading, weights
@@ -74,8 +73,8 @@ class State:
         return entry[2] if entry in self.kept else None
 
 
-def create_folder(config: TrainerConfig, name: str, job: Job | None = None) -> Path:
-    """Make the folder of a new run, `<outputpath>/<name>/<time stamp>`, with its configuration and the id of its job.
+def create_folder(config: TrainerConfig, name: str, job: Sequence[str] = ()) -> Path:
+    """Make the folder of a new run, `<outputpath>/<name>/<time stamp>`, with its configuration and names of its job.
 
     The folder is renamed to that once they are written, so that every experiment has them.
     """
@@ -87,8 +86,8 @@ def create_folder(config: TrainerConfig, name: str, job: Job | None = None) -> P
         unnamed.mkdir()
         with written_aside(unnamed / CONFIG_NAME) as path:
             path.write_text(dump(config), encoding="utf-8")
-        if job is not None:
-            (unnamed / JOB_NAME).write_text(f"{job.id}\n", encoding="utf-8")
+        if job:
+            (unnamed / JOB_NAME).write_text("".join(f"{each}\n" for each in job), encoding="utf-8")
         folder, again = parent / stamp, 1
         while True:
             try:
@@ -102,13 +101,18 @@ def create_folder(config: TrainerConfig, name: str, job: Job | None = None) -> P
         shutil.rmtree(unnamed, ignore_errors=True)
 
 
-def find_folder(config: C, name: str, job: Job) -> Path | None:
-    """Return the newest experiment of a name that a job began with a configuration; None if there is none."""
-    if not job.is_known:
-        return None
-    for path in sorted((config.outputpath / name).glob(f"*/{JOB_NAME}"), reverse=True):
-        begun_by = path.read_text(encoding="utf-8", errors="replace").strip()
-        if begun_by == job.id and _changed_key(config, load_config(type(config), config_path(path.parent))) is None:
+def find_folder(config: C, name: str, job: Sequence[str]) -> Path | None:
+    """Return the newest experiment of a name that a job began with a configuration; None if there is none.
+
+    Raises:
+        ConfigError: the configuration of an experiment of the job is damaged.
+    """
+    for path in sorted((config.outputpath / name).glob(f"[!.]*/{JOB_NAME}"), reverse=True):  # not of unfinished folders
+        begun_by = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if not set(begun_by) & set(job):
+            continue
+        before = config_path(path.parent)
+        if command_of(before) == config.command and _changed_key(config, load_config(type(config), before)) is None:
             return path.parent
     return None
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from ced.config import TrainerConfig
 from ced.distill import experiment
 from ced.distill.dataset import Batch, ViewDataset, prefetch, shuffled, weighted
-from ced.distill.distributed import Job, World, claim_wait, half_type, job_of, join_processes, lost_process_explained
+from ced.distill.distributed import World, claim_wait, half_type, job_names, join_processes, lost_process_explained
 from ced.distill.evaluate import Evaluation, Validation
 from ced.distill.experiment import LAST_NAME, RESULT_NAME, State
 from ced.distill.pack_reader import AudioPack
@@ -74,7 +74,7 @@ class Run:
     folder: Path | None  # of the experiment to resume; None: a new one
     state: State
     world: World
-    job: Job | None  # None: not under torchrun
+    job: list[str]  # its names; none without torchrun
     progress: Progress
 
 
@@ -96,18 +96,20 @@ def begin_run(config: TrainerConfig, *, name: str, resume: Path | None, progress
     """
     world = join_processes()
     world.check_same(experiment.settings_of(config))
-    job = job_of(world)
+    job = job_names(world)
     folder = resume
-    if resume is None and job is not None:
+    if resume is None and job:
         folder = world.broadcast(experiment.find_folder(config, name, job) if world.is_main else None)
         if folder is not None and world.is_main:
-            logger.info("job %s of torchrun began %s, which is resumed; another --rdzv-id begins anew", job.id, folder)
+            logger.info("this job of torchrun began %s; another --rdzv-id begins a new experiment", folder)
     state = None
     if folder is not None:
-        experiment.check_resumable(config, folder)
+        if world.is_main:  # others may not see the folder
+            experiment.check_resumable(config, folder)
         world.check_shared(folder)
         state = experiment.load_state(folder)
     state = state or State(world_size=world.size)
+    world.check_same({"the last complete epoch": state.epoch})
     if state.finished and world.is_main:
         logger.warning("%s is finished after %d epochs; there is nothing to resume", folder, state.epoch)
     return Run(name, folder, state, world, job, progress if world.is_main else silent)

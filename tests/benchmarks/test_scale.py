@@ -6,7 +6,7 @@ import pytest
 import soundfile
 
 from benchmarks.scale import __main__ as scale
-from benchmarks.scale import cluster, costs, estimate, packs, report, results, sounds
+from benchmarks.scale import costs, estimate, packs, report, results, sounds
 from benchmarks.scale.costs import Cost
 from benchmarks.scale.results import Part, Results, Row
 from ced.sound.audio import SAMPLE_RATE
@@ -96,9 +96,9 @@ def test_the_sides_of_a_cluster_take_turns(tmp_path: Path, monkeypatch: pytest.M
         start, each = (10.0, 0.011) if "--ray" in text else (1.0, 0.01)
         return Cost(start + count * each / workers, count * each, None)
 
-    monkeypatch.setattr(cluster, "of_processes", of_processes)
+    monkeypatch.setattr(sounds, "of_processes", of_processes)
     part = Part("a machine", "2026-01-01", 0.0, "")
-    part.rows = list(cluster.ray_part(tmp_path, 40, sounds.generated_sounds(), "model.onnx", 2))
+    part.rows = list(sounds.ray_part(tmp_path, 40, sounds.generated_sounds(), "model.onnx", 2))
     assert len(ran) == 2 * 4 * 2
     assert len(list((tmp_path / "40").rglob("*.wav"))) == 40
     assert estimate.gain(part) == pytest.approx(2.0, abs=0.05)
@@ -135,8 +135,8 @@ def everything() -> Results:
         Row(sounds.OPUS, 0.1, 2, 1, 5, 5_000_000),
     ]
     found.add("hours", Part("m", "d", 0, ""), long)
-    sides = [(name, workers, 0.0) for workers, name in cluster.PLAIN.items()]
-    sides += [(name, workers, 0.1) for workers, name in cluster.RAY.items()]
+    sides = [(name, workers, 0.0) for workers, name in sounds.PLAIN.items()]
+    sides += [(name, workers, 0.1) for workers, name in sounds.RAY.items()]
     rows = [
         Row(name, count, 1 + count * (1 + more) / workers, count * (1 + more))
         for name, workers, more in sides
@@ -156,8 +156,10 @@ def test_the_extrapolation_follows_from_measurements_and_prices(tmp_path: Path) 
     assert tiny[:3] == ["AudioSet", "`ced_tiny`", "42 to 65"]
     assert tiny[4] == "2.1 to 3.2"
     assert tiny[5:] == ["1.2 (decoding)", "3.5"]
-    flac = next(estimate.storing(everything()))
-    assert flac == ["AudioSet", "FLAC, 16 kHz, mono", "350", "8.1", "32"]
+    rows = list(estimate.storing(everything()))
+    assert rows[0] == ["AudioSet", "FLAC, 16 kHz, mono", "350", "8.1", "32"]
+    # 600 bytes a file with a window, 200 for each further window
+    assert [row[2] for row in rows if row[1].startswith("tags")] == ["1.3", "72"]
 
 
 def test_the_page_equals_its_results() -> None:

@@ -1,12 +1,13 @@
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from ced.distill import distributed
-from ced.distill.distributed import Job, World, job_of, join_processes, lost_process_explained
-from ced.errors import ProcessError
+from ced.distill.distributed import World, job_names, join_processes, lost_process_explained
+from ced.errors import ProcessError, WriteError
 from tests.distill.trainings import free_ports
 
 
@@ -44,6 +45,9 @@ class Together(World):
     def gather(self, value: Any) -> list[Any]:
         return [value, self.other]
 
+    def broadcast(self, value: Any) -> Any:
+        return value
+
 
 def test_other_settings_on_a_machine_are_named() -> None:
     world = Together(0, 2, torch.device("cpu"))
@@ -56,19 +60,30 @@ def test_other_settings_on_a_machine_are_named() -> None:
 def test_only_errors_of_a_lost_connection_are_explained() -> None:
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5528")
     for error in (lost, torch.distributed.DistNetworkError("Broken pipe")):
-        with pytest.raises(ProcessError, match="another process"), lost_process_explained():
+        with pytest.raises(ProcessError, match="another process") as found, lost_process_explained():
             raise error
+        assert str(error) in found.value.message
     with pytest.raises(RuntimeError, match="size of tensor"), lost_process_explained():
         raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
 
 
-def test_the_job_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert job_of(World(0, 1, torch.device("cpu"))) is None
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
-    # This machine is a replacement; the other one has seen the restart.
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+def test_the_names_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --rdzv-id, all jobs on several machines have the id "none"; folders of logs distinguish them."""
     world = Together(0, 2, torch.device("cpu"))
-    world.other = 1
-    assert job_of(world) == Job("7", restarted=True)
-    assert [Job(*job).is_known for job in (("7", False), ("none", True), ("none", False))] == [True, True, False]
+    world.other = "none_second"
+    for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    assert job_names(world) == []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    assert job_names(world) == ["7"]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/none_first/attempt_3/0/error.json")
+    assert job_names(world) == ["none_first", "none_second"]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "")  # without logs
+    assert job_names(world) == ["none_second"]
+
+
+def test_the_shared_folder_has_to_be_writable(tmp_path: Path) -> None:
+    world = Together(0, 2, torch.device("cpu"))
+    with pytest.raises(WriteError, match="missing"):
+        world.check_shared(tmp_path / "missing")

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ced.config import TrainConfig, check
+from ced.config import FinetuneConfig, TrainConfig, check
 from ced.distill.experiment import (
     State,
     as_tagger,
     create_folder,
+    find_folder,
     load_state,
     logging_to,
     remove_unkept,
@@ -25,6 +26,20 @@ def test_runs_begun_in_one_second_get_folders_of_their_own(tmp_path: Path) -> No
     folders = {create_folder(check(TrainConfig, values, "test"), "student") for _ in range(3)}
     assert len(folders) == 3
     assert {folder.parent for folder in folders} == {tmp_path / "student"}
+
+
+def test_a_job_is_not_resumed_from_unfinished_folders_or_other_commands(tmp_path: Path) -> None:
+    config = check(
+        TrainConfig, {"outputpath": tmp_path, "train_data": "a.tsv", "logitspath": "b", "model": "ced_tiny"}, "test"
+    )
+    other = check(FinetuneConfig, {"outputpath": tmp_path, "train_data": "a.tsv", "model": "ced_tiny"}, "test")
+    begun = create_folder(config, "run", ["7"])
+    create_folder(other, "run", ["7"])
+    begun.rename(tmp_path / "run" / f".{begun.name}.0123abcd.partial")  # killed before it got its name
+    assert find_folder(config, "run", ["7"]) is None
+    begun = create_folder(config, "run", ["7"])
+    assert find_folder(config, "run", ["7"]) == begun
+    assert find_folder(config, "run", []) is None
 
 
 def test_the_best_networks_are_kept_and_of_equals_the_earlier() -> None:

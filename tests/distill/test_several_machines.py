@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from ced.config import StoreConfig, TrainConfig, check, dump
+from ced.distill.experiment import create_folder
 from ced.distill.store import store
 from ced.distill.view_store import ViewStore
 from tests.distill.trainings import free_ports, measurements, settings
@@ -199,7 +200,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("command", ["train", "store"])
+@pytest.mark.parametrize("command", ["train", "train --resume begun", "store"])
 def test_machines_that_share_no_folder_end_with_one_error(command: str, sounds: Path, tmp_path: Path) -> None:
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_ports(1)[0]}
     keys = settings(sounds, Path("out"), logitspath=sounds / "store", eval_data=None, num_classes=4)
@@ -207,14 +208,17 @@ def test_machines_that_share_no_folder_end_with_one_error(command: str, sounds: 
         keys = {"train_data": sounds / "train.tsv", "outputpath": "out", "model": "homemade:ten", "topk": 3}
         keys |= {"chunk_length": 1, "epochs": 1}
     processes = []
+    name, *options = command.split()
     for rank in range(2):
         folder = tmp_path / str(rank)
         folder.mkdir()
         (folder / "homemade.py").write_text(TEACHER)
         (folder / "run.yaml").write_text(json.dumps(keys, default=str))
+        if "--resume" in command and rank == 0:
+            create_folder(check(TrainConfig, keys, "test"), str(folder)).rename(folder / "begun")
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", APART, command, "run.yaml"],
+                [sys.executable, "-c", APART, name, "run.yaml", *options],
                 cwd=folder,
                 env=os.environ | ENVIRONMENT | shared | {"RANK": str(rank), "LOCAL_RANK": "0"},
                 stderr=subprocess.PIPE,
@@ -225,7 +229,8 @@ def test_machines_that_share_no_folder_end_with_one_error(command: str, sounds: 
         _, printed = process.communicate(timeout=SECONDS)
         assert process.returncode == 1
         (error,) = (line for line in printed.splitlines() if "error" in line.lower())
-        assert "does not see the folder out" in error
+        assert "does not see the folder" in error
+        assert ("begun" if options else "out") in error
         assert "process 1" in error
         assert socket.gethostname() in error
         assert "Traceback" not in printed

@@ -461,16 +461,19 @@ def test_a_job_of_torchrun_resumes_its_own_run(
     assert len(list((tmp_path / "job/run").iterdir())) == 3
 
 
-def test_a_job_without_an_id_is_found_after_a_restart_only(
+def test_a_job_without_an_id_finds_its_own_runs_only(
     sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also one that fails before it has an experiment must not take an earlier one for its own when it is restarted."""
     config = config_of(sounds, tmp_path, epochs=1, eval_data=None)
+    found = {}
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    first, second = train(config, name="run"), train(config, name="run")
-    assert first != second
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert train(config, name="run") == second
+    for agent in ("none_a", "none_b"):
+        for attempt in (0, 1):
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+            monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"/tmp/t/{agent}/attempt_{attempt}/0/error.json")
+            found[agent, attempt] = train(config, name="run")
+    assert found["none_a", 0] == found["none_a", 1] != found["none_b", 0] == found["none_b", 1]
 
 
 # Several processes ----------------------------------------------------------------------------------------------------

@@ -219,6 +219,25 @@ def test_a_changed_file_is_processed_again(tree: Path) -> None:
     assert len(lines(Path("out/tags.jsonl"))) == 11
 
 
+def test_a_file_that_changes_during_a_run(tree: Path) -> None:
+    """Its new content is tagged once if it changes before its turn, and by the next run if it changes meanwhile."""
+    inputs = find_inputs(["in"])
+
+    def process(item: InputSound) -> Record:
+        record = loudness(item)
+        if item is inputs[0]:
+            sound(Path(item.name), 3.0)
+            sound(Path(inputs[-1].name), 4.0)
+        return record
+
+    tag_to_folder(inputs, process, Path("out"), settings=SETTINGS)
+    again = Counting()
+    tag_to_folder(inputs, again, Path("out"), settings=SETTINGS, output=["jsonl"], combined=True)
+    assert again.names == [Path(inputs[0].name).name]
+    seconds = [line["seconds"] for line in lines(Path("out/tags.jsonl"))]
+    assert (seconds[0], seconds[-1]) == (3.0, 4.0)
+
+
 def test_other_formats_are_written_from_the_journal(tree: Path) -> None:
     inputs = find_inputs(["in"])
     tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
