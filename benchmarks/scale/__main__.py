@@ -26,7 +26,7 @@ SIZES: dict[str, list[float]] = {
     "hours": [1, 4, 12, 24],
     "table": [20_000, 200_000, 2_000_000],
     "store": [20_000, 200_000, 2_000_000],
-    "ray": [2_400],
+    "ray": [4_800],
 }
 MODEL, RANDOM = "esc10", "ced_tiny"
 _PACKS = ("table", "store")  # parts without sounds
@@ -68,7 +68,7 @@ def main(words: list[str] | None = None) -> None:
         "python -m benchmarks.scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="+", metavar="PART", choices=[*SIZES, "report"])
-    parser.add_argument("--sizes", nargs="+", type=float, help="instead of those above; of ray: clips (2,400)")
+    parser.add_argument("--sizes", nargs="+", type=float, help="instead of those above; of ray: clips (4,800)")
     parser.add_argument("--data", type=Path, help="a folder of sounds of 5 s or more (default: generated ones)")
     parser.add_argument("--model", help=f"(default: {MODEL}; of ray a {RANDOM} with random weights)")
     parser.add_argument("--rounds", type=int, default=3, help="of ray (%(default)s)")
