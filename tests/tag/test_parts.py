@@ -116,10 +116,10 @@ def test_parts_hold_few_files_and_few_bytes(tmp_path: Path) -> None:
     items = given(tmp_path, *map(str, range(100)))
     parts = list(plan(items, workers=2))
     assert [item for part in parts for item in part.inputs] == items
-    assert [len(part.inputs) for part in parts] == [7] * 14 + [2]
+    assert [len(part.inputs) for part in parts] == [4] * 25
     assert len({part.name for part in parts}) == len(parts)
     assert [part.name for part in plan(items, workers=2)] == [part.name for part in parts]
-    assert max(len(part.inputs) for part in plan(given(tmp_path, *map(str, range(600))), workers=1)) == 75
+    assert max(len(part.inputs) for part in plan(given(tmp_path, *map(str, range(600))), workers=1)) == 38
     with (tmp_path / "0").open("wb") as large:
         large.truncate(1 << 28)
     assert [len(part.inputs) for part in plan(items[:4], workers=1)] == [1, 1, 1, 1]
