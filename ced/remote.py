@@ -95,6 +95,25 @@ def is_pattern(address: str) -> bool:
         return not system.exists(path)
 
 
+def check_installed(address: str) -> None:
+    """Check that an address can be read here at all; its store is not asked.
+
+    Raises:
+        MissingPackageError: the package for its scheme is not installed.
+    """
+    _import_file_system(address.partition(":")[0])
+
+
+@cache
+def _import_file_system(scheme: str) -> None:
+    with optional_packages("the address"):
+        from fsspec import get_filesystem_class
+    try:
+        get_filesystem_class(scheme)
+    except ImportError as error:
+        raise MissingPackageError(_MODULES[scheme], f"an address with {scheme}://") from error
+
+
 def find(address: str) -> Iterator[Listed]:
     """Yield the files below a folder or that match a pattern, in sorted order, or the one file at an address.
 
@@ -305,13 +324,10 @@ def _located(address: str) -> tuple[str, Any, str]:
 @cache
 def _file_system(root: str, process: int) -> Any:
     """Return the file system of an address; its connections are shared by threads, but not across a fork."""
-    with optional_packages("the address"):
-        from fsspec.core import url_to_fs
-    scheme = root.partition(":")[0]
-    try:
-        return url_to_fs(root, use_listings_cache=False, skip_instance_cache=True)[0]  # files may change
-    except ImportError as error:
-        raise MissingPackageError(_MODULES[scheme], f"an address with {scheme}://") from error
+    check_installed(root)
+    from fsspec.core import url_to_fs
+
+    return url_to_fs(root, use_listings_cache=False, skip_instance_cache=True)[0]  # files may change
 
 
 def _listed(root: str, system: Any, found: Mapping[str, Any]) -> Iterator[Listed]:

@@ -200,19 +200,21 @@ def test_a_store_that_does_not_answer_is_an_error(bucket: Any, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("address", "package"), [("s3://b/a.wav", "s3fs"), ("gs://b/a.wav", "gcsfs"), ("az://b/a", "adlfs")]
 )
-def test_a_missing_package_is_named(address: str, package: str) -> None:
+def test_a_missing_package_is_named_before_the_store_is_asked(address: str, package: str) -> None:
     program = f"""if True:
         import sys
         sys.modules[{package!r}] = None
         from ced.errors import MissingPackageError
         from ced.sound.audio import load
-        try:
-            load({address!r})
-        except MissingPackageError as error:
-            print(error.package, error.command)
+        from ced.tag.inputs import find_inputs
+        for read in (load, lambda address: find_inputs([address])):
+            try:
+                read({address!r})
+            except MissingPackageError as error:
+                print(error.package, error.command)
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == f"{package} pip install 'ced-audio[cloud]'"
+    assert done.stdout.splitlines() == [f"{package} pip install 'ced-audio[cloud]'"] * 2
 
 
 class Hub(BaseHTTPRequestHandler):

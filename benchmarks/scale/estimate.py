@@ -44,7 +44,7 @@ class Rates:
     Attributes:
         file: processor seconds of a file beside its decoding and its model, with a small share of both.
         decode: processor seconds of an hour of compressed stereo sound.
-        overhead: the share that a cluster adds.
+        overhead: the share of processor time that a cluster adds.
         flac, opus: bytes of an hour of sound.
         line: bytes of the tags of a file with one window.
         tags: bytes of the tags of each further window.
@@ -77,7 +77,7 @@ def rates(results: Results) -> Rates | None:
     return Rates(
         file.processor / file.size,
         opus.processor / opus.size,
-        max(0.0, overheads(results.parts["ray"])[2]),
+        processor_overhead(results.parts["ray"]),
         flac.bytes / flac.size,
         opus.bytes / opus.size,
         file.bytes / file.size,
@@ -103,6 +103,11 @@ def overheads(part: Part) -> dict[int, float]:
         workers: per_clip(part, side)[1] / per_clip(part, sounds.PLAIN[workers])[1] - 1
         for workers, side in sounds.RAY.items()
     }
+
+
+def processor_overhead(part: Part) -> float:
+    """Return the share of processor time that Ray with two workers adds to `ced tag` with two threads."""
+    return per_clip(part, sounds.RAY[2])[2] / per_clip(part, sounds.PLAIN[2])[2] - 1
 
 
 def model_times(performance: Path) -> list[dict[str, float]]:

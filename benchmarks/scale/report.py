@@ -110,12 +110,11 @@ def _ray(part: Part) -> str:
     for side in (*sounds.PLAIN.values(), *sounds.RAY.values()):
         start, seconds, processor = estimate.per_clip(part, side)
         rows.append([side, f"{start:.1f}", f"{1 / seconds:.1f}", f"{1000 * processor:.1f}"])
-    plain, ray = (estimate.per_clip(part, sides[1])[2] for sides in (sounds.PLAIN, sounds.RAY))
     found = estimate.overheads(part)
     return (
         f"{_table(header, rows)}\n\nTwo workers are {estimate.gain(part):.2f} times as fast as one (aim: 1.8). Against "
         f"`ced tag`, Ray takes {100 * found[1]:+.0f} % time with one worker and {100 * found[2]:+.0f} % with two (aim: "
-        f"at most +15 %), and {100 * (ray / plain - 1):+.0f} % processor time."
+        f"at most +15 %), and {100 * estimate.processor_overhead(part):+.0f} % processor time with two."
     )
 
 
@@ -145,7 +144,7 @@ def _assumptions(results: Results) -> Iterator[str]:
         "- The model takes the time of the ONNX graph for 10 s in [performance.md](performance.md#tagging), one core, "
         "float32; the two figures of a range are its two processors."
     )
-    yield f"- A cluster adds {100 * found.overhead:.0f} %: Ray with two workers above."
+    yield f"- A cluster adds {100 * found.overhead:.0f} % processor time: Ray with two workers above."
     yield (
         f"- **Not measured:** a GPU sustains {prices.gpu_tflops:g} TFLOP/s on these networks, and has a host of "
         f"{prices.host_cores} cores, which decode meanwhile; the longer of both counts and is named."

@@ -103,12 +103,12 @@ def serve(
         settings = server.ServerSettings(
             model,
             Path(model).name,
-            jobs or max(1, CORES // workers),
-            device,
-            batch,
-            _limits(max_megabytes, max_seconds, queue, max_live),
-            Access(keys, _hosts(listener, host, allowed_host), _prefix(root_path), allow_addresses),
-            precision,
+            jobs=jobs or max(1, CORES // workers),
+            device=device,
+            batch=batch,
+            limits=_limits(max_megabytes, max_seconds, queue, max_live),
+            access=Access(keys, _hosts(listener, host, allowed_host), _prefix(root_path), allow_addresses),
+            precision=precision,
             proxies=("*",) if unix_socket is not None else tuple(map(_network, proxy or ())),
         )
         if not is_local and not keys:
@@ -143,7 +143,15 @@ def open_app(
         limits = _limits(max_megabytes, max_seconds, queue=16, live=4)
         access = Access(hosts=_hosts(listener, "127.0.0.1", None), addresses=allow_addresses)
         settings = server.ServerSettings(
-            model, Path(model).name, jobs, device, batch, limits, access, precision, grace=1
+            model,
+            Path(model).name,
+            jobs=jobs,
+            device=device,
+            batch=batch,
+            limits=limits,
+            access=access,
+            precision=precision,
+            grace=1,
         )
         _run(settings, listener, 1, False, browser)
 

@@ -156,15 +156,10 @@ def embed(
                 raise typer.Exit(1)
         return
     check_embeddings_path(out)
-    if (address := address_of(out)) is not None:
-        check_writable(address.rpartition("/")[0])
-    inputs = _find(sounds, channel, allow_private)
-    with (
-        reporting() as progress,
-        Tagger(model, device=device, precision=precision, jobs=jobs, batch=batch, progress=progress) as tagger,
-    ):
-        embedding = _Embedding(tagger, chosen, windows, Meter(progress, len(inputs), "embedding"))
-        with local_file(out) as path:
+    with reporting() as progress, local_file(out) as path:
+        inputs = _find(sounds, channel, allow_private)
+        with Tagger(model, device=device, precision=precision, jobs=jobs, batch=batch, progress=progress) as tagger:
+            embedding = _Embedding(tagger, chosen, windows, Meter(progress, len(inputs), "embedding"))
             count = write_embeddings(path, embedding.rows(inputs, tagger.jobs))
     failed, cut = embedding.failed, embedding.cut_short
     show(f"{out}: {count} vectors of {len(inputs) - failed} sounds, {failed} failed" + f", {cut} truncated" * bool(cut))

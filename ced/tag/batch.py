@@ -134,35 +134,20 @@ def tag_to_folder(
     with claimed(out / JOURNAL_NAME), Journal(out / JOURNAL_NAME, settings) as journal:
         remove_leftovers(out)
         folder.check_owners(journal)
-        done: set[str] = set()
-        todo: list[InputSound] = []
-        for item in inputs:
-            if folder.has(item, journal):
-                done.add(item.key)
-            else:
-                todo.append(item)
-        skipped = len(done)
+        done = {item.key for item in inputs if folder.has(item, journal)}
+        todo = [item for item in inputs if item.key not in done]
         folder.errors.unlink(missing_ok=True)
         for item in inputs:
             if item.key in done:
                 folder.write_missing(item, journal)
         for outcome in outcomes(todo, _Stamped(process), jobs=jobs):
-            item = outcome.input
-            folder.remove_outdated(item, journal)
-            if outcome.result is None:
-                found = SoundOutcome[Record](item, None, outcome.error, outcome.hint)
+            record = folder.write(outcome, journal)
+            if record is None:
                 failed += 1
-                folder.note_failure(found)
             else:
-                stamp, record = outcome.result
-                found = SoundOutcome(item, record)
                 seconds += record.seconds
-                # Outputs first: what is in the journal has its outputs, even after a kill between the two.
-                folder.write_outputs(item, record)
-                journal.add(item, stamp, record)
-                done.add(item.key)
-            (out / unfinished_scores(item)).unlink(missing_ok=True)
-            finished(found)
+                done.add(outcome.input.key)
+            finished(SoundOutcome(outcome.input, record, outcome.error, outcome.hint))
         if combined:
             for kind in chosen:
                 records = (journal.record(item) for item in inputs if item.key in done)
@@ -170,7 +155,7 @@ def tag_to_folder(
         with suppress(OSError):  # it is missing, or has scores of sounds that are not among these inputs
             (out / UNFINISHED).rmdir()
         incomplete = sum(item.key in done and not journal.is_complete(item) for item in inputs)
-    return Summary(len(inputs), failed, incomplete, skipped, seconds, time.monotonic() - began)
+    return Summary(len(inputs), failed, incomplete, len(inputs) - len(todo), seconds, time.monotonic() - began)
 
 
 @dataclass(frozen=True)
@@ -251,7 +236,29 @@ class _Folder:
         if not all(path.exists() for _, path in self._targets(item)):
             self._write(item, journal.record(item))
 
-    def remove_outdated(self, item: InputSound, journal: Journal) -> None:
+    def write(self, outcome: SoundOutcome[tuple[Stamp | None, Record]], journal: Journal) -> Record | None:
+        """Write the outputs of a processed sound and its line in the journal, or one in the list of failures.
+
+        Returns:
+            The record; None: it failed.
+        """
+        item = outcome.input
+        self._remove_outdated(item, journal)
+        if outcome.result is None:
+            self._note_failure(item, outcome.error)
+            record = None
+        else:
+            stamp, record = outcome.result
+            # Outputs first: what is in the journal has its outputs, even after a kill between the two.
+            self._write(item, record)
+            if self._keep_scores:
+                make_folders(self._out, item.relative.parent)
+                (self._out / unfinished_scores(item)).replace(self._kept(item))
+            journal.add(item, stamp, record)
+        (self._out / unfinished_scores(item)).unlink(missing_ok=True)
+        return record
+
+    def _remove_outdated(self, item: InputSound, journal: Journal) -> None:
         """Remove the outputs of what a changed file held before, in any format."""
         if not self._shares_paths or journal.owner(item) != item.key:
             return
@@ -259,21 +266,13 @@ class _Folder:
         for suffix in (*(kind.suffix for kind in FORMATS.values()), KEPT):
             (self._out / item.relative.with_name(name_with(item.relative.name, suffix))).unlink(missing_ok=True)
 
-    def write_outputs(self, item: InputSound, record: Record) -> None:
-        """Write the outputs of a sound, and keep its scores."""
-        self._write(item, record)
-        if self._keep_scores:
-            make_folders(self._out, item.relative.parent)
-            (self._out / unfinished_scores(item)).replace(self._kept(item))
-
     def _write(self, item: InputSound, record: Record) -> None:
         for kind, path in self._targets(item):
             make_folders(self._out, path.parent.relative_to(self._out))
             write_records(kind, [record], path)
 
-    def note_failure(self, outcome: SoundOutcome[Record]) -> None:
-        """Add a sound to the list of failures."""
-        line = json_line({"file": outcome.input.name, "error": outcome.error})
+    def _note_failure(self, item: InputSound, error: str) -> None:
+        line = json_line({"file": item.name, "error": error})
         with writing(self.errors), open_to_append(self.errors) as file:
             file.write(f"{line}\n".encode())
 

@@ -205,6 +205,7 @@ def _in_store(address: str) -> Iterator[InputSound]:
 
     The store is not asked for addresses of sounds: lists may have millions, and reading a missing one fails later.
     """
+    remote.check_installed(address)
     shown = remote.without_secrets(address)
     place = _safe(shown.partition("://")[2])
     is_sound = shards.split_member(address) is not None or _suffix(shown) in SUFFIXES
