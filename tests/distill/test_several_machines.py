@@ -38,11 +38,12 @@ def ten(mel):
 class Machine:
     """A machine, on which a scheduler starts the agent of torchrun again whenever it ends with an error."""
 
-    def __init__(self, name: str, folder: Path, port: str, words: list[str]) -> None:
-        options = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-id", "job"]
+    def __init__(self, name: str, folder: Path, port: str, words: list[str], machines: str = "2") -> None:
+        options = ["--nnodes", machines, "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-id", "job"]
         rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
-        heartbeat = ["--rdzv-conf", "keep_alive_interval=1,keep_alive_max_attempt=10"]
-        self.command = [sys.executable, "-m", "torch.distributed.run", *options, *rendezvous, *heartbeat]
+        # Seconds: between signs of life, and for the second of "1:2" machines to join.
+        timing = ["--rdzv-conf", "keep_alive_interval=1,keep_alive_max_attempt=10,last_call_timeout=60"]
+        self.command = [sys.executable, "-m", "torch.distributed.run", *options, *rendezvous, *timing]
         self.command += ["-m", "ced", *words]
         self.log, self.folder, self.starts = folder / f"{name}.log", folder, 0
         self.start()
@@ -162,6 +163,36 @@ def test_a_student_is_trained_to_the_same_bytes_when_machines_are_lost(sounds: P
     assert log.count("resuming after epoch") >= 2
     assert (lost / "job.txt").read_text() == "job\n"
     assert min(machine.starts for machine in machines.values()) >= 2
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_machine_that_stays_behind_alone_trains_to_the_end(sounds: Path, tmp_path: Path) -> None:
+    keys = settings(sounds, tmp_path, logitspath=sounds / "store", num_classes=4) | {"warmup_iters": 3}
+    path = tmp_path / "alone.yaml"
+    path.write_text(dump(check(TrainConfig, keys | {"epochs": 60, "outputpath": tmp_path}, "test")))
+    (port,) = free_ports(1)
+    deadline = time.monotonic() + SECONDS
+    first = Machine("first", tmp_path, port, ["train", str(path)], "1:2")
+    while not _accepts(int(port)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    second = Machine("second", tmp_path, port, ["train", str(path)], "1:2")
+    try:
+        while not any('"epoch": 5,' in found.read_text() for found in tmp_path.glob("alone/*/metrics.jsonl")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        log = first.log.read_text()
+        assert "2 process(es)" in log
+        second.lose()
+        assert first.agent.wait(deadline - time.monotonic()) == 0
+    finally:
+        for machine in (first, second):
+            if machine.agent.poll() is None:
+                machine.lose()
+    (folder,) = (tmp_path / "alone").iterdir()
+    assert len(measurements(folder)) == 60
+    assert "1 process(es)" in first.log.read_text()[len(log) :]
 
 
 @needs_proc
