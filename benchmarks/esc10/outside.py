@@ -89,12 +89,13 @@ LABELS: Mapping[str, Mapping[str, Any]] = {
     "outside_labels_masked": {"pretrained": str(MODELS / MASKED)},
 }
 CED, OWN, TUNED = "outside_ced", "outside_own_views", "outside_tuned"
-CED_ALL, RECORDINGS = "outside_ced_all", "outside_recordings"
+CED_ALL, RECORDINGS, FRESH = "outside_ced_all", "outside_recordings", "outside_ced_fresh"
 _FRESH: Mapping[str, Any] = {"pretrained": False}
 CHANGED: Mapping[str, Mapping[str, Any]] = {
-    "outside_ced_fresh": _FRESH,
+    FRESH: _FRESH,
     "outside_ced_half": {"epochs": EPOCHS // 2},
     "outside_ced_double": {"epochs": 2 * EPOCHS},
+    "outside_ced_fourfold": {"epochs": 4 * EPOCHS},
     "outside_ced_wide": {**_FRESH, "model_args": {**_TRAINING["model_args"], "embed_dim": 192, "num_heads": 6}},
     "outside_ced_deep": {**_FRESH, "model_args": {**_TRAINING["model_args"], "depth": 12}},
     "outside_ced_one_view": {"max_aug_epochs": 1},

@@ -72,9 +72,10 @@ OUTSIDE = {
     outside.TUNED: f"labels; shift and masks; first weights of `{outside.CED}`, so twice the steps in all",
 }
 OUTSIDE_CHANGED = {
-    "outside_ced_fresh": "random first weights",
+    outside.FRESH: "random first weights",
     "outside_ced_half": "half of the steps",
     "outside_ced_double": "twice the steps",
+    "outside_ced_fourfold": "four times the steps",
     "outside_ced_wide": "random first weights, width 192",
     "outside_ced_deep": "random first weights, depth 12",
     "outside_ced_one_view": "1 stored view of each clip",
@@ -87,6 +88,8 @@ OUTSIDE_PAIRS = [
     (outside.CED_ALL, outside.CED),
     *((outside.TUNED, other) for other in outside.LABELS),
 ]
+_FRESH = ("outside_ced_wide", "outside_ced_deep")  # they have no pre-training of their shape
+CHANGED_PAIRS = [(arm, outside.FRESH if arm in _FRESH else outside.CED) for arm in OUTSIDE_CHANGED]
 DRAWS = 10_000  # of the bootstrap
 OTHERS = {"human": 95.7, "first CNN": 80.3, "random forest": 72.7}  # accuracy as published with the data set, percent
 
@@ -232,16 +235,14 @@ def _outside(results: Results) -> Iterator[str]:
         "that clips were cut from; they do not include the variation between trainings."
     )
     yield ""
-    yield "| | points of accuracy | points of the probe | divergence, percent |"
-    yield "|---|---|---|---|"
-    for one, other in OUTSIDE_PAIRS:
-        if pairs := _pairs(results, one, other):
-            yield f"| `{one}` against `{other}` | {' | '.join(bootstrapped(pairs))} |"
+    yield from _outside_differences(OUTSIDE_PAIRS, results)
     if any(results.of(arm) for arm in OUTSIDE_CHANGED):
         yield ""
         yield f"One setting of `{outside.CED}` changed:"
         yield ""
         yield from _outside_table("change", OUTSIDE_CHANGED, results)
+        yield ""
+        yield from _outside_differences(CHANGED_PAIRS, results)
 
 
 def _outside_table(title: str, arms: Mapping[str, str], results: Results) -> Iterator[str]:
@@ -260,6 +261,14 @@ def _outside_table(title: str, arms: Mapping[str, str], results: Results) -> Ite
             *(_spread(list(_by_fold(results, arm, name).values()), 4) for name in COLUMNS[1:]),
         ]
         yield f"| `{arm}` | {what} | {' | '.join([*means, *cells])} |"
+
+
+def _outside_differences(pairs: Sequence[tuple[str, str]], results: Results) -> Iterator[str]:
+    yield "| | points of accuracy | points of the probe | divergence, percent |"
+    yield "|---|---|---|---|"
+    for one, other in pairs:
+        if both := _pairs(results, one, other):
+            yield f"| `{one}` against `{other}` | {' | '.join(bootstrapped(both))} |"
 
 
 def _pairs(results: Results, one: str, other: str) -> list[tuple[Clips, Clips]]:
