@@ -273,6 +273,9 @@ def test_each_channel_is_named_by_every_output(graph: Path, sounds: Path) -> Non
     assert places == [("in/a/1.flac", "1"), ("in/a/1.flac", "2"), ("in/a/0.wav", "1")]
     again = said(ced("tag", "--from", "out", "-f", "csv"))
     assert "channel" in again.splitlines()[0]
+    timed = said(ced("tag", *words[:-1], "--clock", "2026-01-02T03:04:05Z", "-f", "csv")).splitlines()
+    assert [line for line in timed if ",1," in line and "2026-01-02T03:04:05" in line]
+    assert [line for line in timed if ",2," in line and "2026-01-02T03:04:05" in line]
     said(ced("embed", *words, "-o", "e.npy"))
     table = Path("e.npy.tsv").read_text().splitlines()
     cells = [line.split("\t") for line in table if not line.startswith("#")][1:]

@@ -13,8 +13,9 @@ NUMBER = re.compile(r"\d+\.\d+")
 
 
 @pytest.mark.parametrize("name", ["python.md", "panns.md", "cloud.md"])
-def test_the_examples_print_the_output_of_the_page(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_the_examples_print_the_output_of_the_page(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "resources").symlink_to(ROOT / "resources")
+    monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     examples = re.findall(r"^```python\n(.*?)^```\n```text\n(.*?)^```$", page, re.M | re.S)
     assert len(examples) == page.count("```python")

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ced.cli.console import Meter, show, show_error, speed
+from ced.cli.console import show, show_error
 from ced.cli.options import CORES
 from ced.errors import ConfigError
-from ced.progress import Progress
+from ced.progress import Meter, Progress, speed
 from ced.tag.options import EACH, TagOptions
 
 if TYPE_CHECKING:
@@ -31,19 +31,15 @@ class Cluster:
     @classmethod
     def chosen(
         cls, address: str | None, out: Path | None, workers: int | None, jobs: int, others: Mapping[str, Any]
-    ) -> "Cluster | None":
-        """Return the cluster that --ray names, if it does.
+    ) -> "Cluster":
+        """Return the cluster that --ray names.
 
         Args:
             address, out, workers, jobs: the options --ray, --out, --workers and --jobs.
             others: options that do not go together with --ray, and what is given for them.
         """
         if address is None:
-            if workers is not None:
-                raise ConfigError(
-                    "--workers is the number of workers of a cluster; name that with --ray, or use --jobs"
-                )
-            return None
+            raise ConfigError("--workers is the number of workers of a cluster; name that with --ray, or use --jobs")
         if jobs != CORES:
             raise ConfigError(f"--jobs {jobs} is for one machine; use --workers with --ray")
         for name, value in others.items():
@@ -101,9 +97,9 @@ def embed(
 
 
 def _opened_by_workers(tagger: "Tagger", model: ChosenModel) -> "Model":
-    from ced.integrations.ray import Model, digest_of
+    from ced.integrations.ray import Model
 
-    return Model(model.name, model.precision, model.device, model.batch, digest_of(tagger))
+    return Model(model.name, model.precision, model.device, model.batch, tagger.digest)
 
 
 @contextmanager

@@ -5,14 +5,12 @@ The functions that print escape unsafe characters in file names, labels and mess
 
 import io
 import logging
-import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from threading import Lock
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 LINE_SECONDS = 5.0  # between two plain lines of progress
-REPORT_SECONDS = 0.1  # between two reports within a file
 # Published spellings of options, accepted as hidden aliases by the commands that have the option.
 _PUBLISHED = {
     "topk": "top-k",
@@ -292,53 +289,6 @@ def reporting() -> Iterator[Progress]:
             bars.stop()
     else:
         yield ProgressLines()
-
-
-def speed(seconds: float, elapsed: float) -> str:
-    """Return how much sound was processed in how many seconds, for progress and summaries."""
-    return f"{seconds / 3600:.2f} h of sound, {seconds / max(elapsed, 1e-9):.0f} x real time"
-
-
-class Meter:
-    """Reports the progress of a run over files: in files or, for a single file, in seconds of sound; thread-safe.
-
-    Args:
-        progress: called a few times a second at most, and for each file.
-        files: how many there are.
-        task: what is done with them.
-    """
-
-    def __init__(self, progress: Progress, files: int, task: str) -> None:
-        self._progress, self._files, self._task = progress, files, task
-        self._began, self._reported = time.monotonic(), -math.inf
-        self._seconds, self._done = 0.0, 0
-        self._expected: float | None = None
-        self._lock = Lock()
-
-    def sound(self, seconds: float, expected: float | None = None) -> None:
-        """Add seconds of sound; `expected` is the length of the sound that they are part of."""
-        with self._lock:
-            self._seconds += seconds
-            self._expected = expected
-            if time.monotonic() - self._reported >= REPORT_SECONDS:
-                self._report()
-
-    def file(self, seconds: float = 0.0) -> None:
-        """Add a finished file, with its seconds of sound unless `sound` added them."""
-        with self._lock:
-            self._seconds += seconds
-            self._done += 1
-            self._report()
-
-    def _report(self) -> None:
-        self._reported = time.monotonic()
-        note = speed(self._seconds, self._reported - self._began)
-        if self._files > 1 or self._expected is None:
-            self._progress(self._task, self._done, self._files, note)
-            return
-        expected = max(1, math.ceil(self._expected))
-        done = expected if self._done else min(int(self._seconds), expected - 1)
-        self._progress(f"{self._task}, seconds", done, expected, note)
 
 
 class ProgressLines:

@@ -1,36 +1,30 @@
 """The commands tag, embed and calibrate."""
 
-import io
-import os
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ced.cli import clustering, options
 from ced.cli.clustering import ChosenModel, Cluster
-from ced.cli.console import Meter, reporting, show, show_data, show_error, speed
+from ced.cli.console import reporting, show, show_data, show_error
 from ced.errors import AudioError, ConfigError
 from ced.model.zoo import DEFAULT_MODEL
-from ced.progress import Progress, silent
-from ced.remote import address_of, check_writable
+from ced.progress import Meter, Progress, silent, speed
 from ced.tag.options import BATCH, EACH, TagOptions
 from ced.text import some
 
 if TYPE_CHECKING:
-    from ced.sound.audio import Source
     from ced.sound.labels import ClassTable
-    from ced.tag.batch import EarlierRun, SoundOutcome
+    from ced.tag.batch import SoundOutcome, Summary
     from ced.tag.inputs import InputSound
-    from ced.tag.records import Embedding, Record, Tags, Timeline
-    from ced.tag.scores import ScoreLog
-    from ced.tag.tagger import Scorer, Tagger, TagStream
+    from ced.tag.records import Embedding, Record, Timeline
+    from ced.tag.runs import EarlierRun
+    from ced.tag.tagger import Tagger
     from ced.tag.writers import EmbeddingRow, Format
-
-_SCORED = ("window", "hop", "columns", "tail", "silence", "channel", "strict", "clock")  # options that scores depend on
 
 
 def tag(
@@ -94,15 +88,16 @@ def tag(
     if not sounds and earlier is None:
         raise typer.BadParameter("name sounds, or with --from the folder of an earlier run", param_hint="SOUND...")
     others = [name for name in format or () if name.lower() != "parquet"]
-    given = {"--from": earlier, "--combine": combine, "--keep-scores": keep_scores, "--clips": clips}
-    cluster = Cluster.chosen(ray, out, workers, jobs, {**given, f"--format {' '.join(others)}": others})
+    given: dict[str, object] = {"--from": earlier, "--combine": combine, "--keep-scores": keep_scores, "--clips": clips}
+    given[f"--format {' '.join(others)}"] = others
+    cluster = None if ray is None and workers is None else Cluster.chosen(ray, out, workers, jobs, given)
     formats = format or ["text" if cluster is None else "parquet"]
     output = _Output(formats, out, combine, keep_scores, clips, channel == EACH, clock is not None)
     output.check(chosen)
     scorer = ChosenModel(model, precision, device, batch)
     if cluster is not None:
         with reporting() as progress:
-            inputs = _find(sounds or (), "mean", allow_private)  # workers open sounds to find their channels
+            inputs = _find(sounds or (), allow_private)
             output.check_inputs(inputs, chosen)
             with clustering.open_here(scorer, progress) as tagger:
                 chosen = with_thresholds(chosen, threshold, tagger.labels)
@@ -113,7 +108,7 @@ def tag(
             ok = _tag_again(earlier, chosen, threshold, output, progress)
     else:
         with reporting() as progress:
-            inputs = _find(sounds or (), channel, allow_private)
+            inputs = _find(sounds or (), allow_private)
             output.check_inputs(inputs, chosen)
             ok = _tag_sounds(inputs, chosen, threshold, scorer, jobs, output, progress)
     if not ok:
@@ -143,21 +138,24 @@ def embed(
     Sounds that cannot be read are reported and skipped, and of a truncated sound the readable part is embedded; the
     exit code is then 1.
     """
+    from ced.tag.inputs import split_channels
     from ced.tag.tagger import Tagger
     from ced.tag.uploads import local_file
     from ced.tag.writers import check_embeddings_path, write_embeddings
 
     chosen = TagOptions(window=window, hop=hop, tail=tail, channel=_one_channel(channel), strict=strict)
-    cluster = Cluster.chosen(ray, out, workers, jobs, {})
+    cluster = None if ray is None and workers is None else Cluster.chosen(ray, out, workers, jobs, {})
     if cluster is not None:
-        scorer, inputs = ChosenModel(model, precision, device, batch), _find(sounds, "mean", allow_private)
+        scorer, inputs = ChosenModel(model, precision, device, batch), _find(sounds, allow_private)
         with reporting() as progress, clustering.open_here(scorer, progress) as tagger:
             if not clustering.embed(cluster, tagger, scorer, inputs, chosen, channel, windows, progress):
                 raise typer.Exit(1)
         return
     check_embeddings_path(out)
     with reporting() as progress, local_file(out) as path:
-        inputs = _find(sounds, channel, allow_private)
+        inputs = _find(sounds, allow_private)
+        if channel == EACH:
+            inputs = list(split_channels(inputs))
         with Tagger(model, device=device, precision=precision, jobs=jobs, batch=batch, progress=progress) as tagger:
             embedding = _Embedding(tagger, chosen, windows, Meter(progress, len(inputs), "embedding"))
             count = write_embeddings(path, embedding.rows(inputs, tagger.jobs))
@@ -234,19 +232,19 @@ def _one_channel(channel: str) -> str:
     return channel
 
 
-def _find(sounds: Sequence[str], channel: str, allow_private: bool) -> "list[InputSound]":
-    """Find the sounds that the arguments name, or with the channel "each" the channels of these sounds.
+def _find(sounds: Sequence[str], allow_private: bool) -> "list[InputSound]":
+    """Find the sounds that the arguments name.
 
     If none of them exists, this is reported before a model is downloaded or opened for them.
     """
-    from ced.tag.inputs import each_channel, find_inputs, none_exists
+    from ced.tag.inputs import find_inputs, none_exists
 
     inputs = find_inputs(sounds, sys.stdin.buffer, allow_private=allow_private)
     if none_exists(inputs):
         for item in inputs:
             show_error(AudioError("cannot be read: No such file or directory", item.name))
         raise typer.Exit(1)
-    return list(each_channel(inputs)) if channel == EACH else inputs
+    return inputs
 
 
 @dataclass(frozen=True)
@@ -258,7 +256,7 @@ class _Output:
     combine: bool
     keep_scores: bool
     clips: Path | None
-    channel: bool  # whether tables name the channel
+    channel: bool  # whether each channel is tagged on its own, and tables name it
     clock: bool  # whether tables have clock times
 
     def check(self, chosen: TagOptions) -> None:
@@ -267,23 +265,21 @@ class _Output:
             raise ConfigError("--combine applies to files; name their folder with --out")
         if self.keep_scores and self.folder is None:
             raise ConfigError("--keep-scores writes into the folder of a run; name it with --out")
-        if self.folder is not None and (address := address_of(self.folder)) is not None:
-            if self.keep_scores:
-                raise ConfigError(f"--keep-scores keeps scores in a local folder; --out is {address}")
-            check_writable(address)
         if self.folder is None and len(self.formats) > 1:
             raise ConfigError(f"{' and '.join(self.formats)} cannot be printed at once; name a folder with --out")
-        if self.clips is not None and not chosen.events:
-            raise ConfigError("--clips cuts out events; add --events")
-        if self.clips is not None and address_of(self.clips) is not None:
-            raise ConfigError(f"--clips writes into a local folder; got {self.clips}")
+        if self.folder is not None or self.clips is not None:
+            from ced.tag.runs import check_outputs
+
+            check_outputs(self.folder, chosen, keep_scores=self.keep_scores, clips=self.clips)
 
     def check_inputs(self, inputs: "Sequence[InputSound]", chosen: TagOptions) -> None:
         """Check the options against the sounds, and that the formats are known and can be written."""
         if chosen.clock not in (None, "auto") and len(inputs) > 1:
             raise ConfigError(f"--clock {chosen.clock} is the start of one sound; {len(inputs)} are named")
-        if self.clips is not None and any(isinstance(item.source, io.IOBase) for item in inputs):
-            raise ConfigError("--clips reads sounds twice, which standard input does not allow; name a file")
+        if self.clips is not None:
+            from ced.tag.runs import check_clips
+
+            check_clips(inputs)
         self.found(len(inputs))
 
     def found(self, sounds: int) -> "Sequence[Format]":
@@ -307,44 +303,6 @@ class _Output:
                 show_data(texts.throw(error))
             raise
 
-    def write(
-        self,
-        inputs: "Sequence[InputSound]",
-        process: "Callable[[InputSound], Record]",
-        settings: dict[str, Any],
-        jobs: int,
-        meter: Meter,
-    ) -> bool:
-        """Write the records of sounds into the folder; return whether all of them could be read to the end."""
-        from ced.tag.batch import tag_to_folder
-
-        def finished(outcome: "SoundOutcome[Record]") -> None:
-            meter.file()
-            if outcome.result is None:
-                show_error(outcome.error, hint=outcome.hint)
-
-        assert self.folder is not None
-        summary = tag_to_folder(
-            inputs,
-            process,
-            self.folder,
-            settings=settings,
-            output=self.formats,
-            combined=self.combine,
-            keep_scores=self.keep_scores,
-            jobs=jobs,
-            finished=finished,
-        )
-        show(f"{summary}; {speed(summary.seconds, summary.elapsed)}")
-        return not summary.failed and not summary.incomplete
-
-    def cut(self, source: "Source", events: "Sequence[Tags]", item: "InputSound") -> None:
-        """Cut the events of a sound out, if clips are asked for."""
-        if self.clips is not None:
-            from ced.tag.clips import write_clips
-
-            write_clips(source, events, self.clips, item.relative)
-
 
 def _tag_sounds(
     inputs: "Sequence[InputSound]",
@@ -356,8 +314,8 @@ def _tag_sounds(
     progress: Progress,
 ) -> bool:
     """Tag sounds; return whether all of them could be read to the end."""
-    from ced.tag.tagger import Tagger, in_turn
-    from ced.tag.uploads import local_folder
+    from ced.tag.runs import tag_to_folder
+    from ced.tag.tagger import Tagger
 
     with Tagger(
         model.name,
@@ -368,137 +326,116 @@ def _tag_sounds(
         progress=progress,
     ) as tagger:
         chosen = with_thresholds(chosen, threshold, tagger.labels)
-        tagger.windows.check(chosen)
-        # On a terminal, results are progress enough.
-        is_shown = output.folder is None and sys.stdout.isatty()
-        meter = Meter(silent if is_shown else progress, len(inputs), "tagging")
-        tagging = _Tagging(tagger, chosen, output, meter)
-        if output.folder is not None:
-            with local_folder(output.folder, progress) as folder:
-                tagging = replace(tagging, output=replace(output, folder=folder))
-                return tagging.to_folder(inputs, folder, tagger.jobs)
-        failed: list[str] = []
-        streams = in_turn(map(tagging.stream, inputs), tagger.jobs)
-        output.print(tagging.readable(zip(inputs, streams, strict=True), failed), len(inputs))
-        return not failed
+        if output.folder is None:
+            return _print_tags(tagger, inputs, chosen, output, progress)
+        summary = tag_to_folder(
+            tagger,
+            inputs,
+            output.folder,
+            chosen,
+            formats=output.formats,
+            combined=output.combine,
+            keep_scores=output.keep_scores,
+            clips=output.clips,
+            each_channel=output.channel,
+            finished=_show_failure,
+            progress=progress,
+        )
+    return _show_summary(summary)
 
 
-@dataclass(frozen=True)
-class _Tagging:
-    """The tagging of many sounds with the same options."""
+def _print_tags(
+    tagger: "Tagger", inputs: "Sequence[InputSound]", chosen: TagOptions, output: _Output, progress: Progress
+) -> bool:
+    """Print the tags of sounds as they are known; return whether all of them could be read to the end."""
+    from ced.tag.clips import write_clips
+    from ced.tag.inputs import split_channels
+    from ced.tag.tagger import in_turn
 
-    tagger: "Tagger"
-    options: TagOptions
-    output: _Output
-    meter: Meter
+    tagger.windows.check(chosen)
+    items = list(split_channels(inputs)) if output.channel else inputs
+    # On a terminal, results are progress enough.
+    meter = Meter(silent if sys.stdout.isatty() else progress, len(items), "tagging")
+    streams = (
+        tagger.stream(item.source, chosen.of_channel(item.channel), name=item.name, progress=meter.sound)
+        for item in items
+    )
+    ok = True
 
-    def stream(self, item: "InputSound", scores: "ScoreLog | None" = None) -> "TagStream":
-        """Return the tags of a sound as they are known; `scores` has those that an earlier run left."""
-        chosen = self.options if item.channel is None else replace(self.options, channel=item.channel)
-        return self.tagger.stream(item.source, chosen, name=item.name, scores=scores, progress=self.meter.sound)
-
-    def readable(self, pairs: "Iterable[tuple[InputSound, TagStream]]", failed: list[str]) -> "Iterator[Timeline]":
-        """Yield the streams that can be read; add the names of unreadable and truncated sounds to `failed`."""
-        for item, stream in pairs:
+    def readable() -> "Iterator[Timeline]":
+        nonlocal ok
+        for item, stream in zip(items, in_turn(streams, tagger.jobs), strict=True):
             if stream.wait():
                 yield stream  # it is written before the next one is asked for
             try:
                 if stream.error is not None:
                     raise stream.error
-                self.output.cut(item.source, stream.events, item)
+                if output.clips is not None:
+                    write_clips(item.source, stream.events, output.clips, item.relative)
+                ok = ok and stream.complete
             except AudioError as error:
                 show_error(error)
-                failed.append(item.name)
-            else:
-                failed += [] if stream.complete else [item.name]
-            self.meter.file()
+                ok = False
+            meter.file()
 
-    def to_folder(self, inputs: "Sequence[InputSound]", folder: Path, jobs: int) -> bool:
-        """Write the tags of sounds into a folder; return whether all of them could be read to the end."""
-        from ced.tag.batch import write_classes
-
-        channel = EACH if self.output.channel else self.options.channel
-        settings = {"model": _fingerprint(self.tagger.windows.model), **self.options.settings(), "channel": channel}
-        if self.output.keep_scores:
-            write_classes(folder, self.tagger.labels)
-        return self.output.write(inputs, _Logged(self, folder, settings), settings, jobs, self.meter)
-
-
-@dataclass(frozen=True)
-class _Logged:
-    """Tags a sound while its scores are logged in the folder of the run, so that an interrupted run can resume."""
-
-    tagging: _Tagging
-    folder: Path
-    settings: dict[str, Any]
-
-    def __call__(self, item: "InputSound") -> "Record":
-        from ced.tag.batch import unfinished_scores
-        from ced.tag.journal import stamp_of
-        from ced.tag.scores import ScoreLog
-
-        tagging, keep = self.tagging, self.tagging.output.keep_scores
-        # A stream has no stamp: what it delivers next time is another sound.
-        about = {"sound": item.key, "stamp": stamp_of(item) or os.urandom(8).hex(), "settings": self.settings}
-        classes, path = len(tagging.tagger.labels), unfinished_scores(item)
-        with ScoreLog(self.folder, path, classes, about, "float16" if keep else "float32") as scores:
-            record = tagging.stream(item, scores).record()
-            scores.close(finish=keep)
-        tagging.output.cut(item.source, record.pieces, item)
-        return record
+    output.print(readable(), len(items))
+    return ok
 
 
 def _tag_again(folder: Path, chosen: TagOptions, threshold: str | None, output: _Output, progress: Progress) -> bool:
     """Make tags from the scores of an earlier run; return whether all of its sounds have scores and are complete."""
-    from ced.tag.batch import EarlierRun
-    from ced.tag.uploads import local_folder
+    from ced.tag.runs import EarlierRun
 
     run = EarlierRun(folder)
     chosen = with_thresholds(chosen, threshold, run.labels)
-    chosen.check(run.labels)
     output = replace(output, channel=run.settings.get("channel") == EACH, clock=run.settings.get("clock") is not None)
     output.found(len(run.inputs))
-    tagging = _TaggingAgain(run, chosen, output, Meter(progress, len(run.inputs), "tagging"))
     if output.folder is None:
-        failed: list[str] = []
-        output.print(tagging.readable(failed), len(run.inputs))
-        return not failed
-    settings = {**chosen.settings(), **{name: run.settings.get(name) for name in ("model", *_SCORED)}}
-    with local_folder(output.folder, progress) as place:
-        local = replace(output, folder=place)
-        return local.write(run.inputs, tagging.record, settings, 1, tagging.meter)
+        return _print_tags_again(run, chosen, output, progress)
+    summary = run.tag_to_folder(
+        output.folder,
+        chosen,
+        formats=output.formats,
+        combined=output.combine,
+        clips=output.clips,
+        finished=_show_failure,
+        progress=progress,
+    )
+    return _show_summary(summary)
 
 
-@dataclass(frozen=True)
-class _TaggingAgain:
-    """The tagging of sounds from the scores of an earlier run."""
+def _print_tags_again(run: "EarlierRun", chosen: TagOptions, output: _Output, progress: Progress) -> bool:
+    """Print tags from the scores of an earlier run; return whether all of its sounds have scores and are complete."""
+    chosen.check(run.labels)
+    meter = Meter(progress, len(run.inputs), "tagging")
+    ok = True
 
-    run: "EarlierRun"
-    options: TagOptions
-    output: _Output
-    meter: Meter
-
-    def record(self, item: "InputSound") -> "Record":
-        """Return the record of a sound."""
-        record = self.run.record(item, self.options)
-        self.meter.sound(record.seconds)
-        if self.output.clips is not None:
-            self.run.check_unchanged(item)
-        self.output.cut(item.name, record.pieces, item)
-        return record
-
-    def readable(self, failed: list[str]) -> "Iterator[Timeline]":
-        """Yield the records; add the names of truncated sounds and of those without scores to `failed`."""
-        for item in self.run.inputs:
+    def readable() -> "Iterator[Timeline]":
+        nonlocal ok
+        for item in run.inputs:
             try:
-                record = self.record(item)
+                record = run.record(item, chosen, output.clips)
+                ok = ok and record.complete
+                yield record
+                meter.file(record.seconds)
             except AudioError as error:
                 show_error(error)
-                failed.append(item.name)
-            else:
-                failed += [] if record.complete else [item.name]
-                yield record
-            self.meter.file()
+                ok = False
+                meter.file()
+
+    output.print(readable(), len(run.inputs))
+    return ok
+
+
+def _show_failure(outcome: "SoundOutcome[Record]") -> None:
+    if outcome.result is None:
+        show_error(outcome.error, hint=outcome.hint)
+
+
+def _show_summary(summary: "Summary") -> bool:
+    """Print what a run did; return whether all sounds could be read to the end."""
+    show(f"{summary}; {speed(summary.seconds, summary.elapsed)}")
+    return not summary.failed and not summary.incomplete
 
 
 def _given(context: typer.Context) -> set[str]:
@@ -509,15 +446,15 @@ def _given(context: typer.Context) -> set[str]:
 
 def _check_from(folder: Path, sounds: Sequence[str] | None, given: set[str], output: _Output) -> None:
     """Check that options can be applied to the scores of an earlier run."""
+    from ced.tag.runs import SCORED
+
     if sounds:
         raise ConfigError(f"--from tags the sounds of an earlier run; leave out {', '.join(sounds)}")
-    fixed = [name for name in ("model", "precision", "device", "batch", *_SCORED) if name in given]
+    fixed = [name for name in ("model", "precision", "device", "batch", *SCORED) if name in given]
     if fixed:
         raise ConfigError(f"{fixed[0]} is fixed in the scores of an earlier run; leave it out with --from {folder}")
     if output.keep_scores:
         raise ConfigError("--keep-scores cannot be used with --from; the scores stay in the folder of the earlier run")
-    if output.folder is not None and output.folder.resolve() == folder.resolve():
-        raise ConfigError(f"--out and --from are both {folder}; choose another folder for the new tags")
 
 
 @dataclass
@@ -533,8 +470,7 @@ class _Embedding:
 
     def embed(self, item: "InputSound") -> "Embedding":
         """Return the embedding of a sound."""
-        chosen = self.options if item.channel is None else replace(self.options, channel=item.channel)
-        return self.tagger.embed(item.source, chosen)
+        return self.tagger.embed(item.source, self.options.of_channel(item.channel))
 
     def rows(self, inputs: "Sequence[InputSound]", jobs: int) -> "Iterator[EmbeddingRow]":
         """Yield the vectors of sounds; report and count those that cannot be read."""
@@ -568,11 +504,3 @@ def _thresholds(text: str, labels: "ClassTable") -> float | tuple[float, ...]:
     if not 0 <= threshold <= 1:
         raise ConfigError(f"the threshold is {text}; it must be a probability, 0 to 1, or a file")
     return threshold
-
-
-def _fingerprint(model: "Scorer") -> str:
-    """Return the digest of a model's graph, which distinguishes it from earlier graphs at the same path."""
-    from ced.model.runtime import OnnxModel
-
-    assert isinstance(model, OnnxModel)  # opened by a name or path
-    return model.digest

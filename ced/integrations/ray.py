@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from multiprocessing.connection import Connection
@@ -35,7 +35,7 @@ from ced.sound import shards
 from ced.sound.decode import is_address
 from ced.tag import parts, writers
 from ced.tag.batch import Summary
-from ced.tag.inputs import InputSound, each_channel, find_inputs
+from ced.tag.inputs import InputSound, find_inputs, split_channels
 from ced.tag.options import BATCH, TagOptions
 from ced.tag.parts import FileResult, Part, PartFolder
 from ced.tag.tagger import Tagger
@@ -96,7 +96,7 @@ class Model:
             CheckpointError: it is not the model that the run was begun with.
         """
         tagger = Tagger(self.name, precision=self.precision, device=self.device, batch=self.batch)
-        if self.digest is not None and digest_of(tagger) != self.digest:
+        if self.digest is not None and tagger.digest != self.digest:
             raise CheckpointError(
                 f"the model {self.name} on machine {platform.node()} is not the one that the run was begun with;"
                 " install the same version of ced-audio and the same model on all machines"
@@ -122,8 +122,8 @@ class Tagging:
     def process(self, tagger: Tagger, item: InputSound) -> Rows:
         """Tag one sound."""
         records = []
-        for one in each_channel([item]) if self.each else [item]:
-            options = self.options if one.channel is None else replace(self.options, channel=one.channel)
+        for one in split_channels([item]) if self.each else [item]:
+            options = self.options.of_channel(one.channel)
             records.append(tagger.tag(one.source, options, name=one.name))
         return Rows(records, max(record.seconds for record in records), all(record.complete for record in records))
 
@@ -158,8 +158,8 @@ class Embedding:
         """Embed one sound."""
         vectors: list[writers.EmbeddingRow] = []
         seconds, complete = 0.0, True
-        for one in each_channel([item]) if self.each else [item]:
-            options = self.options if one.channel is None else replace(self.options, channel=one.channel)
+        for one in split_channels([item]) if self.each else [item]:
+            options = self.options.of_channel(one.channel)
             found = tagger.embed(one.source, options)
             vectors += writers.embedding_rows(one.name, found, windows=self.windows)
             seconds, complete = max(seconds, found.seconds), complete and found.complete
@@ -172,13 +172,6 @@ class Embedding:
     def tables(self, found: Iterable[Rows]) -> "Iterator[pa.Table]":
         """Yield the rows of a Parquet file of embeddings."""
         return writers.embedding_tables(row for rows in found for row in rows.found)
-
-
-def digest_of(tagger: Tagger) -> str | None:
-    """Return the digest of the model's graph; None of a model without one."""
-    from ced.model.runtime import OnnxModel
-
-    return tagger.windows.model.digest if isinstance(tagger.windows.model, OnnxModel) else None
 
 
 def tag(

@@ -1,7 +1,7 @@
 """Runs over many files: the folder of their outputs, which an interrupted run resumes and a later run reads again.
 
 A folder holds the journal (`ced.tag.journal`), the outputs in a tree like that of the inputs or combined, the list of
-failures, and with kept scores their files (`ced.tag.scores`) and class table.
+failures, and with kept scores their files (`ced.tag.scores`) and class table. `ced.tag.runs` is the tagging itself.
 """
 
 import hashlib
@@ -10,22 +10,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from ced.errors import AudioError, ConfigError, StoreError
+from ced.errors import AudioError, ConfigError
 from ced.files import claimed, make_folders, name_with, open_to_append, remove_leftovers, writing
 from ced.parallel import attempts
-from ced.sound.labels import ClassTable, read_classes
+from ced.sound.labels import ClassTable
 from ced.sound.tables import write_table
+from ced.tag import writers
 from ced.tag.inputs import InputSound
 from ced.tag.journal import Journal, Stamp, stamp_of
-from ced.tag.options import EACH, TagOptions
+from ced.tag.options import EACH
 from ced.tag.records import Record
-from ced.tag.scores import KEPT, UNFINISHED, read_scores
-from ced.tag.tagger import pieces
-from ced.tag.writers import FORMATS, Format, formats, write_records
+from ced.tag.scores import KEPT, UNFINISHED
+from ced.tag.writers import FORMATS, Format, write_records
 from ced.text import json_line
 
 JOURNAL_NAME, ERRORS_NAME, COMBINED_STEM = "journal.jsonl", "errors.jsonl", "tags"
@@ -88,15 +88,15 @@ class Summary:
         return f"{self.files} files: {counts}{before}{cut}"
 
 
-def tag_to_folder(
+def process_to_folder(
     inputs: Sequence[InputSound],
     process: Callable[[InputSound], Record],
     out: Path,
     *,
     settings: Mapping[str, Any],
-    output: Sequence[str] = ("jsonl",),
+    formats: Sequence[str] = ("jsonl",),
     combined: bool = False,
-    keep_scores: bool = False,
+    classes: ClassTable | None = None,
     jobs: int = 1,
     finished: Callable[[SoundOutcome[Record]], None] = lambda outcome: None,
 ) -> Summary:
@@ -112,10 +112,10 @@ def tag_to_folder(
         out: the folder, created if missing.
         settings: what records depend on besides the sounds, as JSON values; a later run must have the same. With a
             `clock` that is not None, tables have clock times; with the `channel` "each", channels.
-        output: formats (`writers.FORMATS`); they may differ from those of an earlier run.
+        formats: of the outputs (`writers.FORMATS`); they may differ from those of an earlier run.
         combined: write one output for all of these inputs, `tags` with the format's suffix, at the end, instead of one
             for each in a tree like that of the inputs (`InputSound.place` followed by the format's suffix).
-        keep_scores: keep the score logs, which `process` has finished.
+        classes: of the score logs, which `process` has finished and which are kept; None: none are kept.
         jobs: inputs that are processed at the same time.
         finished: called after each input, once it is in the journal or in the list of failures.
 
@@ -127,13 +127,15 @@ def tag_to_folder(
         CedError: as for `outcomes`.
     """
     each, clock = settings.get("channel") == EACH, settings.get("clock") is not None
-    chosen = formats(output, shared=combined, channel=each, clock=clock)
-    folder = _Folder(out, inputs, () if combined else chosen, combined, keep_scores)
+    chosen = writers.formats(formats, shared=combined, channel=each, clock=clock)
+    folder = _Folder(out, inputs, () if combined else chosen, combined, classes is not None)
     began = time.monotonic()
     failed, seconds = 0, 0.0
     with claimed(out / JOURNAL_NAME), Journal(out / JOURNAL_NAME, settings) as journal:
         remove_leftovers(out)
         folder.check_owners(journal)
+        if classes is not None:
+            _write_classes(out / CLASSES_NAME, classes)
         done = {item.key for item in inputs if folder.has(item, journal)}
         todo = [item for item in inputs if item.key not in done]
         folder.errors.unlink(missing_ok=True)
@@ -156,6 +158,13 @@ def tag_to_folder(
             (out / UNFINISHED).rmdir()
         incomplete = sum(item.key in done and not journal.is_complete(item) for item in inputs)
     return Summary(len(inputs), failed, incomplete, len(inputs) - len(todo), seconds, time.monotonic() - began)
+
+
+def _write_classes(path: Path, labels: ClassTable) -> None:
+    columns = {"index": [str(index) for index in range(len(labels))], "name": list(labels.names)}
+    if labels.mids is not None:
+        columns["mid"] = list(labels.mids)
+    write_table(path, columns)
 
 
 @dataclass(frozen=True)
@@ -285,69 +294,3 @@ def kept_scores(place: Path) -> Path:
 def unfinished_scores(item: InputSound) -> Path:
     """Return where the scores of an input are in the folder of a run while it is tagged."""
     return Path(UNFINISHED, f"{hashlib.sha256(os.fsencode(item.key)).hexdigest()[:32]}{KEPT}")
-
-
-def write_classes(folder: Path, labels: ClassTable) -> None:
-    """Write the class table of the scores that a run keeps into its folder."""
-    columns = {"index": [str(index) for index in range(len(labels))], "name": list(labels.names)}
-    if labels.mids is not None:
-        columns["mid"] = list(labels.mids)
-    write_table(folder / CLASSES_NAME, columns)
-
-
-class EarlierRun:
-    """A folder of `ced tag --out --keep-scores`: tags again with other options, without reading the sounds.
-
-    Attributes:
-        labels: the classes of the scores.
-        settings: the settings of the run, as JSON values.
-        inputs: its sounds, whose sources are the files of their scores.
-
-    Raises:
-        StoreError: the folder has no journal, or a damaged one, or no scores were kept.
-        TableError: the class table is damaged.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        with Journal(folder / JOURNAL_NAME, None) as journal:
-            self.settings: Mapping[str, Any] = journal.settings
-            records = {place: journal.record_at(place) for place in journal.places()}
-            self._stamps = {place: journal.stamp_at(place) for place in records}
-        if not (folder / CLASSES_NAME).is_file():
-            raise StoreError(f"the run in {folder} kept no scores; repeat it with --keep-scores")
-        self.labels: ClassTable = read_classes(folder / CLASSES_NAME)
-        self._records = {place: replace(record, pieces=()) for place, record in records.items()}
-        self.inputs = [
-            InputSound(
-                record.file,
-                folder / kept_scores(place),
-                str(place),
-                record.channel if isinstance(record.channel, int) else None,
-            )
-            for place, record in self._records.items()
-        ]
-
-    def check_unchanged(self, item: InputSound) -> None:
-        """Make sure that the file of a sound has not changed since it was tagged, before it is read again.
-
-        Raises:
-            AudioError: it has changed.
-        """
-        stamp = stamp_of(replace(item, source=item.name))
-        if stamp is not None and stamp != self._stamps[item.relative]:
-            raise AudioError("it has changed since it was tagged; tag it again", item.name)
-
-    def record(self, item: InputSound, options: TagOptions) -> Record:
-        """Return the record of a sound with other options; windows, channels and the clock stay as they were.
-
-        Raises:
-            AudioError: its scores are missing or damaged.
-        """
-        earlier = self._records[item.relative]
-        assert isinstance(item.source, Path)
-        try:
-            windows = read_scores(item.source, len(self.labels))
-            found = tuple(pieces((row for window in windows for row in window), options, self.labels))
-        except StoreError as error:
-            raise AudioError(error.message, item.name) from error
-        return replace(earlier, pieces=found, kind="events" if options.events else "windows")

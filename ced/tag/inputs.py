@@ -48,7 +48,7 @@ class InputSound:
         return self.name if self.channel is None else f"{self.name} [channel {self.channel}]"
 
 
-def each_channel(inputs: Iterable[InputSound]) -> Iterator[InputSound]:
+def split_channels(inputs: Iterable[InputSound]) -> Iterator[InputSound]:
     """Yield an input for each channel of each sound, and sounds that cannot be opened unchanged, to fail later."""
     for item in inputs:
         if isinstance(item.source, io.IOBase):  # each channel reads it

@@ -6,7 +6,7 @@ The command line shows their defaults, so importing this module must not import 
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import InitVar, asdict, dataclass
+from dataclasses import InitVar, asdict, dataclass, replace
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -205,6 +205,10 @@ class TagOptions:
             ConfigError: as for `check`.
         """
         return _selection(self, labels)
+
+    def of_channel(self, channel: int | None) -> "TagOptions":
+        """Return the options with another channel; None: unchanged."""
+        return self if channel is None else replace(self, channel=channel)
 
     def settings(self) -> dict[str, Any]:
         """Return the options as JSON values, with defaults in place of None, under the names in journals."""

@@ -280,6 +280,13 @@ class Tagger:
         """The classes of the model."""
         return self.windows.labels
 
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 of the model's graph, which distinguishes it from earlier graphs of its name; None without one."""
+        from ced.model.runtime import OnnxModel
+
+        return self.windows.model.digest if isinstance(self.windows.model, OnnxModel) else None
+
     def tag(
         self,
         source: Source | Sound,

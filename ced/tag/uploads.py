@@ -39,7 +39,7 @@ def local_file(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def local_folder(out: Path, progress: Progress = silent) -> Iterator[Path]:
-    """Yield a local folder for the outputs of `batch.tag_to_folder`; for an address, they are uploaded at the end.
+    """Yield a local folder for the outputs of `runs.tag_to_folder`; for an address, they are uploaded at the end.
 
     The journal of an earlier run is downloaded, so that it can be continued on any machine. An interrupted run uploads
     nothing; its outputs stay in the cache, where the next run on this machine resumes, unless another one has uploaded

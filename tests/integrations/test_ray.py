@@ -21,7 +21,7 @@ from pyarrow import parquet
 from ced.errors import CedError, ConfigError, ProcessError
 from ced.integrations import ray as on_ray
 from ced.integrations.ray import Embedding, Model, Tagging
-from ced.tag.batch import tag_to_folder
+from ced.tag.batch import process_to_folder
 from ced.tag.inputs import InputSound, find_inputs
 from ced.tag.options import TagOptions
 from ced.tag.parts import FileResult
@@ -83,7 +83,9 @@ def expected(clips: Path, graph: Path, tmp_path_factory: pytest.TempPathFactory)
         def process(item: InputSound) -> Any:
             return tagger.tag(item.source, OPTIONS, name=item.name)
 
-        tag_to_folder(find_inputs([str(clips)]), process, out, settings={}, output=["parquet"], combined=True, jobs=2)
+        process_to_folder(
+            find_inputs([str(clips)]), process, out, settings={}, formats=["parquet"], combined=True, jobs=2
+        )
     return parquet.read_table(out / "tags.parquet")
 
 

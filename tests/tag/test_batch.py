@@ -20,7 +20,7 @@ import soundfile
 
 from ced.errors import AudioError, BusyError, CheckpointError, ConfigError, StoreError, WriteError
 from ced.sound import audio
-from ced.tag.batch import SoundOutcome, Summary, outcomes, tag_to_folder
+from ced.tag.batch import SoundOutcome, Summary, outcomes, process_to_folder
 from ced.tag.inputs import InputSound, find_inputs
 from ced.tag.records import Record, Tag, Tags
 
@@ -30,7 +30,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_batch import SETTINGS, loudness
-from ced.tag.batch import tag_to_folder
+from ced.tag.batch import process_to_folder
 from ced.tag.inputs import find_inputs
 
 def process(item):
@@ -39,7 +39,7 @@ def process(item):
 
 print("begun", flush=True)
 inputs, out = find_inputs([sys.argv[2]]), Path(sys.argv[3])
-print(tag_to_folder(inputs, process, out, settings=SETTINGS, output=["csv", "text"], jobs=2))
+print(process_to_folder(inputs, process, out, settings=SETTINGS, formats=["csv", "text"], jobs=2))
 """
 
 
@@ -141,12 +141,12 @@ def test_an_unreadable_sound_is_an_outcome_and_a_model_error_is_raised() -> None
 
 def test_a_run_writes_a_tree_like_the_inputs(tree: Path) -> None:
     finished: list[SoundOutcome[Record]] = []
-    summary = tag_to_folder(
+    summary = process_to_folder(
         find_inputs(["in"]),
         loudness,
         Path("out"),
         settings=SETTINGS,
-        output=["csv", "audacity"],
+        formats=["csv", "audacity"],
         finished=finished.append,
     )
     assert (summary.files, summary.failed, summary.skipped) == (12, 0, 0)
@@ -168,14 +168,16 @@ def test_a_run_writes_a_tree_like_the_inputs(tree: Path) -> None:
 
 def test_a_run_writes_combined_outputs(tree: Path) -> None:
     inputs = find_inputs(["in"])
-    tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, output=["csv", "parquet"], combined=True, jobs=3)
+    process_to_folder(
+        inputs, loudness, Path("out"), settings=SETTINGS, formats=["csv", "parquet"], combined=True, jobs=3
+    )
     assert {*contents(tree / "out")} == {"journal.jsonl", "tags.csv", "tags.parquet"}
     table = pyarrow.parquet.read_table("out/tags.parquet")
     rows = [(item.name, piece.start) for item in inputs for piece in loudness(item).pieces]
     assert list(zip(table["file"].to_pylist(), table["start"].to_pylist(), strict=True)) == rows
     assert len(Path("out/tags.csv").read_text().splitlines()) == 1 + len(rows)
     with pytest.raises(ConfigError, match="audacity"):
-        tag_to_folder(inputs, loudness, Path("new"), settings=SETTINGS, output=["audacity"], combined=True)
+        process_to_folder(inputs, loudness, Path("new"), settings=SETTINGS, formats=["audacity"], combined=True)
     assert not Path("new").exists()
 
 
@@ -184,7 +186,7 @@ def test_an_unreadable_file_is_reported_and_retried(tree: Path) -> None:
     Path("in/0/04.wav").write_text("no sound")
     inputs = [*find_inputs(["in"]), *find_inputs(["missing.wav"])]
     finished: list[SoundOutcome[Record]] = []
-    summary = tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, jobs=2, finished=finished.append)
+    summary = process_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, jobs=2, finished=finished.append)
     assert (summary.files, summary.failed) == (14, 3)
     errors = lines(Path("out/errors.jsonl"))
     assert [error["file"] for error in errors] == ["in/0/03.wav", "in/0/04.wav", "missing.wav"]
@@ -193,29 +195,29 @@ def test_an_unreadable_file_is_reported_and_retried(tree: Path) -> None:
     assert str(summary) == "14 files: 11 tagged, 3 failed"
     sound(Path("in/0/03.wav"))
     process = Counting()
-    summary = tag_to_folder(inputs, process, Path("out"), settings=SETTINGS)
+    summary = process_to_folder(inputs, process, Path("out"), settings=SETTINGS)
     assert process.names == ["03.wav", "04.wav", "missing.wav"]
     assert (summary.failed, summary.skipped) == (2, 11)
     assert len(lines(Path("out/errors.jsonl"))) == 2
     Path("in/0/04.wav").unlink()
-    tag_to_folder(find_inputs(["in"]), process, Path("out"), settings=SETTINGS)
+    process_to_folder(find_inputs(["in"]), process, Path("out"), settings=SETTINGS)
     assert not Path("out/errors.jsonl").exists()
 
 
 def test_a_changed_file_is_processed_again(tree: Path) -> None:
     inputs = find_inputs(["in"])
-    tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
+    process_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
     process = Counting()
     sound(Path("in/1/01.wav"), 3.0)
-    tag_to_folder(inputs, process, Path("out"), settings=SETTINGS, output=["jsonl"], combined=True)
+    process_to_folder(inputs, process, Path("out"), settings=SETTINGS, formats=["jsonl"], combined=True)
     assert process.names == ["01.wav"]
     assert [line["seconds"] for line in lines(Path("out/tags.jsonl"))][4] == 3.0
-    tag_to_folder(inputs, process, Path("out"), settings=SETTINGS)
+    process_to_folder(inputs, process, Path("out"), settings=SETTINGS)
     assert process.names == ["01.wav"]
     Path("in/1/01.wav").write_text("no sound any more")
-    tag_to_folder(inputs, process, Path("out"), settings=SETTINGS, output=["jsonl"])
+    process_to_folder(inputs, process, Path("out"), settings=SETTINGS, formats=["jsonl"])
     assert not Path("out/1/01.wav.jsonl").exists()
-    tag_to_folder(inputs, process, Path("out"), settings=SETTINGS, output=["jsonl"], combined=True)
+    process_to_folder(inputs, process, Path("out"), settings=SETTINGS, formats=["jsonl"], combined=True)
     assert len(lines(Path("out/tags.jsonl"))) == 11
 
 
@@ -230,9 +232,9 @@ def test_a_file_that_changes_during_a_run(tree: Path) -> None:
             sound(Path(inputs[-1].name), 4.0)
         return record
 
-    tag_to_folder(inputs, process, Path("out"), settings=SETTINGS)
+    process_to_folder(inputs, process, Path("out"), settings=SETTINGS)
     again = Counting()
-    tag_to_folder(inputs, again, Path("out"), settings=SETTINGS, output=["jsonl"], combined=True)
+    process_to_folder(inputs, again, Path("out"), settings=SETTINGS, formats=["jsonl"], combined=True)
     assert again.names == [Path(inputs[0].name).name]
     seconds = [line["seconds"] for line in lines(Path("out/tags.jsonl"))]
     assert (seconds[0], seconds[-1]) == (3.0, 4.0)
@@ -240,21 +242,21 @@ def test_a_file_that_changes_during_a_run(tree: Path) -> None:
 
 def test_other_formats_are_written_from_the_journal(tree: Path) -> None:
     inputs = find_inputs(["in"])
-    tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
+    process_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
     process = Counting()
     Path("out/1/01.wav.jsonl").unlink()
-    tag_to_folder(inputs, process, Path("out"), settings=SETTINGS, output=["jsonl", "csv"])
-    tag_to_folder(inputs, loudness, Path("fresh"), settings=SETTINGS, output=["jsonl", "csv"])
+    process_to_folder(inputs, process, Path("out"), settings=SETTINGS, formats=["jsonl", "csv"])
+    process_to_folder(inputs, loudness, Path("fresh"), settings=SETTINGS, formats=["jsonl", "csv"])
     assert process.names == []
     assert contents(tree / "out") == contents(tree / "fresh")
 
 
 def test_other_settings_are_refused_by_name(tree: Path) -> None:
     inputs = find_inputs(["in"])
-    tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
+    process_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
     before = contents(tree / "out")
     with pytest.raises(ConfigError) as caught:
-        tag_to_folder(inputs, loudness, Path("out"), settings={"model": "loudness", "window": 2.0, "hop": 1.0})
+        process_to_folder(inputs, loudness, Path("out"), settings={"model": "loudness", "window": 2.0, "hop": 1.0})
     assert str(caught.value) == (
         "out/journal.jsonl was begun with window 1.0, now 2.0, hop unset, now 1.0;"
         " choose another folder, or remove that file to start again"
@@ -267,19 +269,19 @@ def test_a_file_that_is_not_a_journal_is_refused(tree: Path, junk: str) -> None:
     Path("out").mkdir()
     Path("out/journal.jsonl").write_text(junk)
     with pytest.raises(StoreError, match=r"remove that file to start again"):
-        tag_to_folder(find_inputs(["in"]), loudness, Path("out"), settings=SETTINGS)
+        process_to_folder(find_inputs(["in"]), loudness, Path("out"), settings=SETTINGS)
     assert contents(tree / "out") == {"journal.jsonl": junk.encode()}
 
 
 @pytest.mark.parametrize("cut", [1, 40, 200, 100_000])
 def test_an_incomplete_last_line_is_dropped(tree: Path, cut: int) -> None:
     inputs = find_inputs(["in"])
-    tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
+    process_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
     whole = contents(tree / "out")
     journal = Path("out/journal.jsonl")
     journal.write_bytes(journal.read_bytes()[:-cut])
     process = Counting()
-    tag_to_folder(inputs, process, Path("out"), settings=SETTINGS)
+    process_to_folder(inputs, process, Path("out"), settings=SETTINGS)
     assert contents(tree / "out") == whole
     assert len(process.names) == {1: 1, 40: 1, 200: 1, 100_000: 12}[cut]
 
@@ -290,10 +292,12 @@ def test_two_inputs_with_the_same_output_are_refused(tree: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"^in/0/00\.wav and other/0/00\.wav would both be written to out/0/00\.wav\.j"
     ):
-        tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
+        process_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
     assert not Path("out").exists()
-    assert tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, combined=True).failed == 0
-    assert tag_to_folder(find_inputs(["in/*/*", "other/0/*"]), loudness, Path("more"), settings=SETTINGS).failed == 0
+    assert process_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, combined=True).failed == 0
+    assert (
+        process_to_folder(find_inputs(["in/*/*", "other/0/*"]), loudness, Path("more"), settings=SETTINGS).failed == 0
+    )
 
 
 def test_two_runs_in_one_folder_are_refused(tree: Path) -> None:
@@ -301,17 +305,17 @@ def test_two_runs_in_one_folder_are_refused(tree: Path) -> None:
 
     def process(item: InputSound) -> Record:
         with pytest.raises(BusyError, match=r"another process is writing out/journal\.jsonl"):
-            tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
+            process_to_folder(inputs, loudness, Path("out"), settings=SETTINGS)
         return loudness(item)
 
-    assert tag_to_folder(inputs[:1], process, Path("out"), settings=SETTINGS).failed == 0
+    assert process_to_folder(inputs[:1], process, Path("out"), settings=SETTINGS).failed == 0
 
 
 def test_standard_input_is_processed_in_every_run(tree: Path) -> None:
     data = Path("in/0/00.wav").read_bytes()
     for _ in range(2):
         inputs = find_inputs(["-"], io.BytesIO(data))
-        assert tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS).skipped == 0
+        assert process_to_folder(inputs, loudness, Path("out"), settings=SETTINGS).skipped == 0
     assert lines(Path("out/stdin.jsonl"))[0]["file"] == "<stdin>"
 
 
@@ -320,7 +324,7 @@ def test_names_that_are_not_valid_text(tree: Path) -> None:
     sound(Path("in/a.wav")).rename(os.fsdecode(b"in/caf\xe9.wav"))
     process = Counting()
     for _ in range(2):
-        tag_to_folder(find_inputs(["in"]), process, Path("out"), settings=SETTINGS, output=["csv"])
+        process_to_folder(find_inputs(["in"]), process, Path("out"), settings=SETTINGS, formats=["csv"])
     assert len(process.names) == 13
     assert b"in/caf\\udce9.wav" in Path(os.fsdecode(b"out/caf\xe9.wav.csv")).read_bytes()
 
@@ -350,12 +354,12 @@ def test_a_killed_run_resumes_and_ends_like_an_uninterrupted_one(tree: Path) -> 
         assert broken_off(out, lambda child: child.kill(), after) == -signal.SIGKILL
     assert broken_off(out, lambda child: child.send_signal(signal.SIGINT), 45) == -signal.SIGINT
     process = Counting()
-    summary = tag_to_folder(inputs, process, out, settings=SETTINGS, output=["csv", "text"], jobs=3)
+    summary = process_to_folder(inputs, process, out, settings=SETTINGS, formats=["csv", "text"], jobs=3)
     assert 45 <= summary.skipped < 72
     assert len(process.names) == 72 - summary.skipped
     counts = f"{72 - summary.skipped} tagged, 0 failed, {summary.skipped} done before"
     assert str(summary) == f"72 files: {counts}"
-    tag_to_folder(inputs, loudness, Path("whole"), settings=SETTINGS, output=["csv", "text"])
+    process_to_folder(inputs, loudness, Path("whole"), settings=SETTINGS, formats=["csv", "text"])
     assert contents(tree / out) == contents(tree / "whole")
 
 
@@ -374,13 +378,13 @@ def test_outputs_stay_within_their_folder(tree: Path) -> None:
     Path("out/0").symlink_to(outside)
     inputs = find_inputs(["in"])
     with pytest.raises(WriteError, match=r"out/0: it is a link"):
-        tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, output=["csv"])
+        process_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, formats=["csv"])
     assert contents(outside) == {"06.wav.csv": b"kept"}
     Path("out/0").unlink()
     Path("out/0").mkdir()
     for name in ("00.wav.csv.partial", "00.wav.csv", "03.wav.csv.0123abcd.partial"):
         Path("out/0", name).symlink_to(kept)
-    tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, output=["csv"])
+    process_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, formats=["csv"])
     assert kept.read_text() == "kept"
     assert "0.wav" in Path("out/0/00.wav.csv").read_text()
     assert not list(Path("out").rglob("*.0123abcd.partial"))  # as a killed run leaves them
@@ -395,7 +399,7 @@ def test_records_of_a_run_are_not_written_through_links(tree: Path, name: str) -
     Path("out", name).symlink_to(outside)
     Path("in/empty.wav").touch()
     with suppress(WriteError, BusyError):
-        tag_to_folder(find_inputs(["in"]), loudness, Path("out"), settings=SETTINGS)
+        process_to_folder(find_inputs(["in"]), loudness, Path("out"), settings=SETTINGS)
     assert outside.read_text() == "kept"
 
 
@@ -405,13 +409,13 @@ def test_a_full_disk_is_one_error_that_names_the_file(tree: Path, small_disk: Pa
     (small_disk / "filler").write_bytes(bytes(56 << 10))
     inputs = find_inputs(["in"])
     with pytest.raises(WriteError, match="No space left on device"):
-        tag_to_folder(inputs, loudness, out, settings={**SETTINGS, "long": "x" * 4000}, output=["jsonl", "csv"])
+        process_to_folder(inputs, loudness, out, settings={**SETTINGS, "long": "x" * 4000}, formats=["jsonl", "csv"])
     (small_disk / "filler").unlink()
-    summary = tag_to_folder(
-        inputs, loudness, out, settings={**SETTINGS, "long": "x" * 4000}, output=["jsonl"], combined=True
+    summary = process_to_folder(
+        inputs, loudness, out, settings={**SETTINGS, "long": "x" * 4000}, formats=["jsonl"], combined=True
     )
     assert (summary.failed, summary.files) == (0, 12)
-    tag_to_folder(inputs, loudness, tree / "unbroken", settings=SETTINGS, output=["jsonl"], combined=True)
+    process_to_folder(inputs, loudness, tree / "unbroken", settings=SETTINGS, formats=["jsonl"], combined=True)
     assert (out / "tags.jsonl").read_bytes() == (tree / "unbroken/tags.jsonl").read_bytes()
 
 
@@ -451,7 +455,7 @@ def test_a_damaged_journal_is_one_error(tree: Path, line: str) -> None:
     Path("out/journal.jsonl").write_text(f"{first}\n{line}\n")
     inputs = [InputSound("in/0/00.wav", "in/0/00.wav", "0/00.wav")]
     with pytest.raises(StoreError, match=r"line 2 of out/journal\.jsonl is not a line of a journal") as raised:
-        tag_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, output=["csv"])
+        process_to_folder(inputs, loudness, Path("out"), settings=SETTINGS, formats=["csv"])
     assert "\n" not in str(raised.value)
 
 
@@ -462,4 +466,4 @@ def test_a_journal_with_a_damaged_first_line_is_one_error(tree: Path, line: str)
     Path("out").mkdir()
     Path("out/journal.jsonl").write_text(f"{line}\n")
     with pytest.raises(StoreError, match=r"journal\.jsonl"):
-        tag_to_folder(find_inputs(["in"]), loudness, Path("out"), settings=SETTINGS)
+        process_to_folder(find_inputs(["in"]), loudness, Path("out"), settings=SETTINGS)

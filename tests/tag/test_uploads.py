@@ -12,7 +12,7 @@ from ced import remote
 from ced.errors import ConfigError, WriteError
 from ced.model.zoo import cache_dir
 from ced.sound import audio
-from ced.tag.batch import Summary, tag_to_folder
+from ced.tag.batch import Summary, process_to_folder
 from ced.tag.inputs import InputSound, find_inputs
 from ced.tag.records import Record, Tag, Tags
 from ced.tag.uploads import local_file, local_folder
@@ -47,7 +47,7 @@ class Loudness:
 
 def run(process: Loudness, words: list[str], out: Path = OUT, **options: Any) -> Summary:
     with local_folder(out) as folder:
-        return tag_to_folder(find_inputs(words), process, folder, settings=SETTINGS, **options)
+        return process_to_folder(find_inputs(words), process, folder, settings=SETTINGS, **options)
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def there(memory: Any) -> set[str]:
 
 
 def test_outputs_are_uploaded_at_the_end_and_equal_local_ones(memory: Any, sounds: list[str], tmp_path: Path) -> None:
-    summary = run(Loudness(), sounds, output=["jsonl", "csv"])
-    run(Loudness(), sounds, tmp_path / "run", output=["jsonl", "csv"])
+    summary = run(Loudness(), sounds, formats=["jsonl", "csv"])
+    run(Loudness(), sounds, tmp_path / "run", formats=["jsonl", "csv"])
     assert (summary.files, summary.failed) == (6, 0)
     local = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert there(memory) == local
@@ -95,7 +95,7 @@ def test_a_run_is_continued_on_another_machine_by_its_journal(memory: Any, sound
     records = [json.loads(line) for line in memory.cat("/out/run/tags.jsonl").splitlines()]
     assert [record["file"] for record in records] == [item.name for item in find_inputs(sounds)]
     with pytest.raises(ConfigError, match="begun with"), local_folder(OUT) as folder:
-        tag_to_folder(find_inputs(sounds), Loudness(), folder, settings={"model": "other"})
+        process_to_folder(find_inputs(sounds), Loudness(), folder, settings={"model": "other"})
 
 
 def test_outputs_that_another_machine_wrote_replace_those_of_an_interrupted_run(memory: Any, sounds: list[str]) -> None:

@@ -1,0 +1,137 @@
+"""Runs of a tagger into folders from Python, which are those of the command line."""
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from numpy.typing import NDArray
+
+from ced import Tagger, TagOptions
+from ced.errors import ConfigError, StoreError
+from ced.sound.labels import ClassTable
+from ced.tag.inputs import InputSound, find_inputs
+from ced.tag.runs import EarlierRun, tag_to_folder
+
+ROOT = Path(__file__).parents[2]
+RATE = 16_000
+OPTIONS = TagOptions(window=1.0, top_k=2)
+
+
+class Level:
+    """A model of one's own: scores how loud a window is."""
+
+    def __init__(self, names: Sequence[str] = ("loud", "quiet")) -> None:
+        self.labels = ClassTable(tuple(names))
+
+    def __call__(self, waves: NDArray[np.float32], /) -> NDArray[np.float32]:
+        level = np.sqrt(np.mean(waves**2, axis=1))
+        return np.stack([level, *(1 - level for _ in self.labels.names[1:])], axis=1)
+
+
+@pytest.fixture
+def sounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[InputSound]:
+    """A mono sound of 3 s and a stereo one of 2 s in `in`, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (3 * RATE, 2))
+    Path("in/b").mkdir(parents=True)
+    soundfile.write("in/a.wav", noise[:, 0], RATE)
+    soundfile.write("in/b/c.wav", noise[: 2 * RATE], RATE)
+    return find_inputs(["in"])
+
+
+def ced_tag(*words: str | Path) -> str:
+    """Run `ced tag`, and return what it prints."""
+    command = [sys.executable, "-m", "ced", "tag", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=environment).stdout
+
+
+def outputs(folder: str) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_a_run_and_one_of_the_command_line_continue_each_other(graph: Path, sounds: list[InputSound]) -> None:
+    done: list[int] = []
+    with Tagger(graph, jobs=2) as tagger:
+        summary = tag_to_folder(
+            tagger,
+            sounds,
+            Path("api"),
+            OPTIONS,
+            formats=["csv", "jsonl"],
+            keep_scores=True,
+            progress=lambda task, count, total, note="": done.append(count),
+        )
+    assert (summary.files, summary.failed, summary.skipped) == (2, 0, 0)
+    assert done[-1] == 2
+    words: list[str | Path] = ["-m", graph, "in", "-w", "1", "-k", "2", "-f", "csv", "-f", "jsonl", "--keep-scores"]
+    ced_tag(*words, "--out", "cli")
+    assert "b/c.wav.csv" in outputs("api")
+    # Records name the model as it was given, and the scores of both have equal headers.
+    assert outputs("api") == outputs("cli")
+    assert "2 done before" in ced_tag(*words, "--out", "api")
+
+
+def test_tags_are_made_again_from_kept_scores(graph: Path, sounds: list[InputSound]) -> None:
+    events = TagOptions(events=True, threshold=0.4)
+    with Tagger(graph) as tagger:
+        tag_to_folder(tagger, sounds, Path("kept"), OPTIONS, keep_scores=True)
+    run = EarlierRun(Path("kept"))
+    summary = run.tag_to_folder(Path("events"), events, formats=["csv"], combined=True, clips=Path("clips"))
+    assert (summary.files, summary.failed, summary.seconds) == (2, 0, 5.0)
+    ced_tag("--from", "kept", "--events", "--threshold", "0.4", "-f", "csv", "--combine", "--out", "cli")
+    assert outputs("events") == outputs("cli")
+    found = [piece for item in run.inputs for piece in run.record(item, events).events]
+    assert len(found) == len(list(Path("clips").rglob("*.flac"))) > 0
+    with pytest.raises(ConfigError, match="kept is the folder of the earlier run"):
+        run.tag_to_folder(Path("kept"))
+    with pytest.raises(ConfigError, match="there is no label 'dog'"):
+        run.tag_to_folder(Path("dogs"), TagOptions(labels=("dog",)))
+    assert not Path("dogs").exists()
+
+
+def test_a_refused_run_leaves_the_classes_of_the_scores(sounds: list[InputSound]) -> None:
+    with Tagger(Level(), name="mine") as tagger:
+        tag_to_folder(tagger, sounds, Path("kept"), OPTIONS, keep_scores=True)
+        assert tag_to_folder(tagger, sounds, Path("kept"), OPTIONS, keep_scores=True).skipped == 2
+    with (
+        Tagger(Level(["a", "b", "c"]), name="another") as tagger,
+        pytest.raises(ConfigError, match='begun with model "mine", now "another"'),
+    ):
+        tag_to_folder(tagger, sounds, Path("kept"), OPTIONS, keep_scores=True)
+    run = EarlierRun(Path("kept"))
+    assert run.labels.names == ("loud", "quiet")
+    assert [len(run.record(item, OPTIONS)) for item in run.inputs] == [3, 2]
+
+
+def test_each_channel_is_tagged_on_its_own(graph: Path, sounds: list[InputSound]) -> None:
+    with Tagger(graph) as tagger:
+        summary = tag_to_folder(tagger, sounds, Path("out"), OPTIONS, each_channel=True)
+    assert summary.files == 3
+    assert {"b/c.wav.channel1.jsonl", "b/c.wav.channel2.jsonl"} < {*outputs("out")}
+
+
+def test_impossible_outputs_are_refused_before_a_sound_is_read(graph: Path, sounds: list[InputSound]) -> None:
+    stream = [InputSound("<stdin>", io.BytesIO(b"no sound"), "stdin")]
+    events = TagOptions(events=True)
+    with Tagger(graph) as tagger:
+        with pytest.raises(ConfigError, match="add --events"):
+            tag_to_folder(tagger, sounds, Path("out"), clips=Path("clips"))
+        with pytest.raises(ConfigError, match="<stdin> does not allow"):
+            tag_to_folder(tagger, stream, Path("out"), events, clips=Path("clips"))
+        with pytest.raises(ConfigError, match="need a local folder; the outputs go to memory"):
+            tag_to_folder(tagger, sounds, Path("memory://out"), keep_scores=True)
+        with pytest.raises(ConfigError, match="need a local folder; got s3"):
+            tag_to_folder(tagger, sounds, Path("out"), events, clips=Path("s3://bucket/clips"))
+        with pytest.raises(ConfigError, match="unknown output format xml"):
+            tag_to_folder(tagger, sounds, Path("out"), formats=["xml"])
+        tag_to_folder(tagger, sounds, Path("without"))
+    assert not Path("out").exists()
+    with pytest.raises(StoreError, match="kept no scores"):
+        EarlierRun(Path("without"))
