@@ -177,7 +177,7 @@ def extra(seed: int) -> list[Job]:
 
 def box() -> list[Job]:
     """Return first weights and the student that ships: as `ced`, but larger and more slowly."""
-    # It meets sounds of any length, so unlike the others it hears what is left over at the end of one, padded.
+    # It tags sounds of any length, so unlike the others it is trained with the rest at the end of a sound, padded.
     shape = {"model_args": _shape(BOX_WIDTH, BOX_DEPTH), "optimizer_args": {"lr": 1e-3}}
     slowly = {"epochs": 108, "epoch_length": 25, "valid_every": 1, "warmup_iters": 27}
     first = _masked("mae_box", BOX_WIDTH, shape)

@@ -31,7 +31,7 @@ class _Call:
 class SharedCalls:
     """Joins the calls that wait into one call of the model, in a thread of its own.
 
-    Nobody waits for company: while the model works on one call, others come together for the next.
+    A call never waits until it is full: those that arrive while the model works on one are joined for the next.
 
     Args:
         batch: windows of 10 s in one call at most; of longer windows fewer, of shorter ones no more.

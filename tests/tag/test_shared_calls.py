@@ -1,4 +1,4 @@
-"""Calls that wait are joined, and nobody gets the answer, or waits for the error, of another."""
+"""Calls that wait are joined, and none gets the answer or the error of another."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event

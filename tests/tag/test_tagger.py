@@ -159,7 +159,7 @@ def test_a_file_has_the_tags_of_its_bytes_and_samples(tmp_path: Path) -> None:
 
 
 def test_columns_of_a_window_of_several_pieces_keep_time(tmp_path: Path) -> None:
-    """A network that hears 112 frames at once has 7 columns of each 1.12 s; one of 120 leaves 0.08 s to none."""
+    """A network of 112 frames has 7 columns in each 1.12 s; one of 120 frames leaves 0.08 s without a column."""
     export(weights_of(CED(replace(small_network().config, target_length=120)).eval()), tmp_path / "a.onnx")
     wave = np.random.default_rng(0).uniform(-0.5, 0.5, 5 * RATE).astype(np.float32)
     starts = [one.start for one in Tagger(tmp_path / "a.onnx").score((wave, RATE), window=10.0, columns=True)]
