@@ -33,6 +33,7 @@ class Clips:
 
     source: tuple[str, ...]  # the recording that the clip was cut from
     right: str  # 1 or 0 for each clip
+    adjusted: str | None = None  # the same with adjusted scores
     probe: str | None = None  # the same of a linear probe
     divergence: tuple[float, ...] | None = None  # from the teacher, mean over classes
 
@@ -50,6 +51,7 @@ class Verdict:
     divergence_learned: float | None  # the same on the clips that it was trained on
     per_class: dict[str, float]  # average precision
     parameters: int | None  # None: unknown
+    adjusted: float | None = None  # accuracy with the scores of each class divided by their mean over what was learned
     probe: float | None = None  # accuracy of a linear probe on its embeddings
     clips: Clips | None = None
     teacher: str | None = None  # name of the outside teacher

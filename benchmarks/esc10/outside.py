@@ -179,7 +179,8 @@ def _labelled(arm: str, seed: int, changes: Mapping[str, Any]) -> Job:
 def student(folder: Path, job: Job, fold: int) -> Verdict:
     """Evaluate a student: by ESC-10's classes, a linear probe on its embeddings, and its divergence from its teacher.
 
-    The probe is trained with the labels of the recordings that the student was trained on.
+    The probe is trained with the labels of the recordings that the student was trained on. Adjusted scores need no
+    labels: those of each class are divided by their mean over these recordings.
     """
     assert job.outside is not None
     network = load_model(folder / MODELS / job.name)
@@ -190,7 +191,7 @@ def student(folder: Path, job: Job, fold: int) -> Verdict:
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=PROBE_C, max_iter=2000))
     probe.fit(vectors[FREE], _labels(folder, FREE))
     probed = probe.predict(vectors[HELD_OUT]) == _labels(folder, HELD_OUT)
-    verdict = _verdict(job.arm or job.name, folder, fold, job.seed, scores[HELD_OUT])
+    verdict = _verdict(job.arm or job.name, folder, fold, job.seed, scores[HELD_OUT], scores[FREE])
     assert verdict.clips is not None
     clips = replace(verdict.clips, probe=_digits(probed))
     apart: dict[str, float] = {}
@@ -211,7 +212,8 @@ def student(folder: Path, job: Job, fold: int) -> Verdict:
 
 def taught(folder: Path, fold: int, teacher: str) -> Verdict:
     """Evaluate the teacher itself."""
-    verdict = _verdict(TEACHER, folder, fold, 1, _taught(folder, HELD_OUT, teacher))
+    scores = {table: _taught(folder, table, teacher) for table in (HELD_OUT, FREE)}
+    verdict = _verdict(TEACHER, folder, fold, 1, scores[HELD_OUT], scores[FREE])
     return replace(verdict, divergence=0.0, divergence_learned=0.0, teacher=teacher_name(teacher))
 
 
@@ -222,10 +224,18 @@ def ten(scores: NDArray[np.floating]) -> NDArray[np.floating]:
     return np.stack([scores[:, group].max(1) for group in groups], axis=1)
 
 
-def _verdict(arm: str, folder: Path, fold: int, seed: int, scores: NDArray[np.floating]) -> Verdict:
+def adjusted(scores: NDArray[np.floating], learned: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Return scores (n, c) divided by the mean of their class over the clips that were learned, (m, c)."""
+    return np.asarray(scores / learned.mean(0))
+
+
+def _verdict(
+    arm: str, folder: Path, fold: int, seed: int, scores: NDArray[np.floating], learned: NDArray[np.floating]
+) -> Verdict:
     labels = _labels(folder, HELD_OUT)
-    found = ten(scores) if scores.shape[1] == CLASSES else scores
+    found, usual = (ten(each) if each.shape[1] == CLASSES else each for each in (scores, learned))
     right = found.argmax(1) == labels
+    right_adjusted = adjusted(found, usual).argmax(1) == labels
     names = read_table(folder / teachers.CLASSES).column("name")
     per_class = average_precision(np.eye(len(names), dtype=bool)[labels], found)
     return Verdict(
@@ -238,7 +248,8 @@ def _verdict(arm: str, folder: Path, fold: int, seed: int, scores: NDArray[np.fl
         divergence_learned=None,
         per_class={name: round(float(ap), 4) for name, ap in zip(names, per_class, strict=True)},
         parameters=None,
-        clips=Clips(_sources(folder, HELD_OUT), _digits(right)),
+        adjusted=round(float(right_adjusted.mean()), 4),
+        clips=Clips(_sources(folder, HELD_OUT), _digits(right), _digits(right_adjusted)),
     )
 
 

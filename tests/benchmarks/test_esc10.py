@@ -234,6 +234,7 @@ def test_students_of_an_outside_teacher_are_judged_by_ten_classes_and_a_probe(
     assert found[outside.CED].divergence is not None
     assert found[outside.TUNED].divergence is None  # it has other classes than the teacher
     assert all(0 <= (found[arm].probe or 0) <= 1 for arm in arms)
+    assert all(one.adjusted is not None and 0 <= one.adjusted <= 1 for one in found.values())
     report.write(results, tmp_path)
     page = (tmp_path / report.PAGE).read_text()
     assert "## A teacher trained on AudioSet" in page
@@ -251,15 +252,20 @@ def test_the_highest_of_the_classes_that_stand_for_one_counts() -> None:
     assert found.max(1).tolist() == pytest.approx([0.9, 0.5])
 
 
+def test_adjusted_scores_of_a_class_with_low_scores_win_over_usual_ones_of_another() -> None:
+    learned = np.array([[0.6, 0.02], [0.4, 0.08]])
+    assert outside.adjusted(np.array([[0.3, 0.06], [0.5, 0.04]]), learned).argmax(1).tolist() == [1, 0]
+
+
 def test_intervals_of_a_difference_are_drawn_over_recordings() -> None:
     sources = ("a", "a", "b", "b", "c", "d", "e", "f")
     one = Clips(sources, "11111111", divergence=(0.1,) * 8)
-    other = Clips(sources, "11110000", "00000000", (0.2,) * 8)
-    accuracy, probe, divergence = report.bootstrapped([(one, other), (one, other)])
+    other = Clips(sources, "11110000", probe="00000000", divergence=(0.2,) * 8)
+    accuracy, adjusted, probe, divergence = report.bootstrapped([(one, other), (one, other)])
     assert accuracy.startswith("+50.0 [")
     low, high = (float(value) for value in accuracy[accuracy.index("[") + 1 : -1].split(", "))
     assert 0 <= low < 50 < high <= 100
-    assert probe == ""  # one of them has none
+    assert (adjusted, probe) == ("", "")  # one of them has none
     assert divergence == "-50.0 [-50.0, -50.0]"
 
 
