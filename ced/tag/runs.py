@@ -21,7 +21,7 @@ from ced.tag.batch import (
     unfinished_scores,
 )
 from ced.tag.clips import write_clips
-from ced.tag.inputs import InputSound, split_channels
+from ced.tag.inputs import InputSound, find_inputs, split_channels
 from ced.tag.journal import Journal, stamp_of
 from ced.tag.options import EACH, TagOptions
 from ced.tag.records import Record
@@ -29,19 +29,20 @@ from ced.tag.scores import ScoreLog, ScoreType, read_scores
 from ced.tag.tagger import Tagger, pieces
 from ced.tag.uploads import local_folder
 
+Name = str | os.PathLike[str]
 SCORED = ("window", "hop", "columns", "tail", "silence", "channel", "strict", "clock")  # options that scores depend on
 
 
 def tag_to_folder(
     tagger: Tagger,
-    inputs: Iterable[InputSound],
-    out: Path,
+    sounds: Name | Iterable[Name] | Iterable[InputSound],
+    out: Name,
     options: TagOptions | None = None,
     *,
     formats: Sequence[str] = ("jsonl",),
     combined: bool = False,
     keep_scores: bool = False,
-    clips: Path | None = None,
+    clips: Name | None = None,
     each_channel: bool = False,
     finished: Callable[[SoundOutcome[Record]], None] = lambda outcome: None,
     progress: Progress = silent,
@@ -53,7 +54,7 @@ def tag_to_folder(
 
     Args:
         tagger: tags `tagger.jobs` sounds at a time.
-        inputs: as from `ced.tag.inputs.find_inputs`.
+        sounds: names of files, folders and others that `ced.tag.inputs.find_inputs` finds sounds by, or what it found.
         out: the folder, created if missing, or an address in a store (`ced.remote`).
         options: how sounds are tagged; None: the defaults. A later run in the folder must have the same, and the same
             model; a model that is not an ONNX graph is recognised by the name of the tagger.
@@ -77,16 +78,19 @@ def tag_to_folder(
     """
     options = options or TagOptions()
     tagger.windows.check(options)
+    out, clips = Path(out), None if clips is None else Path(clips)
     check_outputs(out, options, keep_scores=keep_scores, clips=clips)
-    found = list(split_channels(inputs) if each_channel else inputs)
+    inputs = _found(sounds)
     if clips is not None:
-        check_clips(found)
+        check_clips(inputs)
+    if each_channel:
+        inputs = list(split_channels(inputs))
     channel = EACH if each_channel else options.channel
     settings = {"model": tagger.digest or tagger.name, **options.settings(), "channel": channel}
-    meter = Meter(progress, len(found), "tagging")
+    meter = Meter(progress, len(inputs), "tagging")
     with local_folder(out, progress) as folder:
         return process_to_folder(
-            found,
+            inputs,
             _Logged(tagger, options, folder, settings, keep_scores, clips, meter),
             folder,
             settings=settings,
@@ -96,6 +100,13 @@ def tag_to_folder(
             jobs=tagger.jobs,
             finished=_counted(meter, finished),
         )
+
+
+def _found(sounds: Name | Iterable[Name] | Iterable[InputSound]) -> list[InputSound]:
+    given = [sounds] if isinstance(sounds, str | os.PathLike) else list(sounds)
+    inputs = [sound for sound in given if isinstance(sound, InputSound)]
+    names = [os.fspath(sound) for sound in given if not isinstance(sound, InputSound)]
+    return [*inputs, *(find_inputs(names) if names or not inputs else ())]
 
 
 def check_outputs(out: Path | None, options: TagOptions, *, keep_scores: bool, clips: Path | None) -> None:
@@ -178,8 +189,8 @@ class EarlierRun:
         TableError: the class table is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Name) -> None:
+        self.folder = folder = Path(folder)
         with Journal(folder / JOURNAL_NAME, None) as journal:
             self.settings: Mapping[str, Any] = journal.settings
             records = {place: journal.record_at(place) for place in journal.places()}
@@ -228,12 +239,12 @@ class EarlierRun:
 
     def tag_to_folder(
         self,
-        out: Path,
+        out: Name,
         options: TagOptions | None = None,
         *,
         formats: Sequence[str] = ("jsonl",),
         combined: bool = False,
-        clips: Path | None = None,
+        clips: Name | None = None,
         finished: Callable[[SoundOutcome[Record]], None] = lambda outcome: None,
         progress: Progress = silent,
     ) -> Summary:
@@ -249,14 +260,15 @@ class EarlierRun:
         """
         options = options or TagOptions()
         options.check(self.labels)
-        check_outputs(out, options, keep_scores=False, clips=clips)
+        out, chosen = Path(out), None if clips is None else Path(clips)
+        check_outputs(out, options, keep_scores=False, clips=chosen)
         if out.resolve() == self.folder.resolve():
             raise ConfigError(f"{out} is the folder of the earlier run; choose another one for the new tags")
         settings = {**options.settings(), **{name: self.settings.get(name) for name in ("model", *SCORED)}}
         meter = Meter(progress, len(self.inputs), "tagging")
 
         def process(item: InputSound) -> Record:
-            record = self.record(item, options, clips)
+            record = self.record(item, options, chosen)
             meter.sound(record.seconds)
             return record
 

@@ -110,6 +110,18 @@ def test_a_refused_run_leaves_the_classes_of_the_scores(sounds: list[InputSound]
     assert [len(run.record(item, OPTIONS)) for item in run.inputs] == [3, 2]
 
 
+def test_sounds_are_named_as_on_the_command_line(graph: Path, sounds: list[InputSound]) -> None:
+    with Tagger(graph) as tagger:
+        tag_to_folder(tagger, sounds, "found", OPTIONS, formats=["csv"])
+        tag_to_folder(tagger, Path("in"), Path("named"), OPTIONS, formats=["csv"])
+        summary = tag_to_folder(tagger, ["in/a.wav", "in/missing.wav"], "some", OPTIONS)
+        with pytest.raises(ConfigError, match="nothing to tag"):
+            tag_to_folder(tagger, [], "none")
+    assert outputs("found") == outputs("named")
+    assert (summary.files, summary.failed) == (2, 1)
+    assert "No such file" in Path("some/errors.jsonl").read_text()
+
+
 def test_each_channel_is_tagged_on_its_own(graph: Path, sounds: list[InputSound]) -> None:
     with Tagger(graph) as tagger:
         summary = tag_to_folder(tagger, sounds, Path("out"), OPTIONS, each_channel=True)
