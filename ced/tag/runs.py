@@ -122,8 +122,8 @@ def check_outputs(out: Path | None, options: TagOptions, *, keep_scores: bool, c
         remote.check_writable(address)
     if clips is not None and not options.events:
         raise ConfigError("clips (--clips) are cut out of events; add --events")
-    if clips is not None and remote.address_of(clips) is not None:
-        raise ConfigError(f"clips (--clips) need a local folder; got {clips}")
+    if clips is not None and (address := remote.address_of(clips)) is not None:
+        raise ConfigError(f"clips (--clips) need a local folder; got {address}")
 
 
 def check_clips(inputs: Sequence[InputSound]) -> None:
