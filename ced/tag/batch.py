@@ -21,7 +21,7 @@ from ced.sound.labels import ClassTable
 from ced.sound.tables import write_table
 from ced.tag import writers
 from ced.tag.inputs import InputSound
-from ced.tag.journal import Journal, Stamp, stamp_of
+from ced.tag.journal import Journal, Stamp, is_place, stamp_of
 from ced.tag.options import EACH
 from ced.tag.records import Record
 from ced.tag.scores import KEPT, UNFINISHED
@@ -193,7 +193,7 @@ class _Folder:
         keep_scores: whether the scores of sounds are kept.
 
     Raises:
-        ConfigError: two outputs would have one path, or two inputs have one name.
+        ConfigError: two outputs would have one path, two inputs have one name, or a place is not possible.
     """
 
     def __init__(
@@ -205,6 +205,11 @@ class _Folder:
         if len({item.key for item in inputs}) < len(inputs):
             key, _ = Counter(item.key for item in inputs).most_common(1)[0]
             raise ConfigError(f"two sounds have the name {key}, as versions of one file have; tag one at a time")
+        for item in inputs:
+            if not is_place(item.place):
+                raise ConfigError(
+                    f"the place of {item.name} is {item.place!r}; it must be a path within the folder, as 'birds/a.wav'"
+                )
         owners = {str(out / JOURNAL_NAME): "the journal", str(self.errors): "the list of failures"}
         for item in inputs if self._shares_paths else ():
             paths = [path for _, path in self._targets(item)]

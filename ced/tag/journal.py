@@ -206,12 +206,19 @@ def _name(value: Any) -> str:
 
 def _place(value: Any) -> str:
     """Check that a place of outputs is one that `add` writes: relative, and within the folder of the run."""
-    path = Path(_name(value))
-    if path.is_absolute() or path.drive or ".." in path.parts or not path.name or str(path) != value:
+    if not is_place(_name(value)):
         raise ValueError(f"{value!r:.40} is not a place in a folder")
-    if b"\0" in os.fsencode(path):
+    if b"\0" in os.fsencode(value):
         raise ValueError("a zero byte in a path")
     return str(value)
+
+
+def is_place(value: object) -> bool:
+    """Return whether a value is the place of outputs: a relative path within the folder, in its shortest form."""
+    if not isinstance(value, str):
+        return False
+    path = Path(value)
+    return not (path.is_absolute() or path.drive or ".." in path.parts or not path.name or str(path) != value)
 
 
 def _short(value: Any) -> str:

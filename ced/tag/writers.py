@@ -307,9 +307,11 @@ def formats(
         ConfigError: a name is unknown, or a format does not allow this.
         MissingPackageError: its package is not installed.
     """
+    if isinstance(names, str):
+        raise ConfigError(f"formats is the text {names!r}; it must be a list, as [{names!r}]")
     chosen = []
     for name in names:
-        if name.lower() not in FORMATS:
+        if str(name).lower() not in FORMATS:
             raise ConfigError(f"unknown output format {name}; allowed: {', '.join(FORMATS)}")
         found = FORMATS[name.lower()].with_columns(channel, clock)
         if shared and not found.shared:
