@@ -1,5 +1,7 @@
 """Torch networks: loaded from weights, created for training, saved, and used as scorers of NumPy waves."""
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -161,6 +163,13 @@ class TorchScorer:
     def labels(self) -> ClassTable:
         """The classes, in the order of the scores."""
         return self.network.labels
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights, the configuration and the classes."""
+        given = weights_of(self.network)
+        about = json.dumps([weights.fingerprint(given.arrays), asdict(given.config), self.labels.names])
+        return hashlib.sha256(about.encode()).hexdigest()
 
     def __call__(self, waves: weights.Array, /) -> weights.Array:
         """Return the probability of each class, (b, t) 16 kHz in [-1, 1] -> (b, c)."""

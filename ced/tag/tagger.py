@@ -282,10 +282,9 @@ class Tagger:
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 of the model's graph, which distinguishes it from earlier graphs of its name; None without one."""
-        from ced.model.runtime import OnnxModel
-
-        return self.windows.model.digest if isinstance(self.windows.model, OnnxModel) else None
+        """SHA-256 of the graph or network, which distinguishes it from others of its name; None of other scorers."""
+        digest = getattr(self.windows.model, "digest", None)
+        return digest if isinstance(digest, str) else None
 
     def tag(
         self,
