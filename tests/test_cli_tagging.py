@@ -66,6 +66,10 @@ def test_a_sound_on_standard_input(graph: Path, sounds: Path) -> None:
     whole = said(ced("tag", "-m", graph, "in/a/0.wav", "-f", "csv"))
     piped = said(ced("tag", "-m", graph, "-", "-f", "csv", stdin=Path("in/a/0.wav").read_bytes()))
     assert piped == whole.replace("in/a/0.wav", "<stdin>")
+    words = ["tag", "-m", str(graph), "-", "--events", "--threshold", "0.1", "--clips", "clips"]
+    assert "<stdin> does not allow" in ced(*words, stdin=b"RIFF").stderr.decode()
+    said(ced(*words, "--channel", "each", stdin=Path("in/a/1.flac").read_bytes()))  # kept for its channels, and clips
+    assert {path.name.partition(" ")[0] for path in Path("clips").iterdir()} == {"stdin.channel1", "stdin.channel2"}
 
 
 def test_outputs_in_a_tree_and_combined(graph: Path, sounds: Path) -> None:

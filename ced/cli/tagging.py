@@ -274,12 +274,9 @@ class _Output:
 
     def check_inputs(self, inputs: "Sequence[InputSound]", chosen: TagOptions) -> None:
         """Check the options against the sounds, and that the formats are known and can be written."""
-        if chosen.clock not in (None, "auto") and len(inputs) > 1:
-            raise ConfigError(f"--clock {chosen.clock} is the start of one sound; {len(inputs)} are named")
-        if self.clips is not None:
-            from ced.tag.runs import check_clips
+        from ced.tag.runs import check_inputs
 
-            check_clips(inputs)
+        check_inputs(inputs, chosen, clips=self.clips, each_channel=self.channel)
         self.found(len(inputs))
 
     def found(self, sounds: int) -> "Sequence[Format]":

@@ -1,7 +1,6 @@
 """Find the sounds that arguments name: files, folders, patterns, lists, shards, addresses, sound on standard input."""
 
 import glob
-import io
 import logging
 import mimetypes
 import os
@@ -9,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, cast
 from urllib.parse import quote, urlsplit
 
 from ced import remote
@@ -43,6 +42,11 @@ class InputSound:
         return Path(self.place)
 
     @property
+    def is_stream(self) -> bool:
+        """Whether the source is an open file, which may be readable only once."""
+        return hasattr(self.source, "read")
+
+    @property
     def key(self) -> str:
         """An identifier that is unique among the inputs of a run."""
         return self.name if self.channel is None else f"{self.name} [channel {self.channel}]"
@@ -51,8 +55,8 @@ class InputSound:
 def split_channels(inputs: Iterable[InputSound]) -> Iterator[InputSound]:
     """Yield an input for each channel of each sound, and sounds that cannot be opened unchanged, to fail later."""
     for item in inputs:
-        if isinstance(item.source, io.IOBase):  # each channel reads it
-            item = replace(item, source=item.source.read())
+        if item.is_stream:  # each channel reads it
+            item = replace(item, source=cast(BinaryIO, item.source).read())
         try:
             with audio.open_sound(item.source) as sound:
                 channels = sound.channels

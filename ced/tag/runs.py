@@ -1,6 +1,8 @@
 """Runs of a tagger over many sounds into a folder, and runs from the scores that an earlier one kept."""
 
+import hashlib
 import io
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +37,7 @@ SCORED = ("window", "hop", "columns", "tail", "silence", "channel", "strict", "c
 
 def tag_to_folder(
     tagger: Tagger,
-    sounds: Name | Iterable[Name] | Iterable[InputSound],
+    sounds: Name | InputSound | Iterable[Name] | Iterable[InputSound],
     out: Name,
     options: TagOptions | None = None,
     *,
@@ -57,36 +59,39 @@ def tag_to_folder(
         sounds: names of files, folders and others that `ced.tag.inputs.find_inputs` finds sounds by, or what it found.
         out: the folder, created if missing, or an address in a store (`ced.remote`).
         options: how sounds are tagged; None: the defaults. A later run in the folder must have the same, and the same
-            model; a model that is not an ONNX graph is recognised by the name of the tagger.
+            model; a scorer of your own is recognised by the name of the tagger and its classes.
         formats: of the outputs (`ced.tag.writers.FORMATS`); they may differ from those of an earlier run.
         combined: write one output for all sounds, instead of one for each in a tree like that of the inputs.
         keep_scores: keep the scores of all windows, for an `EarlierRun`.
         clips: a folder for the clips of events; None: no clips.
         each_channel: tag each channel on its own, instead of the channel of `options`.
-        finished: called after each sound.
+        finished: called after each sound that is not skipped.
         progress: called as sounds are tagged and uploaded.
 
     Returns:
         The counts of this run.
 
     Raises:
+        AudioError: a folder, pattern or list has no sounds.
         BusyError: another process writes into the folder.
         CheckpointError: the model cannot score columns, or returned invalid scores.
-        ConfigError: an option is not possible, the folder was begun with others, or two sounds would have one output.
+        ClosedError: the tagger is closed.
+        ConfigError: an argument is not possible, the folder was begun with other options, or two sounds would have one
+            output.
+        MissingPackageError: a package for a store, or for Parquet, is not installed.
         StoreError: the folder's journal is damaged or not a journal.
         WriteError: an output cannot be written.
     """
     options = options or TagOptions()
     tagger.windows.check(options)
-    out, clips = Path(out), None if clips is None else Path(clips)
+    out, clips = _folder("out", out), None if clips is None else _folder("clips", clips)
     check_outputs(out, options, keep_scores=keep_scores, clips=clips)
     inputs = _found(sounds)
-    if clips is not None:
-        check_clips(inputs)
+    check_inputs(inputs, options, clips=clips, each_channel=each_channel)
     if each_channel:
         inputs = list(split_channels(inputs))
     channel = EACH if each_channel else options.channel
-    settings = {"model": tagger.digest or tagger.name, **options.settings(), "channel": channel}
+    settings = {"model": tagger.digest or _described(tagger), **options.settings(), "channel": channel}
     meter = Meter(progress, len(inputs), "tagging")
     with local_folder(out, progress) as folder:
         return process_to_folder(
@@ -102,10 +107,32 @@ def tag_to_folder(
         )
 
 
-def _found(sounds: Name | Iterable[Name] | Iterable[InputSound]) -> list[InputSound]:
-    given = [sounds] if isinstance(sounds, str | os.PathLike) else list(sounds)
+def _folder(name: str, given: Name) -> Path:
+    """Return the path that the argument `name` gives."""
+    try:
+        return Path(given)
+    except TypeError:
+        raise ConfigError(f"{name} is {given!r}; it must be the path of a folder") from None
+
+
+def _described(tagger: Tagger) -> str:
+    """Return what a later run recognises a scorer without a digest by."""
+    digest = hashlib.sha256(json.dumps(tagger.labels.names).encode()).hexdigest()[:8]
+    return f"{tagger.name}, {len(tagger.labels)} classes {digest}"
+
+
+def _found(sounds: object) -> list[InputSound]:
+    """Return the sounds that are given, or found by the names given."""
+    single = isinstance(sounds, str | bytes | os.PathLike | io.IOBase)
+    given = list(sounds) if isinstance(sounds, Iterable) and not single else [sounds]
+    for sound in given:
+        if not isinstance(sound, str | os.PathLike | InputSound):
+            raise ConfigError(
+                f"a sound is given as {type(sound).__name__}; it must be a name, or for bytes, open files and arrays an"
+                " InputSound(name, source, place)"
+            )
     inputs = [sound for sound in given if isinstance(sound, InputSound)]
-    names = [os.fspath(sound) for sound in given if not isinstance(sound, InputSound)]
+    names = [os.fspath(sound) for sound in given if isinstance(sound, str | os.PathLike)]
     return [*inputs, *(find_inputs(names) if names or not inputs else ())]
 
 
@@ -126,14 +153,16 @@ def check_outputs(out: Path | None, options: TagOptions, *, keep_scores: bool, c
         raise ConfigError(f"clips (--clips) need a local folder; got {address}")
 
 
-def check_clips(inputs: Sequence[InputSound]) -> None:
-    """Check that the sounds of clips can be read a second time.
+def check_inputs(inputs: Sequence[InputSound], options: TagOptions, *, clips: Path | None, each_channel: bool) -> None:
+    """Check the options of a run against its sounds, before their channels are split.
 
     Raises:
-        ConfigError: one is a stream.
+        ConfigError: several sounds would have one clock time, or the sound of clips cannot be read a second time.
     """
-    streams = [item.name for item in inputs if isinstance(item.source, io.IOBase)]
-    if streams:
+    if options.clock not in (None, "auto") and len(inputs) > 1:
+        raise ConfigError(f"clock (--clock) {options.clock} is the start of one sound; {len(inputs)} are named")
+    streams = [item.name for item in inputs if item.is_stream]
+    if clips is not None and streams and not each_channel:  # a stream whose channels are split is kept in memory
         raise ConfigError(
             f"clips (--clips) are cut out in a second reading, which {streams[0]} does not allow; name a file"
         )
@@ -178,6 +207,9 @@ def _counted(meter: Meter, finished: Callable[[SoundOutcome[Record]], None]) -> 
 class EarlierRun:
     """A folder of tags with kept scores: makes tags with other options, without reading the sounds.
 
+    Args:
+        folder: that of a run with `keep_scores`; it is local.
+
     Attributes:
         folder: the folder.
         labels: the classes of the scores.
@@ -185,12 +217,15 @@ class EarlierRun:
         inputs: its sounds, whose sources are the files of their scores.
 
     Raises:
+        ConfigError: the folder is an address in a store.
         StoreError: the folder has no journal, or a damaged one, or no scores were kept.
         TableError: the class table is damaged.
     """
 
     def __init__(self, folder: Name) -> None:
-        self.folder = folder = Path(folder)
+        self.folder = folder = _folder("folder", folder)
+        if (address := remote.address_of(folder)) is not None:
+            raise ConfigError(f"kept scores are read from a local folder; got {address}")
         with Journal(folder / JOURNAL_NAME, None) as journal:
             self.settings: Mapping[str, Any] = journal.settings
             records = {place: journal.record_at(place) for place in journal.places()}
@@ -209,7 +244,7 @@ class EarlierRun:
             for place, record in self._records.items()
         ]
 
-    def record(self, item: InputSound, options: TagOptions, clips: Path | None = None) -> Record:
+    def record(self, item: InputSound, options: TagOptions, clips: Name | None = None) -> Record:
         """Return the record of a sound with other options; windows, channels and the clock stay as they were.
 
         Args:
@@ -219,18 +254,23 @@ class EarlierRun:
 
         Raises:
             AudioError: its scores are missing or damaged, or for clips the sound has changed since it was tagged.
+            ConfigError: it is not one of `inputs`, or an option is not possible.
         """
-        earlier = self._records[item.relative]
-        assert isinstance(item.source, Path)
+        place, scores = item.relative, self.folder / kept_scores(item.relative)
+        if place not in self._records or item.source != scores:
+            raise ConfigError(f"{item.name} is not one of the inputs of the earlier run in {self.folder}")
+        if clips is not None:
+            clips = _folder("clips", clips)
+            check_outputs(None, options, keep_scores=False, clips=clips)
         try:
-            windows = read_scores(item.source, len(self.labels))
+            windows = read_scores(scores, len(self.labels))
             found = tuple(pieces((row for window in windows for row in window), options, self.labels))
         except StoreError as error:
             raise AudioError(error.message, item.name) from error
         if clips is not None:
             self._check_unchanged(item)
-            write_clips(item.name, found, clips, item.relative)
-        return replace(earlier, pieces=found, kind="events" if options.events else "windows")
+            write_clips(item.name, found, clips, place)
+        return replace(self._records[place], pieces=found, kind="events" if options.events else "windows")
 
     def _check_unchanged(self, item: InputSound) -> None:
         stamp = stamp_of(replace(item, source=item.name))
@@ -260,15 +300,15 @@ class EarlierRun:
         """
         options = options or TagOptions()
         options.check(self.labels)
-        out, chosen = Path(out), None if clips is None else Path(clips)
-        check_outputs(out, options, keep_scores=False, clips=chosen)
+        out, clips = _folder("out", out), None if clips is None else _folder("clips", clips)
+        check_outputs(out, options, keep_scores=False, clips=clips)
         if out.resolve() == self.folder.resolve():
             raise ConfigError(f"{out} is the folder of the earlier run; choose another one for the new tags")
         settings = {**options.settings(), **{name: self.settings.get(name) for name in ("model", *SCORED)}}
         meter = Meter(progress, len(self.inputs), "tagging")
 
         def process(item: InputSound) -> Record:
-            record = self.record(item, options, chosen)
+            record = self.record(item, options, clips)
             meter.sound(record.seconds)
             return record
 

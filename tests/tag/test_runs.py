@@ -6,14 +6,18 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from numpy.typing import NDArray
 
 from ced import Tagger, TagOptions
 from ced.errors import ConfigError, StoreError
+from ced.model.config import ModelConfig
+from ced.model.vit import CED
 from ced.sound.labels import ClassTable
 from ced.tag.inputs import InputSound, find_inputs
 from ced.tag.runs import EarlierRun, tag_to_folder
@@ -102,8 +106,10 @@ def test_a_refused_run_leaves_the_classes_of_the_scores(sounds: list[InputSound]
         assert tag_to_folder(tagger, sounds, Path("kept"), OPTIONS, keep_scores=True).skipped == 2
     with (
         Tagger(Level(["a", "b", "c"]), name="another") as tagger,
-        pytest.raises(ConfigError, match='begun with model "mine", now "another"'),
+        pytest.raises(ConfigError, match=r'begun with model "mine, 2 classes .*now "another, 3 classes'),
     ):
+        tag_to_folder(tagger, sounds, Path("kept"), OPTIONS, keep_scores=True)
+    with Tagger(Level(["a", "b", "c"]), name="mine") as tagger, pytest.raises(ConfigError, match="was begun with"):
         tag_to_folder(tagger, sounds, Path("kept"), OPTIONS, keep_scores=True)
     run = EarlierRun(Path("kept"))
     assert run.labels.names == ("loud", "quiet")
@@ -122,11 +128,67 @@ def test_sounds_are_named_as_on_the_command_line(graph: Path, sounds: list[Input
     assert "No such file" in Path("some/errors.jsonl").read_text()
 
 
+@pytest.mark.parametrize("given", [None, 1, [b"RIFF"], io.BytesIO(b"RIFF"), [(np.zeros(RATE), RATE)], ["in/a.wav", 1]])
+def test_sounds_that_are_not_names_are_refused(sounds: list[InputSound], given: Any) -> None:
+    with Tagger(Level()) as tagger, pytest.raises(ConfigError, match=r"sound is given as .* InputSound"):
+        tag_to_folder(tagger, given, "out")
+    assert not Path("out").exists()
+
+
+def test_sounds_in_memory_have_names_and_places(sounds: list[InputSound]) -> None:
+    samples = np.full(RATE, 0.5, np.float32)
+    with Tagger(Level()) as tagger:
+        tag_to_folder(tagger, InputSound("tone", (samples, RATE), "tones/1"), "out", OPTIONS)
+        for place in ("/tone", "../tone", "./tone", "a//tone", ""):
+            with pytest.raises(ConfigError, match="the place of tone is"):
+                tag_to_folder(tagger, InputSound("tone", (samples, RATE), place), "others", OPTIONS, combined=True)
+    assert "tones/1.jsonl" in outputs("out")
+    assert not Path("others").exists()
+
+
+def test_networks_are_recognised_by_their_weights(sounds: list[InputSound]) -> None:
+    config = ModelConfig(embed_dim=32, num_heads=2, depth=1, outputdim=2, target_length=112)
+    network = CED(config, ClassTable(("loud", "quiet")))
+    same = CED(config, ClassTable(("loud", "quiet")))
+    same.load_state_dict(network.state_dict())
+    with Tagger(network) as tagger:
+        tag_to_folder(tagger, sounds, "out", OPTIONS)
+    with Tagger(same) as tagger:
+        assert tag_to_folder(tagger, sounds, "out", OPTIONS).skipped == 2
+    with torch.no_grad():
+        same.get_parameter("outputlayer.1.bias").add_(1.0)
+    with Tagger(same) as tagger, pytest.raises(ConfigError, match="was begun with model"):
+        tag_to_folder(tagger, sounds, "out", OPTIONS)
+
+
+def test_clips_and_inputs_of_single_records_are_checked(graph: Path, sounds: list[InputSound]) -> None:
+    events = TagOptions(events=True, threshold=0.4)
+    with Tagger(graph) as tagger:
+        tag_to_folder(tagger, sounds, "kept", OPTIONS, keep_scores=True)
+    run = EarlierRun("kept")
+    record = run.record(run.inputs[0], events, "clips")
+    assert len(list(Path("clips").iterdir())) == len(record.events) > 0
+    with pytest.raises(ConfigError, match="add --events"):
+        run.record(run.inputs[0], OPTIONS, "clips")
+    with pytest.raises(ConfigError, match="not one of the inputs"):
+        run.record(sounds[0], events)
+    with pytest.raises(ConfigError, match="local folder; got s3://bucket/kept"):
+        EarlierRun("s3://bucket/kept")
+
+
 def test_each_channel_is_tagged_on_its_own(graph: Path, sounds: list[InputSound]) -> None:
     with Tagger(graph) as tagger:
         summary = tag_to_folder(tagger, sounds, Path("out"), OPTIONS, each_channel=True)
     assert summary.files == 3
     assert {"b/c.wav.channel1.jsonl", "b/c.wav.channel2.jsonl"} < {*outputs("out")}
+
+
+def test_clips_of_each_channel_of_a_stream(graph: Path, sounds: list[InputSound]) -> None:
+    with Tagger(graph) as tagger, Path("in/b/c.wav").open("rb") as file:
+        stream = InputSound("c", file, "c")
+        options = TagOptions(events=True, threshold=0.4)
+        assert tag_to_folder(tagger, stream, "out", options, clips="clips", each_channel=True).files == 2
+    assert {path.name.partition(" ")[0] for path in Path("clips").iterdir()} == {"c.channel1", "c.channel2"}
 
 
 def test_impossible_outputs_are_refused_before_a_sound_is_read(graph: Path, sounds: list[InputSound]) -> None:
@@ -143,6 +205,12 @@ def test_impossible_outputs_are_refused_before_a_sound_is_read(graph: Path, soun
             tag_to_folder(tagger, sounds, Path("out"), events, clips=Path("s3://bucket/clips"))
         with pytest.raises(ConfigError, match="unknown output format xml"):
             tag_to_folder(tagger, sounds, Path("out"), formats=["xml"])
+        with pytest.raises(ConfigError, match=r"must be a list, as \['csv'\]"):
+            tag_to_folder(tagger, sounds, Path("out"), formats="csv")
+        with pytest.raises(ConfigError, match="the start of one sound; 2 are named"):
+            tag_to_folder(tagger, sounds, Path("out"), TagOptions(clock="2026-11-27T12:00"))
+        with pytest.raises(ConfigError, match="out is None; it must be the path of a folder"):
+            tag_to_folder(tagger, sounds, None)  # type: ignore[arg-type]
         tag_to_folder(tagger, sounds, Path("without"))
     assert not Path("out").exists()
     with pytest.raises(StoreError, match="kept no scores"):
