@@ -274,9 +274,9 @@ class _Output:
 
     def check_inputs(self, inputs: "Sequence[InputSound]", chosen: TagOptions) -> None:
         """Check the options against the sounds, and that the formats are known and can be written."""
-        from ced.tag.runs import check_inputs
+        from ced.tag.inputs import check_inputs
 
-        check_inputs(inputs, chosen, clips=self.clips, each_channel=self.channel)
+        check_inputs(inputs, chosen.clock, clips=self.clips is not None, each_channel=self.channel)
         self.found(len(inputs))
 
     def found(self, sounds: int) -> "Sequence[Format]":

@@ -117,6 +117,27 @@ def find_inputs(
     return list(unique.values())
 
 
+def check_inputs(inputs: Sequence[InputSound], clock: str | None, *, clips: bool, each_channel: bool) -> None:
+    """Check options against the sounds of a run, before their channels are split.
+
+    Args:
+        inputs: the sounds.
+        clock: the option of this name.
+        clips: whether events are cut out as clips.
+        each_channel: whether each channel is tagged on its own.
+
+    Raises:
+        ConfigError: several sounds would have one clock time, or the sound of clips cannot be read a second time.
+    """
+    if clock not in (None, "auto") and len(inputs) > 1:
+        raise ConfigError(f"clock (--clock) {clock} is the start of one sound; {len(inputs)} are named")
+    streams = [item.name for item in inputs if item.is_stream]
+    if clips and streams and not each_channel:  # a stream whose channels are split is kept in memory
+        raise ConfigError(
+            f"clips (--clips) are cut out in a second reading, which {streams[0]} does not allow; name a file"
+        )
+
+
 def _without_documents(words: Sequence[str]) -> Sequence[str]:
     """Skip text and image files if other files are named, too, because a shell expands `folder/*` to all files."""
     kept = [word for word in words if not (_is_named(word) and _is_document(word))]

@@ -23,7 +23,7 @@ from ced.tag.batch import (
     unfinished_scores,
 )
 from ced.tag.clips import write_clips
-from ced.tag.inputs import InputSound, find_inputs, split_channels
+from ced.tag.inputs import InputSound, check_inputs, find_inputs, split_channels
 from ced.tag.journal import Journal, stamp_of
 from ced.tag.options import EACH, TagOptions
 from ced.tag.records import Record
@@ -87,7 +87,7 @@ def tag_to_folder(
     out, clips = _folder("out", out), None if clips is None else _folder("clips", clips)
     check_outputs(out, options, keep_scores=keep_scores, clips=clips)
     inputs = _found(sounds)
-    check_inputs(inputs, options, clips=clips, each_channel=each_channel)
+    check_inputs(inputs, options.clock, clips=clips is not None, each_channel=each_channel)
     if each_channel:
         inputs = list(split_channels(inputs))
     channel = EACH if each_channel else options.channel
@@ -151,21 +151,6 @@ def check_outputs(out: Path | None, options: TagOptions, *, keep_scores: bool, c
         raise ConfigError("clips (--clips) are cut out of events; add --events")
     if clips is not None and (address := remote.address_of(clips)) is not None:
         raise ConfigError(f"clips (--clips) need a local folder; got {address}")
-
-
-def check_inputs(inputs: Sequence[InputSound], options: TagOptions, *, clips: Path | None, each_channel: bool) -> None:
-    """Check the options of a run against its sounds, before their channels are split.
-
-    Raises:
-        ConfigError: several sounds would have one clock time, or the sound of clips cannot be read a second time.
-    """
-    if options.clock not in (None, "auto") and len(inputs) > 1:
-        raise ConfigError(f"clock (--clock) {options.clock} is the start of one sound; {len(inputs)} are named")
-    streams = [item.name for item in inputs if item.is_stream]
-    if clips is not None and streams and not each_channel:  # a stream whose channels are split is kept in memory
-        raise ConfigError(
-            f"clips (--clips) are cut out in a second reading, which {streams[0]} does not allow; name a file"
-        )
 
 
 @dataclass(frozen=True)
