@@ -56,7 +56,7 @@ def split_channels(inputs: Iterable[InputSound]) -> Iterator[InputSound]:
     """Yield an input for each channel of each sound, and sounds that cannot be opened unchanged, to fail later."""
     for item in inputs:
         if item.is_stream:  # each channel reads it
-            item = replace(item, source=cast(BinaryIO, item.source).read())
+            item = _in_memory(item)
         try:
             with audio.open_sound(item.source) as sound:
                 channels = sound.channels
@@ -65,6 +65,15 @@ def split_channels(inputs: Iterable[InputSound]) -> Iterator[InputSound]:
             continue
         for number in range(1, channels + 1):
             yield replace(item, place=f"{item.place}.channel{number}", channel=number)
+
+
+def _in_memory(item: InputSound) -> InputSound:
+    """Return an input with the bytes of its open file; one that cannot be read unchanged, to fail later."""
+    try:
+        data: object = cast(BinaryIO, item.source).read()
+    except (OSError, ValueError):  # ValueError: the file is closed
+        return item
+    return replace(item, source=data) if isinstance(data, bytes) else item
 
 
 def find_inputs(
