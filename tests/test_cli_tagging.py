@@ -303,3 +303,13 @@ def test_the_longest_names_have_all_outputs(graph: Path, sounds: Path, stem: str
     assert len(list(Path("clips").iterdir())) >= 2
     assert "2 done before" in said(ced(*words, "--out", "out", "--keep-scores", "--clips", "clips"))
     assert said(ced("tag", "--from", "out")).count("=====") == 4
+
+
+def test_standard_input_may_be_closed(graph: Path, sounds: Path) -> None:
+    command = f'exec "{sys.executable}" -m ced tag -m "{graph}" "$0" <&-'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for name, code, error in (("in/a/0.wav", 0, b""), ("-", 1, b"standard input")):
+        done = subprocess.run(["sh", "-c", command, name], capture_output=True, env=environment, check=False)
+        assert done.returncode == code
+        assert error in done.stderr
+        assert b"Traceback" not in done.stderr

@@ -239,7 +239,8 @@ def _find(sounds: Sequence[str], allow_private: bool) -> "list[InputSound]":
     """
     from ced.tag.inputs import find_inputs, none_exists
 
-    inputs = find_inputs(sounds, sys.stdin.buffer, allow_private=allow_private)
+    stdin = None if sys.stdin is None else sys.stdin.buffer  # None: it was closed by the caller
+    inputs = find_inputs(sounds, stdin, allow_private=allow_private)
     if none_exists(inputs):
         for item in inputs:
             show_error(AudioError("cannot be read: No such file or directory", item.name))
