@@ -115,7 +115,10 @@ class TagOptions:
         for name in ("labels", "exclude"):  # lists are common, but mutable
             if isinstance(value := getattr(self, name), str):
                 raise ConfigError(f"{name} is the text {value!r}; it must be a list of labels, as [{value!r}]")
-            object.__setattr__(self, name, tuple(value))
+            chosen = tuple(value) if isinstance(value, Iterable) else (value,)
+            if not all(isinstance(label, str) for label in chosen):
+                raise ConfigError(f"{name} is {value!r}; it must be a list of labels, as ['Dog']")
+            object.__setattr__(self, name, chosen)
         self._check_types()
         from ced.sound.audio import TAILS, check_channel
 
@@ -136,12 +139,14 @@ class TagOptions:
         object.__setattr__(self, name, value)
 
     def _check_types(self) -> None:
-        """Check the types of values, and convert thresholds to Python numbers."""
+        """Check the types of values, and convert numbers, such as those of NumPy, to Python numbers for the journal."""
         for name in ("window", "hop", "silence", "release", "gap", "shortest", "top_k"):
             value, kind = getattr(self, name), Integral if name == "top_k" else Real
             if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
                 number = "a whole number" if kind is Integral else "a number"
                 raise ConfigError(f"{name} is {value!r}; it must be {number}")
+            if value is not None and not isinstance(value, int | float):
+                object.__setattr__(self, name, int(value) if kind is Integral else float(value))
         for name in ("columns", "strict", "rollup", "events"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
