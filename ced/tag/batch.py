@@ -21,7 +21,7 @@ from ced.sound.labels import ClassTable
 from ced.sound.tables import write_table
 from ced.tag import writers
 from ced.tag.inputs import InputSound
-from ced.tag.journal import Journal, Stamp, is_place, stamp_of
+from ced.tag.journal import Journal, Stamp, is_name, is_place, stamp_of
 from ced.tag.options import EACH
 from ced.tag.records import Record
 from ced.tag.scores import KEPT, UNFINISHED
@@ -193,7 +193,7 @@ class _Folder:
         keep_scores: whether the scores of sounds are kept.
 
     Raises:
-        ConfigError: two outputs would have one path, two inputs have one name, or a place is not possible.
+        ConfigError: two outputs would have one path, two inputs have one name, or a name or place is not possible.
     """
 
     def __init__(
@@ -206,6 +206,8 @@ class _Folder:
             key, _ = Counter(item.key for item in inputs).most_common(1)[0]
             raise ConfigError(f"two sounds have the name {key}, as versions of one file have; tag one at a time")
         for item in inputs:
+            if not is_name(item.name):
+                raise ConfigError(f"the name of a sound is {item.name!r}; it must be a text that is not empty")
             if not is_place(item.place):
                 raise ConfigError(
                     f"the place of {item.name} is {item.place!r}; it must be a path within the folder, as 'birds/a.wav'"

@@ -199,23 +199,29 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _name(value: Any) -> str:
-    if not isinstance(value, str) or not value:
+    if not is_name(value):
         raise TypeError(f"{value!r:.40} is not a name")
-    return value
+    return str(value)
 
 
 def _place(value: Any) -> str:
     """Check that a place of outputs is one that `add` writes: relative, and within the folder of the run."""
-    if not is_place(_name(value)):
+    if not is_place(value):
         raise ValueError(f"{value!r:.40} is not a place in a folder")
-    if b"\0" in os.fsencode(value):
-        raise ValueError("a zero byte in a path")
     return str(value)
+
+
+def is_name(value: object) -> bool:
+    """Return whether a value is the name of an input: a text that is not empty, in the encoding of file names."""
+    try:
+        return isinstance(value, str) and os.fsencode(value) != b""
+    except UnicodeEncodeError:
+        return False
 
 
 def is_place(value: object) -> bool:
     """Return whether a value is the place of outputs: a relative path within the folder, in its shortest form."""
-    if not isinstance(value, str):
+    if not (isinstance(value, str) and is_name(value)) or "\0" in value:
         return False
     path = Path(value)
     return not (path.is_absolute() or path.drive or ".." in path.parts or not path.name or str(path) != value)
