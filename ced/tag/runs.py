@@ -51,8 +51,9 @@ def tag_to_folder(
 ) -> Summary:
     """Tag sounds into a folder; repeated after an interruption, it resumes, also within a sound.
 
-    Sounds that an earlier run finished there are skipped, unless they have changed. Sounds that cannot be read are
-    listed in `errors.jsonl`. Interrupted or not, the outputs are the same.
+    Sounds that an earlier run finished there are skipped, unless they have changed; arrays, bytes and open files are
+    always tagged again. Sounds that cannot be read are listed in `errors.jsonl`. Interrupted or not, the tags are
+    the same.
 
     Args:
         tagger: tags `tagger.jobs` sounds at a time.
@@ -82,7 +83,10 @@ def tag_to_folder(
         StoreError: the folder's journal is damaged or not a journal.
         WriteError: an output cannot be written.
     """
-    options = options or TagOptions()
+    if not isinstance(tagger, Tagger):
+        raise ConfigError(f"tagger is {tagger!r}; it must be a Tagger, as Tagger('ced_mini')")
+    _check_flags(combined=combined, keep_scores=keep_scores, each_channel=each_channel)
+    options = _options(options)
     tagger.windows.check(options)
     out, clips = _folder("out", out), None if clips is None else _folder("clips", clips)
     check_outputs(out, options, keep_scores=keep_scores, clips=clips)
@@ -110,9 +114,26 @@ def tag_to_folder(
 def _folder(name: str, given: Name) -> Path:
     """Return the path that the argument `name` gives."""
     try:
-        return Path(given)
-    except TypeError:
-        raise ConfigError(f"{name} is {given!r}; it must be the path of a folder") from None
+        folder = Path(given)
+        usable = b"\0" not in os.fsencode(folder)
+    except (TypeError, UnicodeEncodeError):
+        usable = False
+    if not usable:
+        raise ConfigError(f"{name} is {given!r}; it must be the path of a folder")
+    return folder
+
+
+def _options(given: TagOptions | None) -> TagOptions:
+    """Return the options that are given, or the defaults."""
+    if not isinstance(given, TagOptions | None):
+        raise ConfigError(f"options is {given!r}; it must be TagOptions, as TagOptions(window=2.0)")
+    return given or TagOptions()
+
+
+def _check_flags(**flags: bool) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} is {value!r}; it must be True or False")
 
 
 def _described(tagger: Tagger) -> str:
@@ -213,12 +234,12 @@ class EarlierRun:
             raise ConfigError(f"kept scores are read from a local folder; got {address}")
         with Journal(folder / JOURNAL_NAME, None) as journal:
             self.settings: Mapping[str, Any] = journal.settings
-            records = {place: journal.record_at(place) for place in journal.places()}
-            self._stamps = {place: journal.stamp_at(place) for place in records}
+            # Without their pieces, which would fill the memory.
+            self._records = {place: replace(journal.record_at(place), pieces=()) for place in journal.places()}
+            self._stamps = {place: journal.stamp_at(place) for place in self._records}
         if not (folder / CLASSES_NAME).is_file():
             raise StoreError(f"the run in {folder} kept no scores; repeat it with --keep-scores")
         self.labels: ClassTable = read_classes(folder / CLASSES_NAME)
-        self._records = {place: replace(record, pieces=()) for place, record in records.items()}
         self.inputs = [
             InputSound(
                 record.file,
@@ -235,12 +256,16 @@ class EarlierRun:
         Args:
             item: one of `inputs`.
             options: those about selection and events count.
-            clips: a folder for the clips of its events, for which the sound itself is read; None: no clips.
+            clips: a folder for the clips of its events, for which the file or address that is the sound's name is
+                read; None: no clips.
 
         Raises:
             AudioError: its scores are missing or damaged, or for clips the sound has changed since it was tagged.
             ConfigError: it is not one of `inputs`, or an option is not possible.
         """
+        options = _options(options)
+        if not isinstance(item, InputSound):
+            raise ConfigError(f"a sound is given as {type(item).__name__}; it must be one of the inputs of this run")
         place, scores = item.relative, self.folder / kept_scores(item.relative)
         if place not in self._records or item.source != scores:
             raise ConfigError(f"{item.name} is not one of the inputs of the earlier run in {self.folder}")
@@ -283,7 +308,8 @@ class EarlierRun:
             ConfigError: an option is not possible, or `out` is the folder of this run.
             BusyError, StoreError, WriteError: as for the function `tag_to_folder`.
         """
-        options = options or TagOptions()
+        _check_flags(combined=combined)
+        options = _options(options)
         options.check(self.labels)
         out, clips = _folder("out", out), None if clips is None else _folder("clips", clips)
         check_outputs(out, options, keep_scores=False, clips=clips)

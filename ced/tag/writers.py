@@ -309,6 +309,8 @@ def formats(
     """
     if isinstance(names, str):
         raise ConfigError(f"formats is the text {names!r}; it must be a list, as [{names!r}]")
+    if not isinstance(names, Iterable):
+        raise ConfigError(f"formats is {names!r}; it must be a list, as ['csv']")
     chosen = []
     for name in names:
         if str(name).lower() not in FORMATS:

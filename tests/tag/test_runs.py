@@ -139,11 +139,108 @@ def test_sounds_in_memory_have_names_and_places(sounds: list[InputSound]) -> Non
     samples = np.full(RATE, 0.5, np.float32)
     with Tagger(Level()) as tagger:
         tag_to_folder(tagger, InputSound("tone", (samples, RATE), "tones/1"), "out", OPTIONS)
-        for place in ("/tone", "../tone", "./tone", "a//tone", ""):
+        for place in ("/tone", "../tone", "./tone", "a//tone", "", "a\0", "\ud800", None):
             with pytest.raises(ConfigError, match="the place of tone is"):
-                tag_to_folder(tagger, InputSound("tone", (samples, RATE), place), "others", OPTIONS, combined=True)
+                tag_to_folder(tagger, InputSound("tone", (samples, RATE), place), "others", OPTIONS, combined=True)  # type: ignore[arg-type]
+        for name in ("", "\ud800", 7, None):
+            with pytest.raises(ConfigError, match="the name of a sound is"):
+                tag_to_folder(tagger, InputSound(name, (samples, RATE), "tone"), "others", OPTIONS)  # type: ignore[arg-type]
+        assert tag_to_folder(tagger, InputSound("tone", (samples, RATE), "tones/1"), "out", OPTIONS).skipped == 0
     assert "tones/1.jsonl" in outputs("out")
     assert not Path("others").exists()
+
+
+def test_numbers_of_numpy_are_those_of_python(sounds: list[InputSound]) -> None:
+    options: Any = {"window": np.float32(1), "top_k": np.int64(2)}
+    with Tagger(Level()) as tagger:
+        tag_to_folder(tagger, sounds, "out", TagOptions(**options))
+        assert tag_to_folder(tagger, sounds, "out", OPTIONS).skipped == 2
+
+
+class Unreadable(io.RawIOBase):
+    """A file on a broken disk."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        raise OSError(5, "Input/output error")
+
+
+def closed() -> io.BytesIO:
+    file = io.BytesIO(b"RIFF")
+    file.close()
+    return file
+
+
+@pytest.mark.parametrize("source", [Unreadable(), closed(), io.StringIO("in/a.wav")])
+def test_open_files_that_cannot_be_read_are_failures(sounds: list[InputSound], source: Any) -> None:
+    with Tagger(Level()) as tagger:
+        inputs = [InputSound("broken", source, "broken"), *sounds]
+        summary = tag_to_folder(tagger, inputs, "out", OPTIONS, each_channel=True)
+    assert (summary.files, summary.failed) == (4, 1)
+    assert '"broken"' in Path("out/errors.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"options": {"window": 1.0}}, "options is .* must be TagOptions"),
+        ({"formats": None}, "formats is None; it must be a list"),
+        ({"combined": "no"}, "combined is 'no'; it must be True or False"),
+        ({"out": "a\0b"}, "out is .* must be the path of a folder"),
+        ({"clips": 1}, "clips is 1; it must be the path of a folder"),
+    ],
+)
+def test_arguments_of_wrong_types_are_refused(sounds: list[InputSound], wrong: dict[str, Any], error: str) -> None:
+    with Tagger(Level()) as tagger:
+        tag_to_folder(tagger, sounds, "kept", OPTIONS, keep_scores=True)
+        arguments: dict[str, Any] = {"out": "out", **wrong}
+        with pytest.raises(ConfigError, match=error):
+            tag_to_folder(tagger, sounds, **arguments)
+    with pytest.raises(ConfigError, match=error):
+        EarlierRun("kept").tag_to_folder(**arguments)
+    assert not Path("out").exists()
+
+
+def test_flags_and_taggers_of_wrong_types_are_refused(sounds: list[InputSound]) -> None:
+    given: Any = "left"
+    with Tagger(Level()) as tagger, pytest.raises(ConfigError, match="each_channel is 'left'"):
+        tag_to_folder(tagger, sounds, "out", each_channel=given)
+    with pytest.raises(ConfigError, match="tagger is 'left'; it must be a Tagger"):
+        tag_to_folder(given, sounds, "out")
+    with pytest.raises(ConfigError, match="labels is"):
+        TagOptions(labels=[given, 1])  # type: ignore[list-item]
+
+
+KILLED = """
+import os, sys
+import ced.progress, ced.tag.scores
+from ced import Tagger, TagOptions
+from ced.tag.runs import tag_to_folder
+
+ced.progress.REPORT_SECONDS = ced.tag.scores._FLUSH_SECONDS = 0  # both after each window
+
+def progress(task, done, total, note=""):
+    if done == 2:
+        os._exit(9)
+
+with Tagger(sys.argv[1]) as tagger:
+    tag_to_folder(tagger, "in/a.wav", "out", TagOptions(window=1.0), keep_scores="keep" in sys.argv, progress=progress)
+"""
+
+
+@pytest.mark.parametrize("first", ["keep", "leave"])
+def test_a_killed_run_resumes_with_kept_scores(graph: Path, sounds: list[InputSound], first: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", KILLED, graph, first], env=environment, check=False)
+    assert killed.returncode == 9
+    assert list(Path("out/.unfinished").iterdir())
+    one = TagOptions(window=1.0)
+    with Tagger(graph) as tagger:
+        assert tag_to_folder(tagger, "in/a.wav", "out", one, keep_scores=True).failed == 0
+        tag_to_folder(tagger, "in/a.wav", "whole", one, keep_scores=True)
+    resumed, whole = EarlierRun("out"), EarlierRun("whole")
+    assert resumed.record(resumed.inputs[0], one) == whole.record(whole.inputs[0], one)
+    assert {*outputs("out")} == {*outputs("whole")}  # the files of scores may have other chunks
+    assert Path("out/a.wav.jsonl").read_bytes() == Path("whole/a.wav.jsonl").read_bytes()
 
 
 def test_networks_are_recognised_by_their_weights(sounds: list[InputSound]) -> None:
