@@ -200,6 +200,8 @@ class WindowScorer:
 
     def _answer(self, answer: Array, dimensions: int, count: int = 1) -> Array:
         """Check what the model returned for `count` waves; all scores and embeddings pass here."""
+        if not isinstance(answer, np.ndarray):
+            raise CheckpointError(f"the model {self.name} returned {type(answer).__name__}; it must be a NumPy array")
         if answer.ndim != dimensions or len(answer) != count:
             raise CheckpointError(
                 f"the model {self.name} returned an array of shape {answer.shape} for {count} sound(s); it must have"

@@ -309,6 +309,16 @@ def test_a_scorer_must_fit_its_class_table() -> None:
         list(Tagger(Wrong()).tag((np.zeros(100, np.float32), RATE)))
 
 
+@pytest.mark.parametrize("answer", [None, [[0.1, 0.2]], torch.zeros(1, 2)])
+def test_a_scorer_must_return_an_array(answer: object) -> None:
+    class Wrong(Levels):
+        def __call__(self, waves: NDArray[np.float32], /) -> Any:
+            return answer
+
+    with pytest.raises(CheckpointError, match=r"Wrong returned .*must be a NumPy array"):
+        Tagger(Wrong()).tag((np.zeros(RATE, np.float32), RATE))
+
+
 @pytest.mark.parametrize(
     ("answer", "part"),
     [
