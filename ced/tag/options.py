@@ -146,7 +146,7 @@ class TagOptions:
                 number = "a whole number" if kind is Integral else "a number"
                 raise ConfigError(f"{name} is {value!r}; it must be {number}")
             if value is not None and not isinstance(value, int | float):
-                object.__setattr__(self, name, int(value) if kind is Integral else float(value))
+                object.__setattr__(self, name, (int if kind is Integral else float)(getattr(self, name)))
         for name in ("columns", "strict", "rollup", "events"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
