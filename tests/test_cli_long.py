@@ -185,7 +185,7 @@ def test_tags_are_made_again_from_kept_scores(long: Path, tmp_path: Path) -> Non
         (["--from", "nowhere"], "nowhere/journal.jsonl"),
         (["--keep-scores", "a.wav"], "--out"),
         (["--clips", "clips", "a.wav"], "--events"),
-        (["--clips", "clips", "--events", "-"], "standard input"),
+        (["--clips", "clips", "--events", "-"], "second reading, which <stdin> does not allow"),
     ],
 )
 def test_invalid_uses_of_from_are_one_line(tmp_path: Path, words: list[str], part: str) -> None:

@@ -314,7 +314,7 @@ class EarlierRun:
         out, clips = _folder("out", out), None if clips is None else _folder("clips", clips)
         check_outputs(out, options, keep_scores=False, clips=clips)
         if out.resolve() == self.folder.resolve():
-            raise ConfigError(f"{out} is the folder of the earlier run; choose another one for the new tags")
+            raise ConfigError(f"{out} is the folder of the earlier run; choose another folder for the new tags")
         settings = {**options.settings(), **{name: self.settings.get(name) for name in ("model", *SCORED)}}
         meter = Meter(progress, len(self.inputs), "tagging")
 

@@ -366,7 +366,7 @@ def test_an_unknown_host(host: str) -> None:
 
 
 class FakePortAudio(SimpleNamespace):
-    """sounddevice on a machine whose microphone is pulled out after each half second, and back when it is looked for again."""
+    """sounddevice where the microphone is pulled out after each half second, and plugged in when it is looked for."""
 
     PortAudioError = RuntimeError
 
